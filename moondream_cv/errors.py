@@ -1,0 +1,25 @@
+"""The errors that this package raises on purpose.
+
+Arguments out of range raise `ValueError` and arguments of a wrong type `TypeError`; everything else that can go wrong while a
+model is loaded or run is a `MoondreamError`, whose message names the value received and the way out.
+"""
+
+
+class MoondreamError(Exception):
+    """Base class of the package's own errors."""
+
+
+class ImageError(MoondreamError, ValueError):
+    """An image that cannot be read, has no pixels, or has too many."""
+
+
+class CheckpointError(MoondreamError):
+    """A checkpoint, adapter or tokenizer that is missing, damaged, or does not fit; the message names the file or the key."""
+
+
+class BackendError(MoondreamError):
+    """A remote model that is unreachable, refused the request, or answered nonsense; the message names the URL, never the key."""
+
+
+class UnsupportedSkill(MoondreamError):
+    """A skill that a model lacks; the message names one that has it."""

@@ -1,0 +1,261 @@
+"""What counts as an image: every accepted kind becomes one [H, W, 3] uint8 RGB array, or an `ImageError` that names it.
+
+Conventions, so that the same picture gives the same pixels whichever way it is handed over:
+
+- NumPy arrays are BGR, BGRA or grey, as OpenCV makes them; PIL images are what their mode says.
+- Files and encoded bytes are turned upright by their EXIF orientation, as `cv2.imread` does. A PIL image is not turned:
+  boxes belong to the pixel grid that the caller holds.
+- Transparency is ignored: the colours under it count, as with `cv2.imread` and Pillow's `convert("RGB")`.
+- Of 16-bit samples the high byte counts, as with Pillow and `cv2.imread`. Embedded colour profiles are ignored.
+- Of an animation, the first frame counts (of an open PIL image, its current frame).
+
+Downloading, resizing, cropping and lists of images are left to others; OpenCV and torch are not needed.
+"""
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import __version__ as pillow_version
+
+from moondream_cv.errors import ImageError
+
+ImageInput: TypeAlias = (
+    npt.NDArray[Any] | Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
+)
+"""A BGR array, a PIL image, a path, the bytes of an image file, or a file object opened for reading bytes."""
+
+DEFAULT_MAX_PIXELS = 178_956_970
+"""512 MiB of RGB, more than any camera's sensor gives; above it Pillow with its own defaults refuses a file too."""
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
+
+_LONGEST_PATH = 4096  # PATH_MAX of Linux; longer text is the picture itself, in base64
+
+# Pillow runs Ghostscript on these, which must not happen to a picture that came over a network.
+_PROGRAM_FORMATS = frozenset({"EPS"})
+
+_UPRIGHT = {  # EXIF orientation → what turns the stored picture upright; 1 needs nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: ImageInput, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image of any accepted kind.
+
+    Args:
+        image: One of
+            an array [H, W], [H, W, 1] (grey), [H, W, 3] (BGR) or [H, W, 4] (BGRA), of any strides, of dtype uint8,
+            uint16 (0 to 65535), bool (black and white) or float (0 to 1);
+            a PIL image of any mode;
+            a path (`~` is expanded), the bytes of an image file, or an open binary file, which is read to its end and
+            not closed.
+        max_pixels: The largest width times height that is accepted. Files are checked by their header, before decoding.
+
+    Returns:
+        The pixels, [H, W, 3], uint8, RGB, C-contiguous; never a view of the caller's memory.
+
+    Raises:
+        ImageError: The image cannot be read, has no pixels or too many, or is of a kind, shape, dtype or range that is
+            not listed above.
+    """
+    if isinstance(image, np.ndarray):
+        return _array_to_rgb(np.asarray(image), max_pixels)
+    if isinstance(image, Image.Image):
+        return _pil_to_rgb(image, max_pixels)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return _encoded_to_rgb(bytes(image), max_pixels)
+    if isinstance(image, (str, os.PathLike)):
+        return _path_to_rgb(os.fsdecode(image), max_pixels)
+    if hasattr(image, "read"):
+        return _file_to_rgb(image, max_pixels)
+    shown = " ".join(_shown(image).split())  # tensors fill several lines
+    raise ImageError(f"{shown} (of type {type(image).__name__}) is not an image; {_advice(image)}")
+
+
+def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int) -> npt.NDArray[np.uint8]:
+    name = f"the array of shape {array.shape} and dtype {array.dtype}"
+    if array.ndim == 1 and array.dtype == np.uint8:
+        raise ImageError(f"{name} has no height and width; if it holds an encoded file, pass array.tobytes()")
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        raise ImageError(f"{name} has its channels first; pass array.transpose(1, 2, 0), in BGR order")
+    if array.ndim == 4:
+        raise ImageError(f"{name} is a batch; pass its frames as a list, list(array)")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"{name} is not an image; expected [H, W], [H, W, 1], [H, W, 3] (BGR) or [H, W, 4] (BGRA)")
+    _check_size(array.shape[1], array.shape[0], name, max_pixels)
+    if array.ndim == 3 and array.shape[2] != 1:
+        return _to_uint8(np.take(array, (2, 1, 0), axis=2), name)  # BGR(A) → RGB; copying a reversed view is slower
+    return np.repeat(_to_uint8(array.reshape(*array.shape[:2], 1), name), 3, axis=2)
+
+
+def _to_uint8(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
+    kind, width = values.dtype.kind, values.dtype.itemsize
+    if kind == "u" and width == 1:
+        return values.view(np.uint8)
+    if kind == "u" and width == 2:
+        return (values >> 8).astype(np.uint8)
+    if kind == "b":
+        return values.astype(np.uint8) * np.uint8(255)
+    if kind == "f":
+        low, high = _finite_range(values, name)
+        if low < 0 or high > 1:
+            raise ImageError(
+                f"{name} has values from {low:g} to {high:g}; floats are read as 0 to 1, so divide them or pass uint8"
+            )
+        scaled: npt.NDArray[np.uint8] = np.rint(values * 255).astype(np.uint8)
+        return scaled
+    raise ImageError(f"{name} has a dtype that images do not have; convert it to uint8 (0 to 255) first")
+
+
+def _finite_range(values: npt.NDArray[Any], name: str) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise ImageError(f"{name} has values that are not finite (NaN or infinite)")
+    return low, high
+
+
+def _pil_to_rgb(picture: Image.Image, max_pixels: int) -> npt.NDArray[np.uint8]:
+    name = f"the PIL image {_shown(picture)}"
+    _check_size(*picture.size, name, max_pixels)
+    try:
+        picture.load()  # an image fresh from Image.open is still undecoded
+        return _pixels(picture, name)
+    except ImageError:
+        raise
+    except Exception as error:  # as in _decode
+        raise ImageError(f"{name} cannot be read: {_reason(error)}") from error
+
+
+def _pixels(picture: Image.Image, name: str) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a decoded PIL image as it lies, [H, W, 3] RGB."""
+    mode = picture.mode
+    if mode.startswith("I;16"):
+        return np.repeat(_to_uint8(np.asarray(picture)[..., None], name), 3, axis=2)
+    if mode in ("I", "F"):
+        return np.repeat(_rangeless_to_uint8(np.asarray(picture)[..., None], name), 3, axis=2)
+    if mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # straight to RGB, Pillow warns about the transparency that is dropped
+    elif mode == "La":
+        picture = picture.convert("LA")  # the only mode without a direct way
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"), order="C")
+
+
+def _rangeless_to_uint8(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
+    """Scale Pillow's modes I and F, whose range only the values tell.
+
+    It is 0 to 255 as Pillow's `convert` makes them, 0 to 1 in mode F, or 16 bit in mode I (PGM; PNG in older Pillow).
+    """
+    low, high = _finite_range(values, name)
+    if values.dtype.kind == "f" and low >= 0 and high <= 1:
+        return _to_uint8(values, name)
+    if low >= 0 and high <= 255:
+        rounded: npt.NDArray[np.uint8] = np.rint(values).astype(np.uint8)
+        return rounded
+    if values.dtype.kind == "i" and low >= 0 and high <= 65535:
+        return _to_uint8(values.astype(np.uint16), name)
+    raise ImageError(f"{name} has values from {low:g} to {high:g}; scale them to 0 to 255 first")
+
+
+def _path_to_rgb(path: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+    name = _shown(path)
+    if path.startswith("data:") or len(path) > _LONGEST_PATH:
+        raise ImageError(f"{name} is not a path; base64 text is passed as bytes, after base64.b64decode")
+    if _URL.match(path):
+        raise ImageError(f"{name} is a URL, and images are not downloaded; download it and pass the path or the bytes")
+    try:
+        file = Path(path).expanduser()
+        if not path or not file.exists():
+            raise ImageError(f"{name}: no such image file")
+        if file.is_dir():
+            raise ImageError(f"{name} is a folder; pass the images in it one by one")
+        if not file.is_file():  # opening a pipe or a device could block for ever
+            raise ImageError(f"{name} is not a regular file; read it and pass the bytes")
+        with file.open("rb") as opened:
+            return _decode(opened, name, max_pixels)
+    except (OSError, RuntimeError, ValueError) as error:  # permissions, "~nobody", a NUL in the path
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name} cannot be opened: {_reason(error)}") from error
+
+
+def _encoded_to_rgb(encoded: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
+    return _decode(io.BytesIO(encoded), f"the image of {len(encoded)} bytes ({_shown(encoded[:16])})", max_pixels)
+
+
+def _file_to_rgb(file: IO[bytes], max_pixels: int) -> npt.NDArray[np.uint8]:
+    name = f"the file object {_shown(file)}"
+    try:
+        encoded: object = file.read()
+    except Exception as error:  # file-like objects raise whatever their makers chose
+        raise ImageError(f"{name} cannot be read: {_reason(error)}") from error
+    if not isinstance(encoded, (bytes, bytearray, memoryview)):
+        raise ImageError(f"{name} gives {type(encoded).__name__}, not bytes; open it in binary mode, 'rb'")
+    return _decode(io.BytesIO(encoded), f"{name} of {len(encoded)} bytes", max_pixels)
+
+
+def _decode(file: IO[bytes], name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+    if not file.read(1):
+        raise ImageError(f"{name} is empty; a file object that was read before needs seek(0)")
+    file.seek(0)
+    try:
+        with Image.open(file) as picture:
+            _check_size(*picture.size, name, max_pixels)
+            if picture.format in _PROGRAM_FORMATS:
+                raise ImageError(f"{name} is {picture.format}, a program that draws; convert it to PNG first")
+            picture.load()
+            orientation = _orientation(picture)  # after load, because Pillow turns a TIFF itself
+            upright = picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+            return _pixels(upright, name)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image of a format that Pillow {pillow_version} reads") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name} is too large: {error}; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS") from error
+    except Exception as error:  # damaged data makes Pillow raise OSError, SyntaxError, struct.error, IndexError...
+        raise ImageError(f"{name} is truncated or damaged: {_reason(error)}") from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data in a sound picture; every viewer shows it as it lies
+        return 1
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} has no pixels: it is {width} wide and {height} high")
+    if width * height > max_pixels:
+        raise ImageError(f"{name} is too large: {width}x{height} pixels, the limit is {max_pixels:,}; shrink it first")
+
+
+def _advice(image: object) -> str:
+    if hasattr(image, "numpy"):  # a tensor of any framework
+        return "pass tensor.numpy() from the CPU, as [H, W, 3] uint8 in BGR order"
+    if isinstance(image, (list, tuple)):
+        return "pass one image at a time"
+    return "pass a BGR NumPy array, a PIL image, a path, the bytes of an image file or a binary file object"
+
+
+def _shown(value: object) -> str:
+    """Return the repr of a value, shortened so that it fits in a message."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)  # without the path, which is named
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
