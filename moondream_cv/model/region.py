@@ -1,0 +1,67 @@
+"""The region heads: coordinates and sizes as Fourier features on the way in and as bins on the way out.
+
+A coordinate is a fraction of the image's width or height in 0..1. A size is (width, height) as such fractions, on a
+logarithmic scale: bin b of n stands for 2^(b / (n − 1) · 10 − 10), so from 1/1024 to 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moondream_cv.model.config import RegionConfig
+from moondream_cv.model.layers import Mlp
+
+SIZE_OCTAVES = 10.0
+
+
+class RegionHeads(nn.Module):
+    """Encoders and decoders of coordinates and sizes."""
+
+    def __init__(self, config: RegionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.coord_encoder = nn.Linear(config.coord_feat_dim, config.dim)
+        self.coord_decoder = Mlp(config.dim, config.inner_dim, config.coord_out_dim)
+        self.size_encoder = nn.Linear(config.size_feat_dim, config.dim)
+        self.size_decoder = Mlp(config.dim, config.inner_dim, config.size_out_dim)
+        self.coord_features = nn.Parameter(torch.empty(1, config.coord_feat_dim // 2))
+        self.size_features = nn.Parameter(torch.empty(2, config.size_feat_dim // 2))
+
+    def encode_coordinate(self, coordinate: Tensor) -> Tensor:
+        """Coordinates [..., 1] in 0..1 → embeddings [..., dim]."""
+        return self.coord_encoder(_fourier(coordinate, self.coord_features))
+
+    def decode_coordinate(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] → logits [..., coord_out_dim]; bin b stands for b / coord_out_dim."""
+        return self.coord_decoder(hidden)
+
+    def encode_size(self, size: Tensor) -> Tensor:
+        """Sizes [..., 2], width and height in 0..1 → embeddings [..., dim]."""
+        return self.size_encoder(_fourier(size, self.size_features))
+
+    def decode_size(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] → logits [..., 2, size_out_dim / 2]: width, then height."""
+        return self.size_decoder(hidden).unflatten(-1, (2, -1))
+
+
+def _fourier(x: Tensor, frequencies: Tensor) -> Tensor:
+    angles = 2 * math.pi * x @ frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def bin_to_coordinate(index: Tensor, bins: int) -> Tensor:
+    """Bin indices of a coordinate → float32 fractions of the image's side."""
+    return index / bins
+
+
+def bin_to_size(index: Tensor, bins: int) -> Tensor:
+    """Bin indices of a size → float32 fractions of the image's side, 2^(index / (bins − 1) · 10 − 10)."""
+    return torch.pow(2.0, (index.float() / (bins - 1)) * SIZE_OCTAVES - SIZE_OCTAVES)
+
+
+def size_to_bin(size: Tensor, bins: int) -> Tensor:
+    """The inverse of `bin_to_size` as a real number; sizes below 1/1024 count as 1/1024."""
+    return (size.clamp_min(2.0**-SIZE_OCTAVES).log2() + SIZE_OCTAVES) / SIZE_OCTAVES * (bins - 1)

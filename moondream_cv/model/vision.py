@@ -1,0 +1,128 @@
+"""The vision encoder: crops → patch features → one grid of image tokens.
+
+It knows nothing of images: the engine cuts the crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moondream_cv.model.config import VisionConfig
+from moondream_cv.model.layers import Mlp
+
+
+class VisionAttention(nn.Module):
+    """Multi-head self-attention over the patches of one crop, without a mask."""
+
+    def __init__(self, dim: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.n_heads, dim // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [3, N, heads, P, head_dim]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+
+
+class VisionBlock(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.enc_dim)
+        self.attn = VisionAttention(config.enc_dim, config.enc_n_heads)
+        self.ln2 = nn.LayerNorm(config.enc_dim)
+        self.mlp = Mlp(config.enc_dim, config.enc_ff_dim, config.enc_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class VisionEncoder(nn.Module):
+    """ViT over global and local crops, and the projection of both to the text decoder's width."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_emb = nn.Linear(config.in_channels * config.enc_patch_size**2, config.enc_dim)
+        self.pos_emb = nn.Parameter(torch.zeros(1, config.num_patches, config.enc_dim))
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.enc_n_layers))
+        self.post_ln = nn.LayerNorm(config.enc_dim)
+        self.proj_mlp = Mlp(2 * config.enc_dim, config.proj_inner_dim, config.proj_out_dim)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Encode crops independently of one another.
+
+        Args:
+            crops: [N, 3, crop_size, crop_size] RGB in −1..1.
+
+        Returns:
+            [N, num_patches, enc_dim] features, patches row by row.
+        """
+        n, channels, height, width = crops.shape
+        p = self.config.enc_patch_size
+        patches = crops.view(n, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        x = self.patch_emb(patches.reshape(n, -1, channels * p * p)) + self.pos_emb
+        for block in self.blocks:
+            x = block(x)
+        return self.post_ln(x)
+
+    def join(self, features: Tensor, tilings: Sequence[tuple[int, int]]) -> Tensor:
+        """Turn the features of each image's crops into its image tokens.
+
+        Args:
+            features: [N, num_patches, enc_dim], for each image its global crop and then its local crops row by row.
+            tilings: (rows, columns) of local crops of each image.
+
+        Returns:
+            [images, num_patches, proj_out_dim].
+        """
+        grid, joined, start = self.config.grid, [], 0
+        for rows, columns in tilings:
+            stop = start + 1 + rows * columns
+            local = stitch(features[start + 1 : stop].unflatten(1, (grid, grid)), rows, columns, self.config.overlap_margin)
+            pooled = _pool(local, grid)  # [grid², enc_dim]
+            joined.append(torch.cat((features[start], pooled), dim=-1))
+            start = stop
+        return self.proj_mlp(torch.stack(joined))
+
+
+def stitch(tiles: Tensor, rows: int, columns: int, margin: int) -> Tensor:
+    """Put overlapping tiles back together; where two overlap, each gives up its margin.
+
+    Args:
+        tiles: [rows · columns, grid, grid, C], row by row.
+        margin: Patches at each side of a tile that its neighbour covers too.
+
+    Returns:
+        [rows · window + 2 · margin, columns · window + 2 · margin, C], where window = grid − 2 · margin.
+    """
+    size = tiles.shape[1]
+
+    def kept(index: int, count: int) -> slice:
+        return slice(0 if index == 0 else margin, size if index == count - 1 else size - margin)
+
+    strips = [
+        torch.cat([tiles[r * columns + c][kept(r, rows), kept(c, columns)] for c in range(columns)], dim=1)
+        for r in range(rows)
+    ]
+    return torch.cat(strips)
+
+
+def _pool(features: Tensor, grid: int) -> Tensor:
+    """Average [H, W, C] features down to [grid², C]."""
+    planes = features.permute(2, 0, 1)[None]
+    if planes.device.type == "mps":  # sizes that do not divide are not implemented there
+        pooled = F.adaptive_avg_pool2d(planes.cpu(), grid).to(planes.device)
+    else:
+        pooled = F.adaptive_avg_pool2d(planes, grid)
+    return pooled[0].flatten(1).T
