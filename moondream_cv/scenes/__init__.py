@@ -1,0 +1,63 @@
+"""Synthetic scenes and clips with ground truth: a small world of coloured shapes and icons.
+
+Used by training, tests, demos and notebooks; it knows nothing of models. Nothing heavy is imported until a name is
+used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alternate import render_alternate
+    from .clips import Clip, TrackedObject, render_clip
+    from .render import render_scene
+    from .scene import Scene, SceneObject
+    from .world import ALL_NAMES, COLOURED_SHAPES, COLOURS, ICONS, SHAPES, plural, with_article
+
+__all__ = [
+    "ALL_NAMES",
+    "COLOURED_SHAPES",
+    "COLOURS",
+    "ICONS",
+    "SHAPES",
+    "Clip",
+    "Scene",
+    "SceneObject",
+    "TrackedObject",
+    "plural",
+    "render_alternate",
+    "render_clip",
+    "render_scene",
+    "with_article",
+]
+
+_HOMES = {
+    "ALL_NAMES": "world",
+    "COLOURED_SHAPES": "world",
+    "COLOURS": "world",
+    "Clip": "clips",
+    "ICONS": "world",
+    "SHAPES": "world",
+    "Scene": "scene",
+    "SceneObject": "scene",
+    "TrackedObject": "clips",
+    "plural": "world",
+    "render_alternate": "alternate",
+    "render_clip": "clips",
+    "render_scene": "render",
+    "with_article": "world",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

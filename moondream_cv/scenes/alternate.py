@@ -1,0 +1,217 @@
+"""A second renderer for held-out evaluation only; a model must never be trained on its pictures.
+
+It shares the vocabulary, the icons and the result type with `moondream_cv.scenes.render`, and no drawing code: shapes
+are built from Pillow's primitives at four times the size and scaled down, backgrounds are of other kinds, objects sit
+in the cells of a loose grid. What a model gets right here it has not learnt from one renderer's habits. Speed is no
+aim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from .scene import Scene, SceneObject
+from .sprites import icon_levels
+from .world import COLOURED_SHAPES, COLOURS, ICONS, split_name
+
+_OVERSAMPLING: Final = 4
+_FRAMES: Final = ((640, 480), (640, 480), (640, 480), (480, 640), (512, 512), (800, 600), (1280, 720), (320, 240))
+_Colour = tuple[int, int, int]
+
+
+def _upright(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
+    """Draw an upright shape as a white-on-black mask of `side` x `side` pixels, with a margin of an eighth."""
+    mask = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(mask)
+    low, high = side / 8, side * 7 / 8
+    span, middle = high - low, side / 2
+    if shape == "circle":
+        draw.ellipse((low, low, high, high), fill=255)
+    elif shape == "ring":
+        draw.ellipse((low, low, high, high), outline=255, width=round(span * rng.uniform(0.14, 0.22)))
+    elif shape == "square":
+        draw.rectangle((low, low, high, high), fill=255)
+    elif shape == "diamond":
+        half = span * rng.uniform(0.34, 0.45)
+        draw.polygon([(middle - half, middle), (middle, low), (middle + half, middle), (middle, high)], fill=255)
+    elif shape == "triangle":
+        draw.regular_polygon((middle, middle, span / 2), 3, fill=255)
+    elif shape == "cross":
+        bar = span * rng.uniform(0.24, 0.36) / 2
+        draw.rectangle((low, middle - bar, high, middle + bar), fill=255)
+        draw.rectangle((middle - bar, low, middle + bar, high), fill=255)
+    elif shape == "star":
+        radii = (span / 2, span / 2 * 0.382)  # the inner radius of a pentagram
+        corners = [
+            (middle - radii[i % 2] * math.sin(i * math.pi / 5), middle - radii[i % 2] * math.cos(i * math.pi / 5))
+            for i in range(10)
+        ]
+        draw.polygon(corners, fill=255)
+    else:
+        # A heart is a square standing on its corner with a disc on each upper side.
+        edge = span * 0.56
+        tip, reach = high - span * 0.04, edge / math.sqrt(2)
+        left, right, top = (middle - reach, tip - reach), (middle + reach, tip - reach), (middle, tip - 2 * reach)
+        draw.polygon([(middle, tip), left, top, right], fill=255)
+        for side_corner in (left, right):
+            cx, cy = (side_corner[0] + top[0]) / 2, (side_corner[1] + top[1]) / 2
+            draw.ellipse((cx - edge / 2, cy - edge / 2, cx + edge / 2, cy + edge / 2), fill=255)
+    return mask
+
+
+def _shape_layer(colour: str, shape: str, size: float, rng: np.random.Generator) -> Image.Image:
+    """Draw a coloured shape, turned by up to ten degrees, as an RGBA picture cropped to what is visible."""
+    side = round(size * 4 / 3)  # the mask's margin is an eighth on either side
+    mask = _upright(shape, side * _OVERSAMPLING, rng)
+    if rng.random() < 0.5:
+        mask = mask.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BICUBIC)
+    mask = mask.resize((side, side), Image.Resampling.LANCZOS)
+    shift = rng.integers(-8, 9, 3)
+    fill = tuple(int(np.clip(base + step, 0, 255)) for base, step in zip(COLOURS[colour], shift, strict=True))
+    layer = Image.new("RGBA", mask.size, (*fill, 255))
+    layer.putalpha(mask)
+    return layer
+
+
+def _icon_layer(name: str, size: float, rng: np.random.Generator) -> Image.Image:
+    """Draw an icon, sometimes mirrored or turned by up to eight degrees, as an RGBA picture."""
+    sprite = icon_levels(name)[0]
+    icon = Image.fromarray(np.dstack([sprite.rgb, sprite.alpha]))
+    if rng.random() < 0.2:
+        icon = icon.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.4:
+        icon = icon.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BICUBIC, expand=True)
+    scale = size / max(icon.size)
+    target = (max(2, round(icon.width * scale)), max(2, round(icon.height * scale)))
+    # Premultiplied, so that the resampling filter takes no colour from transparent pixels.
+    return icon.convert("RGBa").resize(target, Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def _background_tone(avoid: Sequence[Sequence[float]], rng: np.random.Generator) -> tuple[_Colour, _Colour]:
+    """Draw two related tones as far from the objects' colours as twenty attempts allow."""
+    best: tuple[float, list[npt.NDArray[np.float64]]] = (-1.0, [])
+    for _ in range(20):
+        mix = rng.uniform(0.55, 0.95)  # share of grey: pastel, dusk or slate
+        grey = rng.choice([rng.uniform(200, 245), rng.uniform(90, 170), rng.uniform(25, 60)], p=[0.6, 0.25, 0.15])
+        first = mix * grey + (1 - mix) * rng.uniform(0, 255, 3)
+        pair = [first, np.clip(first + rng.uniform(-28, 28), 0, 255)]
+        distances = [np.abs(tone - np.asarray(other)).sum() for tone in pair for other in avoid]
+        gap = float(min(distances, default=765))
+        if gap > best[0]:
+            best = (gap, pair)
+        if gap > 200:
+            break
+    first, second = ((int(tone[0]), int(tone[1]), int(tone[2])) for tone in best[1])
+    return first, second
+
+
+def _background(size: tuple[int, int], tones: tuple[_Colour, _Colour], rng: np.random.Generator) -> Image.Image:
+    """Draw one of seven backgrounds in two tones."""
+    width, height = size
+    image = Image.new("RGB", size, tones[0])
+    draw = ImageDraw.Draw(image)
+    kind = int(rng.integers(7))
+    if kind == 1:  # horizon
+        draw.rectangle((0, int(height * rng.uniform(0.4, 0.75)), width, height), fill=tones[1])
+    elif kind == 2:  # vignette
+        glow = ImageChops.invert(Image.radial_gradient("L")).resize(size)
+        image = Image.composite(image, Image.new("RGB", size, tones[1]), glow)
+    elif kind == 3:  # printed lines with ragged ends
+        pitch = int(rng.integers(9, 22))
+        for y in range(pitch, height, pitch):
+            draw.line((width * 0.03, y, width * rng.uniform(0.7, 0.97), y), fill=tones[1], width=2)
+    elif kind == 4:  # diagonal ramp
+        ramp = Image.linear_gradient("L").resize((width * 2, height * 2)).rotate(45, expand=False)
+        ramp = ramp.crop((width // 2, height // 2, width // 2 + width, height // 2 + height))
+        image = Image.composite(image, Image.new("RGB", size, tones[1]), ramp)
+    elif kind == 5:  # watercolour
+        noise = Image.fromarray(rng.integers(0, 256, (9, 12), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        image = Image.composite(image, Image.new("RGB", size, tones[1]), noise.filter(ImageFilter.GaussianBlur(8)))
+    elif kind == 6:  # wide soft waves
+        for x in range(0, width, max(24, width // 12)):
+            draw.arc((x - width // 3, -height, x + width // 3, height * 2), 90, 270, fill=tones[1], width=5)
+        image = image.filter(ImageFilter.GaussianBlur(3))
+    return image
+
+
+def _with_halo(layer: Image.Image, light: bool) -> Image.Image:
+    """Surround a layer with a two-pixel line, for objects that would not show on their background."""
+    padded = Image.new("RGBA", (layer.width + 6, layer.height + 6))
+    padded.paste(layer, (3, 3))
+    halo = Image.new("RGBA", padded.size, (250, 250, 250, 0) if light else (30, 30, 30, 0))
+    halo.putalpha(padded.getchannel("A").filter(ImageFilter.MaxFilter(5)))
+    return Image.alpha_composite(halo, padded)
+
+
+def _visible_box(layer: Image.Image) -> tuple[int, int, int, int]:
+    box = layer.getchannel("A").point([0] * 128 + [255] * 128).getbbox()
+    if box is None:
+        raise AssertionError("an object is drawn with visible pixels")
+    return box
+
+
+def _cells(size: tuple[int, int], count: int) -> tuple[int, int, float]:
+    """Return columns, rows and the cell's short side of a grid with room for `count` objects."""
+    grids = ((columns, -(-count // columns)) for columns in range(1, count + 1))
+    columns, rows = max(grids, key=lambda grid: min(size[0] / grid[0], size[1] / grid[1]))
+    return columns, rows, min(size[0] / columns, size[1] / rows)
+
+
+def _sample(rng: np.random.Generator, count: int) -> list[str]:
+    """Draw names: a few classes, so that several objects often share one."""
+    pool = list(rng.choice(COLOURED_SHAPES, 3)) + list(rng.choice(ICONS, 3))
+    return [str(rng.choice(pool)) for _ in range(count)]
+
+
+def render_alternate(
+    seed: int | np.random.Generator,
+    *,
+    resolution_wh: tuple[int, int] | None = None,
+    num_objects: int | tuple[int, int] | None = None,
+    names: Sequence[str] | None = None,
+) -> Scene:
+    """Render one scene with its ground truth, in the held-out manner.
+
+    Args:
+        seed: A seed, which fixes the scene, or a generator to draw from.
+        resolution_wh: Width and height in pixels; None draws a common frame, mostly 640 x 480.
+        num_objects: How many objects, an inclusive range to draw from, or None for 1 to 7.
+        names: Exactly the objects to draw instead of a random choice, with full names such as ``"red circle"``.
+
+    Raises:
+        ValueError: If a name is unknown or lacks its colour.
+    """
+    rng = np.random.default_rng(seed)
+    size = resolution_wh or _FRAMES[int(rng.integers(len(_FRAMES)))]
+    low, high = (num_objects, num_objects) if isinstance(num_objects, int) else num_objects or (1, 7)
+    chosen = _sample(rng, int(rng.integers(low, high + 1))) if names is None else list(names)
+    for name in chosen:
+        if name not in ICONS and split_name(name)[0] is None:
+            raise ValueError(f"{name!r} has no colour to paint it in; say for example {'red ' + name!r}")
+    columns, rows, cell = _cells(size, max(len(chosen), 2))
+    parts = [split_name(name) for name in chosen]
+    representative = [COLOURS[colour] if colour else icon_levels(shape)[0].rgb.mean((0, 1)) for colour, shape in parts]
+    tones = _background_tone(representative, rng)
+    image = _background(size, tones, rng)
+    objects = []
+    places = rng.permutation(columns * rows)[: len(chosen)]
+    for name, (colour, shape), rgb, place in zip(chosen, parts, representative, places.tolist(), strict=True):
+        side = max(15.0, min(size) * rng.uniform(0.1, 0.34))
+        side = min(side, cell - 8)
+        layer = _shape_layer(colour, shape, side, rng) if colour else _icon_layer(shape, side, rng)
+        if min(np.abs(np.subtract(tone, rgb)).sum() for tone in tones) < 130:
+            layer = _with_halo(layer, light=sum(tones[0]) < 380)
+        left, top, right, bottom = _visible_box(layer)
+        room_x, room_y = size[0] / columns - (right - left), size[1] / rows - (bottom - top)
+        x = int(place % columns * size[0] / columns + room_x * rng.uniform(0.1, 0.9))
+        y = int(place // columns * size[1] / rows + room_y * rng.uniform(0.1, 0.9))
+        image.paste(layer, (x - left, y - top), layer)
+        box = (float(x), float(y), float(x + right - left), float(y + bottom - top))
+        objects.append(SceneObject.from_name(name, box))
+    return Scene(np.asarray(image, np.uint8).copy(), tuple(objects))

@@ -1,0 +1,256 @@
+"""Moving clips with ground truth: objects that drift, turn, cross, leave the frame and come back.
+
+A clip is a recipe; frames are drawn when they are asked for, any number of times, always the same. Each object keeps
+its track id from the first frame to the last, also across the frames that do not show it. Writing files, detecting and
+tracking are left to others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .backgrounds import colour_distance, make_background
+from .objects import Patch, outlined, paint, stamp
+from .sampling import near_miss, sample_name, with_colours
+from .scene import SceneObject
+from .sprites import icon_colour
+from .world import COLOURS, split_name
+
+Frame = tuple[npt.NDArray[np.uint8], tuple["TrackedObject", ...]]
+
+
+@dataclass(frozen=True)
+class TrackedObject(SceneObject):
+    """One object in one frame of a clip.
+
+    Attributes:
+        track_id: The object's number within the clip, from 1, in drawing order: a higher number lies in front.
+        visible: Share of the object's pixels that lie in the frame and behind no other object, 0..1. The box ends at
+            the frame's edge, but includes what other objects hide.
+    """
+
+    track_id: int
+    visible: float
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A clip that draws itself frame by frame.
+
+    Attributes:
+        resolution_wh: Width and height of a frame in pixels.
+        names: The object's name for each track id: track 1 is ``names[0]``.
+        class_names: The different names, sorted.
+    """
+
+    resolution_wh: tuple[int, int]
+    names: tuple[str, ...]
+    _patches: tuple[Patch, ...] = field(repr=False)
+    _background: npt.NDArray[np.uint8] = field(repr=False)  # [H, W, 3] of the world that the camera pans over
+    _corners: npt.NDArray[np.int64] = field(repr=False)  # [T, N, 2] left and top of each object in the world
+    _camera: npt.NDArray[np.int64] = field(repr=False)  # [T, 2] left and top of the frame in the world
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The different names that occur, sorted."""
+        return tuple(sorted(set(self.names)))
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self._camera)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Same as `frames`."""
+        return self.frames()
+
+    def frames(self) -> Iterator[Frame]:
+        """Yield each frame ([H, W, 3] uint8, RGB) with the objects that reach into it, by track id."""
+        for index in range(len(self)):
+            yield self.frame(index)
+
+    def frame(self, index: int) -> Frame:
+        """Draw one frame.
+
+        Args:
+            index: 0-based number of the frame; negative counts from the end.
+
+        Returns:
+            The picture, [H, W, 3] uint8 RGB, and the objects that reach into it, by track id.
+        """
+        width, height = self.resolution_wh
+        camera_x, camera_y = self._camera[index].tolist()
+        image = self._background[camera_y : camera_y + height, camera_x : camera_x + width].copy()
+        corners = (self._corners[index] - self._camera[index]).tolist()
+        owner = np.zeros((height, width), np.uint8)  # which track a pixel shows, 0 for the background
+        boxes: dict[int, tuple[int, int, int, int]] = {}
+        for track_id, (patch, (x, y)) in enumerate(zip(self._patches, corners, strict=True), start=1):
+            stamp(image, patch, x, y)
+            box = (max(0, x), max(0, y), min(width, x + patch.box[2]), min(height, y + patch.box[3]))
+            if box[0] < box[2] and box[1] < box[3]:
+                boxes[track_id] = box
+                mask = _silhouette(patch)[box[1] - y : box[3] - y, box[0] - x : box[2] - x]
+                owner[box[1] : box[3], box[0] : box[2]][mask] = track_id
+        counts = np.bincount(owner.ravel(), minlength=len(self.names) + 1)
+        objects = []
+        for track_id, (left, top, right, bottom) in boxes.items():
+            name = self.names[track_id - 1]
+            colour, shape = split_name(name)
+            objects.append(
+                TrackedObject(
+                    name=name,
+                    kind="icon" if colour is None else "shape",
+                    shape=shape,
+                    colour=colour,
+                    xyxy=(float(left), float(top), float(right), float(bottom)),
+                    track_id=track_id,
+                    visible=float(counts[track_id] / _silhouette(self._patches[track_id - 1]).sum()),
+                )
+            )
+        return image, tuple(objects)
+
+
+def _silhouette(patch: Patch) -> npt.NDArray[np.bool_]:
+    """Return which pixels of a patch's visible box belong to the object, [h, w]."""
+    left, top, width, height = patch.box
+    return np.asarray(patch.alpha[top : top + height, left : left + width] > 127)
+
+
+def _camera_path(num_frames: int, travel: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return the frame's left and top in the world ([T, 2]), swinging to and fro over `travel` pixels in x and y."""
+    time = np.arange(num_frames)[:, None]
+    period = rng.uniform(150, 260, 2)  # frames
+    swing = 0.5 - 0.5 * np.cos(2 * math.pi * (time / period + rng.random(2)))
+    return np.rint(swing * travel).astype(np.int64)
+
+
+def _paths(
+    num_frames: int, world: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Move the objects: each bounces within its own bounds, and some turn all the while.
+
+    Args:
+        num_frames: Number of frames T.
+        world: [2] width and height of the world in pixels.
+        sizes: [N, 2] width and height of the objects' boxes.
+        rng: Source of randomness.
+
+    Returns:
+        [T, N, 2] left and top of the boxes in the world.
+    """
+    count = len(sizes)
+    low, high = np.full((count, 2), 1.0), world - sizes - 1
+    # Every third object is a visitor: its bounds reach beyond the world in x, so it leaves and comes back.
+    visitors = np.arange(count) % 3 == 2
+    low[visitors, 0] = -sizes[visitors, 0] - world[0] * 0.12
+    high[visitors, 0] = world[0] * 1.12
+    position = rng.uniform(np.maximum(low, 1), np.minimum(high, world - sizes - 1))
+    heading = rng.uniform(0, 2 * math.pi, count)
+    # Headings near the vertical would keep a visitor from leaving.
+    heading[visitors] = rng.uniform(-0.4, 0.4, int(visitors.sum())) + math.pi * rng.integers(0, 2, int(visitors.sum()))
+    speed = rng.uniform(0.003, 0.011, count) * world.min()
+    velocity = np.stack([np.cos(heading), np.sin(heading)], 1) * speed[:, None]
+    turn = np.where(np.arange(count) % 3 == 1, rng.uniform(-0.03, 0.03, count), 0.0)  # radians a frame
+    cos, sin = np.cos(turn), np.sin(turn)
+    path = np.empty((num_frames, count, 2))
+    for index in range(num_frames):
+        path[index] = position
+        velocity = np.stack(
+            [velocity[:, 0] * cos - velocity[:, 1] * sin, velocity[:, 0] * sin + velocity[:, 1] * cos], 1
+        )
+        position = position + velocity
+        outside = (position < low) | (position > high)
+        velocity = np.where(outside, np.where(position < low, np.abs(velocity), -np.abs(velocity)), velocity)
+        position = np.clip(position, low, high)
+    return np.rint(path).astype(np.int64)
+
+
+def _class_names(rng: np.random.Generator, count: int) -> list[str]:
+    """Draw different class names; the second is a near miss of the first."""
+    names = [sample_name(rng)]
+    while len(names) < count:
+        name = near_miss(rng, names[0]) if len(names) == 1 else sample_name(rng)
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def _backdrop(
+    rng: np.random.Generator, size_wh: tuple[int, int], colours: Sequence[tuple[float, float, float]]
+) -> tuple[npt.NDArray[np.uint8], float]:
+    """Draw a background on which the given colours show; returns it with the share of it that hides the worst one."""
+    best: tuple[float, npt.NDArray[np.uint8] | None] = (2.0, None)
+    for _ in range(8):
+        image = make_background(rng, size_wh, colours)
+        sample = image[::16, ::16]
+        hidden = max(float((colour_distance(sample, colour) < 120).mean()) for colour in colours)
+        if hidden < best[0]:
+            best = (hidden, image)
+        if hidden < 0.01:
+            break
+    assert best[1] is not None, "a share is at most one"
+    return best[1], best[0]
+
+
+def render_clip(
+    seed: int,
+    *,
+    num_frames: int = 300,
+    num_objects: int = 8,
+    num_classes: int = 3,
+    resolution_wh: tuple[int, int] = (640, 480),
+    pan: bool = False,
+    names: Sequence[str] | None = None,
+) -> Clip:
+    """Plan a clip; its frames are drawn on demand.
+
+    Args:
+        seed: Fixes the clip.
+        num_frames: Number of frames.
+        num_objects: Number of objects, each with its own track id; at most 255.
+        num_classes: Number of different names among them.
+        resolution_wh: Width and height of a frame in pixels.
+        pan: Let the camera swing over a world half as wide again as the frame.
+        names: The name of each object, in the order of track ids, in place of `num_objects` and `num_classes`. A shape
+            without a colour gets a random one.
+
+    Raises:
+        ValueError: If a number is out of range or a name is unknown.
+    """
+    if num_frames < 1:
+        raise ValueError(f"a clip has at least one frame; got num_frames={num_frames}")
+    rng = np.random.default_rng(seed)
+    if names is None:
+        if not 1 <= num_classes <= num_objects <= 255:
+            raise ValueError(f"need 1 <= num_classes <= num_objects <= 255; got {num_classes} and {num_objects}")
+        classes = _class_names(rng, num_classes)
+        chosen = [classes[index % num_classes] for index in range(num_objects)]
+        rng.shuffle(chosen)
+    else:
+        if not 1 <= len(names) <= 255:
+            raise ValueError(f"a clip has 1 to 255 objects; got {len(names)} names")
+        chosen = with_colours(rng, names)
+    frame_wh = np.array(resolution_wh, np.float64)
+    travel = np.rint(frame_wh * (0.5, 0.15)) if pan else np.zeros(2)
+    world = frame_wh + travel
+    parts = [split_name(name) for name in chosen]
+    colours = [icon_colour(shape) if colour is None else COLOURS[colour] for colour, shape in parts]
+    background, hidden = _backdrop(rng, (int(world[0]), int(world[1])), colours)
+    sizes = (rng.uniform(0.1, 0.24, len(chosen)) * frame_wh.min()).tolist()
+    patches = tuple(paint(name, size, rng) for name, size in zip(chosen, sizes, strict=True))
+    if hidden > 0.05:
+        level = 20 if background.mean() > 128 else 245
+        patches = tuple(outlined(patch, (level, level, level), 2) for patch in patches)
+    extents = np.array([patch.box[2:] for patch in patches], np.float64)
+    return Clip(
+        resolution_wh=resolution_wh,
+        names=tuple(chosen),
+        _patches=patches,
+        _background=background,
+        _corners=_paths(num_frames, world, extents, rng),
+        _camera=_camera_path(num_frames, travel, rng),
+    )

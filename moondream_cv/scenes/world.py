@@ -1,0 +1,115 @@
+"""The vocabulary of the synthetic world: eight shapes in eight colours, and thirty-two icons.
+
+Names are plain English: a coloured shape is ``"red circle"``, an icon is ``"dog"``. A query may also name a shape
+without its colour (``"circle"``); a colour alone names nothing. This module holds words and RGB values only: what a
+thing looks like is the renderers' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+SHAPES: Final[tuple[str, ...]] = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+
+COLOURS: Final[dict[str, tuple[int, int, int]]] = {  # RGB
+    "red": (215, 35, 35),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 215),
+    "yellow": (245, 215, 40),
+    "orange": (245, 135, 25),
+    "purple": (140, 50, 175),
+    "black": (20, 20, 22),
+    "white": (245, 245, 245),
+}
+
+GLYPHS: Final[dict[str, str]] = {  # icon name -> emoji the sprite sheet was made from, in the sheet's order
+    "dog": "🐕",
+    "cat": "🐈",
+    "car": "🚗",
+    "bus": "🚌",
+    "bicycle": "🚲",
+    "airplane": "✈",
+    "boat": "⛵",
+    "house": "🏠",
+    "tree": "🌳",
+    "apple": "🍎",
+    "banana": "🍌",
+    "pizza": "🍕",
+    "ball": "⚽",
+    "clock": "⏰",
+    "book": "📕",
+    "umbrella": "☂",
+    "horse": "🐎",
+    "cow": "🐄",
+    "elephant": "🐘",
+    "bird": "🐦",
+    "fish": "🐟",
+    "rocket": "🚀",
+    "truck": "🚚",
+    "train": "🚂",
+    "flower": "🌻",
+    "guitar": "🎸",
+    "phone": "📱",
+    "laptop": "💻",
+    "key": "🔑",
+    "cup": "☕",
+    "cake": "🎂",
+    "donut": "🍩",
+}
+
+ICONS: Final[tuple[str, ...]] = tuple(GLYPHS)
+
+COLOURED_SHAPES: Final[tuple[str, ...]] = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+
+ALL_NAMES: Final[tuple[str, ...]] = COLOURED_SHAPES + ICONS
+"""Every name that an object can carry: 64 coloured shapes and 32 icons."""
+
+_IRREGULAR_PLURALS: Final[dict[str, str]] = {"fish": "fish"}
+
+
+def split_name(name: str) -> tuple[str | None, str]:
+    """Split a query name into its colour and its shape or icon.
+
+    Args:
+        name: ``"red circle"``, ``"circle"`` or ``"dog"``.
+
+    Returns:
+        ``("red", "circle")``, ``(None, "circle")`` or ``(None, "dog")``.
+
+    Raises:
+        ValueError: If the name is not part of this world, as ``"red"`` or ``"red dog"``.
+    """
+    colour, _, shape = name.rpartition(" ")
+    if (not colour and (shape in SHAPES or shape in GLYPHS)) or (colour in COLOURS and shape in SHAPES):
+        return colour or None, shape
+    raise ValueError(f"{name!r} is not a name of this world; known are e.g. 'red circle', 'circle' and 'dog'")
+
+
+def article(name: str) -> str:
+    """Return the indefinite article of a name: ``"an"`` for ``"orange ring"``, ``"a"`` for ``"dog"``."""
+    return "an" if name[:1].lower() in "aeiou" else "a"
+
+
+def with_article(name: str) -> str:
+    """Return a name behind its indefinite article: ``"an apple"``."""
+    return f"{article(name)} {name}"
+
+
+def plural(name: str) -> str:
+    """Return the plural of a name: ``"buses"``, ``"red crosses"``, ``"fish"``."""
+    head, space, noun = name.rpartition(" ")
+    if noun in _IRREGULAR_PLURALS:
+        noun = _IRREGULAR_PLURALS[noun]
+    elif noun.endswith(("s", "x", "z", "ch", "sh")):
+        noun += "es"
+    elif noun.endswith("y") and noun[-2:-1] not in tuple("aeiou"):
+        noun = noun[:-1] + "ies"
+    else:
+        noun += "s"
+    return f"{head}{space}{noun}"
+
+
+def query_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return every query that the given object names answer, sorted: ``"red circle"`` also answers ``"circle"``."""
+    return tuple(sorted({query for name in names for query in (name, split_name(name)[1])}))

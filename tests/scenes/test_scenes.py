@@ -1,0 +1,328 @@
+"""The synthetic world: what the renderers promise about names, boxes, places and repeatability."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import moondream_cv.scenes as scenes
+from moondream_cv.scenes import (
+    ALL_NAMES,
+    COLOURED_SHAPES,
+    COLOURS,
+    ICONS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    plural,
+    render_alternate,
+    render_clip,
+    render_scene,
+    with_article,
+)
+from moondream_cv.scenes.objects import outlined, paint
+from moondream_cv.scenes.sprites import icon_levels
+from moondream_cv.scenes.world import query_names, split_name
+
+Box = tuple[float, float, float, float]
+
+
+def bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
+    """Return the edges of the box around the true pixels of a mask."""
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    return float(left), float(top), float(left + width), float(top + height)
+
+
+def covered(first: Box, second: Box) -> float:
+    """Return the common area of two boxes as a share of the smaller one's."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return max(0.0, width) * max(0.0, height) / min(areas)
+
+
+def assert_sound(scene: Scene) -> None:
+    """Check what every scene promises: type, boxes of positive area within the frame."""
+    width, height = scene.resolution_wh
+    assert scene.image.dtype == np.uint8
+    assert scene.image.shape == (height, width, 3)
+    for item in scene.objects:
+        left, top, right, bottom = item.xyxy
+        assert 0 <= left < right <= width, item
+        assert 0 <= top < bottom <= height, item
+        assert split_name(item.name) == (item.colour, item.shape)
+        assert item.kind == ("icon" if item.name in ICONS else "shape")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_world_has_64_coloured_shapes_and_32_icons() -> None:
+    assert (len(SHAPES), len(COLOURS), len(COLOURED_SHAPES), len(ICONS)) == (8, 8, 64, 32)
+    assert (ICONS[0], ICONS[-1]) == ("dog", "donut")
+    assert COLOURS["orange"] == (245, 135, 25)
+    assert len(set(ALL_NAMES)) == 96
+
+
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [("dog", "dogs"), ("red cross", "red crosses"), ("bus", "buses"), ("fish", "fish"), ("book", "books")],
+)
+def test_plural(name: str, many: str) -> None:
+    assert plural(name) == many
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [("dog", "a dog"), ("orange ring", "an orange ring"), ("umbrella", "an umbrella"), ("blue star", "a blue star")],
+)
+def test_with_article(name: str, one: str) -> None:
+    assert with_article(name) == one
+
+
+def test_query_names_include_the_bare_shape() -> None:
+    assert query_names(["red circle", "dog"]) == ("circle", "dog", "red circle")
+
+
+@pytest.mark.parametrize("name", ["red", "red dog", "zebra", "", "circle red", "pink circle"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="not a name of this world"):
+        split_name(name)
+    with pytest.raises(ValueError, match="not a name of this world"):
+        render_scene(0, names=[name])
+
+
+def test_named_matches_exact_names_and_bare_shapes() -> None:
+    image = np.zeros((50, 50, 3), np.uint8)
+    red = SceneObject.from_name("red circle", (20, 0, 30, 10))
+    blue = SceneObject.from_name("blue circle", (0, 0, 10, 10))
+    dog = SceneObject.from_name("dog", (0, 20, 10, 30))
+    scene = Scene(image, (red, blue, dog))
+    assert scene.named("red circle") == (red,)
+    assert scene.named("circle") == (blue, red)  # left to right
+    assert scene.named("dog") == (dog,)
+    assert scene.named("green circle") == scene.named("square") == ()
+    with pytest.raises(ValueError, match="'red' is not a name"):
+        scene.named("red")
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_sprites_cover_the_icons_and_fill_their_cells() -> None:
+    for name in ICONS:
+        sprite = icon_levels(name)[0]
+        assert sprite.rgb.shape[:2] == sprite.alpha.shape
+        assert max(sprite.alpha.shape) == 112
+        height, width = sprite.alpha.shape
+        assert bounding_box(sprite.alpha > 127) == (0, 0, width, height)
+
+
+@pytest.mark.parametrize("name", ALL_NAMES)
+def test_every_name_is_painted_with_a_tight_box(name: str) -> None:
+    rng = np.random.default_rng(3)
+    for size in (15.0, 47.3, 140.0):
+        patch = paint(name, size, rng, shadow=True)
+        left, top, width, height = patch.box
+        assert bounding_box(patch.alpha > 127) == (left, top, left + width, top + height)
+        assert max(width, height) == pytest.approx(size, rel=0.25, abs=2)
+        framed = outlined(patch, (255, 255, 255), 2)
+        assert framed.box[2:] == pytest.approx((width + 4, height + 4), abs=2)
+
+
+@pytest.mark.parametrize("name", COLOURED_SHAPES)
+def test_plain_boxes_are_tight_to_the_pixel(name: str) -> None:
+    scene = render_scene(11, names=[name], style="plain", resolution_wh=(160, 120))
+    (item,) = scene.objects
+    behind = scene.image[0, 0].astype(float)
+    colour = np.array(COLOURS[name.split()[0]], float)
+    change = colour - behind
+    coverage = (scene.image - behind) @ change / (change @ change)
+    assert np.allclose(bounding_box(coverage > 0.5), item.xyxy, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ICONS)
+def test_plain_icons_have_tight_boxes(name: str) -> None:
+    scene = render_scene(12, names=[name], style="plain", resolution_wh=(160, 120))
+    (item,) = scene.objects
+    changed = np.abs(scene.image.astype(int) - scene.image[0, 0]).sum(2) > 60
+    assert np.allclose(bounding_box(changed), item.xyxy, atol=1.01)
+
+
+@pytest.mark.parametrize("render", [render_scene, render_alternate])
+@pytest.mark.parametrize("name", ["red circle", "green star", "blue ring", "yellow cross", "purple triangle"])
+def test_boxes_surround_the_pixels_of_the_objects_colour(render: Callable[..., Scene], name: str) -> None:
+    """Measured on the finished picture, with whatever background, outline and camera the seed brings."""
+    for seed in range(8):
+        scene = render(seed, names=[name], resolution_wh=(320, 240))
+        left, top, right, bottom = (round(edge) for edge in scene.objects[0].xyxy)
+        near = np.abs(scene.image.astype(int) - COLOURS[name.split()[0]]).sum(2) < 110
+        inside = near[top:bottom, left:right]
+        assert inside.sum() >= 0.9 * near.sum()
+        found = bounding_box(inside)
+        assert np.allclose(found, (0, 0, right - left, bottom - top), atol=0.08 * (right - left) + 3), seed
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_train_scenes_are_sound(seed: int) -> None:
+    scene = render_scene(seed)
+    assert_sound(scene)
+    assert 1 <= len(scene.objects) <= 8
+    for item in scene.objects:
+        assert max(item.xyxy[2] - item.xyxy[0], item.xyxy[3] - item.xyxy[1]) >= 12
+    assert all(covered(a.xyxy, b.xyxy) <= 0.06 for a, b in combinations(scene.objects, 2))
+
+
+def test_objects_stand_out_from_the_background() -> None:
+    """A white object on white, or a black one on black, would make the ground truth a lie."""
+    for seed in range(40):
+        scene = render_scene(seed, names=[("white circle", "black square")[seed % 2]], resolution_wh=(200, 200))
+        left, top, right, bottom = (int(edge) for edge in scene.objects[0].xyxy)
+        grey = scene.image.astype(float).mean(2)
+        inner = grey[
+            (top * 2 + bottom) // 3 : (top + 2 * bottom) // 3, (left * 2 + right) // 3 : (left + 2 * right) // 3
+        ]
+        frame = grey[max(0, top - 4) : bottom + 4, max(0, left - 4) : right + 4]
+        assert np.abs(frame - inner.mean()).max() > 45, seed
+
+
+def test_scenes_repeat_classes_and_hold_near_misses() -> None:
+    repeated = near = 0
+    for seed in range(150):
+        names = [item.name for item in render_scene(seed, resolution_wh=(160, 160)).objects]
+        repeated += len(set(names)) < len(names)
+        pairs = [(a.split(), b.split()) for a, b in combinations(names, 2) if a != b and " " in a and " " in b]
+        near += any(a[0] == b[0] or a[1] == b[1] for a, b in pairs)
+    assert repeated > 40
+    assert near > 40
+
+
+@pytest.mark.parametrize("render", [render_scene, render_alternate])
+def test_a_seed_fixes_the_scene(render: Callable[..., Scene]) -> None:
+    first, second, other = render(5), render(5), render(6)
+    assert first.objects == second.objects
+    assert np.array_equal(first.image, second.image)
+    assert first.objects != other.objects
+    assert render(np.random.default_rng(5)).objects == first.objects
+
+
+def test_names_are_drawn_in_order_and_bare_shapes_get_a_colour() -> None:
+    scene = render_scene(1, names=["dog", "circle", "red star", "dog"])
+    assert [item.shape for item in scene.objects] == ["dog", "circle", "star", "dog"]
+    assert scene.objects[1].colour in COLOURS
+    assert len(scene.named("dog")) == 2
+
+
+def test_counts_and_sizes_are_kept() -> None:
+    assert len(render_scene(0, num_objects=5, resolution_wh=(640, 480)).objects) == 5
+    assert all(2 <= len(render_scene(seed, num_objects=(2, 3)).objects) <= 3 for seed in range(20))
+    assert render_scene(0, num_objects=0).objects == ()
+    assert render_scene(0, resolution_wh=(1920, 1080)).image.shape == (1080, 1920, 3)
+    assert render_alternate(0, num_objects=4, resolution_wh=(300, 200)).resolution_wh == (300, 200)
+
+
+def test_overlap_is_allowed_on_request() -> None:
+    worst = 0.0
+    for seed in range(30):
+        items = render_scene(seed, num_objects=8, resolution_wh=(200, 200), allow_overlap=True).objects
+        worst = max([worst, *(covered(a.xyxy, b.xyxy) for a, b in combinations(items, 2))])
+    assert 0.1 < worst <= 0.35
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown style 'cubist'"):
+        render_scene(0, style="cubist")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names already says"):
+        render_scene(0, names=["dog"], num_objects=2)
+    with pytest.raises(ValueError, match="do not fit"):
+        render_scene(0, names=["dog"] * 60, resolution_wh=(64, 64))
+    with pytest.raises(ValueError, match="has no colour"):
+        render_alternate(0, names=["circle"])
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_alternate_scenes_are_sound(seed: int) -> None:
+    scene = render_alternate(seed)
+    assert_sound(scene)
+    assert 1 <= len(scene.objects) <= 7
+    assert all(covered(a.xyxy, b.xyxy) == 0 for a, b in combinations(scene.objects, 2))
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pan", [False, True])
+def test_clips_keep_their_track_ids(pan: bool) -> None:
+    clip = render_clip(4, num_frames=80, pan=pan)
+    assert len(clip) == 80
+    assert len(clip.names) == 8
+    assert len(clip.class_names) == 3
+    previous: dict[int, Box] = {}
+    for image, items in clip.frames():
+        assert_sound(Scene(image, items))
+        assert image.shape == (480, 640, 3)
+        ids = [item.track_id for item in items]
+        assert ids == sorted(set(ids))
+        for item in items:
+            assert item.name == clip.names[item.track_id - 1]
+            assert 0 <= item.visible <= 1
+            if item.track_id in previous:
+                assert np.abs(np.subtract(item.xyxy, previous[item.track_id])).max() <= 16  # pixels between frames
+        previous = {item.track_id: item.xyxy for item in items}
+
+
+def test_clips_repeat_exactly_and_allow_random_access() -> None:
+    clip, again = render_clip(7, num_frames=12, pan=True), render_clip(7, num_frames=12, pan=True)
+    for index, (image, items) in enumerate(clip):
+        other, other_items = again.frame(index)
+        assert np.array_equal(image, other)
+        assert items == other_items
+    assert not np.array_equal(clip.frame(0)[0], clip.frame(-1)[0])
+
+
+def test_objects_leave_and_come_back_and_cross() -> None:
+    clip = render_clip(0, num_frames=600, names=["red circle", "dog", "blue star", "cat", "bus", "green ring"])
+    present = np.zeros((600, 7), bool)
+    hidden = False
+    for index, (_, items) in enumerate(clip):
+        for item in items:
+            present[index, item.track_id] = True
+            inside = item.xyxy[0] > 0 and item.xyxy[1] > 0 and item.xyxy[2] < 640 and item.xyxy[3] < 480
+            hidden |= inside and item.visible < 0.7
+    assert hidden  # somebody passed in front of somebody
+    returns = [(np.diff(present[:, track].astype(int)) == 1).sum() for track in (3, 6)]
+    assert min(returns) >= 1
+    assert present[:, [1, 2, 4, 5]].all()
+
+
+def test_visible_share_is_that_of_the_pixels_shown() -> None:
+    clip = render_clip(2, num_frames=200, names=["red square"] * 3)
+    partial = [item for _, items in clip for item in items if item.track_id == 3 and item.xyxy[0] == 0]
+    assert any(0 < item.visible < 0.6 for item in partial)
+    full = [item for _, items in clip for item in items if item.track_id == 3 and 0 < item.xyxy[0] < 400]
+    assert all(item.visible == 1 for item in full)  # nothing lies in front of the last track
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_room_is_light() -> None:
+    code = (
+        "import sys, moondream_cv.scenes as s; heavy = {'cv2', 'numpy', 'PIL', 'torch'} & set(sys.modules); "
+        "assert not heavy, heavy; s.ICONS; assert 'cv2' not in sys.modules; assert dir(s) == sorted(s.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_exports_resolve() -> None:
+    for name in scenes.__all__:
+        assert getattr(scenes, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        scenes.nothing  # noqa: B018
