@@ -1,0 +1,115 @@
+"""From a request to the token ids, coordinates and sizes that are fed to the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moondream_cv.errors import UnsupportedSkill
+from moondream_cv.model.config import TokenizerConfig
+from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.requests import Caption, Detect, Gaze, Point, Query, Request, SpatialRef
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is fed before the reply.
+
+    Attributes:
+        ids: Token ids. Where a coordinate or size token of a spatial reference stands, its embedding is replaced.
+        coords: Coordinates, in the order of their tokens.
+        sizes: (width, height), in the order of their tokens.
+    """
+
+    ids: tuple[int, ...]
+    coords: tuple[float, ...] = ()
+    sizes: tuple[tuple[float, float], ...] = ()
+
+    def embed(self, network: MoondreamNetwork) -> Tensor:
+        """[1, T, dim] embeddings."""
+        config, region, device = network.config.tokenizer, network.region, network.device
+        ids = torch.tensor(self.ids, device=device)
+        with torch.inference_mode():
+            embeddings = network.text.embed(ids)
+            if self.coords:
+                coords = torch.tensor(self.coords, device=device, dtype=network.dtype)[:, None]
+                embeddings[ids == config.coord_id] = region.encode_coordinate(coords)
+            if self.sizes:
+                sizes = torch.tensor(self.sizes, device=device, dtype=network.dtype)
+                embeddings[ids == config.size_id] = region.encode_size(sizes)
+        return embeddings[None]
+
+
+def write_prompt(request: Request, tokenizer: Tokenizer, config: TokenizerConfig) -> Prompt:
+    """Fill the template of a request's skill.
+
+    Raises:
+        UnsupportedSkill: The checkpoint has no template for it.
+    """
+    if isinstance(request, Detect | Point):
+        template = _template(config, request.skill)
+        return Prompt((*template["prefix"], *_encode(tokenizer, " " + request.object), *template["suffix"]))
+    if isinstance(request, Query):
+        return _question(request, tokenizer, config)
+    if isinstance(request, Caption):
+        template = _template(config, "caption")
+        if request.length not in template:
+            raise UnsupportedSkill(
+                f"this checkpoint has no {request.length!r} captions, only {', '.join(map(repr, template))}"
+            )
+        return Prompt(tuple(template[request.length]))
+    if isinstance(request, Gaze):
+        before, after = _encode(tokenizer, "\n\nPoint:"), _encode(tokenizer, " gaze\n\n")
+        return Prompt((*before, config.coord_id, config.coord_id, *after), coords=request.eye)
+    raise TypeError(f"a request is one of Detect, Point, Query, Caption and Gaze, not {request!r}")
+
+
+def answer_prompt(config: TokenizerConfig) -> Prompt:
+    """What stands between the reasoning and the answer."""
+    return Prompt(tuple(_template(config, "query")["suffix"]))
+
+
+def _question(request: Query, tokenizer: Tokenizer, config: TokenizerConfig) -> Prompt:
+    template = _template(config, "query")
+    spatial, coords, sizes = _spatial(request.spatial_refs, config)
+    suffix, repeat = tuple(template["suffix"]), request.settings.repeat_suffix
+    if request.reasoning:
+        end = (*(suffix if repeat else ()), config.thinking_id)
+    else:
+        end = suffix * (2 if repeat else 1)
+    start = () if request.image is not None else (config.bos_id,)
+    ids = (*start, *template["prefix"], *spatial, *_encode(tokenizer, request.question), *end)
+    return Prompt(ids, coords, sizes)
+
+
+def _spatial(
+    refs: Sequence[SpatialRef], config: TokenizerConfig
+) -> tuple[list[int], tuple[float, ...], tuple[tuple[float, float], ...]]:
+    ids: list[int] = []
+    coords: list[float] = []
+    sizes: list[tuple[float, float]] = []
+    for ref in refs:
+        ids += [config.coord_id, config.coord_id]
+        if len(ref) == 2:
+            coords += ref
+        else:
+            ids.append(config.size_id)
+            coords += [(ref[0] + ref[2]) / 2, (ref[1] + ref[3]) / 2]
+            sizes.append((ref[2] - ref[0], ref[3] - ref[1]))
+    return ids, tuple(coords), tuple(sizes)
+
+
+def _template(config: TokenizerConfig, skill: str) -> dict[str, list[int]]:
+    template = config.templates.get(skill)
+    if template is None:
+        raise UnsupportedSkill(f"this checkpoint cannot {skill}; Moondream 2 of 2025-06-21 can")
+    return template
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
