@@ -1,0 +1,118 @@
+"""The losses of the tiny model: what the decoder should say, and what each image token should know by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moondream_cv.engine.crops import normalize
+from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.model.region import size_to_bin
+from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES
+from moondream_cv.training.batches import Batch
+from moondream_cv.training.packing import IGNORE
+
+TEXT_WEIGHT, SIZE_WEIGHT, DECISION_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 2.0, 0.006
+
+
+class CellHeads(nn.Module):
+    """Linear probes on image tokens, thrown away after training: which thing, which colour, and whether there is one."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.present = nn.Linear(dim, 1)
+        self.thing = nn.Linear(dim, len(SHAPES) + len(ICONS))
+        self.colour = nn.Linear(dim, len(COLOURS))
+        self.box = nn.Linear(dim, 4)
+
+
+def image_tokens(network: MoondreamNetwork, batch: Batch) -> Tensor:
+    """[B, P, dim] image tokens of a batch."""
+    crops = normalize(batch.pixels, network.dtype)
+    return network.vision.join(network.vision(crops), batch.tilings)
+
+
+def cell_losses(network: MoondreamNetwork, heads: CellHeads, tokens: Tensor, batch: Batch, sigma: float) -> dict[str, Tensor]:
+    """Losses of single image tokens: presence, thing, colour, and the object's box through the real region heads."""
+    covered = batch.thing != IGNORE
+    normed = heads.norm(tokens)
+    chosen, chosen_normed = tokens[covered], normed[covered]
+    box, bins = batch.box[covered], network.config.region.coord_out_dim
+    return {
+        "present": F.binary_cross_entropy_with_logits(heads.present(normed).squeeze(-1), covered.float()),
+        "thing": F.cross_entropy(heads.thing(chosen_normed), batch.thing[covered]),
+        "colour": _mean(F.cross_entropy(heads.colour(chosen_normed), batch.colour[covered], reduction="none")),
+        "cell size": 0.3 * soft_bins(network.region.decode_size(chosen), size_bins(box[:, 2:], network), sigma),
+        "cell x": 0.3 * soft_bins(network.region.decode_coordinate(chosen), box[:, 0] * bins, sigma),
+        "cell box": 4.0 * F.l1_loss(heads.box(chosen_normed), box),
+    }
+
+
+def text_losses(network: MoondreamNetwork, tokens: Tensor, batch: Batch, sigma: float) -> dict[str, Tensor]:
+    """Losses of the decoder on the packed questions, teacher-forced."""
+    config, region = network.config, network.region
+    batch_size, prefix = len(batch.ids), config.prefix_length
+    bos = network.text.embed(torch.full((batch_size, 1), config.tokenizer.bos_id, device=tokens.device))
+    inputs = network.text.embed(batch.ids)
+    with_coord, with_size = ~batch.coords.isnan(), ~batch.sizes[..., 0].isnan()
+    coords = batch.coords[with_coord]
+    coords = (coords + COORDINATE_JITTER * torch.randn_like(coords)).clamp(0, 1)
+    with torch.autocast(tokens.device.type, enabled=False):  # a few bits of a coordinate are not enough for its phases
+        encoded_coords = region.encode_coordinate(coords[:, None]).to(inputs.dtype)
+        encoded_sizes = region.encode_size(batch.sizes[with_size]).to(inputs.dtype)
+    inputs = inputs.masked_scatter(with_coord[..., None], encoded_coords)
+    inputs = inputs.masked_scatter(with_size[..., None], encoded_sizes)
+    x = torch.cat((bos, tokens, inputs), dim=1)
+    positions = torch.cat(
+        (torch.arange(prefix, device=x.device).expand(batch_size, -1), prefix + batch.offsets), dim=1
+    )
+    hidden = network.text(x, positions, packed_mask(batch.question, prefix))[:, prefix:]
+
+    said = batch.next_ids != IGNORE
+    targets = batch.next_ids[said]
+    decisions = (targets == config.tokenizer.eos_id) | (targets == config.tokenizer.coord_id)
+    weights = torch.where(decisions, DECISION_WEIGHT, 1.0)
+    per_token = F.cross_entropy(network.text.logits(hidden[said]).float(), targets, reduction="none")
+    located, sized = ~batch.next_coords.isnan(), ~batch.next_sizes[..., 0].isnan()
+    bins = config.region.coord_out_dim
+    return {
+        "text": TEXT_WEIGHT * (per_token * weights).sum() / weights.sum(),
+        "coord": soft_bins(region.decode_coordinate(hidden[located]), batch.next_coords[located] * bins, sigma),
+        "size": SIZE_WEIGHT * soft_bins(region.decode_size(hidden[sized]), size_bins(batch.next_sizes[sized], network), sigma),
+    }
+
+
+def packed_mask(question: Tensor, prefix: int) -> Tensor:
+    """[B, 1, prefix + T, prefix + T] mask: a question sees the prefix and itself up to now; the prefix sees itself."""
+    batch, length = question.shape
+    mask = torch.zeros(batch, prefix + length, prefix + length, dtype=torch.bool, device=question.device)
+    mask[:, :, :prefix] = True
+    same = question[:, :, None] == question[:, None]
+    mask[:, prefix:, prefix:] = same & torch.ones(length, length, dtype=torch.bool, device=question.device).tril()
+    return mask[:, None]
+
+
+def soft_bins(logits: Tensor, centre: Tensor, sigma: float) -> Tensor:
+    """Cross entropy against a Gaussian of `sigma` bins around the true place.
+
+    Args:
+        logits: [..., bins].
+        centre: [...] real-valued bin.
+    """
+    if not logits.numel():
+        return logits.sum()
+    bins = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
+    target = torch.softmax(-0.5 * ((bins - centre[..., None]) / sigma) ** 2, dim=-1)
+    return -(target * logits.float().log_softmax(-1)).sum(-1).mean()
+
+
+def size_bins(size: Tensor, network: MoondreamNetwork) -> Tensor:
+    """Width and height as fractions → real-valued bins."""
+    return size_to_bin(size, network.config.region.size_out_dim // 2)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    known = losses != 0  # cross_entropy gives exactly 0 where it ignores
+    return losses.sum() / known.sum().clamp_min(1)

@@ -1,0 +1,203 @@
+"""What the tiny model is taught to say about a scene: questions and answers written from the ground truth.
+
+An `Example` is text and objects; `training/packing.py` turns it into tokens. Objects stand in a fixed order, left to
+right by centre, since a set has to be said in some order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moondream_cv.scenes.render import Scene, SceneObject
+from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, plural, with_article
+
+Box = tuple[float, float, float, float]  # x centre, y centre, width, height, as fractions of the image
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One request and the reply that is to be learnt.
+
+    Attributes:
+        skill: "detect", "point", "query", "reason" or a caption length ("short", "normal", "long").
+        prompt: The object's name or the question; empty for captions.
+        answer: The text of the reply.
+        boxes: What detect and point reply; what reasoning grounds its answer on.
+        refs: Spatial references of a question: (x, y) or (x, y, width, height), fractions.
+        grounded: The words that reasoning grounds.
+    """
+
+    skill: str
+    prompt: str = ""
+    answer: str = ""
+    boxes: tuple[Box, ...] = ()
+    refs: tuple[tuple[float, ...], ...] = ()
+    grounded: str = ""
+
+
+def write_examples(scene: Scene, rng: np.random.Generator, count: int, regions_only: bool = False) -> list[Example]:
+    """Draw `count` requests about a scene; with `regions_only`, detect and point alone."""
+    view = _View(scene)
+    examples = []
+    for _ in range(count):
+        writer = _region if regions_only or rng.random() < 0.4 else _WRITERS[rng.choice(len(_WRITERS), p=_WEIGHTS)]
+        examples.append(writer(view, rng) or _region(view, rng))
+    return examples
+
+
+def short_caption(names: Sequence[str]) -> str:
+    """The short caption of objects in reading order: "A red circle, a dog and a cup."."""
+    return f"{_capital(_listing([with_article(n) for n in names]))}." if names else "An empty picture."
+
+
+class _View:
+    """A scene's objects from left to right, as fractions of the picture."""
+
+    def __init__(self, scene: Scene) -> None:
+        width, height = scene.resolution_wh
+        self.objects = sorted(scene.objects, key=lambda o: o.xyxy[0] + o.xyxy[2])
+        self.boxes = [
+            (
+                (o.xyxy[0] + o.xyxy[2]) / 2 / width,
+                (o.xyxy[1] + o.xyxy[3]) / 2 / height,
+                (o.xyxy[2] - o.xyxy[0]) / width,
+                (o.xyxy[3] - o.xyxy[1]) / height,
+            )
+            for o in self.objects
+        ]
+
+    def boxes_of(self, name: str) -> tuple[Box, ...]:
+        return tuple(b for o, b in zip(self.objects, self.boxes, strict=True) if answers_to(o, name))
+
+    def pick(self, rng: np.random.Generator) -> tuple[SceneObject, Box] | None:
+        if not self.objects:
+            return None
+        index = int(rng.integers(len(self.objects)))
+        return self.objects[index], self.boxes[index]
+
+
+def answers_to(item: SceneObject, name: str) -> bool:
+    """Whether an object is meant by a name: its own, its shape's, or "object"."""
+    return name in (item.name, item.shape, "object")
+
+
+def _present(view: _View, rng: np.random.Generator) -> str | None:
+    picked = view.pick(rng)
+    if picked is None:
+        return None
+    if rng.random() < 0.03:
+        return "object"
+    item = picked[0]
+    return item.shape if item.kind == "icon" or rng.random() < 0.35 else item.name
+
+
+def _absent(view: _View, rng: np.random.Generator) -> str:
+    """A name that nothing answers to, more often than not a near miss of something that is there."""
+    for _ in range(20):
+        picked, draw = view.pick(rng), rng.random()
+        if picked and picked[0].colour and draw < 0.6:
+            item = picked[0]
+            if draw < 0.3:
+                name = f"{rng.choice(list(COLOURS))} {item.shape}"
+            else:
+                name = f"{item.colour} {rng.choice(SHAPES)}"
+        elif draw < 0.8:
+            name = str(rng.choice(ICONS))
+        else:
+            shape = str(rng.choice(SHAPES))
+            name = shape if rng.random() < 0.3 else f"{rng.choice(list(COLOURS))} {shape}"
+        if not view.boxes_of(name):
+            return name
+    return "key" if not view.boxes_of("key") else "cup"
+
+
+def _name(view: _View, rng: np.random.Generator) -> str:
+    present = _present(view, rng) if rng.random() < 0.55 else None
+    return present or _absent(view, rng)
+
+
+def _region(view: _View, rng: np.random.Generator) -> Example:
+    name = _name(view, rng)
+    asked = plural(name) if rng.random() < 0.05 else name
+    return Example("detect" if rng.random() < 0.6 else "point", asked, boxes=view.boxes_of(name))
+
+
+def _count(view: _View, rng: np.random.Generator) -> Example:
+    name = _present(view, rng) if rng.random() < 0.8 else None
+    name = name or _absent(view, rng)
+    boxes = view.boxes_of(name)
+    templates = ("How many {} are there?", "How many {}?", "how many {} are there?", "Count the {}.")
+    words = plural(name)
+    question = str(rng.choice(templates, p=(0.5, 0.2, 0.2, 0.1))).format(words)
+    if rng.random() < 0.1:
+        return Example("reason", question, str(len(boxes)), boxes, grounded=f" {words}")
+    return Example("query", question, str(len(boxes)))
+
+
+def _colour(view: _View, rng: np.random.Generator) -> Example | None:
+    shapes = [o for o in view.objects if o.colour]
+    unique = [o for o in shapes if sum(o.shape == other.shape for other in shapes) == 1]
+    if not unique:
+        return None
+    item = unique[int(rng.integers(len(unique)))]
+    templates = ("What colour is the {}?", "What color is the {}?", "what colour is the {}?")
+    return Example("query", str(rng.choice(templates, p=(0.5, 0.3, 0.2))).format(item.shape), str(item.colour))
+
+
+def _what(view: _View, rng: np.random.Generator) -> Example | None:
+    picked = view.pick(rng)
+    if picked is None:
+        return None
+    item, (x, y, w, h) = picked
+    if rng.random() < 0.7:
+        reach = float(rng.choice((0.0, 0.25)))
+        ref: tuple[float, ...] = (x + w * float(rng.uniform(-reach, reach)), y + h * float(rng.uniform(-reach, reach)))
+    else:
+        ref = (x, y, w, h)
+    question = str(rng.choice(("What is this?", "what is this?", "What colour is this?"), p=(0.6, 0.3, 0.1)))
+    if "colour" in question and item.colour is None:
+        question = "What is this?"
+    return Example("query", question, str(item.colour) if "colour" in question else item.name, refs=(ref,))
+
+
+def _exists(view: _View, rng: np.random.Generator) -> Example:
+    name = _name(view, rng)
+    answer = "yes" if view.boxes_of(name) else "no"
+    return Example("query", str(rng.choice(("Is there {}?", "is there {}?"))).format(with_article(name)), answer)
+
+
+def _caption(view: _View, rng: np.random.Generator) -> Example | None:
+    count = len(view.objects)
+    if count > 6:
+        return None
+    names = [o.name for o in view.objects]
+    draw = rng.random()
+    if draw < 0.7:
+        return Example("short", answer=short_caption(names))
+    counted = "There is 1 object" if count == 1 else f"There are {count} objects"
+    if draw < 0.9 or count > 4:
+        body = f": {_listing([with_article(n) for n in names])}." if names else "."
+        return Example("normal", answer=counted + body)
+    places = [f"{_capital(with_article(n))} at the {_place(b)}." for n, b in zip(names, view.boxes, strict=True)]
+    return Example("long", answer=" ".join([counted + ".", *places]))
+
+
+def _place(box: Box) -> str:
+    row, column = ROWS[min(int(box[1] * 3), 2)], COLUMNS[min(int(box[0] * 3), 2)]
+    return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
+
+
+def _listing(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+_WRITERS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (_count, _colour, _what, _exists, _caption)
+_WEIGHTS = (0.28, 0.17, 0.27, 0.08, 0.20)
