@@ -1,0 +1,154 @@
+# From nothing: `make demo` or `make test`. Needs a Python of 3.10 to 3.13, make and a C compiler.
+#
+# TORCH_INDEX. On Linux, PyPI's torch wheel brings some gigabytes of CUDA libraries. On a machine without a GPU:
+#     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Unset, pip takes the torch that its own configuration finds.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+TORCH_INDEX ?=
+
+PYTEST_WORKERS ?= auto
+PYTEST_ARGS ?=
+TRAIN_ARGS ?=
+
+# What `make bench` runs: everything that needs no GPU, no download and no argument.
+# parity.py compares with a checkout of the published implementation: see its --help.
+BENCHMARKS ?= $(filter-out benchmarks/parity.py benchmarks/_%,$(wildcard benchmarks/*.py))
+
+PY := $(VENV)/bin/python
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+NEWEST := $(VENV_NEWEST)/.installed
+
+# One torch thread per pytest worker: more would fight over the cores. A file's tests stay in one worker.
+PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile
+
+comma := ,
+
+.PHONY: help venv demo test test-newest lint format bench soak resolve constraints train-tiny clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
+	@echo "On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA libraries."
+
+# --- Environments ---------------------------------------------------------------------------------------------------
+
+# $(call create,FOLDER): a virtual environment with pip in it, or a sentence that says what is missing.
+define create
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "moondream-cv is developed on Python 3.10 to 3.13; PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
+	  echo "Name another one: make PYTHON=python3.12 ..."; exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$$($(PYTHON) --version 2>&1) has no ensurepip, so no virtual environment can be made with it."; \
+	  echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; } >&2
+	$(PYTHON) -m venv $(1)
+endef
+
+# $(call install,PYTHON,CONSTRAINTS,WHAT): torch alone from TORCH_INDEX if that is set (an index of torch need not
+# have the pinned versions of its dependencies, hence --no-deps), then everything else from pip's usual index.
+define install
+	@$(1) -m pip --version >/dev/null 2>&1 || $(1) -m ensurepip
+	$(if $(TORCH_INDEX),$(1) -m pip install --no-deps --index-url $(TORCH_INDEX) -c $(2) torch)
+	$(1) -m pip install -c $(2) $(3)
+endef
+
+$(VENV)/bin/python:
+	$(call create,$(VENV))
+
+$(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(call install,$(PY),constraints.txt,-e .)
+	@touch $@
+
+$(DEV): $(BASE)
+	$(call install,$(PY),constraints.txt,-e ".[all$(comma)dev$(comma)notebooks]")
+	@touch $@
+
+$(VENV_NEWEST)/bin/python:
+	$(call create,$(VENV_NEWEST))
+
+$(NEWEST): pyproject.toml constraints-newest.txt | $(VENV_NEWEST)/bin/python
+	$(call install,$(VENV_NEWEST)/bin/python,constraints-newest.txt,-e ".[dev]")
+	@touch $@
+
+venv: $(DEV) ## Create the virtual environment with everything in it
+
+# --- Use ------------------------------------------------------------------------------------------------------------
+
+demo: $(BASE) ## Detect, point, ask and caption with the embedded tiny model; pictures in demo/
+	$(VENV)/bin/moondream-cv demo
+
+test: $(DEV) ## Run the tests
+	$(call PYTEST,$(PY)) $(PYTEST_ARGS)
+
+test-newest: $(NEWEST) ## Run the tests marked compat with the newest supervision and transformers
+	@$(VENV_NEWEST)/bin/python -c 'from importlib.metadata import version as v; \
+	  print(*(f"{n} {v(n)}" for n in ("supervision", "transformers", "torch", "numpy", "opencv-python")), sep=", ")'
+	$(call PYTEST,$(VENV_NEWEST)/bin/python) -m "compat and not download and not soak" $(PYTEST_ARGS)
+
+lint: $(DEV) ## Check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(DEV) ## Format the code and mend what ruff can mend
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+bench: $(DEV) ## Run the benchmarks that need nothing but a CPU
+	@test -n "$(strip $(BENCHMARKS))" || echo "No benchmark runs without arguments yet."
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
+
+soak: $(DEV) ## Run the long tests
+	$(PY) -m pytest -m soak $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 && echo "There is no soak test yet."; }
+
+train-tiny: $(BASE) ## Train the tiny model (hours on 2 cores; resumes; TRAIN_ARGS="..." is passed on)
+	$(PY) -m moondream_cv.training.tiny $(TRAIN_ARGS)
+
+# --- Versions -------------------------------------------------------------------------------------------------------
+
+UV = $(PY) -m uv --quiet pip compile --no-header --no-annotate
+EXTRAS = --extra all --extra dev --extra notebooks
+
+# A dry run for each Python and platform. uv resolves for interpreters that are not installed (pip evaluates markers for
+# its own), and reads metadata only: torch's CUDA libraries are resolved and left out of the count, never fetched.
+# --only-binary shows that nothing would be compiled. macOS means 14 or later, as PyAV's wheels do.
+RESOLVE_PYTHONS ?= 3.10 3.11 3.12 3.13
+RESOLVE_PLATFORMS ?= x86_64-unknown-linux-gnu aarch64-apple-darwin x86_64-pc-windows-msvc
+CUDA_ONLY := ^(cuda-|nvidia-|triton)
+
+resolve: $(DEV) ## Show that the constraints resolve on Python 3.10 to 3.13 (a dry run)
+	@set -e; for python in $(RESOLVE_PYTHONS); do for platform in $(RESOLVE_PLATFORMS); do \
+	  found=$$(MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) $(EXTRAS) --only-binary :all: --python-version $$python --python-platform $$platform \
+	    -c constraints.txt pyproject.toml); \
+	  loose=$$(echo "$$found" | grep -vE '$(CUDA_ONLY)' | while read -r pin; do \
+	    grep -q "^$$pin\( \|$$\)" constraints.txt || echo "$$pin"; done); \
+	  test -z "$$loose" || { echo "Not pinned in constraints.txt on Python $$python, $$platform: $$loose"; exit 1; }; \
+	  echo "Python $$python $$platform: $$(echo "$$found" | grep -cvE '$(CUDA_ONLY)') packages," \
+	    $$(echo "$$found" | grep -E '^(torch|transformers|supervision|numpy)=='); \
+	done; done
+
+CONSTRAINTS_HEADER = \# Exact versions for Python 3.10 to 3.13. Written by \`make constraints\`
+WITHOUT_CUDA = grep -vE '$(CUDA_ONLY)'
+
+# Two passes for constraints.txt: the first resolves the package together with constraints.in, the second keeps what the
+# package itself needs. The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
+constraints: $(DEV) ## Write constraints.txt and constraints-newest.txt anew
+	@mkdir -p build
+	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints.in -o build/with-engine.txt >/dev/null
+	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml -c build/with-engine.txt -o build/pinned.txt >/dev/null
+	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml and constraints.in."; \
+	  $(WITHOUT_CUDA) build/pinned.txt; } > constraints.txt
+	echo "supervision>=0.31" > build/newest.in
+	grep '^torch==' constraints.in >> build/newest.in
+	$(UV) --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
+	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
+	  $(WITHOUT_CUDA) build/newest.txt; } > constraints-newest.txt
+
+clean: ## Remove environments, caches and what was built
+	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
