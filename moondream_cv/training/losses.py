@@ -53,35 +53,45 @@ def cell_losses(network: MoondreamNetwork, heads: CellHeads, tokens: Tensor, bat
 def text_losses(network: MoondreamNetwork, tokens: Tensor, batch: Batch, sigma: float) -> dict[str, Tensor]:
     """Losses of the decoder on the packed questions, teacher-forced."""
     config, region = network.config, network.region
-    batch_size, prefix = len(batch.ids), config.prefix_length
-    bos = network.text.embed(torch.full((batch_size, 1), config.tokenizer.bos_id, device=tokens.device))
-    inputs = network.text.embed(batch.ids)
-    with_coord, with_size = ~batch.coords.isnan(), ~batch.sizes[..., 0].isnan()
-    coords = batch.coords[with_coord]
-    coords = (coords + COORDINATE_JITTER * torch.randn_like(coords)).clamp(0, 1)
-    with torch.autocast(tokens.device.type, enabled=False):  # a few bits of a coordinate are not enough for its phases
-        encoded_coords = region.encode_coordinate(coords[:, None]).to(inputs.dtype)
-        encoded_sizes = region.encode_size(batch.sizes[with_size]).to(inputs.dtype)
-    inputs = inputs.masked_scatter(with_coord[..., None], encoded_coords)
-    inputs = inputs.masked_scatter(with_size[..., None], encoded_sizes)
-    x = torch.cat((bos, tokens, inputs), dim=1)
-    positions = torch.cat(
-        (torch.arange(prefix, device=x.device).expand(batch_size, -1), prefix + batch.offsets), dim=1
-    )
-    hidden = network.text(x, positions, packed_mask(batch.question, prefix))[:, prefix:]
-
+    hidden = packed_hidden(network, tokens, batch, COORDINATE_JITTER)
     said = batch.next_ids != IGNORE
     targets = batch.next_ids[said]
     decisions = (targets == config.tokenizer.eos_id) | (targets == config.tokenizer.coord_id)
     weights = torch.where(decisions, DECISION_WEIGHT, 1.0)
     per_token = F.cross_entropy(network.text.logits(hidden[said]).float(), targets, reduction="none")
     located, sized = ~batch.next_coords.isnan(), ~batch.next_sizes[..., 0].isnan()
-    bins = config.region.coord_out_dim
+    places = batch.next_coords[located] * config.region.coord_out_dim
+    sizes = size_bins(batch.next_sizes[sized], network)
     return {
         "text": TEXT_WEIGHT * (per_token * weights).sum() / weights.sum(),
-        "coord": soft_bins(region.decode_coordinate(hidden[located]), batch.next_coords[located] * bins, sigma),
-        "size": SIZE_WEIGHT * soft_bins(region.decode_size(hidden[sized]), size_bins(batch.next_sizes[sized], network), sigma),
+        "coord": soft_bins(region.decode_coordinate(hidden[located]), places, sigma),
+        "size": SIZE_WEIGHT * soft_bins(region.decode_size(hidden[sized]), sizes, sigma),
     }
+
+
+def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitter: float) -> Tensor:
+    """[B, T, dim] hidden states of the packed questions behind their images.
+
+    Args:
+        tokens: [B, P, dim] image tokens.
+        jitter: Standard deviation of the noise on coordinates that are fed back, as a fraction of the image: at run time
+            they are the model's own and a little off.
+    """
+    region, prefix = network.region, network.config.prefix_length
+    bos = torch.full((len(batch.ids), 1), network.config.tokenizer.bos_id, device=tokens.device)
+    inputs = network.text.embed(batch.ids)
+    with_coord, with_size = ~batch.coords.isnan(), ~batch.sizes[..., 0].isnan()
+    coords = batch.coords[with_coord]
+    coords = (coords + jitter * torch.randn_like(coords)).clamp(0, 1)
+    with torch.autocast(tokens.device.type, enabled=False):  # a few bits of a coordinate are not enough for its phases
+        encoded_coords = region.encode_coordinate(coords[:, None]).to(inputs.dtype)
+        encoded_sizes = region.encode_size(batch.sizes[with_size]).to(inputs.dtype)
+    inputs = inputs.masked_scatter(with_coord[..., None], encoded_coords)
+    inputs = inputs.masked_scatter(with_size[..., None], encoded_sizes)
+    x = torch.cat((network.text.embed(bos), tokens, inputs), dim=1)
+    before = torch.arange(prefix, device=x.device).expand(len(x), -1)
+    positions = torch.cat((before, prefix + batch.offsets), dim=1)
+    return network.text(x, positions, packed_mask(batch.question, prefix))[:, prefix:]
 
 
 def packed_mask(question: Tensor, prefix: int) -> Tensor:

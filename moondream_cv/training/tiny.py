@@ -105,7 +105,7 @@ class Trainer:
         self.recipe, self.rank, self.images = recipe, rank, 0
         self.device = torch.device(recipe.device)
         self.tokenizer = build_tokenizer()
-        self.config = tiny_config(recipe.size, self.tokenizer.get_vocab_size(), _templates(self.tokenizer))
+        self.config = tiny_config(recipe.size, self.tokenizer.get_vocab_size(), tiny_templates(self.tokenizer))
         torch.manual_seed(recipe.seed)
         self.network = MoondreamNetwork(self.config)
         self.network.initialize()
@@ -226,7 +226,7 @@ class Trainer:
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _templates(tokenizer: Any) -> dict[str, Any]:
+def tiny_templates(tokenizer: Any) -> dict[str, Any]:
     """Templates of the 2025-06-21 kind: prompt, what is wanted, input, …, answer."""
     prompt, given, answer = 1, 2, 3
 

@@ -1,0 +1,151 @@
+"""Compare this package with a checkout of the published implementation on fresh random weights.
+
+    python benchmarks/parity.py --reference PATH/TO/moondream --seeds 3
+
+PATH is a checkout of github.com/vikhyat/moondream (2025-06); it is imported from there and nothing of it is kept here.
+Both run in float32, greedily, on the same weights, tokenizer and crops; every object, point, answer, caption and
+reasoning is compared. The published code hard-wires crops of 378 pixels, a grid of 27 and heads of 64, so those stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from moondream_cv.engine.crops import cut_crops, normalize
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.model.config import MoondreamConfig
+from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.training.tokenizer import build_tokenizer
+
+RESOLUTIONS = ((378, 378), (640, 480), (1280, 720), (200, 900), (50, 40))  # width, height
+TEXT = {"temperature": 0, "max_tokens": 24}
+
+
+def random_config(arguments: argparse.Namespace, vocab_size: int) -> MoondreamConfig:
+    """A config of the sizes asked for, with templates of ordinary tokens."""
+    heads, kv_heads = arguments.heads, arguments.kv_heads or arguments.heads
+    dim = 64 * heads
+    return MoondreamConfig.from_dict(
+        {
+            "text": {
+                "dim": dim,
+                "ff_dim": 2 * dim,
+                "n_layers": arguments.layers,
+                "vocab_size": vocab_size,
+                "n_heads": heads,
+                "n_kv_heads": kv_heads,
+            },
+            "vision": {
+                "enc_dim": arguments.vision_dim,
+                "enc_ff_dim": 2 * arguments.vision_dim,
+                "enc_n_heads": arguments.vision_heads,
+                "proj_out_dim": dim,
+                "proj_inner_dim": 2 * dim,
+            },
+            "region": {"dim": dim, "coord_feat_dim": 32, "size_feat_dim": 64, "inner_dim": 2 * dim},
+            "tokenizer": {
+                "templates": {
+                    "caption": {"short": [1, 20, 2, 21, 3], "normal": [1, 20, 2, 22, 3], "long": [1, 20, 2, 23, 3]},
+                    "query": {"prefix": [1, 24, 2], "suffix": [3]},
+                    "detect": {"prefix": [1, 25, 26, 2], "suffix": [3]},
+                    "point": {"prefix": [1, 27, 2], "suffix": [3]},
+                }
+            },
+        }
+    )
+
+
+def random_network(config: MoondreamConfig, seed: int) -> MoondreamNetwork:
+    """Weights that make the model say something: spread logits and an end token that is not always the likeliest."""
+    network = MoondreamNetwork(config)
+    network.initialize(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        network.text.lm_head.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(seed + 1))
+        network.region.coord_decoder.fc2.weight.mul_(4)
+        network.region.size_decoder.fc2.weight.mul_(4)
+    return network.eval()
+
+
+def published(folder: Path, config: MoondreamConfig, network: MoondreamNetwork, tokenizer: Tokenizer) -> Any:
+    """The published model with the same weights, tokenizer and float32 crops."""
+    sys.path.insert(0, str(folder))
+    from moondream.torch import moondream as module  # type: ignore[import-not-found]
+    from moondream.torch.config import MoondreamConfig as PublishedConfig  # type: ignore[import-not-found]
+
+    class LocalTokenizer:
+        @staticmethod
+        def from_pretrained(_: str) -> Tokenizer:
+            return tokenizer
+
+    def prepare_crops(image: Image.Image, _: Any, device: Any) -> tuple[torch.Tensor, tuple[int, int]]:
+        crops = cut_crops(np.asarray(image.convert("RGB")), config.vision)
+        return normalize(torch.from_numpy(crops.pixels).to(device), torch.float32), crops.tiling
+
+    module.Tokenizer = LocalTokenizer
+    module.prepare_crops = prepare_crops  # theirs rounds to bfloat16, whatever the model computes in
+    model = module.MoondreamModel(PublishedConfig.from_dict(config.to_dict()), dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(network.state_dict(), strict=False)
+    if unexpected or [k for k in missing if "cache" not in k]:
+        raise SystemExit(f"the weights do not fit the reference: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+def replies(model: Any, image: Image.Image) -> dict[str, Any]:
+    """Everything a model says about an image, without what only ours adds."""
+    encoded = model.encode_image(image)
+    said: dict[str, Any] = {}
+    for name in ("dog", "red circle"):
+        said[f"detect {name}"] = model.detect(encoded, name, settings={"max_objects": 6})["objects"]
+        said[f"point {name}"] = model.point(encoded, name, settings={"max_objects": 8})["points"]
+    said["query"] = model.query(encoded, "What colour is the car?", settings=TEXT)
+    said["spatial"] = model.query(encoded, "What is this?", spatial_refs=[(0.25, 0.75), (0.1, 0.2, 0.6, 0.9)], settings=TEXT)
+    said["reasoning"] = model.query(encoded, "How many dogs are there?", reasoning=True, settings=TEXT)
+    for length in ("short", "normal", "long"):
+        said[f"caption {length}"] = model.caption(encoded, length, settings=TEXT)
+    return {key: _plain(value) for key, value in said.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if k not in ("confidence", "truncated")}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, help="a checkout of the published implementation")
+    parser.add_argument("--seeds", type=int, default=1, help="how many sets of weights")
+    for name, default in (("layers", 3), ("heads", 2), ("kv-heads", 0), ("vision-dim", 32), ("vision-heads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    tokenizer = build_tokenizer()
+    differences = compared = 0
+    for seed in range(arguments.seeds):
+        config = random_config(arguments, tokenizer.get_vocab_size())
+        network = random_network(config, seed)
+        theirs = published(arguments.reference, config, network, tokenizer)
+        ours = LocalModel(network, tokenizer, name="random")
+        rng = np.random.default_rng(seed)
+        for width, height in RESOLUTIONS:
+            coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+            expected, got = replies(theirs, image), replies(ours, image)
+            for key, value in expected.items():
+                compared += 1
+                if got[key] != value:
+                    differences += 1
+                    print(f"seed {seed}, {width}x{height}, {key}:\n  published {value}\n  ours      {got[key]}")
+    print(f"{compared} replies compared, {differences} differ")
+    raise SystemExit(bool(differences))
+
+
+if __name__ == "__main__":
+    main()
