@@ -1,0 +1,73 @@
+"""Moondream 2 as a computer-vision component: frames in, `sv.Detections` out.
+
+    from moondream_cv import Detector
+
+    detections = Detector("moondream2")(frame, ["person", "red car"])
+
+Names are imported when they are first used: `import moondream_cv` alone imports neither torch nor supervision.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .detector import Detector, Pointer
+    from .errors import BackendError, CheckpointError, ImageError, MoondreamError, UnsupportedSkill
+    from .loading import download, load
+    from .requests import Caption, Detect, Gaze, Point, Query, Settings
+    from .vision_model import VisionModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Caption",
+    "CheckpointError",
+    "Detect",
+    "Detector",
+    "Gaze",
+    "ImageError",
+    "MoondreamError",
+    "Point",
+    "Pointer",
+    "Query",
+    "Settings",
+    "UnsupportedSkill",
+    "VisionModel",
+    "__version__",
+    "download",
+    "load",
+]
+
+_HOMES = {
+    "BackendError": "errors",
+    "Caption": "requests",
+    "CheckpointError": "errors",
+    "Detect": "requests",
+    "Detector": "detector",
+    "Gaze": "requests",
+    "ImageError": "errors",
+    "MoondreamError": "errors",
+    "Point": "requests",
+    "Pointer": "detector",
+    "Query": "requests",
+    "Settings": "requests",
+    "UnsupportedSkill": "errors",
+    "VisionModel": "vision_model",
+    "download": "loading",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,84 @@
+"""The command line: `moondream-cv`, one file per subcommand.
+
+Exit status: 0 if all went well, 1 if an image or the model failed, 2 for wrong arguments, 130 after Ctrl-C. Nothing
+heavy is imported until a subcommand runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from moondream_cv import __version__
+from moondream_cv.errors import MoondreamError
+
+from . import caption, demo, detect, download, point, query
+from .output import error_text
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that are raised on purpose into one line and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MoondreamError, ValueError) as error:
+            typer.echo(f"Error: {error_text(error)}", err=True)
+            raise typer.Exit(1 if isinstance(error, MoondreamError) else 2) from error
+
+
+app = typer.Typer(
+    name="moondream-cv",
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moondream-cv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Moondream 2 for computer vision: find, point at, ask about and describe what is in a picture.
+
+    \b
+    Start with [bold]moondream-cv demo[/], which needs no download.
+    The other commands fetch the real weights, 3.7 GB, when first
+    needed, unless --model names something else.
+    """
+
+
+for _command in (demo.demo, detect.detect, point.point, query.query, caption.caption, download.download):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("moondream_cv")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    app()
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """Show a warning without the line of code that it came from."""
+    typer.echo(f"Warning: {message}", err=True)

@@ -1,0 +1,84 @@
+"""One picture out of several: a title, panels in two columns, and what was said beneath each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from .pictures import RGB, WHITE, Font, line_height, load_font
+
+GREY: RGB = (110, 114, 122)
+RED: RGB = (200, 40, 40)
+_BACKGROUND: RGB = (244, 245, 247)
+_TITLE: RGB = (30, 34, 46)
+_MARGIN = 24
+_TEXT_SIZE = 20
+_SPACE = 6
+
+
+@dataclass(frozen=True)
+class Panel:
+    """An annotated picture, and the lines to write beneath it, each made of pieces of text and their colours."""
+
+    image: Image.Image
+    lines: Sequence[Sequence[tuple[str, RGB]]]
+
+
+def make_montage(title: str, subtitle: str, panels: Sequence[Panel], *, panel_width: int = 640) -> Image.Image:
+    """Lay panels out in two columns under a title.
+
+    Args:
+        title: In large letters.
+        subtitle: Beneath it, in small ones.
+        panels: At least one; each picture is scaled to `panel_width` pixels.
+    """
+    cards = [_make_card(panel, panel_width) for panel in panels]
+    rows = [cards[start : start + 2] for start in range(0, len(cards), 2)]
+    strip = 112
+    width = _MARGIN + (panel_width + _MARGIN) * min(2, len(cards))
+    height = strip + _MARGIN + sum(max(card.height for card in row) + _MARGIN for row in rows)
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((0, 0, width, strip), fill=_TITLE)
+    draw.text((_MARGIN, 20), title, font=load_font(38), fill=WHITE)
+    draw.text((_MARGIN, 72), subtitle, font=load_font(20), fill=(178, 186, 204))
+    y = strip + _MARGIN
+    for row in rows:
+        tallest = max(card.height for card in row)
+        for column, card in enumerate(row):
+            x = _MARGIN + column * (panel_width + _MARGIN)
+            draw.rectangle((x, y, x + panel_width - 1, y + tallest - 1), fill=WHITE)
+            canvas.paste(card, (x, y))
+        y += tallest + _MARGIN
+    return canvas
+
+
+def _make_card(panel: Panel, width: int) -> Image.Image:
+    image = panel.image.resize((width, round(panel.image.height * width / panel.image.width)), Image.Resampling.LANCZOS)
+    font, padding = load_font(_TEXT_SIZE), 16
+    lines = [line for pieces in panel.lines for line in _flow(pieces, font, width - 2 * padding)]
+    step = line_height(font) + 6
+    card = Image.new("RGB", (width, image.height + 2 * padding + step * len(lines)), WHITE)
+    card.paste(image, (0, 0))
+    draw = ImageDraw.Draw(card)
+    for number, line in enumerate(lines):
+        for x, word, colour in line:
+            draw.text((padding + x, image.height + padding + number * step), word, font=font, fill=colour)
+    return card
+
+
+def _flow(pieces: Sequence[tuple[str, RGB]], font: Font, width: float) -> list[list[tuple[float, str, RGB]]]:
+    """Set words side by side and break lines; give each line's words with their x in pixels."""
+    lines: list[list[tuple[float, str, RGB]]] = [[]]
+    x = 0.0
+    for text, colour in pieces:
+        for word in text.split():
+            length = font.getlength(word)
+            if lines[-1] and x + length > width:
+                lines.append([])
+                x = 0.0
+            lines[-1].append((x, word, colour))
+            x += length + _SPACE
+    return lines

@@ -1,0 +1,174 @@
+"""Pictures for people: boxes, points, labels and text, at a size that suits the image.
+
+Drawn with Pillow, whose own font is smooth and needs no file. Colours come from supervision's palette by class id, so a
+class keeps its colour through all images of a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import supervision as sv
+from PIL import Image, ImageDraw, ImageFont
+
+RGB = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+BLACK: RGB = (20, 20, 24)
+WHITE: RGB = (255, 255, 255)
+_SMALLEST_TEXT = 11  # pixels; smaller is not legible
+
+
+@dataclass(frozen=True)
+class _Pen:
+    """Sizes in pixels that suit an image."""
+
+    font: Font
+    line: int
+    padding: int
+
+    @classmethod
+    def for_image(cls, image: Image.Image) -> _Pen:
+        size = max(_SMALLEST_TEXT, round(26 * sv.calculate_optimal_text_scale(image.size)))
+        line = max(sv.calculate_optimal_line_thickness(image.size), round(min(image.size) / 300))
+        return cls(load_font(size), line, max(2, size // 5))
+
+
+def load_font(size: int) -> Font:
+    """Pillow's own font in a size in pixels; it has Latin letters only."""
+    return ImageFont.load_default(size)
+
+
+def annotate(image: Image.Image, detections: sv.Detections, *, has_scores: bool = True) -> Image.Image:
+    """Draw detections into a copy of an image.
+
+    Args:
+        image: In RGB.
+        detections: Boxes in pixels; those without area are drawn as dots. Labels are `data["class_name"]`.
+        has_scores: Whether the confidence is written behind the name.
+
+    Returns:
+        An image of the same size, in RGB.
+    """
+    canvas = image.convert("RGB")
+    if canvas is image:
+        canvas = image.copy()
+    draw, pen = ImageDraw.Draw(canvas), _Pen.for_image(image)
+    rows = []
+    for xyxy, _, confidence, class_id, _, data in detections:
+        left, top, right, bottom = (float(value) for value in xyxy)
+        colour = class_colour(int(class_id) if class_id is not None else 0)
+        name = str(data.get("class_name", ""))
+        label = f"{name} {float(confidence):.2f}" if has_scores and confidence is not None else name
+        rows.append(((left, top, right, bottom), colour, label))
+    # Labels come last, so that no box crosses them.
+    marks = [_draw_mark(draw, pen, box, colour) for box, colour, _ in rows]
+    taken: list[Rectangle] = []
+    for mark, (_, colour, label) in zip(marks, rows, strict=True):
+        text = _shorten(label, pen.font, canvas.width - 2 * pen.padding)
+        if text:
+            size_wh = (pen.font.getlength(text) + 2 * pen.padding, float(line_height(pen.font) + pen.padding))
+            place = _place_label(mark, size_wh, marks, taken, canvas.size)
+            _draw_label(draw, pen, place, colour, text)
+            taken.append(place)
+    return canvas
+
+
+def class_colour(class_id: int) -> RGB:
+    """The colour of a class, in RGB."""
+    return sv.ColorPalette.DEFAULT.by_idx(class_id).as_rgb()
+
+
+def with_text(image: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """Write text on a white strip beneath a copy of an image; long lines are wrapped."""
+    pen = _Pen.for_image(image)
+    margin = 2 * pen.padding
+    wrapped = [part for line in lines for part in wrap(line, pen.font, image.width - 2 * margin)]
+    step = line_height(pen.font) + pen.padding
+    canvas = Image.new("RGB", (image.width, image.height + step * len(wrapped) + 2 * margin), WHITE)
+    canvas.paste(image, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(wrapped):
+        draw.text((margin, image.height + margin + number * step), line, fill=BLACK, font=pen.font)
+    return canvas
+
+
+def wrap(text: str, font: Font, width: float) -> list[str]:
+    """Break text into lines of at most `width` pixels; a word that is longer is broken inside."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def line_height(font: Font) -> int:
+    """Height of a line in pixels, from the top of its tallest letter to the bottom of its lowest."""
+    return int(font.getbbox("Ågjy")[3])
+
+
+def _draw_mark(draw: ImageDraw.ImageDraw, pen: _Pen, box: Rectangle, colour: RGB) -> Rectangle:
+    """Draw a box, or a dot where it has no area, and return what it covers."""
+    left, top, right, bottom = box
+    if right > left and bottom > top:
+        outer = (left, top, max(left, right - 1), max(top, bottom - 1))
+        draw.rectangle(outer, outline=colour, width=pen.line)
+        return box
+    radius = 2.0 * pen.line + 1
+    dot = (left - radius, top - radius, left + radius, top + radius)
+    draw.ellipse(dot, fill=colour, outline=WHITE, width=max(1, pen.line // 2))
+    return dot
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, pen: _Pen, place: Rectangle, colour: RGB, text: str) -> None:
+    draw.rectangle(place, fill=colour)
+    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    draw.text(
+        (place[0] + pen.padding, place[1] + pen.padding / 2), text, fill=BLACK if bright else WHITE, font=pen.font
+    )
+
+
+def _place_label(
+    mark: Rectangle,
+    size_wh: tuple[float, float],
+    marks: Sequence[Rectangle],
+    taken: Sequence[Rectangle],
+    resolution_wh: tuple[int, int],
+) -> Rectangle:
+    """Find the place around a mark that hides least: above it rather than below, and other labels least of all."""
+    left, top, right, bottom = mark
+    width, height = size_wh
+    places = []
+    for y in (top - height, bottom, top, bottom - height):
+        for x in (left, right - width):
+            x = min(max(x, 0.0), max(resolution_wh[0] - width, 0.0))
+            y = min(max(y, 0.0), max(resolution_wh[1] - height, 0.0))
+            places.append((x, y, min(x + width, resolution_wh[0]) - 1, min(y + height, resolution_wh[1]) - 1))
+    return min(places, key=lambda place: _hidden(place, marks) + 4 * _hidden(place, taken))
+
+
+def _hidden(place: Rectangle, others: Sequence[Rectangle]) -> float:
+    """Pixels of other rectangles that lie under a place."""
+    return sum(
+        max(0.0, min(place[2], other[2]) - max(place[0], other[0]))
+        * max(0.0, min(place[3], other[3]) - max(place[1], other[1]))
+        for other in others
+    )
+
+
+def _shorten(text: str, font: Font, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..." if text else ""

@@ -1,0 +1,435 @@
+"""`Detector` and `Pointer`: frames × class names become one `run` of a model, and its replies become `sv.Detections`.
+
+Both speak pixels and class ids, and clean up where asked to. Where the model runs and how it computes is left to the
+`VisionModel`; tracking, drawing and slicing are left to supervision and to `moondream_cv.video`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+import supervision as sv
+from PIL import Image
+
+from moondream_cv.errors import ImageError, UnsupportedSkill
+from moondream_cv.geometry import clip_xyxy, denormalize_xyxy
+from moondream_cv.images import ImageInput, to_rgb
+from moondream_cv.requests import Detect, DetectResult, ErrorResult, Point, PointResult, Result, Settings
+from moondream_cv.vision_model import VisionModel
+
+logger = logging.getLogger(__name__)
+
+Self = TypeVar("Self", bound="_Finder")
+OnError = Literal["raise", "empty"]
+Box = tuple[float, float, float, float]
+
+
+class EncodedLike(Protocol):
+    """An image that a model has encoded already; it remembers its (width, height) in pixels."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+Frame = ImageInput | EncodedLike
+
+
+class _Finder:
+    """What `Detector` and `Pointer` have in common."""
+
+    _request: ClassVar[type[Detect] | type[Point]]
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | VisionModel,
+        *,
+        confidence: float,
+        max_objects: int,
+        drop_duplicates: bool,
+        on_error: OnError,
+        device: str | None,
+        max_crops: int | None,
+        variant: str | None,
+    ) -> None:
+        self.confidence = _fraction("confidence", confidence)
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error must be 'raise' or 'empty', not {on_error!r}")
+        self.on_error = on_error
+        self.drop_duplicates = drop_duplicates
+        self.settings = Settings(max_objects=max_objects, max_crops=max_crops, variant=variant)
+        self._owns_model = isinstance(model, (str, os.PathLike))
+        self.model = _open_model(model, device)
+        if self._request.skill not in self.model.skills:
+            skills = ", ".join(sorted(self.model.skills)) or "nothing"
+            raise UnsupportedSkill(
+                f"{type(self).__name__} needs a model that can {self._request.skill}; {type(self.model).__name__} can "
+                f"{skills}. A model from moondream_cv.load() can."
+            )
+
+    @overload
+    def __call__(self, frame: list[Any], classes: str | Sequence[str]) -> list[sv.Detections]: ...
+    @overload
+    def __call__(self, frame: Frame, classes: str | Sequence[str]) -> sv.Detections: ...
+    def __call__(self, frame: Frame | list[Any], classes: str | Sequence[str]) -> sv.Detections | list[sv.Detections]:
+        """Find everything that the class names mean, in one frame or in a list of frames.
+
+        Args:
+            frame: A BGR array, a PIL image, a path, the bytes of an image file, a binary file object, an image that the
+                model has encoded; or a list of those. Every other container is refused.
+            classes: A name such as "dog" or "red car", or a sequence of different names; `class_id` follows its order.
+
+        Returns:
+            For a frame its detections, for a list a list of the same length. Always filled, also when nothing is found:
+            `xyxy` float32 [N, 4] in pixels of the frame and within it, `confidence` float32 [N] in 0..1, `class_id` int
+            [N], `data["class_name"]` str [N]. `metadata` is empty. Classes come in their order, and the objects of a
+            class in the model's.
+
+        Raises:
+            ValueError: A class name is empty, blank, given twice or not a string; the frames come in a container that
+                is not a list.
+            ImageError: An image cannot be read (unless `on_error` is "empty").
+            MoondreamError: The model failed on a frame (likewise).
+        """
+        names = check_classes(classes)
+        if isinstance(frame, list):
+            return self._find(frame, names)
+        _refuse_containers(frame)
+        return self._find([frame], names, one=True)[0]
+
+    @overload
+    async def acall(self, frame: list[Any], classes: str | Sequence[str]) -> list[sv.Detections]: ...
+    @overload
+    async def acall(self, frame: Frame, classes: str | Sequence[str]) -> sv.Detections: ...
+    async def acall(
+        self, frame: Frame | list[Any], classes: str | Sequence[str]
+    ) -> sv.Detections | list[sv.Detections]:
+        """Do what a call does, in a thread, so that the event loop goes on meanwhile; same arguments, same errors."""
+        return await asyncio.to_thread(self.__call__, cast(Any, frame), classes)
+
+    def close(self) -> None:
+        """Close the model if it was loaded here, from a name; a model that was passed in stays open."""
+        if self._owns_model:
+            self.model.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _find(self, frames: list[Any], names: list[str], one: bool = False) -> list[sv.Detections]:
+        """Run every frame with every class at once and give each frame's detections, in order."""
+        if self.confidence > 0 and not self.model.has_scores:
+            _warn_no_scores(type(self.model).__name__)
+        opened = [self._open(frame, "" if one else f"frames[{index}]: ") for index, frame in enumerate(frames)]
+        requests = [
+            self._request(image[0], name, self.settings)
+            for image in opened
+            if not isinstance(image, Exception)
+            for name in names
+        ]
+        results = self.model.run(requests) if requests else []
+        if len(results) != len(requests):
+            raise RuntimeError(f"{type(self.model).__name__} gave {len(results)} results for {len(requests)} requests")
+        replies_in_order = iter(results)
+        found = []
+        for index, image in enumerate(opened):
+            if isinstance(image, Exception):
+                found.append(self._failed(image, index, names))
+                continue
+            replies = [next(replies_in_order) for _ in names]
+            errors = [reply.error for reply in replies if isinstance(reply, ErrorResult)]
+            found.append(self._failed(errors[0], index, names) if errors else self._convert(replies, names, image[1]))
+        return found
+
+    def _open(self, frame: Any, place: str) -> tuple[Any, tuple[int, int]] | ImageError:
+        """The frame as one object for all its requests, so that it is encoded once, and its (width, height)."""
+        if _is_encoded(frame):
+            return frame, (frame.size[0], frame.size[1])
+        if _is_video_frame(frame):
+            return frame, (frame.shape[1], frame.shape[0])  # converting it here as well would cost milliseconds
+        try:
+            picture = Image.fromarray(to_rgb(frame))
+        except ImageError as error:
+            located = ImageError(f"{place}{error}") if place else error
+            if self.on_error == "raise":
+                raise located from error.__cause__
+            return located
+        return picture, picture.size
+
+    def _failed(self, error: Exception, index: int, names: list[str]) -> sv.Detections:
+        if self.on_error == "raise":
+            raise error
+        logger.warning("frame %d of this call gives no detections: %s", index, error)
+        return self._convert([], names, (1, 1))
+
+    def _convert(self, results: Sequence[Result], names: list[str], resolution_wh: tuple[int, int]) -> sv.Detections:
+        """Replies of one frame, one for each class, as detections in pixels."""
+        rows: list[Box] = []
+        scores: list[float] = []
+        class_ids: list[int] = []
+        for index, result in enumerate(results):
+            if isinstance(result, DetectResult):
+                rows += [(o.x_min, o.y_min, o.x_max, o.y_max) for o in result.objects]
+                scores += [o.confidence for o in result.objects]
+            elif isinstance(result, PointResult):
+                rows += [(p.x, p.y, p.x, p.y) for p in result.points]
+                scores += [p.confidence for p in result.points]
+            class_ids += [index] * (len(rows) - len(class_ids))
+            if getattr(result, "truncated", False):
+                logger.info("%r: there may be more than max_objects=%d", names[index], self.settings.max_objects)
+        boxes = np.array(rows, dtype=np.float64).reshape(-1, 4)
+        class_id = np.array(class_ids, dtype=int)
+        detections = sv.Detections(
+            xyxy=clip_xyxy(denormalize_xyxy(boxes, resolution_wh), resolution_wh).astype(np.float32),
+            confidence=np.array(scores, dtype=np.float32),
+            class_id=class_id,
+            data={"class_name": np.array(names, dtype=np.str_)[class_id]},
+        )
+        return self._clean(detections, boxes)
+
+    def _clean(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> sv.Detections:
+        """Leave out what has nothing in the frame, what is not confident enough, and what is there twice."""
+        keep = self._within_frame(detections, fractions) & (_scores(detections) >= np.float32(self.confidence))
+        kept = cast(sv.Detections, detections[keep])
+        return _without_duplicates(kept) if self.drop_duplicates else kept
+
+    def _within_frame(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        raise NotImplementedError
+
+
+class Detector(_Finder):
+    """An open-vocabulary object detector.
+
+    Thread-safe. Usable as it is in an OpenCV loop, and with `functools.partial(detector, classes=["dog"])` as the
+    callback of an `sv.InferenceSlicer`.
+
+    Example:
+        >>> detector = Detector("moondream2")  # doctest: +SKIP
+        >>> detections = detector(cv2.imread("street.jpg"), ["person", "red car"])  # doctest: +SKIP
+
+    Attributes:
+        model: The model that does the work.
+    """
+
+    _request = Detect
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | VisionModel = "moondream2",
+        *,
+        confidence: float = 0.0,
+        max_objects: int = 50,
+        nms: float | None = None,
+        drop_duplicates: bool = True,
+        on_error: OnError = "raise",
+        device: str | None = None,
+        max_crops: int | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """Open a model, or use one that is open.
+
+        Args:
+            model: A name or folder for `moondream_cv.load`, which may download it; or any `VisionModel`.
+            confidence: Leave out what the model is less sure of. A model without scores gives 1.0 for everything.
+            max_objects: Objects per frame and class at the most.
+            nms: Of boxes of the same class whose intersection over union exceeds this, keep the most confident one.
+            drop_duplicates: Of boxes of the same class that are exactly equal, keep the most confident one.
+            on_error: What a frame that cannot be read, or on which the model fails, does: "raise" its error, or give
+                "empty" detections in its place and log a warning.
+            device: Where to load a model that is given by name, such as "cuda:1"; None is the best there is.
+            max_crops: Local crops per image at the most; fewer are faster and coarser. None: what the model was trained
+                with.
+            variant: An adapter to use; None: the one that the model was loaded with.
+
+        Boxes that have no area within the frame are left out, everything else that the model gives is kept.
+
+        Raises:
+            ValueError: An argument is out of range, or `model` is neither a name nor a model.
+            UnsupportedSkill: The model cannot detect.
+            MoondreamError: The model cannot be loaded.
+        """
+        self.nms = None if nms is None else _fraction("nms", nms)
+        super().__init__(
+            model,
+            confidence=confidence,
+            max_objects=max_objects,
+            drop_duplicates=drop_duplicates,
+            on_error=on_error,
+            device=device,
+            max_crops=max_crops,
+            variant=variant,
+        )
+
+    def _clean(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> sv.Detections:
+        cleaned = super()._clean(detections, fractions)
+        return cleaned if self.nms is None else cleaned.with_nms(self.nms)
+
+    def _within_frame(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        xyxy = detections.xyxy
+        return (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
+
+
+class Pointer(_Finder):
+    """Points at objects: like `Detector`, with boxes of no area at the points, or key points. Thread-safe."""
+
+    _request = Point
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | VisionModel = "moondream2",
+        *,
+        confidence: float = 0.0,
+        max_objects: int = 50,
+        drop_duplicates: bool = True,
+        on_error: OnError = "raise",
+        device: str | None = None,
+        max_crops: int | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """Open a model, or use one that is open. Arguments and errors are those of `Detector`.
+
+        Points outside the frame are left out, everything else that the model gives is kept.
+        """
+        super().__init__(
+            model,
+            confidence=confidence,
+            max_objects=max_objects,
+            drop_duplicates=drop_duplicates,
+            on_error=on_error,
+            device=device,
+            max_crops=max_crops,
+            variant=variant,
+        )
+
+    @overload
+    def key_points(self, frame: list[Any], classes: str | Sequence[str]) -> list[sv.KeyPoints]: ...
+    @overload
+    def key_points(self, frame: Frame, classes: str | Sequence[str]) -> sv.KeyPoints: ...
+    def key_points(self, frame: Frame | list[Any], classes: str | Sequence[str]) -> sv.KeyPoints | list[sv.KeyPoints]:
+        """Point as a call does, and give `sv.KeyPoints`: each point is an object with one key point.
+
+        Returns:
+            For a frame its key points, for a list a list: `xy` float32 [N, 1, 2] in pixels, `keypoint_confidence`
+            float32 [N, 1], `class_id` int [N], `data["class_name"]` str [N].
+        """
+        if isinstance(frame, list):
+            return [_as_key_points(points) for points in self(frame, classes)]
+        return _as_key_points(self(frame, classes))
+
+    def _within_frame(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        return cast("npt.NDArray[np.bool_]", ((fractions >= 0) & (fractions <= 1)).all(axis=1))
+
+
+def check_classes(classes: str | Sequence[str]) -> list[str]:
+    """Return class names as a list, in their order.
+
+    Raises:
+        ValueError: There is none, one is blank, is there twice or is not a string, or they come in something without
+            an order.
+    """
+    names = [classes] if isinstance(classes, str) else classes
+    if not isinstance(names, Sequence) or isinstance(names, (bytes, bytearray, memoryview)):
+        raise ValueError(
+            f"classes must be a string or a sequence of strings, not {type(classes).__name__}: {classes!r:.100}"
+        )
+    if not names:
+        raise ValueError(f"classes must name at least one class, not {classes!r}")
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"classes[{index}] must be a string, not {type(name).__name__}: {name!r:.100}")
+        if not name.strip():
+            raise ValueError(f"classes[{index}] must say something, not {name!r:.100}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"classes must differ, and these are there twice: {', '.join(map(repr, twice))}")
+    return list(names)
+
+
+def _open_model(model: str | os.PathLike[str] | VisionModel, device: str | None) -> VisionModel:
+    if isinstance(model, (str, os.PathLike)):
+        from moondream_cv.loading import load
+
+        return cast(VisionModel, load(os.fspath(model), device=device))
+    if device is not None:
+        raise ValueError(f"device={device!r} is for a model that is given by name; {type(model).__name__} has its own")
+    if isinstance(model, type) or not isinstance(model, VisionModel):
+        raise ValueError(
+            f"model must be a name such as 'moondream2', a folder, or a model from load(), "
+            f"not {type(model).__name__}: {model!r:.100}"
+        )
+    return model
+
+
+def _is_encoded(frame: object) -> bool:
+    """Whether a model has encoded this frame: it says its size, and is none of the kinds that `to_rgb` reads."""
+    if isinstance(frame, (np.ndarray, Image.Image)) or hasattr(frame, "read"):
+        return False
+    size = getattr(frame, "size", None)
+    return isinstance(size, tuple) and len(size) == 2 and not hasattr(frame, "numpy")
+
+
+def _is_video_frame(frame: object) -> bool:
+    """Whether this is a BGR array as OpenCV reads it, which needs no decoding."""
+    return (
+        isinstance(frame, np.ndarray)
+        and frame.dtype == np.uint8
+        and frame.ndim == 3
+        and frame.shape[2] == 3
+        and frame.size > 0
+    )
+
+
+def _refuse_containers(frame: object) -> None:
+    image_kinds = (str, bytes, bytearray, memoryview, np.ndarray)
+    if not isinstance(frame, Iterable) or isinstance(frame, image_kinds) or _is_encoded(frame):
+        return
+    if hasattr(frame, "read") or hasattr(frame, "numpy"):  # files; tensors, which `to_rgb` has advice for
+        return
+    raise ValueError(f"frames must come in a list, not in a {type(frame).__name__}; pass list(...) of it")
+
+
+def _fraction(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in 0..1, not {value!r}")
+    return float(value)
+
+
+def _scores(detections: sv.Detections) -> npt.NDArray[np.float32]:
+    return np.asarray(detections.confidence, dtype=np.float32)
+
+
+def _without_duplicates(detections: sv.Detections) -> sv.Detections:
+    """Keep the most confident of the detections that have the same class and the same box, in the same order."""
+    if len(detections) < 2:
+        return detections
+    best_first = np.argsort(-_scores(detections), kind="stable")
+    rows = np.column_stack([np.asarray(detections.class_id), detections.xyxy])[best_first]
+    first = np.unique(rows, axis=0, return_index=True)[1]
+    return cast(sv.Detections, detections[np.sort(best_first[first])])
+
+
+def _as_key_points(points: sv.Detections) -> sv.KeyPoints:
+    return sv.KeyPoints(
+        xy=points.xyxy.astype(np.float32)[:, None, :2],  # [N, 1, 2]
+        keypoint_confidence=_scores(points)[:, None],  # [N, 1]
+        class_id=np.asarray(points.class_id, dtype=np.int_),
+        data=dict(points.data),
+    )
+
+
+@functools.cache  # once per process and kind of model
+def _warn_no_scores(model: str) -> None:
+    warnings.warn(
+        f"{model} gives no scores: its detections carry a confidence of 1.0, so a threshold leaves nothing out",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,53 @@
+"""Runs the command line in this process, with fakes in the place of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+from typer.testing import CliRunner, Result
+
+from moondream_cv.cli import app, models
+from moondream_cv.errors import CheckpointError
+from tests.colour_model import ColourModel, picture
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> ColourModel:
+    """The model "colours", which finds patches of red, green and blue. No other name is known."""
+    fake = ColourModel()
+
+    def load_model(name: str, device: str | None, report: Any) -> ColourModel:
+        if name not in ("colours", "moondream2"):
+            raise CheckpointError(f"there is no model {name!r}")
+        if device not in (None, "cpu"):
+            raise ValueError(f"there is no device {device!r}")
+        return fake
+
+    monkeypatch.setattr(models, "load_model", load_model)
+    return fake
+
+
+@pytest.fixture
+def run(model: ColourModel) -> Run:
+    """Calls the command line: `run("detect", "a.png", "-c", "red")`."""
+
+    def call(*arguments: object, stdin: bytes | None = None) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with `one.png` (a red and a green patch), `two.jpg` (empty) and `broken.png`."""
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite("one.png", picture(("red", (10, 5, 30, 45)), ("green", (50, 20, 70, 40))))
+    cv2.imwrite("two.jpg", picture())
+    Path("broken.png").write_bytes(b"junk")
+    return tmp_path

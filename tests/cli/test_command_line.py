@@ -1,0 +1,98 @@
+"""The command line as a whole, in processes of its own. Run with `pytest tests/cli`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import moondream_cv
+from moondream_cv.cli import app, detect, download
+
+HEAVY = {"torch", "transformers", "cv2", "supervision", "PIL", "huggingface_hub", "numpy"}
+COMMANDS = ["demo", "detect", "point", "query", "caption", "download"]
+
+
+def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    # GITHUB_ACTIONS and FORCE_COLOR make rich colour its output
+    kept = {k: v for k, v in os.environ.items() if k not in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS")}
+    command = [sys.executable, "-m", "moondream_cv", *arguments]
+    root = str(Path(moondream_cv.__file__).parents[1])
+    environment = {**kept, "COLUMNS": "100", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **options)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_and_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\n"
+        "from moondream_cv.cli import main\n"
+        f"sys.argv = ['moondream-cv', *{command.split()!r}, '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: moondream-cv" in result.stdout
+    assert "moondream-cv demo" in result.stdout if not command else f"$ moondream-cv {command}" in result.stdout
+
+
+def test_help_lists_the_commands() -> None:
+    result = start("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in COMMANDS)
+    assert start("-h").stdout == result.stdout
+
+
+def test_version() -> None:
+    assert start("--version").stdout == f"moondream-cv {moondream_cv.__version__}\n"
+
+
+def test_an_unknown_command() -> None:
+    result = start("detekt")
+    assert result.returncode == 2
+    assert "detect" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    result = start("detect", "a.png", "-c", "dog", "-m", "no-such-model", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert "no-such-model" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_interrupting_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(detect, "locate", interrupted)
+    assert CliRunner().invoke(app, ["detect", "a.png", "-c", "dog"]).exit_code == 130
+
+
+def test_an_error_of_ours_that_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(detect, "locate", broken)
+    result = CliRunner().invoke(app, ["detect", "a.png", "-c", "dog"])
+    assert isinstance(result.exception, KeyError)
+
+
+def test_download_prints_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moondream_cv import loading
+
+    monkeypatch.setattr(loading, "download", lambda name: tmp_path / name)
+    assert CliRunner().invoke(app, ["download", "here"]).stdout == f"{tmp_path / 'here'}\n"
+    result = CliRunner().invoke(app, ["download", "here", "--json"])
+    assert result.stdout.splitlines()[1:3] == ['  "schema": 1,', '  "model": "here",']
+    assert download.SCHEMA == 1

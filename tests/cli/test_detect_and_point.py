@@ -1,0 +1,219 @@
+"""`moondream-cv detect` and `point`, run on patches of colour. Run with `pytest tests/cli`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.colour_model import ColourModel, picture
+
+Run = Callable[..., Any]
+
+RED, GREEN = [10, 5, 30, 45], [50, 20, 70, 40]
+
+
+def test_detect_prints_a_table(run: Run, folder: Path) -> None:
+    result = run("detect", "one.png", "-c", "red", "-c", "green")
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["one.png", "80×60", "2", "objects", "found"] in lines
+    assert ["red", "1.00", *map(str, RED)] in lines
+    assert ["green", "1.00", *map(str, GREEN)] in lines
+    assert result.stderr == ""
+
+
+def test_detect_json_is_alone_on_standard_output(run: Run, folder: Path) -> None:
+    result = run("detect", "one.png", "two.jpg", "-c", "blue,red", "--json", "-m", "colours", "-o", "out")
+    assert result.exit_code == 0
+    document = json.loads(result.stdout)
+    assert {key: document[key] for key in ("schema", "command", "model", "classes", "has_scores")} == {
+        "schema": 1,
+        "command": "detect",
+        "model": "colours",
+        "classes": ["blue", "red"],
+        "has_scores": True,
+    }
+    assert document["images"] == [
+        {
+            "image": "one.png",
+            "width": 80,
+            "height": 60,
+            "objects": [{"class_name": "red", "class_id": 1, "confidence": 1.0, "xyxy": RED}],
+            "annotated": str(Path("out/one.png")),
+        },
+        {"image": "two.jpg", "width": 80, "height": 60, "objects": [], "annotated": str(Path("out/two.jpg"))},
+    ]
+    assert "Saved" in result.stderr
+
+
+def test_point(run: Run, folder: Path) -> None:
+    result = run("point", "one.png", "-c", "red,blue", "--json")
+    assert json.loads(result.stdout)["images"] == [
+        {
+            "image": "one.png",
+            "width": 80,
+            "height": 60,
+            "points": [{"class_name": "red", "class_id": 0, "confidence": 1.0, "xy": [20, 25]}],
+        }
+    ]
+    text = run("point", "one.png", "two.jpg", "-c", "red").stdout
+    assert "one.png  80×60  1 point found" in text
+    assert "two.jpg  80×60  nothing found" in text
+
+
+def test_options_reach_the_detector(run: Run, folder: Path, model: ColourModel) -> None:
+    run("detect", "one.png", "-c", "red", "--max-objects", 3)
+    assert model.runs[-1][0].settings.max_objects == 3
+    Image.fromarray(picture(("red", (0, 0, 10, 10)), ("red", (5, 5, 20, 20)))[..., ::-1]).save("corner.png")
+    found = json.loads(run("detect", "corner.png", "-c", "red", "--json").stdout)["images"][0]["objects"]
+    assert found[0]["confidence"] < 0.9
+    assert json.loads(run("detect", "corner.png", "-c", "red", "--json", "--confidence", 0.9).stdout)["images"][0][
+        "objects"
+    ] == []  # fmt: skip
+
+
+def test_no_scores_are_shown_where_there_are_none(run: Run, folder: Path, model: ColourModel) -> None:
+    model.has_scores = False
+    assert ["red", "-", *map(str, RED)] in [
+        line.split() for line in run("detect", "one.png", "-c", "red").stdout.splitlines()
+    ]
+    assert json.loads(run("detect", "one.png", "-c", "red", "--json").stdout)["has_scores"] is False
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def names_in(result: Any) -> list[str]:
+    return [image["image"] for image in json.loads(result.stdout)["images"]]
+
+
+def test_globs_folders_and_standard_input(run: Run, folder: Path) -> None:
+    (folder / "more").mkdir()
+    for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
+        (folder / "more" / name).write_bytes((folder / "one.png").read_bytes())
+    assert names_in(run("detect", "*.jpg", "one.*", "-c", "red", "--json")) == ["two.jpg", "one.png"]
+    more = [str(Path("more") / "a.JPG"), str(Path("more") / "b.png")]
+    assert names_in(run("detect", "more", "-c", "red", "--json")) == more
+    assert names_in(run("detect", "**/b.png", "-c", "red", "--json")) == more[1:]
+    result = run("detect", "-", "one.png", "-c", "red", "--json", stdin=(folder / "one.png").read_bytes())
+    first, second = json.loads(result.stdout)["images"]
+    assert (first["image"], first["objects"]) == ("-", second["objects"])
+
+
+def test_a_name_that_looks_like_a_glob_is_a_file_first(run: Run, folder: Path) -> None:
+    (folder / "[bold]x.png").write_bytes((folder / "one.png").read_bytes())
+    result = run("detect", "[bold]x.png", "-c", "red")
+    assert result.exit_code == 0
+    assert "[bold]x.png  80×60  1 object found" in result.stdout
+
+
+def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
+    Image.new("RGB", (8, 8), (255, 0, 255)).save("magenta.png")
+    result = run("detect", "missing.png", "broken.png", "no*.png", "magenta.png", "one.png", "-c", "red", "--json")
+    assert result.exit_code == 1
+    *bad, good = json.loads(result.stdout)["images"]
+    assert [image["image"] for image in bad] == ["missing.png", "broken.png", "no*.png", "magenta.png"]
+    assert "no such image file" in bad[0]["error"]
+    assert "not an image of a format" in bad[1]["error"]
+    assert len(good["objects"]) == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("Error: ") for line in lines)
+    assert lines[3] == "Error: magenta.png: http://colours refused the picture"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one.png"], "moondream-cv detect one.png -c dog -c 'red circle'"),
+        (["one.png", "dog", "red car"], "moondream-cv detect one.png -c dog -c 'red car'"),
+        (["one.png", "-c", "red,red"], "there twice: 'red'"),
+        (["one.png", "-c", "red,"], "must say something"),
+        (["one.png", "-c", " "], "must say something"),
+        (["one.png", "-c", "red", "--device", "banana"], "no device 'banana'"),
+        (["one.png", "two.jpg", "-c", "red", "-o", "out.png"], "there are 2 images; name a folder"),
+        (["one.png", "-c", "red", "-o", "out.gif"], "not .gif"),
+        (["one.png", "-c", "red", "-o", "./one.png"], "would overwrite the original"),
+        (["one.png", "-c", "red", "-o", "."], "would overwrite the original"),
+        (["one.png", "-c", "red", "-o", "file"], "file without a picture's suffix"),
+        (["empty", "-c", "red"], "the folder empty holds no images"),
+        (["-", "-", "-c", "red"], "only once"),
+        (["", "-c", "red"], "empty"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_and_2(
+    arguments: list[str], message: str, run: Run, folder: Path, model: ColourModel
+) -> None:
+    (folder / "empty").mkdir()
+    (folder / "file").touch()
+    result = run("detect", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: ")
+    assert message in result.stderr
+    assert model.runs == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["one.png", "--confidence", "7", "-c", "red"], ["one.png", "-c", "red", "--nms", "nan"], ["one.png", "--no"]],
+)
+def test_wrong_options_end_with_2(arguments: list[str], run: Run, folder: Path) -> None:
+    result = run("detect", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+
+
+def test_an_unknown_model_ends_with_one_line_and_1(run: Run, folder: Path) -> None:
+    result = run("detect", "one.png", "-c", "red", "-m", "nope")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: there is no model 'nope'\n"
+
+
+def test_a_model_without_the_skill_is_refused(run: Run, folder: Path, model: ColourModel) -> None:
+    model.skills = frozenset({"query"})
+    result = run("point", "one.png", "-c", "red")
+    assert result.exit_code == 1
+    assert "cannot point, only query" in result.stderr
+    assert model.closed
+
+
+def test_the_model_is_closed(run: Run, folder: Path, model: ColourModel) -> None:
+    run("detect", "one.png", "-c", "red")
+    assert model.closed
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_annotated_pictures_keep_size_and_colours(run: Run, folder: Path) -> None:
+    assert run("detect", "one.png", "-c", "red", "-o", "deep/er/out.png").exit_code == 0
+    before, after = Image.open("one.png").convert("RGB"), Image.open("deep/er/out.png")
+    assert after.size == before.size
+    assert after.getpixel((20, 25)) == (255, 0, 0)  # red and blue are not swapped
+    assert after.getpixel((2, 57)) == before.getpixel((2, 57))
+    assert not np.array_equal(np.asarray(before), np.asarray(after))
+
+
+def test_a_folder_keeps_names_apart(run: Run, folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    for name in ("a/x.png", "b/x.png", "b/x.bmp"):
+        Image.new("RGB", (40, 30)).save(name)
+    result = run("detect", "a", "b", "-", "-c", "red", "-o", "out/", stdin=(folder / "one.png").read_bytes())
+    assert result.exit_code == 0
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["stdin.png", "x-2.png", "x-3.png", "x.png"]
+
+
+def test_what_cannot_be_saved_is_an_error_of_that_image(run: Run, folder: Path) -> None:
+    (folder / "file").touch()
+    result = run("detect", "one.png", "-c", "red", "-o", "file/out.png")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: one.png: ")

@@ -1,0 +1,116 @@
+"""`moondream-cv query` and `caption`. Run with `pytest tests/cli`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from moondream_cv.cli import output
+from moondream_cv.requests import Caption, Query
+from tests.colour_model import ColourModel
+
+Run = Callable[..., Any]
+
+
+def test_one_image_prints_the_text_alone(run: Run, folder: Path) -> None:
+    assert run("query", "one.png", "-q", "What is there?").stdout == "1 red, 1 green, 0 blue\n"
+    assert run("caption", "one.png").stdout == "A picture of 80 by 60 pixels, normal.\n"
+
+
+def test_several_images_have_headings(run: Run, folder: Path) -> None:
+    result = run("caption", "one.png", "two.jpg", "-l", "short")
+    assert result.stdout == (
+        "one.png:\nA picture of 80 by 60 pixels, short.\n\ntwo.jpg:\nA picture of 80 by 60 pixels, short.\n\n"
+    )
+
+
+def test_json(run: Run, folder: Path) -> None:
+    document = json.loads(run("query", "one.png", "missing.png", "-q", "What?", "--reasoning", "--json").stdout)
+    assert (document["schema"], document["command"], document["question"]) == (1, "query", "What?")
+    good, bad = document["images"]
+    assert good["answer"] == "1 red, 1 green, 0 blue"
+    assert good["reasoning"]["grounding"] == [{"start_idx": 2, "end_idx": 7, "points": [[0.5, 0.5]]}]
+    assert set(bad) == {"image", "error"}
+    document = json.loads(run("caption", "one.png", "--json").stdout)
+    assert document["images"][0]["caption"] == "A picture of 80 by 60 pixels, normal."
+
+
+def test_reasoning_is_printed_before_the_answer(run: Run, folder: Path) -> None:
+    result = run("query", "one.png", "-q", "What?", "--reasoning")
+    assert result.stdout == "Thoughts: I count patches.\n\n1 red, 1 green, 0 blue\n"
+
+
+def test_without_an_image(run: Run, folder: Path, model: ColourModel) -> None:
+    result = run("query", "-q", "What is 2 + 2?", "--json")
+    assert json.loads(result.stdout)["images"] == [{"image": None, "answer": "Nothing to see.", "truncated": False}]
+    assert model.runs[0][0].image is None
+
+
+def test_options_reach_the_request(run: Run, folder: Path, model: ColourModel) -> None:
+    run("query", "one.png", "-q", "What?", "--point", "0.25,0.5", "--box", "0,0,.5,1", "--temperature", 0, "--seed", 3)
+    (request,) = model.runs[-1]
+    assert isinstance(request, Query)
+    assert request.spatial_refs == ((0.25, 0.5), (0.0, 0.0, 0.5, 1.0))
+    assert (request.settings.temperature, request.settings.seed) == (0, 3)
+    run("caption", "one.png", "--length", "long", "--max-tokens", 9)
+    (request,) = model.runs[-1]
+    assert isinstance(request, Caption)
+    assert (request.length, request.settings.max_tokens) == ("long", 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["query", "one.png", "-q", " "], "question must say something"),
+        (["query", "one.png", "-q", "x", "--point", "3,4"], "fractions of the image in 0..1"),
+        (["query", "one.png", "-q", "x", "--point", "3"], "takes 2 numbers separated by commas, not '3'"),
+        (["query", "one.png", "-q", "x", "--point", "nan,0"], "fractions"),
+        (["query", "one.png", "-q", "x", "--box", "0,0,a,1"], "takes 4 numbers"),
+        (["query", "one.png", "-q", "x", "--box", "0.5,0,0.1,1"], "positive area"),
+        (["query", "-q", "x", "--point", "0,0"], "no image is given"),
+        (["caption", "one.png", "-l", "huge"], "short, normal, long, not 'huge'"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_and_2(
+    arguments: list[str], message: str, run: Run, folder: Path, model: ColourModel
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert model.runs == []
+
+
+def test_a_question_is_required(run: Run, folder: Path) -> None:
+    assert run("query", "one.png").exit_code == 2
+
+
+def test_pictures_carry_the_text(run: Run, folder: Path) -> None:
+    arguments = ("query", "one.png", "-q", "What?", "--reasoning", "--point", "0.2,0.2", "--box", "0,0,1,.5")
+    assert run(*arguments, "-o", "q.png").exit_code == 0
+    assert run("caption", "one.png", "-o", "c.jpg").exit_code == 0
+    for name in ("q.png", "c.jpg"):
+        width, height = Image.open(name).size
+        assert width == 80
+        assert height > 60
+
+
+def test_a_terminal_gets_the_text_as_it_is_written(
+    run: Run, folder: Path, model: ColourModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def console(stderr: bool) -> Console:
+        return Console(stderr=stderr, force_terminal=not stderr, color_system=None, width=80)
+
+    monkeypatch.setattr(output, "_console", console)
+    result = run("query", "one.png", "-q", "What?", "--reasoning")
+    assert result.stdout == "Thoughts: I count patches.\n\n1 red, 1 green, 0 blue \n"
+    assert model.runs == []  # it was streamed
+    assert run("caption", "one.png").stdout.startswith("A picture of 80 by 60 pixels, normal.")
+    assert run("caption", "missing.png").exit_code == 1

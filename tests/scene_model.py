@@ -1,0 +1,84 @@
+"""A hand-written `VisionModel` that knows the truth about given scenes, and can be told to lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moondream_cv.images import to_rgb
+from moondream_cv.requests import (
+    Caption,
+    CaptionResult,
+    Detect,
+    DetectedObject,
+    DetectedPoint,
+    DetectResult,
+    Gaze,
+    GazeResult,
+    Point,
+    PointResult,
+    Query,
+    QueryResult,
+    Request,
+    Result,
+)
+from moondream_cv.scenes import Scene, plural
+from moondream_cv.training.prompts import short_caption
+from moondream_cv.vision_model import PublishedMethods
+
+
+class SceneModel(PublishedMethods):
+    """Answers from the ground truth of the scene whose picture it is shown."""
+
+    skills = frozenset({"detect", "point", "query", "caption", "gaze"})
+    has_scores = True
+
+    def __init__(self, scenes: Sequence[Scene], lies: bool = False) -> None:
+        self.scenes = scenes
+        self.lies = lies
+
+    def close(self) -> None:
+        pass
+
+    def run(self, requests: Sequence[Request]) -> list[Result]:
+        return [self._one(request) for request in requests]
+
+    def _one(self, request: Request) -> Result:
+        rgb = to_rgb(request.image)
+        (scene,) = [scene for scene in self.scenes if np.array_equal(scene.image, rgb)]
+        width, height = scene.resolution_wh
+        if isinstance(request, (Detect, Point)):
+            known = request.object in {name for item in scene.objects for name in (item.name, item.shape)}
+            boxes = [item.xyxy for item in scene.named(request.object)] if known else []
+            if self.lies:
+                boxes = [(x0 / 2, y0 / 2, x1 / 2, y1 / 2) for x0, y0, x1, y1 in boxes[:1]]
+            scores = [0.97 - 0.03 * index for index in range(len(boxes))]
+            if isinstance(request, Detect):
+                return DetectResult(
+                    tuple(
+                        DetectedObject(x0 / width, y0 / height, x1 / width, y1 / height, score)
+                        for (x0, y0, x1, y1), score in zip(boxes, scores, strict=True)
+                    )
+                )
+            return PointResult(
+                tuple(
+                    DetectedPoint((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, score)
+                    for (x0, y0, x1, y1), score in zip(boxes, scores, strict=True)
+                )
+            )
+        if isinstance(request, Gaze):
+            return GazeResult(None)
+        if self.lies:
+            return CaptionResult("A lie.") if isinstance(request, Caption) else QueryResult("no idea")
+        if isinstance(request, Caption):
+            return CaptionResult(short_caption([o.name for o in sorted(scene.objects, key=lambda o: o.centre[0])]))
+        return QueryResult(self._answer(scene, request))
+
+    def _answer(self, scene: Scene, request: Query) -> str:
+        if request.spatial_refs:
+            x, y = request.spatial_refs[0][0] * scene.image.shape[1], request.spatial_refs[0][1] * scene.image.shape[0]
+            return next(o.name for o in scene.objects if o.xyxy[0] < x < o.xyxy[2] and o.xyxy[1] < y < o.xyxy[3])
+        if request.question.startswith("How many"):
+            return str(sum(plural(item.name) in request.question for item in scene.objects))
+        return next(str(item.colour) for item in scene.objects if f"the {item.shape}?" in request.question)

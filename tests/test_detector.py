@@ -1,0 +1,468 @@
+"""`Detector` and `Pointer`: frames × classes → one run → `sv.Detections`. Run with `pytest tests/test_detector.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import warnings
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import supervision as sv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+
+from moondream_cv import detector as detector_module
+from moondream_cv.detector import Detector, Pointer
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import BackendError, ImageError, MoondreamError, UnsupportedSkill
+from moondream_cv.requests import DetectedObject, DetectedPoint
+from tests.colour_model import ColourModel, ListModel, picture
+
+pytestmark = pytest.mark.compat
+
+RED, GREEN = (10, 5, 30, 45), (50, 20, 70, 40)
+FRAME = picture(("red", RED), ("green", GREEN))
+BROKEN = picture(("magenta", (0, 0, 80, 60)))
+
+
+@pytest.fixture
+def colours() -> ColourModel:
+    return ColourModel()
+
+
+def assert_filled(detections: sv.Detections, length: int) -> None:
+    assert detections.xyxy.shape == (length, 4)
+    assert detections.xyxy.dtype == np.float32
+    assert detections.confidence is not None
+    assert detections.confidence.shape == (length,)
+    assert detections.confidence.dtype == np.float32
+    assert detections.class_id is not None
+    assert detections.class_id.shape == (length,)
+    assert detections.class_id.dtype == int
+    names = detections.data["class_name"]
+    assert isinstance(names, np.ndarray)
+    assert names.shape == (length,)
+    assert names.dtype.kind == "U"
+    assert detections.metadata == {}
+    assert detections.mask is None
+    assert detections.tracker_id is None
+
+
+# --- what comes back -------------------------------------------------------------------------------------------------
+
+
+def test_one_frame_one_class(colours: ColourModel) -> None:
+    detections = Detector(colours)(FRAME, "red")
+    assert_filled(detections, 1)
+    assert detections.xyxy.tolist() == [list(RED)]
+    assert detections.confidence.tolist() == [1.0]
+    assert detections.data["class_name"].tolist() == ["red"]
+
+
+def test_class_id_follows_the_order_of_the_classes(colours: ColourModel) -> None:
+    detections = Detector(colours)(FRAME, ["blue", "green", "red"])
+    assert_filled(detections, 2)
+    assert detections.class_id.tolist() == [1, 2]
+    assert detections.data["class_name"].tolist() == ["green", "red"]
+    assert detections.xyxy.tolist() == [list(GREEN), list(RED)]
+    assert Detector(colours)(FRAME, ("red", "green")).class_id.tolist() == [0, 1]
+
+
+def test_nothing_found_is_filled_and_merges(colours: ColourModel) -> None:
+    detector = Detector(colours)
+    empty, full = detector(FRAME, ["blue", "a class with a long name"]), detector(FRAME, ["red", "green"])
+    assert_filled(empty, 0)
+    merged = sv.Detections.merge([empty, full, empty, detector(FRAME, "green")])
+    assert_filled(merged, 3)
+    assert merged.data["class_name"].tolist() == ["red", "green", "green"]
+    assert_filled(empty[empty.confidence > 0.5], 0)
+    assert_filled(empty.with_nms(0.5), 0)
+
+
+def test_a_list_gives_a_list_whatever_its_length(colours: ColourModel) -> None:
+    detector = Detector(colours)
+    assert detector([], "red") == []
+    (single,) = detector([FRAME], "red")
+    assert_filled(single, 1)
+    first, second = detector([FRAME, picture(("green", (0, 0, 5, 5)), size_wh=(20, 10))], ["red", "green"])
+    assert_filled(first, 2)
+    assert second.xyxy.tolist() == [[0, 0, 5, 5]]
+    assert second.class_id.tolist() == [1]
+
+
+def test_one_run_and_one_image_for_all_classes_of_a_frame(colours: ColourModel, tmp_path: Path) -> None:
+    path = tmp_path / "frame.png"
+    cv2.imwrite(str(path), FRAME)
+    Detector(colours, max_objects=7, max_crops=3)([FRAME, path], ["red", "green", "blue"])
+    (requests,) = colours.runs
+    assert [request.object for request in requests] == ["red", "green", "blue"] * 2
+    assert len({id(request.image) for request in requests[:3]}) == 1
+    assert len({id(request.image) for request in requests[3:]}) == 1
+    assert requests[0].image is FRAME  # a frame as OpenCV reads it is not converted
+    assert isinstance(requests[3].image, Image.Image)  # a file is decoded once, not once per class
+    assert {(request.settings.max_objects, request.settings.max_crops) for request in requests} == {(7, 3)}
+
+
+def test_an_encoded_image_is_passed_on(colours: ColourModel) -> None:
+    encoded = colours.encode(FRAME)
+    detections = Detector(colours)(encoded, "red")
+    assert detections.xyxy.tolist() == [list(RED)]
+    assert colours.runs[0][0].image is encoded
+
+
+def stored(orientation: int, rgb: np.ndarray) -> bytes:
+    turned = {
+        1: rgb, 2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: rgb.swapaxes(0, 1), 6: np.rot90(rgb, 1),
+        7: rgb[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(rgb, -1),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(turned[orientation])).save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+RGB = np.ascontiguousarray(FRAME[..., ::-1])
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "bgr": lambda _: FRAME,
+    "non-contiguous": lambda _: np.repeat(FRAME, 2, axis=1)[:, ::2],
+    "bgra": lambda _: cv2.cvtColor(FRAME, cv2.COLOR_BGR2BGRA),
+    "16 bit": lambda _: FRAME.astype(np.uint16) * 257,
+    "float": lambda _: FRAME / 255,
+    "pil": lambda _: Image.fromarray(RGB),
+    "pil palette": lambda _: Image.fromarray(RGB).quantize(8, dither=Image.Dither.NONE),
+    "pil rgba": lambda _: Image.fromarray(RGB).convert("RGBA"),
+    "path": lambda folder: folder / "frame.png",
+    "str": lambda folder: str(folder / "frame.png"),
+    "bytes": lambda folder: (folder / "frame.png").read_bytes(),
+    "file": lambda folder: (folder / "frame.png").open("rb"),
+    **{f"exif {n}": lambda _, n=n: stored(n, RGB) for n in range(1, 9)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_gives_the_same_boxes(kind: str, colours: ColourModel, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "frame.png"), FRAME)
+    detections = Detector(colours)(KINDS[kind](tmp_path), ["red", "green"])
+    assert detections.xyxy.tolist() == [list(RED), list(GREEN)]
+
+
+# --- cleaning up -----------------------------------------------------------------------------------------------------
+
+
+def test_boxes_are_clipped_and_those_without_area_in_the_frame_dropped() -> None:
+    model = ListModel(
+        [
+            DetectedObject(-0.25, 0.5, 0.5, 1.5, 0.9),
+            DetectedObject(1.1, 0.1, 1.3, 0.2, 0.8),  # outside
+            DetectedObject(0.5, 0.5, 0.5, 0.8, 0.7),  # no width
+            DetectedObject(0.8, 0.2, 0.6, 0.4, 0.6),  # inside out
+        ]
+    )
+    detections = Detector(model)(FRAME, "thing")
+    assert detections.xyxy.tolist() == [[0, 30, 40, 60]]
+    assert_filled(detections, 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    boxes=st.lists(st.tuples(*[st.floats(-1, 2)] * 4), max_size=6),
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+)
+def test_boxes_lie_within_the_frame(boxes: list[tuple[float, ...]], width: int, height: int) -> None:
+    model = ListModel([DetectedObject(*box) for box in boxes])
+    frame = np.broadcast_to(np.uint8(0), (height, width, 3))
+    xyxy = Detector(model)(frame, "thing").xyxy
+    assert (xyxy >= 0).all()
+    assert (xyxy <= [width, height, width, height]).all()
+    assert (xyxy[:, 2:] > xyxy[:, :2]).all()
+
+
+def test_exact_duplicates_keep_the_most_confident_in_the_models_order() -> None:
+    box, other = (0.1, 0.1, 0.3, 0.3), (0.5, 0.5, 0.9, 0.9)
+    model = ListModel(
+        [DetectedObject(*other, 0.4), DetectedObject(*box, 0.5), DetectedObject(*box, 0.8), DetectedObject(*box, 0.6)]
+    )
+    detections = Detector(model)(FRAME, ["a", "b"])
+    assert detections.class_id.tolist() == [0, 0, 1, 1]  # equal boxes of different classes stay
+    assert detections.confidence.tolist() == pytest.approx([0.4, 0.8] * 2)
+    assert len(Detector(model, drop_duplicates=False)(FRAME, "a")) == 4
+
+
+def test_nms_works_within_a_class() -> None:
+    model = ListModel([DetectedObject(0.1, 0.1, 0.5, 0.5, 0.6), DetectedObject(0.1, 0.1, 0.52, 0.5, 0.9)])
+    assert len(Detector(model)(FRAME, ["a", "b"])) == 4
+    detections = Detector(model, nms=0.5)(FRAME, ["a", "b"])
+    assert_filled(detections, 2)
+    assert detections.class_id.tolist() == [0, 1]
+    assert detections.confidence.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_confidence_leaves_out_what_is_below_it() -> None:
+    model = ListModel([DetectedObject(0, 0, 0.5, 0.5, 0.3), DetectedObject(0.5, 0.5, 1, 1, 0.7)])
+    assert len(Detector(model)(FRAME, "a")) == 2
+    assert Detector(model, confidence=0.7)(FRAME, "a").confidence.tolist() == pytest.approx([0.7])
+    assert_filled(Detector(model, confidence=0.71)(FRAME, "a"), 0)
+
+
+def test_a_threshold_without_scores_warns_once() -> None:
+    detector_module._warn_no_scores.cache_clear()
+    model = ColourModel(has_scores=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Detector(model)(FRAME, "red")  # no threshold, no warning
+    with pytest.warns(UserWarning, match="ColourModel gives no scores") as caught:
+        assert len(Detector(model, confidence=0.9)(FRAME, "red")) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Detector(model, confidence=0.9)(FRAME, "red")
+        Detector(ColourModel(), confidence=0.9)(FRAME, "red")
+
+
+def test_what_the_limit_cuts_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    frame = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)])
+    with caplog.at_level(logging.INFO, "moondream_cv"):
+        assert len(Detector(ColourModel(), max_objects=3)(frame, "red")) == 3
+    assert "'red': there may be more than max_objects=3" in caplog.text
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([], "at least one class"),
+        ("", r"classes\[0\] must say something"),
+        (["dog", "  "], r"classes\[1\] must say something"),
+        (["dog", "cat", "dog"], "there twice: 'dog'"),
+        (["dog", 3], r"classes\[1\] must be a string, not int: 3"),
+        (None, "sequence of strings, not NoneType"),
+        ({"dog", "cat"}, "sequence of strings, not set"),
+        (b"dog", "sequence of strings, not bytes"),
+        (iter(["dog"]), "sequence of strings, not list_iterator"),
+        ("x" * 200_000, "200000 characters"),
+    ],
+)
+def test_wrong_classes_are_refused_by_name(classes: Any, message: str, colours: ColourModel) -> None:
+    with pytest.raises(ValueError, match=message):
+        Detector(colours)(FRAME, classes)
+    assert colours.runs == []
+
+
+@pytest.mark.parametrize(
+    "container", [(FRAME, FRAME), {"a": FRAME}, iter([FRAME]), deque([FRAME]), (f for f in [FRAME]), {1, 2}]
+)
+def test_containers_other_than_a_list_are_refused(container: Any, colours: ColourModel) -> None:
+    with pytest.raises(ValueError, match=f"must come in a list, not in a {type(container).__name__}"):
+        Detector(colours)(container, "red")
+
+
+@pytest.mark.parametrize("frame", [None, 3, np.stack([FRAME, FRAME]), np.zeros((0, 5, 3), np.uint8), b"", "no.png"])
+def test_frames_that_are_no_images_raise_image_errors(frame: Any, colours: ColourModel) -> None:
+    with pytest.raises(ImageError):
+        Detector(colours)(frame, "red")
+    with pytest.raises(ImageError, match=r"^frames\[1\]: "):
+        Detector(colours)([FRAME, frame], "red")
+    assert colours.runs == []
+
+
+def test_an_error_of_the_model_is_raised(colours: ColourModel) -> None:
+    with pytest.raises(BackendError, match="refused the picture"):
+        Detector(colours)(BROKEN, "red")
+    with pytest.raises(BackendError, match="refused the picture"):
+        Detector(colours)([FRAME, BROKEN], "red")
+
+
+def test_a_bad_frame_may_give_empty_detections(colours: ColourModel, caplog: pytest.LogCaptureFixture) -> None:
+    detector = Detector(colours, on_error="empty")
+    with caplog.at_level(logging.WARNING, "moondream_cv"):
+        good, unread, failed, also_good = detector([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
+    assert_filled(good, 2)
+    assert_filled(unread, 0)
+    assert_filled(failed, 0)
+    assert_filled(also_good, 2)
+    assert len(colours.runs) == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "missing.png" in caplog.text
+    assert "refused the picture" in caplog.text
+    assert_filled(detector("missing.png", "red"), 0)
+    with pytest.raises(ValueError, match="at least one class"):  # a mistake of the caller's is none of the frame's
+        detector(FRAME, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"confidence": 1.5}, r"confidence must be a number in 0\.\.1, not 1\.5"),
+        ({"confidence": -0.1}, "confidence"),
+        ({"confidence": float("nan")}, "confidence"),
+        ({"confidence": True}, "confidence"),
+        ({"confidence": None}, "confidence"),
+        ({"nms": 2}, r"nms must be a number in 0\.\.1, not 2"),
+        ({"nms": "0.5"}, "nms"),
+        ({"max_objects": 0}, "max_objects"),
+        ({"max_crops": 0}, "max_crops"),
+        ({"on_error": "ignore"}, "on_error must be 'raise' or 'empty', not 'ignore'"),
+        ({"device": "cuda"}, "device='cuda' is for a model that is given by name"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, colours: ColourModel) -> None:
+    with pytest.raises(ValueError, match=message):
+        Detector(colours, **arguments)
+
+
+@pytest.mark.parametrize("model", [None, 3, object(), ColourModel])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="model must be a name"):
+        Detector(model)
+
+
+def test_a_model_that_cannot_detect_is_refused(colours: ColourModel) -> None:
+    colours.skills = frozenset({"query"})
+    with pytest.raises(UnsupportedSkill, match=r"needs a model that can detect; ColourModel can query\."):
+        Detector(colours)
+    with pytest.raises(UnsupportedSkill, match="needs a model that can point"):
+        Pointer(colours)
+
+
+def test_too_few_results_are_noticed(colours: ColourModel) -> None:
+    colours.run = lambda requests: []  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="gave 0 results for 1 requests"):
+        Detector(colours)(FRAME, "red")
+
+
+# --- use -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_was_passed_in_stays_open(colours: ColourModel) -> None:
+    with Detector(colours) as detector:
+        assert detector.model is colours
+    assert not colours.closed
+
+
+def test_a_model_that_was_loaded_by_name_is_closed(colours: ColourModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def open_model(*arguments: Any) -> ColourModel:
+        asked.append(arguments)
+        return colours
+
+    monkeypatch.setattr(detector_module, "_open_model", open_model)
+    with Detector(Path("folder"), device="cpu") as detector:
+        assert_filled(detector(FRAME, "red"), 1)
+    assert colours.closed
+    assert asked == [(Path("folder"), "cpu")]
+
+
+def test_acall_does_the_same(colours: ColourModel) -> None:
+    async def both() -> tuple[sv.Detections, list[sv.Detections]]:
+        detector = Detector(colours)
+        one, many = await asyncio.gather(detector.acall(FRAME, "red"), detector.acall([FRAME], ["red", "green"]))
+        with pytest.raises(ValueError, match="at least one class"):
+            await detector.acall(FRAME, [])
+        return one, many
+
+    one, many = asyncio.run(both())
+    assert one.xyxy.tolist() == [list(RED)]
+    assert_filled(many[0], 2)
+
+
+def test_calls_from_many_threads(colours: ColourModel) -> None:
+    detector = Detector(colours, nms=0.5)
+    frames = [picture(("red", (x, 5, x + 10, 20))) for x in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda frame: detector(frame, ["green", "red"]), frames))
+    assert [d.xyxy[0, 0] for d in found] == list(range(60))
+
+
+def test_as_the_callback_of_an_inference_slicer(colours: ColourModel) -> None:
+    frame = picture(("red", (150, 20, 160, 30)), ("green", (20, 150, 40, 170)), size_wh=(200, 200))
+    slicer = sv.InferenceSlicer(partial(Detector(colours), classes=["red", "green"]), slice_wh=120, overlap_wh=40)
+    detections = slicer(frame)
+    assert sorted(detections.xyxy.tolist()) == [[20, 150, 40, 170], [150, 20, 160, 30]]
+    batched = sv.InferenceSlicer(
+        partial(Detector(colours), classes=["red", "green"]), slice_wh=120, overlap_wh=40, batch_size=3
+    )
+    assert sorted(batched(frame).xyxy.tolist()) == sorted(detections.xyxy.tolist())
+
+
+def test_detections_go_through_supervision(colours: ColourModel) -> None:
+    for detections in (Detector(colours)(FRAME, ["red", "green"]), Detector(colours)(FRAME, "blue")):
+        scene = sv.BoxAnnotator().annotate(FRAME.copy(), detections)
+        assert sv.LabelAnnotator().annotate(scene, detections).shape == FRAME.shape
+        assert isinstance(detections.with_nms(0.5), sv.Detections)
+
+
+def test_the_local_engine_behind_it(model: LocalModel, frame: np.ndarray) -> None:
+    classes = ["dog", "red circle", "cat"]
+    detector = Detector(model, max_objects=3)
+    single = detector(frame, classes)
+    encoded = detector(model.encode_image(frame), classes)
+    (listed, small) = detector([frame, np.ascontiguousarray(frame[:64, :48])], classes)
+    for other in (encoded, listed):
+        np.testing.assert_array_equal(other.xyxy, single.xyxy)
+        np.testing.assert_array_equal(other.confidence, single.confidence)
+        np.testing.assert_array_equal(other.class_id, single.class_id)
+    for found, width, height in ((single, 320, 240), (small, 48, 64)):
+        assert_filled(found, len(found))
+        assert len(found) <= 9
+        assert (found.xyxy <= [width, height, width, height]).all()
+        assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
+    assert_filled(Pointer(model, max_objects=3)(frame, classes[0]), len(Pointer(model, max_objects=3)(frame, "dog")))
+    with pytest.raises(ValueError, match="max_crops"):
+        Detector(model, max_crops=1)(model.encode_image(frame, {"max_crops": 2}), "dog")
+
+
+# --- pointing --------------------------------------------------------------------------------------------------------
+
+
+def test_pointer_gives_boxes_of_no_area(colours: ColourModel) -> None:
+    points = Pointer(colours)(FRAME, ["red", "green", "blue"])
+    assert_filled(points, 2)
+    assert points.xyxy.tolist() == [[20, 25, 20, 25], [60, 30, 60, 30]]
+    assert points.class_id.tolist() == [0, 1]
+    assert_filled(Pointer(colours)(FRAME, "blue"), 0)
+    assert [len(found) for found in Pointer(colours)([FRAME, FRAME], "red")] == [1, 1]
+
+
+def test_key_points(colours: ColourModel) -> None:
+    pointer = Pointer(colours)
+    points = pointer.key_points(FRAME, ["red", "green"])
+    assert isinstance(points, sv.KeyPoints)
+    assert points.xy.tolist() == [[[20, 25]], [[60, 30]]]
+    assert points.xy.dtype == np.float32
+    assert points.keypoint_confidence.tolist() == [[1.0], [1.0]]
+    assert points.class_id.tolist() == [0, 1]
+    assert points.data["class_name"].tolist() == ["red", "green"]
+    assert points.as_detections().confidence.tolist() == [1.0, 1.0]
+    assert not np.array_equal(sv.VertexAnnotator().annotate(FRAME.copy(), points), FRAME)
+    (empty,) = pointer.key_points([FRAME], "blue")
+    assert empty.xy.shape == (0, 1, 2)
+
+
+def test_points_outside_and_double_points_are_dropped() -> None:
+    model = ListModel(
+        [DetectedPoint(0, 1, 0.5), DetectedPoint(1.2, 0.5), DetectedPoint(0, 1, 0.9), DetectedPoint(0.5, 0.5, 0.2)]
+    )
+    points = Pointer(model)(FRAME, "a")
+    assert points.xyxy.tolist() == [[0, 60, 0, 60], [40, 30, 40, 30]]
+    assert points.confidence.tolist() == pytest.approx([0.9, 0.2])
+    assert len(Pointer(model, confidence=0.5)(FRAME, "a")) == 1
+    assert len(Pointer(model, drop_duplicates=False)(FRAME, "a")) == 3
+
+
+def test_errors_are_the_projects_own() -> None:
+    assert issubclass(ImageError, (MoondreamError, ValueError))
