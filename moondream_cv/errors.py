@@ -1,7 +1,7 @@
 """The errors that this package raises on purpose.
 
-Arguments out of range raise `ValueError` and arguments of a wrong type `TypeError`; everything else that can go wrong while a
-model is loaded or run is a `MoondreamError`, whose message names the value received and the way out.
+Arguments out of range raise `ValueError`; everything else that can go wrong while a model is loaded or run is a
+`MoondreamError`. Messages name the value received and the way out.
 """
 
 
@@ -14,11 +14,11 @@ class ImageError(MoondreamError, ValueError):
 
 
 class CheckpointError(MoondreamError):
-    """A checkpoint, adapter or tokenizer that is missing, damaged, or does not fit; the message names the file or the key."""
+    """A checkpoint, adapter or tokenizer that is missing, damaged or does not fit; the message names file or key."""
 
 
 class BackendError(MoondreamError):
-    """A remote model that is unreachable, refused the request, or answered nonsense; the message names the URL, never the key."""
+    """A remote model that is unreachable, refuses or answers nonsense; the message names the URL, never the key."""
 
 
 class UnsupportedSkill(MoondreamError):

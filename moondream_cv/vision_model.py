@@ -1,4 +1,4 @@
-"""The one contract: whatever can run the model is a `VisionModel`, and `PublishedMethods` puts the published names on it.
+"""The one contract: whatever runs the model is a `VisionModel`; `PublishedMethods` puts the published names on it.
 
 A class that implements `run` and inherits `PublishedMethods` has `caption`, `query`, `detect`, `point` and
 `detect_gaze` with the arguments and the dicts of the published model.
@@ -115,9 +115,7 @@ class PublishedMethods:
             return {"answer": pieces}
         return {"reasoning": next(pieces).to_dict(), "answer": pieces}
 
-    def detect(
-        self, image: Any, object: str, stream: bool = False, settings: SettingsLike = None
-    ) -> dict[str, Any]:
+    def detect(self, image: Any, object: str, stream: bool = False, settings: SettingsLike = None) -> dict[str, Any]:
         """Find objects: `{"objects": [{"x_min", "y_min", "x_max", "y_max", "confidence"}], "truncated"}`, fractions.
 
         With `stream`, `objects` is an iterator that gives each as soon as it is complete.

@@ -61,7 +61,9 @@ def replies(model: LocalModel, image: Any) -> dict[str, Any]:
             for kind, ref in (("point", (0.25, 0.75)), ("box", (0.1, 0.2, 0.6, 0.9)))
         },
         "query_reasoning": {"answer": reasoned["answer"], "reasoning": json.loads(json.dumps(reasoned["reasoning"]))},
-        "caption": {length: model.caption(encoded, length, settings=TEXT)["caption"] for length in ("short", "normal", "long")},
+        "caption": {
+            length: model.caption(encoded, length, settings=TEXT)["caption"] for length in ("short", "normal", "long")
+        },
     }
 
 

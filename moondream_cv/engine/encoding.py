@@ -45,9 +45,13 @@ class EncodedImage:
         if model_key != self.model_key:
             raise ValueError("this image was encoded by another model; encode it with the model that is asked")
         if max_crops is not None and max_crops != self.max_crops:
-            raise ValueError(f"this image was encoded with max_crops={self.max_crops}, not {max_crops}; encode it again")
+            raise ValueError(
+                f"this image was encoded with max_crops={self.max_crops}, not {max_crops}; encode it again"
+            )
         if variant != self.variant:
-            raise ValueError(f"this image was encoded with the adapter {self.variant!r}, not {variant!r}; encode it again")
+            raise ValueError(
+                f"this image was encoded with the adapter {self.variant!r}, not {variant!r}; encode it again"
+            )
 
 
 def encode_pixels(

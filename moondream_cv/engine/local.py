@@ -43,6 +43,7 @@ from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
 logger = logging.getLogger(__name__)
 _model_keys = itertools.count()
+ANSWER_ROOM = 32  # positions of the context that reasoning leaves for the answer
 DECODE_ROOM = 64  # positions that a request's cache has beside its prompt before it grows
 
 
@@ -212,21 +213,26 @@ class LocalModel(PublishedMethods):
             return (yield from generate_points(network, state, hidden, 1, request.force)), None
         cut_short = False
         if isinstance(request, Query) and request.reasoning:
-            sampler = Sampler.of(settings, self.device)
+            between = answer_prompt(config)
             reasoning, cut_short = generate_reasoning(
-                network, self.tokenizer, state, hidden, sampler, settings.max_tokens
+                network,
+                self.tokenizer,
+                state,
+                hidden,
+                Sampler.of(settings, self.device),
+                settings.max_tokens,
+                reserve=len(between.ids) + ANSWER_ROOM,
             )
             yield reasoning
-            hidden = self._feed(state, answer_prompt(config))
+            hidden = self._feed(state, between)
         sampler = Sampler.of(settings, self.device)
         truncated = yield from generate_text(network, self.tokenizer, state, hidden, sampler, settings.max_tokens)
         return truncated or cut_short, sampler.mean_logprob
 
     def _feed(self, state: DecodingState, prompt: Prompt) -> Tensor:
-        room = self.config.text.max_context - state.length
-        if len(prompt.ids) > room:
+        if len(prompt.ids) > state.room:
             raise ValueError(
-                f"the prompt has {len(prompt.ids)} tokens, and {room} of the model's context of "
+                f"the prompt has {len(prompt.ids)} tokens, and {state.room} of the model's context of "
                 f"{self.config.text.max_context} are left; shorten it"
             )
         return state.feed(prompt.embed(self.network))

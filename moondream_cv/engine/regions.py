@@ -43,7 +43,7 @@ def _generate(
             logits = network.text.logits(hidden)[0]
         if int(logits.argmax()) == eos and not (force and count == 0):
             return False
-        if count == limit or state.length + positions_each > network.config.text.max_context:
+        if count == limit or state.room < positions_each:
             return True
         going_on = continue_probability(logits, eos)
         item, hidden = _read_item(network, state, hidden, going_on, sized)

@@ -39,7 +39,7 @@ class LayerKeysValues:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of an image, or of nothing, that a request starts from; one pair [1, kv_heads, P, head_dim] a layer."""
+    """Keys and values that a request starts from: of an image, or none. A pair [1, kv_heads, P, head_dim] a layer."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
@@ -64,9 +64,9 @@ class DecodingState:
         return self._caches[0].length
 
     @property
-    def full(self) -> bool:
-        """Whether the model's context has no further position."""
-        return self.length >= self._network.config.text.max_context
+    def room(self) -> int:
+        """Positions of the model's context that are left."""
+        return self._network.config.text.max_context - self.length
 
     def feed(self, embeddings: Tensor) -> Tensor:
         """Append [1, T, dim] embeddings, each seeing all before it; give back the last hidden state [1, dim]."""

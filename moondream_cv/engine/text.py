@@ -39,7 +39,7 @@ def generate_text(
         if piece := words.add(token):
             yield piece
         count += 1
-        if state.full:
+        if not state.room:
             truncated = True
             break
         hidden = state.feed(_embed(network, token))
@@ -56,8 +56,11 @@ def generate_reasoning(
     hidden: Tensor,
     sampler: Sampler,
     max_tokens: int,
+    reserve: int,
 ) -> tuple[Reasoning, bool]:
     """Write the thoughts before an answer, and whether `max_tokens` or the context ended them.
+
+    At least `reserve` positions of the context are left for the answer.
 
     A coordinate token stands for the likeliest coordinate, which is fed back in its place. The tokens around a grounded
     passage split the text; the coordinates of each part, taken in pairs, are its points.
@@ -68,7 +71,7 @@ def generate_reasoning(
     token, truncated = sampler.choose(_logits(network, hidden)), False
     count = 0
     while token != config.answer_id:
-        if count == max_tokens or state.full:
+        if count == max_tokens or state.room <= reserve:
             truncated = True
             break
         if token in marks:

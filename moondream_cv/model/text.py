@@ -22,7 +22,7 @@ class LayerCache(Protocol):
     """Where one layer keeps its keys and values between calls."""
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values [B, kv_heads, T, head_dim]; give back all that the new positions may attend to."""
+        """Store new keys and values [B, kv_heads, T, head_dim]; give back all that the new positions may see."""
 
 
 class TextAttention(nn.Module):
@@ -117,7 +117,7 @@ class TextDecoder(nn.Module):
 
 
 def prefix_mask(length: int, prefix: int, device: torch.device | str | None = None) -> Tensor:
-    """[length, length] boolean mask: all of the first `prefix` positions see one another, the others what is before them."""
+    """[length, length] boolean mask: the first `prefix` positions see one another, the others what is before them."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask[:prefix, :prefix] = True
     return mask

@@ -1,9 +1,9 @@
-"""Training batches: rendered scenes, cut into crops, with their packed questions and the contents of each image token."""
+"""Training batches: rendered scenes, cut into crops, with packed questions and what each image token shows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -80,11 +80,8 @@ class Batch:
     box: Tensor  # [B, P, 4]
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            f.name: value.to(device, non_blocking=True) if isinstance(value := getattr(self, f.name), Tensor) else value
-            for f in fields(self)
-        }
-        return Batch(**moved)
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 class SceneSamples(Dataset[Sample]):
@@ -117,9 +114,8 @@ def cells_of(scene: Scene, grid: int) -> Cells:
         x, y, w, h = (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0
         rows = np.flatnonzero(np.abs(middle - y) <= h / 4)
         columns = np.flatnonzero(np.abs(middle - x) <= w / 4)
-        cells = (rows[:, None] * grid + columns).ravel()
         own = min(int(y * grid), grid - 1) * grid + min(int(x * grid), grid - 1)
-        cells = np.append(cells, own)
+        cells = np.append((rows[:, None] * grid + columns).ravel(), own)
         thing[cells] = SHAPES.index(item.shape) if item.kind == "shape" else len(SHAPES) + ICONS.index(item.shape)
         colour[cells] = list(COLOURS).index(item.colour) if item.colour else IGNORE
         box[cells] = (x, y, w, h)

@@ -17,7 +17,7 @@ TEXT_WEIGHT, SIZE_WEIGHT, DECISION_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 2.0, 0.
 
 
 class CellHeads(nn.Module):
-    """Linear probes on image tokens, thrown away after training: which thing, which colour, and whether there is one."""
+    """Linear probes on image tokens, thrown away after training: is there a thing, which, which colour, where."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -34,7 +34,9 @@ def image_tokens(network: MoondreamNetwork, batch: Batch) -> Tensor:
     return network.vision.join(network.vision(crops), batch.tilings)
 
 
-def cell_losses(network: MoondreamNetwork, heads: CellHeads, tokens: Tensor, batch: Batch, sigma: float) -> dict[str, Tensor]:
+def cell_losses(
+    network: MoondreamNetwork, heads: CellHeads, tokens: Tensor, batch: Batch, sigma: float
+) -> dict[str, Tensor]:
     """Losses of single image tokens: presence, thing, colour, and the object's box through the real region heads."""
     covered = batch.thing != IGNORE
     normed = heads.norm(tokens)
@@ -74,8 +76,8 @@ def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitte
 
     Args:
         tokens: [B, P, dim] image tokens.
-        jitter: Standard deviation of the noise on coordinates that are fed back, as a fraction of the image: at run time
-            they are the model's own and a little off.
+        jitter: Standard deviation of the noise on coordinates that are fed back, as a fraction of the image: at run
+            time they are the model's own and a little off.
     """
     region, prefix = network.region, network.config.prefix_length
     bos = torch.full((len(batch.ids), 1), network.config.tokenizer.bos_id, device=tokens.device)

@@ -199,5 +199,11 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-_WRITERS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (_count, _colour, _what, _exists, _caption)
+_WRITERS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (
+    _count,
+    _colour,
+    _what,
+    _exists,
+    _caption,
+)
 _WEIGHTS = (0.28, 0.17, 0.27, 0.08, 0.20)

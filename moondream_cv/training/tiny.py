@@ -123,9 +123,7 @@ class Trainer:
             step = self.images // recipe.batch
             if self.rank == 0 and step % 50 == 0:
                 rate = (self.images - shown) / (time.monotonic() - started)
-                logger.info(
-                    "%7d images  %5.1f/s  lr %.5f  %s", self.images, rate, self._rate(), _shown(losses)
-                )
+                logger.info("%7d images  %5.1f/s  lr %.5f  %s", self.images, rate, self._rate(), _shown(losses))
                 shown, started = self.images, time.monotonic()
             if self.rank == 0 and time.monotonic() - saved > recipe.save_every:
                 self.save()
@@ -175,9 +173,7 @@ class Trainer:
             rows = (stop - first) // recipe.batch * recipe.batch
             share = recipe.batch // world
             # The indices of this process, batch after batch.
-            indices = [
-                first + b + self.rank * share + i for b in range(0, rows, recipe.batch) for i in range(share)
-            ]
+            indices = [first + b + self.rank * share + i for b in range(0, rows, recipe.batch) for i in range(share)]
             samples = SceneSamples(self.config, self.tokenizer, stage, recipe.seed)
             yield from DataLoader(
                 Subset(samples, indices),
@@ -242,7 +238,8 @@ def tiny_templates(tokenizer: Any) -> dict[str, Any]:
 
 
 def _optimizers(network: nn.Module, heads: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    hidden, rest = [], []
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in [*network.named_parameters(), *heads.named_parameters()]:
         inside = ".blocks." in name or "proj_mlp" in name or "decoder.fc1" in name
         (hidden if inside and parameter.ndim == 2 else rest).append(parameter)

@@ -45,7 +45,20 @@ def build_tokenizer() -> Tokenizer:
 
 def _corpus() -> Iterator[str]:
     names = [*ALL_NAMES, "object"]
-    words = [*names, *(plural(n) for n in names), *COLOURS, *ROWS, *COLUMNS, "point", "detect", "caption", "query", "short", "normal", "long"]
+    words = [
+        *names,
+        *(plural(n) for n in names),
+        *COLOURS,
+        *ROWS,
+        *COLUMNS,
+        "point",
+        "detect",
+        "caption",
+        "query",
+        "short",
+        "normal",
+        "long",
+    ]
     for word in words:
         for _ in range(4):
             yield f" {word}"

@@ -74,7 +74,10 @@ def test_streams_add_up_to_the_reply(model: LocalModel, frame: np.ndarray) -> No
     few = {"max_objects": 4}
     objects = model.detect(frame, "dog", settings=few)["objects"]
     assert list(model.detect(frame, "dog", stream=True, settings=few)["objects"]) == objects
-    assert list(model.point(frame, "dog", stream=True, settings=few)["points"]) == model.point(frame, "dog", settings=few)["points"]
+    assert (
+        list(model.point(frame, "dog", stream=True, settings=few)["points"])
+        == model.point(frame, "dog", settings=few)["points"]
+    )
 
 
 def test_streamed_reasoning_comes_first(model: LocalModel, frame: np.ndarray) -> None:
@@ -115,6 +118,15 @@ def test_the_context_ends_a_text_that_never_ends(model: LocalModel) -> None:
     result = model.run([Query(None, "What?", settings=Settings(temperature=0, max_tokens=100_000))])[0]
     assert isinstance(result, QueryResult)
     assert result.truncated
+
+
+def test_thoughts_leave_room_for_the_answer(model: LocalModel, frame: np.ndarray) -> None:
+    settings = Settings(temperature=0, max_tokens=100_000)
+    result = model.run([Query(frame, "What?", reasoning=True, settings=settings)])[0]
+    assert isinstance(result, QueryResult)
+    assert result.truncated
+    assert result.reasoning is not None
+    assert result.answer
 
 
 def test_a_prompt_longer_than_the_context_is_refused(model: LocalModel, frame: np.ndarray) -> None:

@@ -24,7 +24,9 @@ def test_stitching_undoes_overlapping_cuts(rows: int, columns: int, margin: int)
     height, width = rows * window + 2 * margin, columns * window + 2 * margin
     whole = torch.arange(height * width, dtype=torch.float32).view(height, width, 1)
     tiles = [
-        whole[r * window : r * window + grid, c * window : c * window + grid] for r in range(rows) for c in range(columns)
+        whole[r * window : r * window + grid, c * window : c * window + grid]
+        for r in range(rows)
+        for c in range(columns)
     ]
     assert torch.equal(stitch(torch.stack(tiles), rows, columns, margin), whole)
 

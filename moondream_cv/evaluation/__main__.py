@@ -1,0 +1,38 @@
+"""Print how good a model is on held-out scenes.
+
+python -m moondream_cv.evaluation --model tiny --scenes 200
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moondream_cv.evaluation.scenes import RENDERERS, evaluate_scenes, held_out_scenes
+from moondream_cv.loading import load
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A name, a folder, or tiny.")] = "tiny",
+    device: Annotated[str | None, typer.Option(help="cpu, mps, cuda or cuda:1; the best there is.")] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes of each renderer.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Print how good a model is on held-out scenes of both renderers."""
+    with load(model, device=device) as opened:
+        figures = {name: evaluate_scenes(opened, held_out_scenes(name, scenes)).figures() for name in RENDERERS}
+    if as_json:
+        typer.echo(json.dumps({"model": model, "scenes": scenes, "figures": figures}, indent=1))
+        return
+    table = Table(f"{scenes} scenes of each renderer", *RENDERERS)
+    for name in figures["own"]:
+        table.add_row(name, *(f"{figures[renderer][name]:.3f}" for renderer in RENDERERS))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

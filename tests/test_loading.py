@@ -1,0 +1,212 @@
+"""`load`: names, devices, number formats, and messages for what does not work."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from moondream_cv import loading
+from moondream_cv.errors import CheckpointError
+from moondream_cv.loading import choose_device, choose_dtype, download, load
+from moondream_cv.model.adapters import load_adapter
+from moondream_cv.model.releases import MOONDREAM_2B, RELEASES
+from moondream_cv.model.sources import local_source
+from tests.small_checkpoint import byte_tokenizer, small_config, write_small
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+TINY = Path(loading.__file__).parent / "tiny" / "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_small(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for name in (folder, str(folder), "./checkpoint", "checkpoint", "~/checkpoint", folder / "model.safetensors"):
+        model = load(name, device="cpu")
+        assert model.config == small_config()
+        assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+        assert model.name == str(name)
+    assert download("checkpoint") == Path("checkpoint")
+
+
+@pytest.mark.parametrize("layout", ["top", "nested", "with model_type"])
+def test_layouts_of_the_config(folder: Path, layout: str) -> None:
+    values = small_config().to_dict()
+    values = {"top": values, "nested": {"config": values}, "with model_type": values | {"model_type": "moondream1"}}[
+        layout
+    ]
+    (folder / "config.json").write_text(json.dumps(values))
+    assert load(folder, device="cpu").config == small_config()
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_golden_sets_load_and_answer(name: str) -> None:
+    model = load(GOLDEN / name, device="cpu", adapter=GOLDEN / name / "adapter.pt")
+    assert model.adapter is not None
+    settings = {"max_objects": 1}
+    assert len(model.detect(Image.new("RGB", (40, 30)), "dog", settings=settings)["objects"]) <= 1
+
+
+def test_the_setting_variant_takes_an_adapter_file() -> None:
+    image, settings = Image.open(GOLDEN / "mha" / "images" / "4_50x40.png"), {"max_objects": 2}
+    variant = settings | {"variant": str(GOLDEN / "mha" / "adapter.pt")}
+    plain, adapted = (
+        load(GOLDEN / "mha", device="cpu"),
+        load(GOLDEN / "mha", device="cpu", adapter=str(GOLDEN / "mha" / "adapter.pt")),
+    )
+    expected = adapted.point(image, "dog", settings=settings)
+    assert plain.point(image, "dog", settings=variant) == expected
+    assert plain.point(image, "dog", settings=settings) != expected
+
+
+@pytest.mark.skipif(not TINY.is_file(), reason="the embedded weights are not in this tree yet")
+def test_tiny_says_once_what_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_told_about_tiny", False)
+    with caplog.at_level(logging.INFO, logger="moondream_cv"):
+        load("tiny", device="cpu")
+        load("tiny", device="cpu")
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("tiny:")]
+    assert told == ["tiny: a demonstration model that knows only rendered shapes and icons, nothing of photographs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("moondrem2", "there is no model 'moondrem2'; did you mean 'moondream2'"),
+        ("tinny", "did you mean 'tiny'"),
+        ("resnet50", "accepted are 'moondream2', 'tiny', a repository on the hub"),
+        ("", "must say something"),
+        ("  ", "must say something"),
+        ("./missing", "there is no model './missing'"),
+        ("/missing/folder", "there is no model '/missing/folder'"),
+        ("~nobody-here/x", "there is no model"),
+        ("x" * 5000, "there is no model 'xxx"),
+        ("a\0b", "there is no model"),
+        ("missing/../folder", "there is no model"),
+        (
+            "models/missing",
+            "there is no folder 'models/missing', so it was taken for a repository: models/missing@main",
+        ),
+        ("moondream2", "vikhyatk/moondream2@2025-06-21 is not in the cache.*moondream-cv download"),
+        ("vikhyatk/moondream2", "vikhyatk/moondream2@2025-06-21 is not in the cache"),
+        ("vikhyatk/moondream2@2024-08-26", "these work: vikhyatk/moondream2@2025-06-21"),
+        (Path("nowhere"), "there is no model 'nowhere'"),
+    ],
+)
+def test_names_that_do_not_work(name: str | Path, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load(name)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_names_of_a_wrong_type(name: object) -> None:
+    with pytest.raises(TypeError):
+        load(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("url", ["http://localhost:9001", "HTTPS://api.moondream.ai/v1"])
+def test_urls_are_not_checkpoints(url: str) -> None:
+    with pytest.raises(ValueError, match=r"is a server's URL, not a checkpoint: use connect"):
+        load(url)
+
+
+def test_empty_folders_and_damaged_checkpoints(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty is empty"):
+        load(tmp_path / "empty")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        load(folder)
+    byte_tokenizer([]).save(str(folder / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        load(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps(small_config(layers=3).to_dict()))
+    with pytest.raises(CheckpointError, match=r"keys missing: text\.blocks\.2"):
+        load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no known release has its sizes"):
+        load(folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        load(folder)
+
+
+def test_a_folder_may_name_its_release(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "moondream1"}')
+    with pytest.raises(CheckpointError, match=r"'2024-01-01' in .* is no known release"):
+        load(f"{folder}@2024-01-01")
+    # The release is believed, and the weights are then found not to be its own.
+    source = local_source(folder, RELEASES[0])
+    assert source.config == MOONDREAM_2B
+    with pytest.raises(CheckpointError, match="its id 50256 is None"):
+        load(f"{folder}@2025-04-14")
+
+
+def test_adapters_that_do_not_fit(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"does not fit|is no adapter"):
+        load(folder, device="cpu", adapter=GOLDEN / "mha" / "adapter.pt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(folder, device="cpu", adapter="missing.pt")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_adapter(Path("missing"), small_config(), "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("value", ["int8", "int4", "", 8])
+def test_quantize_is_not_there_yet(folder: Path, value: object) -> None:
+    with pytest.raises(ValueError, match="quantize must be None"):
+        load(folder, quantize=value)  # type: ignore[arg-type]
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_devices", lambda: ["cuda", "cuda:0", "cuda:1", "cpu"])
+    assert choose_device(None) == torch.device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device(torch.device("cpu", 0)) == torch.device("cpu:0")
+    for name in ("cuda:2", "mps", "meta", "gpu", "cuda:-1", "", 3.5):
+        with pytest.raises(ValueError, match="there are cuda, cuda:0, cuda:1, cpu"):
+            choose_device(name)  # type: ignore[arg-type]
+    monkeypatch.setattr(loading, "_devices", lambda: ["mps", "cpu"])
+    assert choose_device(None) == torch.device("mps")
+    assert choose_device("mps:0") == torch.device("mps:0")
+    with pytest.raises(ValueError, match="there is no device 'cuda'; there are mps, cpu"):
+        choose_device("cuda")
+
+
+def test_number_formats(folder: Path) -> None:
+    cpu, small = torch.device("cpu"), small_config()
+    assert choose_dtype(None, cpu, small) == torch.float32
+    assert choose_dtype(None, cpu, MOONDREAM_2B) == torch.bfloat16
+    assert choose_dtype("bfloat16", cpu, small) == choose_dtype(torch.bfloat16, cpu, small) == torch.bfloat16
+    for bad in ("int8", torch.int8, torch.float64, "half", 3):
+        with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, not"):
+            choose_dtype(bad, cpu, small)  # type: ignore[arg-type]
+    assert load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_straight_to_the_gpu(folder: Path) -> None:
+    model = load(folder)
+    assert model.device.type == "cuda"
+    assert model.dtype in (torch.bfloat16, torch.float16)
+    assert load(folder, device="cuda:0", dtype="float32").network.device == torch.device("cuda:0")
