@@ -106,7 +106,9 @@ def replies(model: Any, image: Image.Image) -> dict[str, Any]:
         said[f"detect {name}"] = model.detect(encoded, name, settings={"max_objects": 6})["objects"]
         said[f"point {name}"] = model.point(encoded, name, settings={"max_objects": 8})["points"]
     said["query"] = model.query(encoded, "What colour is the car?", settings=TEXT)
-    said["spatial"] = model.query(encoded, "What is this?", spatial_refs=[(0.25, 0.75), (0.1, 0.2, 0.6, 0.9)], settings=TEXT)
+    said["spatial"] = model.query(
+        encoded, "What is this?", spatial_refs=[(0.25, 0.75), (0.1, 0.2, 0.6, 0.9)], settings=TEXT
+    )
     said["reasoning"] = model.query(encoded, "How many dogs are there?", reasoning=True, settings=TEXT)
     for length in ("short", "normal", "long"):
         said[f"caption {length}"] = model.caption(encoded, length, settings=TEXT)

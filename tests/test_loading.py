@@ -104,6 +104,8 @@ def test_tiny_says_once_what_it_is(caplog: pytest.LogCaptureFixture, monkeypatch
             "there is no folder 'models/missing', so it was taken for a repository: models/missing@main",
         ),
         ("moondream2", "vikhyatk/moondream2@2025-06-21 is not in the cache.*moondream-cv download"),
+        ("moondream2@2025-03-27", "vikhyatk/moondream2@2025-03-27 is not in the cache"),
+        ("moondream2@2023-01-01", "these work: vikhyatk/moondream2@2025-06-21"),
         ("vikhyatk/moondream2", "vikhyatk/moondream2@2025-06-21 is not in the cache"),
         ("vikhyatk/moondream2@2024-08-26", "these work: vikhyatk/moondream2@2025-06-21"),
         (Path("nowhere"), "there is no model 'nowhere'"),
@@ -124,7 +126,7 @@ def test_names_of_a_wrong_type(name: object) -> None:
 
 @pytest.mark.parametrize("url", ["http://localhost:9001", "HTTPS://api.moondream.ai/v1"])
 def test_urls_are_not_checkpoints(url: str) -> None:
-    with pytest.raises(ValueError, match=r"is a server's URL, not a checkpoint: use connect"):
+    with pytest.raises(ValueError, match=r"is a URL, and models are loaded from a folder or from the hub"):
         load(url)
 
 

@@ -75,6 +75,9 @@ def answer_prompt(config: TokenizerConfig) -> Prompt:
 
 def _question(request: Query, tokenizer: Tokenizer, config: TokenizerConfig) -> Prompt:
     template = _template(config, "query")
+    if (request.reasoning or request.spatial_refs) and not config.has_control_tokens:
+        what = "reason" if request.reasoning else "take spatial references"
+        raise UnsupportedSkill(f"this checkpoint cannot {what}; Moondream 2 of 2025-06-21 can")
     spatial, coords, sizes = _spatial(request.spatial_refs, config)
     suffix, repeat = tuple(template["suffix"]), request.settings.repeat_suffix
     if request.reasoning:

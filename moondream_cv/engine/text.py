@@ -31,6 +31,7 @@ def generate_text(
         hidden: [1, dim], the last hidden state.
     """
     config, words = network.config.tokenizer, WordStream(tokenizer)
+    banned = (config.answer_id,) if config.has_control_tokens else ()  # of earlier releases, it is a word
     token, count, truncated = sampler.choose(_logits(network, hidden)), 0, False
     while token != config.eos_id:
         if count == max_tokens:
@@ -43,7 +44,7 @@ def generate_text(
             truncated = True
             break
         hidden = state.feed(_embed(network, token))
-        token = sampler.choose(_logits(network, hidden), banned=(config.answer_id,))
+        token = sampler.choose(_logits(network, hidden), banned)
     if piece := words.rest():
         yield piece
     return truncated

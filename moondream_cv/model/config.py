@@ -99,6 +99,12 @@ class TokenizerConfig:
     end_ground_id: int = 9
     templates: Templates = field(default_factory=_default_templates)
 
+    @property
+    def has_control_tokens(self) -> bool:
+        """Whether prompts end in the answer token; those of the releases before 2025-05-31 are plain words."""
+        query = self.templates.get("query")
+        return query is not None and self.answer_id in query.get("suffix", ())
+
 
 @dataclass(frozen=True)
 class MoondreamConfig:
@@ -154,11 +160,12 @@ def _section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
 def _check_sizes(config: MoondreamConfig) -> None:
     text, vision, region = config.text, config.vision, config.region
     for name, section in (("text", text), ("vision", vision), ("region", region)):
-        for key, value in asdict(section).items():  # type: ignore[call-overload]
+        for key, value in asdict(section).items():
             if value is not None and value < (0 if key == "overlap_margin" else 1):
                 raise CheckpointError(f"config: {name}.{key} is {value}, and must be positive")
     rules = {
-        f"text.dim {text.dim} must be a multiple of 4 × text.n_heads {text.n_heads}": text.dim % (4 * text.n_heads) == 0,
+        f"text.dim {text.dim} must be a multiple of 4 × text.n_heads {text.n_heads}": text.dim % (4 * text.n_heads)
+        == 0,
         f"text.n_heads {text.n_heads} must be a multiple of text.n_kv_heads {text.n_kv_heads}": (
             text.n_heads % text.n_kv_heads == 0
         ),
@@ -198,7 +205,9 @@ def _check_tokens(tokenizer: TokenizerConfig, vocab_size: int) -> None:
             raise CheckpointError(f"config: tokenizer.templates.{skill} must be an object, not {template!r}")
         for part, tokens in template.items():
             if not isinstance(tokens, list | tuple) or not all(isinstance(t, int) for t in tokens):
-                raise CheckpointError(f"config: tokenizer.templates.{skill}.{part} must be a list of ids, not {tokens!r}")
+                raise CheckpointError(
+                    f"config: tokenizer.templates.{skill}.{part} must be a list of ids, not {tokens!r}"
+                )
             ids.extend(tokens)
     outside = sorted({i for i in ids if not 0 <= i < vocab_size or not math.isfinite(i)})
     if outside:

@@ -89,7 +89,9 @@ class VisionEncoder(nn.Module):
         grid, joined, start = self.config.grid, [], 0
         for rows, columns in tilings:
             stop = start + 1 + rows * columns
-            local = stitch(features[start + 1 : stop].unflatten(1, (grid, grid)), rows, columns, self.config.overlap_margin)
+            local = stitch(
+                features[start + 1 : stop].unflatten(1, (grid, grid)), rows, columns, self.config.overlap_margin
+            )
             pooled = _pool(local, grid)  # [grid², enc_dim]
             joined.append(torch.cat((features[start], pooled), dim=-1))
             start = stop

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -80,8 +81,13 @@ class Batch:
     box: Tensor  # [B, P, 4]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        """A copy on a device."""
+        moved = copy(self)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                setattr(moved, f.name, value.to(device, non_blocking=True))
+        return moved
 
 
 class SceneSamples(Dataset[Sample]):

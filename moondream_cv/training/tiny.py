@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
+from moondream_cv.model.checkpoints import save_checkpoint
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.batches import Batch, SceneSamples, Stage, collate
@@ -214,12 +213,9 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in half precision, the config and the tokenizer, as `load(folder)` reads them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model.{k}": v.half().contiguous().cpu() for k, v in self.average.items()}
-        save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt", "images": str(self.images)})
-        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        network = MoondreamNetwork(self.config)
+        network.load_state_dict(self.average)
+        save_checkpoint(network, self.config, self.tokenizer, folder, torch.float16)
 
 
 def tiny_templates(tokenizer: Any) -> dict[str, Any]:

@@ -55,6 +55,14 @@ def test_control_tokens_in_text_are_plain_text() -> None:
     assert not {0, 5} & set(prompt.ids)
 
 
+@pytest.mark.parametrize("extra", [{"reasoning": True}, {"spatial_refs": ((0.5, 0.5),)}])
+def test_earlier_releases_have_no_control_tokens(extra: dict[str, Any]) -> None:
+    config = TokenizerConfig(templates={"query": {"prefix": [198], "suffix": [198, 33706, 25]}})
+    assert write_prompt(Query(IMAGE, "What?"), TOKENIZER, config).ids[-3:] == (198, 33706, 25)
+    with pytest.raises(UnsupportedSkill, match="2025-06-21 can"):
+        write_prompt(Query(IMAGE, "What?", **extra), TOKENIZER, config)
+
+
 def test_a_skill_without_template_is_refused() -> None:
     config = TokenizerConfig(templates={"caption": {"short": [1]}, "detect": None})
     with pytest.raises(UnsupportedSkill, match="cannot detect"):

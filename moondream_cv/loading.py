@@ -1,0 +1,211 @@
+"""Names → models: `load("moondream2")`, `load("tiny")`, `load("./folder")`, `load("repo/name@revision")`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import CheckpointError
+from moondream_cv.model.adapters import load_adapter
+from moondream_cv.model.checkpoints import load_network
+from moondream_cv.model.config import MoondreamConfig
+from moondream_cv.model.hub import hub_cache
+from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION, find_release, known_releases
+from moondream_cv.model.sources import Source, hub_source, local_source
+
+logger = logging.getLogger(__name__)
+
+ALIASES = {"moondream2": f"{DEFAULT_REPO}@{DEFAULT_REVISION}"}
+TINY = "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_SMALL_WIDTH = 512  # decoders up to this width run in float32 on a CPU
+_told_about_tiny = False
+
+
+def load(
+    name: str | os.PathLike[str] = "moondream2",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> LocalModel:
+    """Load a model onto this machine.
+
+    Args:
+        name: "moondream2" (`vikhyatk/moondream2@2025-06-21`); "tiny", the embedded demonstration model; a repository on
+            the hub, "repo/name@revision"; a local folder, or a file of weights. A folder whose `config.json` says no
+            sizes may name its release: "folder@2025-04-14".
+        device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best there is.
+        dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16, or what the device has instead, and
+            float32 for small models on a CPU.
+        quantize: None. No quantised mode exists yet.
+        adapter: A `.pt` or `.safetensors` file, or the id of a variant.
+
+    Raises:
+        CheckpointError: The name is unknown; or the checkpoint, its tokenizer or the adapter is missing, damaged, does
+            not fit, or cannot be fetched.
+        ValueError: The device is not there, or an argument is out of range.
+    """
+    if quantize is not None:
+        raise ValueError(f"quantize must be None, not {quantize!r}: no quantised mode exists yet")
+    target = choose_device(device)
+    source = find_source(name)
+    chosen = choose_dtype(dtype, target, source.config)
+    tokenizer = source.tokenizer()
+    network = load_network(source.weights, source.config, target, chosen)
+    lora = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
+    return LocalModel(network, tokenizer, adapter=lora, name=os.fspath(name))
+
+
+def download(name: str) -> Path:
+    """Fetch what `load(name)` needs, so that it works offline afterwards.
+
+    Returns:
+        The folder with the weights; of a local name, where it is.
+
+    Raises:
+        CheckpointError: As `load`.
+    """
+    source = find_source(name)
+    source.tokenizer()
+    return source.folder
+
+
+def find_source(name: str | os.PathLike[str]) -> Source:
+    """Say where a model of this name lives, fetching its files if they are not here.
+
+    Raises:
+        CheckpointError: The name is unknown, or what it names cannot be used.
+        ValueError: It is a server's URL.
+    """
+    text = os.fspath(name)
+    if not isinstance(text, str) or not text.strip():
+        raise CheckpointError(f"the name of a model must say something, not {text!r}; {_accepted()}")
+    if re.match(r"[a-z]+://", text, re.IGNORECASE):
+        raise ValueError(f"{text!r} is a URL, and models are loaded from a folder or from the hub: give repo@revision")
+    if isinstance(name, str) and name == TINY:
+        return _tiny()
+    alias, _, revision = text.partition("@")
+    if isinstance(name, str) and alias in ALIASES:
+        text = f"{DEFAULT_REPO}@{revision}" if revision else ALIASES[alias]
+    else:
+        source = _local(text)
+        if source is not None:
+            return source
+    match = _REPO.fullmatch(text)
+    if match is None or isinstance(name, os.PathLike) or ".." in text:
+        raise CheckpointError(f"there is no model {text[:200]!r}{_suggestion(text)}; {_accepted()}")
+    try:
+        return hub_source(match[1], match[2])
+    except CheckpointError as error:
+        if match[2] is not None:
+            raise
+        raise CheckpointError(f"there is no folder {text!r}, so it was taken for a repository: {error}") from error
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; None gives the best there is.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    found = _devices()
+    if device is None:
+        return torch.device(found[0])
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown device {device!r}; there are {', '.join(found)}") from error
+    single = chosen.type != "cuda" and chosen.index in (None, 0)
+    if str(chosen) not in found and not (single and chosen.type in found):
+        raise ValueError(f"there is no device {str(chosen)!r}; there are {', '.join(found)}")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: MoondreamConfig) -> torch.dtype:
+    """The number format of this name; None gives the best for a device and a model.
+
+    Raises:
+        ValueError: It is no format that a model can compute in.
+    """
+    if dtype is None:
+        return _best_dtype(device, config)
+    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
+    if chosen is None:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    return chosen
+
+
+def _devices() -> list[str]:
+    """What there is, the best first."""
+    cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def _best_dtype(device: torch.device, config: MoondreamConfig) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32 if config.text.dim <= _SMALL_WIDTH else torch.bfloat16
+    if device.type == "cuda":
+        # Devices from before Ampere emulate bfloat16, slowly.
+        has_it = torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if has_it else torch.float16
+    try:
+        torch.zeros(1, dtype=torch.bfloat16, device=device)
+    except (RuntimeError, TypeError):  # macOS before 14
+        return torch.float16
+    return torch.bfloat16
+
+
+def _tiny() -> Source:
+    global _told_about_tiny
+    folder = Path(str(resources.files("moondream_cv") / "tiny"))
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(f"the embedded model is missing from {folder}; install moondream-cv again")
+    if not _told_about_tiny:
+        _told_about_tiny = True
+        logger.info("tiny: a demonstration model that knows only rendered shapes and icons, nothing of photographs")
+    return local_source(folder)
+
+
+def _local(text: str) -> Source | None:
+    """The folder or file of this name, perhaps with the release that it is of; None if there is none."""
+    path = _existing(text)
+    if path is not None:
+        return local_source(path)
+    stem, _, revision = text.rpartition("@")
+    path = _existing(stem) if stem else None
+    if path is None:
+        return None
+    release = find_release(DEFAULT_REPO, revision)
+    if release is None:
+        raise CheckpointError(f"{revision!r} in {text!r} is no known release of {path}; these are: {known_releases()}")
+    return local_source(path, release)
+
+
+def _existing(text: str) -> Path | None:
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, ...
+        return None
+
+
+def _suggestion(text: str) -> str:
+    close = difflib.get_close_matches(text.lower(), [*ALIASES, TINY, DEFAULT_REPO], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _accepted() -> str:
+    return (
+        f"accepted are {', '.join(map(repr, ALIASES))}, {TINY!r}, a repository on the hub such as "
+        f"'{DEFAULT_REPO}@{DEFAULT_REVISION}' (kept in {hub_cache()}), and a local folder or file"
+    )

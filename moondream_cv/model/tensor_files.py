@@ -1,0 +1,199 @@
+"""Files of named tensors: found in a folder, opened memory-mapped, read one tensor at a time.
+
+It knows safetensors and PyTorch's own format (read without executing anything that the file brings), single and
+sharded; it knows nothing of what the tensors are.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moondream_cv.errors import CheckpointError
+
+_PREFERRED = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+    "model.pth",
+)
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
+_REOPEN_AFTER = 256 * 2**20  # bytes; pages of a mapped file stay in memory until it is closed
+
+
+class TensorFile(Protocol):
+    """One mapped file, opened anew now and then so that what was read does not stay in memory."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, key: str) -> Tensor:
+        """Read a tensor, on the CPU; it may be a view of the mapped file."""
+
+
+class SafetensorsFile:
+    """A safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _check_beginning(path)
+        self._file, self._read = self._open(), 0
+        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
+
+    def read(self, key: str) -> Tensor:
+        if self._read > _REOPEN_AFTER:
+            self._file, self._read = self._open(), 0
+        tensor: Tensor = self._file.get_tensor(key)
+        self._read += tensor.nbytes
+        return tensor
+
+    def _open(self) -> Any:
+        try:
+            opened: AbstractContextManager[Any] = safe_open(self.path, framework="pt", device="cpu")
+            return opened.__enter__()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path} is truncated or not a safetensors file ({error}); fetch it again"
+            ) from error
+
+
+class TorchFile:
+    """A `.pt`, `.pth` or `.bin` file with a mapping of names to tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _check_beginning(path)
+        self._tensors, self._read = _flat(read_torch_file(path), path), 0
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        if self._read > _REOPEN_AFTER and zipfile.is_zipfile(self.path):
+            self._tensors, self._read = _flat(read_torch_file(self.path), self.path), 0
+        self._read += self._tensors[key].nbytes
+        return self._tensors[key]
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Open a file by its suffix.
+
+    Raises:
+        CheckpointError: It is missing, empty, truncated, of another format, or holds more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return TorchFile(path)
+    raise CheckpointError(f"{path} is no checkpoint: its name should end in .safetensors, .pt, .pth or .bin")
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read a file of PyTorch's format without executing code that it brings.
+
+    Raises:
+        CheckpointError: It is damaged or holds more than tensors.
+    """
+    try:
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors, and is not read: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # damaged files make the reader fail in any way
+        raise CheckpointError(f"{path} is truncated or not a PyTorch file ({_first_line(error)})") from error
+
+
+def find_tensor_files(source: Path) -> list[Path]:
+    """Find the weights: the file itself, or what a folder holds.
+
+    Raises:
+        CheckpointError: There are none, a shard is missing, or it is unclear which file is meant.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise CheckpointError(f"{source} does not exist")
+    for name in _PREFERRED:
+        if (source / name).is_file():
+            return _indexed(source / name) if name.endswith(".json") else [source / name]
+    for pattern in ("*.safetensors", "*.pt", "*.pth"):
+        files = sorted(source.glob(pattern))
+        if files:
+            return files if len(files) == 1 else _shards(source, files)
+    what = "is empty" if not any(source.iterdir()) else "holds no weights"
+    raise CheckpointError(f"the folder {source} {what}; a checkpoint has a model.safetensors, or shards with an index")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [index.parent / name for name in files if Path(name).name == name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again") from error
+    if not paths or len(paths) != len(files):
+        raise CheckpointError(f"{index} names no shards, or some outside its own folder: {files}")
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of its {len(paths)} shards: {some(missing)}; fetch them again"
+        )
+    return paths
+
+
+def _shards(folder: Path, files: list[Path]) -> list[Path]:
+    matches = [_SHARD.match(f.name) for f in files]
+    counts = {(m[1], int(m[3])) for m in matches if m is not None}
+    if None in matches or len(counts) != 1:
+        raise CheckpointError(f"{folder} holds several files of weights: {some([f.name for f in files])}; name one")
+    ((_, count),) = counts
+    if len(files) != count:
+        raise CheckpointError(f"{folder} holds {len(files)} of {count} shards: {some([f.name for f in files])}")
+    return files
+
+
+def _check_beginning(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty; fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a pointer that Git LFS left in the place of the file; run `git lfs pull`")
+
+
+def _flat(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a loaded file, which training code may have wrapped in a mapping."""
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise CheckpointError(f"{path} holds {type(loaded).__name__} and should hold a mapping of names to tensors")
+    strange = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{path}: {len(strange)} entries are no tensors: {some(strange)}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def some(names: Iterable[str], limit: int = 4, show: Callable[[str], str] = str) -> str:
+    """The first few of many names, and how many more there are."""
+    listed = list(names)
+    more = f", … and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(show(name) for name in listed[:limit]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,111 @@
+"""Adapters by id: the published cache of variants, and the service that they are downloaded from."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from http.client import HTTPException, HTTPMessage
+from pathlib import Path
+from typing import IO
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request
+
+from moondream_cv.errors import CheckpointError
+from moondream_cv.model.hub import is_offline
+
+DEFAULT_ENDPOINT = "https://api.moondream.ai"
+TIMEOUT = 60.0  # seconds without a byte
+_KEY_HEADER = "X-Moondream-Auth"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def variant_cache() -> Path:
+    """Where the published code keeps downloaded variants."""
+    if os.environ.get("HF_HUB_CACHE"):
+        return Path(os.environ["HF_HUB_CACHE"]).expanduser() / "md_variants"
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return Path(home).expanduser() / "hub" / "md_variants"
+
+
+def fetch_variant(variant: str) -> Path:
+    """The file of a variant, from the cache or else from the service.
+
+    Raises:
+        CheckpointError: The id is malformed, unknown, refused, or not cached while offline; or no connection.
+    """
+    if not _ID.fullmatch(variant):
+        raise CheckpointError(
+            f"{variant[:200]!r} is neither a file nor the id of an adapter (letters, digits, '.', '_' and '-')"
+        )
+    path = variant_cache() / variant / "final.pt"
+    if path.is_file():
+        return path
+    if is_offline():
+        raise CheckpointError(
+            f"the adapter {variant!r} is not in {variant_cache()}, and HF_HUB_OFFLINE is set; give its file instead"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _download(variant, file)
+        if not zipfile.is_zipfile(part):
+            raise CheckpointError(f"what came for the adapter {variant!r} is no PyTorch file; check MOONDREAM_ENDPOINT")
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+    return path
+
+
+class _KeyStaysHome(urllib.request.HTTPRedirectHandler):
+    """Follows redirects without taking the key to another host."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        followed = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if followed is not None and _origin(newurl) != _origin(req.full_url):
+            followed.remove_header(_KEY_HEADER.capitalize())
+        return followed
+
+
+def _download(variant: str, file: IO[bytes]) -> None:
+    endpoint = os.environ.get("MOONDREAM_ENDPOINT") or DEFAULT_ENDPOINT
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise CheckpointError("MOONDREAM_ENDPOINT must be an http or https URL")
+    shown = f"the adapter {variant!r} from {parts.scheme}://{parts.hostname}"
+    headers = {"User-Agent": "moondream-cv"}
+    if os.environ.get("MOONDREAM_API_KEY"):
+        headers[_KEY_HEADER] = os.environ["MOONDREAM_API_KEY"]
+    try:
+        request = Request(f"{endpoint.rstrip('/')}/v1/variants/{variant}/download", headers=headers)
+        with urllib.request.build_opener(_KeyStaysHome).open(request, timeout=TIMEOUT) as reply:
+            expected = reply.headers.get("Content-Length")
+            shutil.copyfileobj(reply, file)
+    except HTTPError as error:
+        error.close()
+        reasons = {
+            401: "MOONDREAM_API_KEY is missing or wrong",
+            403: "MOONDREAM_API_KEY has no access to it",
+            404: "it does not exist there",
+        }
+        raise CheckpointError(f"cannot fetch {shown}: {reasons.get(error.code, f'status {error.code}')}") from None
+    # ValueError: a key that is no header value. Its message would repeat the key.
+    except (OSError, HTTPException, ValueError) as error:
+        reason = "MOONDREAM_API_KEY is malformed" if isinstance(error, ValueError) else type(error).__name__
+        reason = f"{reason}: {error.reason}" if hasattr(error, "reason") else reason
+        raise CheckpointError(f"cannot fetch {shown} ({reason}); give its file instead") from None
+    if expected is not None and expected.isdigit() and file.tell() != int(expected):
+        raise CheckpointError(f"cannot fetch {shown}: the connection broke after {file.tell()} of {expected} bytes")
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
