@@ -24,7 +24,7 @@ from moondream_cv.requests import (
     Result,
 )
 from moondream_cv.scenes import Scene, plural
-from moondream_cv.training.prompts import short_caption
+from moondream_cv.scenes.world import short_caption
 from moondream_cv.vision_model import PublishedMethods
 
 
@@ -49,8 +49,7 @@ class SceneModel(PublishedMethods):
         (scene,) = [scene for scene in self.scenes if np.array_equal(scene.image, rgb)]
         width, height = scene.resolution_wh
         if isinstance(request, (Detect, Point)):
-            known = request.object in {name for item in scene.objects for name in (item.name, item.shape)}
-            boxes = [item.xyxy for item in scene.named(request.object)] if known else []
+            boxes = [item.xyxy for item in scene.objects if request.object == "object" or item.answers(request.object)]
             if self.lies:
                 boxes = [(x0 / 2, y0 / 2, x1 / 2, y1 / 2) for x0, y0, x1, y1 in boxes[:1]]
             scores = [0.97 - 0.03 * index for index in range(len(boxes))]
@@ -81,4 +80,7 @@ class SceneModel(PublishedMethods):
             return next(o.name for o in scene.objects if o.xyxy[0] < x < o.xyxy[2] and o.xyxy[1] < y < o.xyxy[3])
         if request.question.startswith("How many"):
             return str(sum(plural(item.name) in request.question for item in scene.objects))
+        if request.question.startswith("Is there"):
+            name = request.question.removesuffix("?").split(" ", 3)[3]
+            return "yes" if any(item.answers(name) for item in scene.objects) else "no"
         return next(str(item.colour) for item in scene.objects if f"the {item.shape}?" in request.question)

@@ -18,7 +18,7 @@ from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Po
 from moondream_cv.scenes.alternate import render_alternate
 from moondream_cv.scenes.render import render_scene
 from moondream_cv.scenes.scene import Scene, SceneObject
-from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, plural, with_article
+from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, plural, short_caption, with_article
 from moondream_cv.vision_model import VisionModel
 
 RENDERERS: dict[str, Callable[..., Scene]] = {"own": render_scene, "alternate": render_alternate}
@@ -136,7 +136,7 @@ def _about_objects(scene: Scene, report: SceneReport) -> Iterator[Asked]:
         at = (item.centre[0] / width, item.centre[1] / height)
         yield Query(image, "What is this?", spatial_refs=(at,), settings=GREEDY), _answer_into(report.what, item.name)
     if 0 < len(ordered) <= CAPTIONED:
-        expected = _sentence([with_article(o.name) for o in ordered])
+        expected = short_caption([o.name for o in ordered])
         yield Caption(image, "short", GREEDY), lambda result: report.caption.add(result.caption == expected)
 
 
@@ -190,8 +190,3 @@ def _absent(scene: Scene, rng: np.random.Generator, count: int) -> list[str]:
     far = [*ICONS, *SHAPES, *(f"{c} {s}" for c in COLOURS for s in SHAPES)]
     pools = [[name for name in pool if name not in present] for pool in (near or far, far)]
     return [str(rng.choice(pools[i % 2])) for i in range(count)]
-
-
-def _sentence(listed: list[str]) -> str:
-    text = listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"
-    return f"{text[:1].upper()}{text[1:]}."

@@ -7,7 +7,7 @@ thing looks like is the renderers' business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 SHAPES: Final[tuple[str, ...]] = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
@@ -94,6 +94,17 @@ def article(name: str) -> str:
 def with_article(name: str) -> str:
     """Return a name behind its indefinite article: ``"an apple"``."""
     return f"{article(name)} {name}"
+
+
+def listing(items: Sequence[str]) -> str:
+    """Join items in English: ``"a dog, a cat and a cup"``."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def short_caption(names: Sequence[str]) -> str:
+    """Return the short caption of a picture of these objects, left to right: ``"A red circle, a dog and a cup."``."""
+    text = listing([with_article(name) for name in names]) or "an empty picture"
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def plural(name: str) -> str:

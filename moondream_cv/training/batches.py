@@ -72,6 +72,7 @@ class Batch:
     coords: Tensor  # [B, T]
     sizes: Tensor  # [B, T, 2]
     next_ids: Tensor  # [B, T]
+    weights: Tensor  # [B, T]
     next_coords: Tensor  # [B, T]
     next_sizes: Tensor  # [B, T, 2]
     offsets: Tensor  # [B, T]
@@ -148,6 +149,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         coords=padded("coords", torch.nan, torch.float32),
         sizes=padded("sizes", torch.nan, torch.float32),
         next_ids=padded("next_ids", IGNORE, torch.long),
+        weights=padded("weights", 0.0, torch.float32),
         next_coords=padded("next_coords", torch.nan, torch.float32),
         next_sizes=padded("next_sizes", torch.nan, torch.float32),
         offsets=padded("offsets", 0, torch.long),

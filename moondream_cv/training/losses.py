@@ -13,7 +13,7 @@ from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES
 from moondream_cv.training.batches import Batch
 from moondream_cv.training.packing import IGNORE
 
-TEXT_WEIGHT, SIZE_WEIGHT, DECISION_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 2.0, 0.006
+TEXT_WEIGHT, SIZE_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 0.006
 
 
 class CellHeads(nn.Module):
@@ -57,10 +57,8 @@ def text_losses(network: MoondreamNetwork, tokens: Tensor, batch: Batch, sigma: 
     config, region = network.config, network.region
     hidden = packed_hidden(network, tokens, batch, COORDINATE_JITTER)
     said = batch.next_ids != IGNORE
-    targets = batch.next_ids[said]
-    decisions = (targets == config.tokenizer.eos_id) | (targets == config.tokenizer.coord_id)
-    weights = torch.where(decisions, DECISION_WEIGHT, 1.0)
-    per_token = F.cross_entropy(network.text.logits(hidden[said]).float(), targets, reduction="none")
+    weights = batch.weights[said]
+    per_token = F.cross_entropy(network.text.logits(hidden[said]).float(), batch.next_ids[said], reduction="none")
     located, sized = ~batch.next_coords.isnan(), ~batch.next_sizes[..., 0].isnan()
     places = batch.next_coords[located] * config.region.coord_out_dim
     sizes = size_bins(batch.next_sizes[sized], network)

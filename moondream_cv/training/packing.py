@@ -16,6 +16,8 @@ from moondream_cv.model.config import TokenizerConfig
 from moondream_cv.training.prompts import Box, Example
 
 IGNORE = -100
+DECISION_WEIGHT = 2.0  # of going on or stopping
+REPLY_WEIGHT = 3.0  # of a reply of one token; longer ones share it by the square root of their length
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Packed:
         coords: Coordinate fed in, NaN elsewhere.
         sizes: (width, height) fed in, NaN elsewhere.
         next_ids: Token to be predicted, or IGNORE.
+        weights: How much that token counts.
         next_coords: Coordinate to be predicted from this position, NaN elsewhere.
         next_sizes: (width, height) to be predicted from this position, NaN elsewhere.
         offsets: Position within its question.
@@ -37,6 +40,7 @@ class Packed:
     coords: list[float] = field(default_factory=list)
     sizes: list[tuple[float, float]] = field(default_factory=list)
     next_ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     next_coords: list[float] = field(default_factory=list)
     next_sizes: list[tuple[float, float]] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -51,8 +55,13 @@ class Packed:
         self.coords.append(coord)
         self.sizes.append(size)
         self.next_ids.append(IGNORE)
+        self.weights.append(0.0)
         self.next_coords.append(np.nan)
         self.next_sizes.append((np.nan, np.nan))
+
+    def predict(self, token: int, weight: float) -> None:
+        """Let the last position predict a token."""
+        self.next_ids[-1], self.weights[-1] = token, weight
 
 
 class Packer:
@@ -108,14 +117,15 @@ class Packer:
     def _objects(self, packed: Packed, boxes: Sequence[Box], sized: bool) -> None:
         coord, size = self.config.coord_id, self.config.size_id
         for x, y, w, h in boxes:
-            packed.next_ids[-1], packed.next_coords[-1] = coord, x
+            packed.predict(coord, DECISION_WEIGHT)
+            packed.next_coords[-1] = x
             packed.add(coord, coord=x)
             packed.next_coords[-1] = y
             packed.add(coord, coord=y)
             if sized:
                 packed.next_sizes[-1] = (w, h)
                 packed.add(size, size=(w, h))
-        packed.next_ids[-1] = self.config.eos_id
+        packed.predict(self.config.eos_id, DECISION_WEIGHT)
 
     def _reason(self, packed: Packed, example: Example) -> None:
         config = self.config
@@ -125,25 +135,28 @@ class Packer:
         self._reply(packed, self._encode(example.grounded), None)
         for x, y, _, _ in example.boxes:
             for value in (x, y):
-                packed.next_ids[-1], packed.next_coords[-1] = config.coord_id, value
+                packed.predict(config.coord_id, DECISION_WEIGHT)
+                packed.next_coords[-1] = value
                 packed.add(config.coord_id, coord=value)
-        packed.next_ids[-1] = config.end_ground_id
+        packed.predict(config.end_ground_id, DECISION_WEIGHT)
         packed.add(config.end_ground_id)
-        packed.next_ids[-1] = config.answer_id
+        packed.predict(config.answer_id, 1.0)
         for token in config.templates["query"]["suffix"]:  # type: ignore[index]
             packed.add(token)
 
     def _reply(self, packed: Packed, tokens: Sequence[int], end: int | None) -> None:
+        weight = REPLY_WEIGHT / (len(tokens) + 1) ** 0.5
         for token in tokens:
-            packed.next_ids[-1] = token
+            packed.predict(token, weight)
             packed.add(token)
         if end is not None:
-            packed.next_ids[-1] = end
+            packed.predict(end, weight)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _truncate(packed: Packed, length: int) -> None:
-    for values in (packed.ids, packed.coords, packed.sizes, packed.next_ids, packed.next_coords, packed.next_sizes):
-        del values[length:]
+    inputs, outputs = (packed.ids, packed.coords, packed.sizes), (packed.next_coords, packed.next_sizes)
+    for values in (*inputs, packed.next_ids, packed.weights, *outputs):
+        del values[length:]  # type: ignore[attr-defined]

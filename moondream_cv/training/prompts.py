@@ -6,13 +6,13 @@ right by centre, since a set has to be said in some order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from moondream_cv.scenes.render import Scene, SceneObject
-from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, plural, with_article
+from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, listing, plural, short_caption, with_article
 
 Box = tuple[float, float, float, float]  # x centre, y centre, width, height, as fractions of the image
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -47,11 +47,6 @@ def write_examples(scene: Scene, rng: np.random.Generator, count: int, regions_o
         writer = _region if regions_only or rng.random() < 0.4 else _WRITERS[rng.choice(len(_WRITERS), p=_WEIGHTS)]
         examples.append(writer(view, rng) or _region(view, rng))
     return examples
-
-
-def short_caption(names: Sequence[str]) -> str:
-    """The short caption of objects in reading order: "A red circle, a dog and a cup."."""
-    return f"{_capital(_listing([with_article(n) for n in names]))}." if names else "An empty picture."
 
 
 class _View:
@@ -180,7 +175,7 @@ def _caption(view: _View, rng: np.random.Generator) -> Example | None:
         return Example("short", answer=short_caption(names))
     counted = "There is 1 object" if count == 1 else f"There are {count} objects"
     if draw < 0.9 or count > 4:
-        body = f": {_listing([with_article(n) for n in names])}." if names else "."
+        body = f": {listing([with_article(n) for n in names])}." if names else "."
         return Example("normal", answer=counted + body)
     places = [f"{_capital(with_article(n))} at the {_place(b)}." for n, b in zip(names, view.boxes, strict=True)]
     return Example("long", answer=" ".join([counted + ".", *places]))
@@ -189,10 +184,6 @@ def _caption(view: _View, rng: np.random.Generator) -> Example | None:
 def _place(box: Box) -> str:
     row, column = ROWS[min(int(box[1] * 3), 2)], COLUMNS[min(int(box[0] * 3), 2)]
     return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
-
-
-def _listing(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _capital(text: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -269,6 +270,7 @@ def _shown(losses: dict[str, Tensor]) -> str:
 
 def _train(rank: int, recipe: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    cv2.setNumThreads(1)  # the renderer's; the processes share the cores already
     if recipe.processes > 1:
         torch.set_num_threads(1)
         store = f"file://{(recipe.folder / 'rendezvous').resolve()}"

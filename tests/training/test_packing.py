@@ -11,10 +11,11 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.model.region import bin_to_coordinate
 from moondream_cv.requests import Detect, Query, Settings
 from moondream_cv.scenes.render import render_scene
+from moondream_cv.scenes.world import short_caption
 from moondream_cv.training.batches import Batch, Cells, Sample, cells_of, collate
 from moondream_cv.training.losses import image_tokens, packed_hidden, text_losses
 from moondream_cv.training.packing import IGNORE, Packer
-from moondream_cv.training.prompts import Example, short_caption, write_examples
+from moondream_cv.training.prompts import Example, write_examples
 
 BOXES = ((0.2, 0.4, 0.1, 0.2), (0.7, 0.5, 0.3, 0.1))
 
