@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 
 PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
-TRAIN_ARGS ?=
+TRAIN_ARGS ?= runs/tiny
 
 # What `make bench` runs: everything that needs no GPU, no download and no argument.
 # parity.py compares with a checkout of the published implementation: see its --help.

@@ -2,6 +2,7 @@
 
     python -m moondream_cv.training.tiny runs/tiny --images 300000          # start, or go on from runs/tiny/state.pt
     python -m moondream_cv.training.tiny runs/tiny --export                 # write the averaged weights as a checkpoint
+    python -m moondream_cv.training.tiny runs/more --start-from moondream_cv/tiny --images 200000   # improve what ships
 
 The first third of the images trains the vision encoder alone, on what each image token should know; it costs half of
 a full step. Then the decoder joins, on scenes that grow from a few objects to eight. Matrices inside the blocks are
@@ -25,7 +26,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Subset
 
-from moondream_cv.model.checkpoints import save_checkpoint
+from moondream_cv.model.checkpoints import load_network, save_checkpoint
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.batches import Batch, SceneSamples, Stage, collate
@@ -50,7 +51,11 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The arguments of a run."""
+    """The arguments of a run.
+
+    On a GPU one process trains and `workers` render (0: one for each core but one); on CPU cores each of the processes
+    trains on its share of a batch and renders it.
+    """
 
     folder: Path
     images: int = 300_000
@@ -61,8 +66,9 @@ class Recipe:
     seed: int = 0
     processes: int = 2
     workers: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     save_every: float = 180.0
+    start_from: str = ""
 
 
 def tiny_config(size: str, vocab_size: int, templates: dict[str, Any]) -> MoondreamConfig:
@@ -200,9 +206,11 @@ class Trainer:
         self.export(self.recipe.folder / "checkpoint")
 
     def load(self) -> None:
-        """Go on from a saved state, if there is one."""
+        """Go on from a saved state, if there is one; else from a checkpoint, if the recipe names one."""
         path = self.recipe.folder / "state.pt"
         if not path.exists():
+            if self.recipe.start_from:
+                self._start_from(Path(self.recipe.start_from))
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.network.load_state_dict(state["network"])
@@ -211,6 +219,13 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.images = state["images"]
+
+    def _start_from(self, folder: Path) -> None:
+        """Take the weights of a checkpoint of these sizes, and enter the last stage."""
+        state = load_network(folder, self.config, self.device, torch.float32).state_dict()
+        self.network.load_state_dict(state)
+        self.average = {k: v.clone() for k, v in state.items()}
+        self.images = round(STAGES[-1][0] * self.recipe.images)
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in half precision, the config and the tokenizer, as `load(folder)` reads them."""
@@ -268,6 +283,17 @@ def _shown(losses: dict[str, Tensor]) -> str:
     return "  ".join(f"{name} {float(value.detach()):.3f}" for name, value in losses.items())
 
 
+def _placed(recipe: Recipe) -> Recipe:
+    """Decide where to train."""
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return dataclasses.replace(recipe, device=device)
+    workers = recipe.workers or max(1, (os.cpu_count() or 2) - 1)
+    return dataclasses.replace(recipe, device=device, processes=1, workers=workers)
+
+
 def _train(rank: int, recipe: Recipe) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     cv2.setNumThreads(1)  # the renderer's; the processes share the cores already
@@ -292,7 +318,7 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help="write FOLDER/checkpoint from the saved state and stop")
     arguments = vars(parser.parse_args())
     export = arguments.pop("export")
-    recipe = Recipe(**arguments)
+    recipe = _placed(Recipe(**arguments))
     recipe.folder.mkdir(parents=True, exist_ok=True)
     (recipe.folder / "rendezvous").unlink(missing_ok=True)
     if export:
