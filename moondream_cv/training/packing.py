@@ -159,4 +159,4 @@ class Packer:
 def _truncate(packed: Packed, length: int) -> None:
     inputs, outputs = (packed.ids, packed.coords, packed.sizes), (packed.next_coords, packed.next_sizes)
     for values in (*inputs, packed.next_ids, packed.weights, *outputs):
-        del values[length:]  # type: ignore[attr-defined]
+        del values[length:]
