@@ -63,6 +63,7 @@ def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
     """Rows and columns of local crops for an area of `height` × `width` pixels beside the margins.
 
     One tile when either side fits into a window; otherwise up to `max_crops` tiles of about the image's aspect ratio.
+    Only images some ten times as long as wide get more, in a single file: the published tiling does that, too.
     """
     if height <= window or width <= window:
         return 1, 1
