@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-nbformat = pytest.importorskip("nbformat", reason="needs the extra moondream-cv[notebooks]")
-nbclient = pytest.importorskip("nbclient", reason="needs the extra moondream-cv[notebooks]")
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -18,6 +16,8 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs_and_shows_its_pictures(path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="needs the extra moondream-cv[notebooks]")
+    nbclient = pytest.importorskip("nbclient", reason="needs the extra moondream-cv[notebooks]")
     notebook = nbformat.read(path, as_version=4)
     shown = pictures(notebook)
     assert shown, f"{path.name} was saved without its pictures: run scripts/run_notebooks.py"
@@ -25,7 +25,7 @@ def test_notebook_runs_and_shows_its_pictures(path: Path) -> None:
     assert pictures(notebook) == shown
 
 
-def pictures(notebook: object) -> int:
+def pictures(notebook: Any) -> int:
     """How many PNGs the outputs hold."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]  # type: ignore[attr-defined]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return sum("image/png" in output.get("data", {}) for output in outputs)
