@@ -48,6 +48,15 @@ def test_knows_its_world(tiny: LocalModel, renderer: str) -> None:
     assert figures["absent names answered with nothing"] >= 0.9
 
 
+def test_bfloat16_drifts_little(tiny: LocalModel) -> None:
+    scenes = list(held_out_scenes("own", 25))
+    with load("tiny", device="cpu", dtype="bfloat16") as rounded:
+        drifted, exact = (evaluate_scenes(m, scenes).figures() for m in (rounded, tiny))
+    assert drifted != exact
+    for name in ("F1 at IoU 0.5", "F1 of points", "count", "colour"):
+        assert abs(drifted[name] - exact[name]) <= 0.05, name
+
+
 def test_finds_what_is_there_and_nothing_else(tiny: LocalModel, scene: Scene) -> None:
     found = Detector(tiny)(Image.fromarray(scene.image), [*NAMES, "banana", "green heart"])
     assert sorted(found.data["class_name"]) == sorted(NAMES)
