@@ -1,11 +1,11 @@
 """The recipe of the tiny model: one command, seeded and resumable, on CPU cores or a GPU.
 
-    python -m moondream_cv.training.tiny runs/tiny --images 300000          # start, or go on from runs/tiny/state.pt
+    python -m moondream_cv.training.tiny runs/tiny --images 350000          # start, or go on from runs/tiny/state.pt
     python -m moondream_cv.training.tiny runs/tiny --export                 # write the averaged weights as a checkpoint
     python -m moondream_cv.training.tiny runs/more --start-from moondream_cv/tiny --images 200000   # improve what ships
 
-The first third of the images trains the vision encoder alone, on what each image token should know; it costs half of
-a full step. Then the decoder joins, on scenes that grow from a few objects to eight. Matrices inside the blocks are
+The first 30 % of the images train the vision encoder alone, on what each image token should know; it costs half of a
+full step. Then the decoder joins, on scenes that grow from a few objects to eight. Matrices inside the blocks are
 trained with Muon, everything else with AdamW; the weights that ship are an exponential average.
 """
 
@@ -58,7 +58,7 @@ class Recipe:
     """
 
     folder: Path
-    images: int = 300_000
+    images: int = 350_000
     size: str = "small"
     batch: int = 32
     learning_rate: float = 2.5e-3
