@@ -56,6 +56,7 @@ class SceneReport:
         overlaps: IoU of each matched box.
         absent: Names that are not there, answered with nothing.
         count, colour, what, exists: Right answers.
+        several: Right counts of what is there more than once.
         caption: Short captions of up to three objects, equal to the letter.
     """
 
@@ -65,6 +66,7 @@ class SceneReport:
     overlaps: list[float] = field(default_factory=list)
     absent: Rate = field(default_factory=Rate)
     count: Rate = field(default_factory=Rate)
+    several: Rate = field(default_factory=Rate)
     colour: Rate = field(default_factory=Rate)
     what: Rate = field(default_factory=Rate)
     exists: Rate = field(default_factory=Rate)
@@ -79,6 +81,7 @@ class SceneReport:
             "F1 of points": self.points.f1,
             "absent names answered with nothing": self.absent.value,
             "count": self.count.value,
+            "count of two and more": self.several.value,
             "colour": self.colour.value,
             '"What is this?" at a point': self.what.value,
             "is there": self.exists.value,
@@ -117,13 +120,14 @@ def _about_names(scene: Scene, report: SceneReport, rng: np.random.Generator) ->
         true = _boxes(scene, scene.named(name))
         yield Detect(image, name), _boxes_into(report, true)
         yield Point(image, name), _points_into(report, true)
-        yield _question(image, f"How many {plural(name)} are there?"), _answer_into(report.count, str(len(true)))
-        yield _question(image, f"Is there {with_article(name)}?"), _answer_into(report.exists, "yes")
+        counted = (report.count, report.several) if len(true) > 1 else (report.count,)
+        yield _question(image, f"How many {plural(name)} are there?"), _answer_into(str(len(true)), *counted)
+        yield _question(image, f"Is there {with_article(name)}?"), _answer_into("yes", report.exists)
     yield Detect(image, "object"), _any_into(report, _boxes(scene, scene.objects))
     absent = _absent(scene, rng, 4)
     for name in absent[1:]:
         yield Detect(image, name), lambda result: report.absent.add(not result.objects)
-    yield _question(image, f"Is there {with_article(absent[0])}?"), _answer_into(report.exists, "no")
+    yield _question(image, f"Is there {with_article(absent[0])}?"), _answer_into("no", report.exists)
 
 
 def _about_objects(scene: Scene, report: SceneReport) -> Iterator[Asked]:
@@ -132,9 +136,9 @@ def _about_objects(scene: Scene, report: SceneReport) -> Iterator[Asked]:
     ordered = sorted(scene.objects, key=lambda o: o.centre[0])
     for item in ordered:
         if item.colour and sum(o.shape == item.shape for o in ordered) == 1:
-            yield _question(image, f"What colour is the {item.shape}?"), _answer_into(report.colour, item.colour)
+            yield _question(image, f"What colour is the {item.shape}?"), _answer_into(item.colour, report.colour)
         at = (item.centre[0] / width, item.centre[1] / height)
-        yield Query(image, "What is this?", spatial_refs=(at,), settings=GREEDY), _answer_into(report.what, item.name)
+        yield Query(image, "What is this?", spatial_refs=(at,), settings=GREEDY), _answer_into(item.name, report.what)
     if 0 < len(ordered) <= CAPTIONED:
         expected = short_caption([o.name for o in ordered])
         yield Caption(image, "short", GREEDY), lambda result: report.caption.add(result.caption == expected)
@@ -144,8 +148,12 @@ def _question(image: Image.Image, question: str) -> Query:
     return Query(image, question, settings=GREEDY)
 
 
-def _answer_into(rate: Rate, expected: str) -> Callable[[Any], None]:
-    return lambda result: rate.add(result.answer.strip().lower() == expected)
+def _answer_into(expected: str, *rates: Rate) -> Callable[[Any], None]:
+    def check(result: Any) -> None:
+        for rate in rates:
+            rate.add(result.answer.strip().lower() == expected)
+
+    return check
 
 
 def _boxes_into(report: SceneReport, true: np.ndarray) -> Callable[[Any], None]:
