@@ -128,7 +128,7 @@ def _region(view: _View, rng: np.random.Generator) -> Example:
 
 def _count(view: _View, rng: np.random.Generator) -> Example:
     draw = rng.random()
-    name = view.commonest() if draw < 0.4 else _present(view, rng) if draw < 0.85 else None
+    name = view.commonest() if draw < 0.55 else _present(view, rng) if draw < 0.85 else None
     name = name or _absent(view, rng)
     boxes = view.boxes_of(name)
     templates = ("How many {} are there?", "How many {}?", "how many {} are there?", "Count the {}.")
@@ -203,4 +203,4 @@ _WRITERS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (
     _exists,
     _caption,
 )
-_WEIGHTS = (0.40, 0.11, 0.22, 0.07, 0.20)
+_WEIGHTS = (0.52, 0.08, 0.16, 0.06, 0.18)

@@ -1,6 +1,6 @@
 """The recipe of the tiny model: one command, seeded and resumable, on CPU cores or a GPU.
 
-    python -m moondream_cv.training.tiny runs/tiny --images 350000          # start, or go on from runs/tiny/state.pt
+    python -m moondream_cv.training.tiny runs/tiny --images 385000          # start, or go on from runs/tiny/state.pt
     python -m moondream_cv.training.tiny runs/tiny --export                 # write the averaged weights as a checkpoint
     python -m moondream_cv.training.tiny runs/more --start-from moondream_cv/tiny --images 200000   # improve what ships
 
@@ -58,7 +58,7 @@ class Recipe:
     """
 
     folder: Path
-    images: int = 350_000
+    images: int = 385_000
     size: str = "small"
     batch: int = 32
     learning_rate: float = 2.5e-3
