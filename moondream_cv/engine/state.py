@@ -47,10 +47,6 @@ class Prefix:
     def length(self) -> int:
         return self.layers[0][0].shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for pair in self.layers for t in pair)
-
 
 class DecodingState:
     """One row: feed it embeddings, get hidden states."""

@@ -54,11 +54,11 @@ class _View:
 
     def __init__(self, scene: Scene) -> None:
         width, height = scene.resolution_wh
-        self.objects = sorted(scene.objects, key=lambda o: o.xyxy[0] + o.xyxy[2])
+        self.objects = sorted(scene.objects, key=lambda o: o.centre[0])
         self.boxes = [
             (
-                (o.xyxy[0] + o.xyxy[2]) / 2 / width,
-                (o.xyxy[1] + o.xyxy[3]) / 2 / height,
+                o.centre[0] / width,
+                o.centre[1] / height,
                 (o.xyxy[2] - o.xyxy[0]) / width,
                 (o.xyxy[3] - o.xyxy[1]) / height,
             )
@@ -66,7 +66,9 @@ class _View:
         ]
 
     def boxes_of(self, name: str) -> tuple[Box, ...]:
-        return tuple(b for o, b in zip(self.objects, self.boxes, strict=True) if answers_to(o, name))
+        """Boxes of what a name means: the object's own, its shape's, or "object" for all."""
+        pairs = zip(self.objects, self.boxes, strict=True)
+        return tuple(box for item, box in pairs if name == "object" or item.answers(name))
 
     def commonest(self) -> str | None:
         """The name that most objects have; counting one is too easy to learn much from."""
@@ -78,11 +80,6 @@ class _View:
             return None
         index = int(rng.integers(len(self.objects)))
         return self.objects[index], self.boxes[index]
-
-
-def answers_to(item: SceneObject, name: str) -> bool:
-    """Whether an object is meant by a name: its own, its shape's, or "object"."""
-    return name in (item.name, item.shape, "object")
 
 
 def _present(view: _View, rng: np.random.Generator) -> str | None:
