@@ -10,6 +10,7 @@ from moondream_cv.engine.words import WordStream
 from moondream_cv.training.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
+TOKENIZER.encode_special_tokens = True  # as every loaded tokenizer: "<|size|>" in a text is text
 
 
 def pieces_of(text: str) -> list[str]:
