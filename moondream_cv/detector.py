@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, get_args, overload
+from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, cast, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
 from PIL import Image
 
+from moondream_cv import cleanup
 from moondream_cv.errors import ImageError, UnsupportedSkill
 from moondream_cv.geometry import clip_xyxy, denormalize_xyxy
 from moondream_cv.images import ImageInput, to_rgb
@@ -54,6 +56,7 @@ class _Finder:
         confidence: float,
         max_objects: int,
         drop_duplicates: bool,
+        mark_truncated: bool,
         on_error: OnError,
         device: str | None,
         max_crops: int | None,
@@ -64,6 +67,7 @@ class _Finder:
             raise ValueError(f"on_error must be 'raise' or 'empty', not {on_error!r}")
         self.on_error = on_error
         self.drop_duplicates = drop_duplicates
+        self.mark_truncated = mark_truncated
         self.settings = Settings(max_objects=max_objects, max_crops=max_crops, variant=variant)
         self._owns_model = isinstance(model, (str, os.PathLike))
         self.model = _open_model(model, device)
@@ -90,7 +94,7 @@ class _Finder:
             For a frame its detections, for a list a list of the same length. Always filled, also when nothing is found:
             `xyxy` float32 [N, 4] in pixels of the frame and within it, `confidence` float32 [N] in 0..1, `class_id` int
             [N], `data["class_name"]` str [N]. `metadata` is empty. Classes come in their order, and the objects of a
-            class in the model's.
+            class in the model's. With `mark_truncated` there is `data["truncated"]` bool [N] as well.
 
         Raises:
             ValueError: A class name is empty, blank, given twice or not a string; the frames come in a container that
@@ -176,6 +180,7 @@ class _Finder:
         rows: list[Box] = []
         scores: list[float] = []
         class_ids: list[int] = []
+        truncated = np.zeros(len(names), dtype=np.bool_)  # by class
         for index, result in enumerate(results):
             if isinstance(result, DetectResult):
                 rows += [(o.x_min, o.y_min, o.x_max, o.y_max) for o in result.objects]
@@ -185,32 +190,43 @@ class _Finder:
                 scores += [p.confidence for p in result.points]
             class_ids += [index] * (len(rows) - len(class_ids))
             if getattr(result, "truncated", False):
+                truncated[index] = True
                 logger.info("%r: there may be more than max_objects=%d", names[index], self.settings.max_objects)
         boxes = np.array(rows, dtype=np.float64).reshape(-1, 4)
         class_id = np.array(class_ids, dtype=int)
+        data: dict[str, npt.NDArray[Any] | list[Any]] = {"class_name": np.array(names, dtype=np.str_)[class_id]}
+        if self.mark_truncated:
+            data["truncated"] = truncated[class_id]
         detections = sv.Detections(
             xyxy=clip_xyxy(denormalize_xyxy(boxes, resolution_wh), resolution_wh).astype(np.float32),
             confidence=np.array(scores, dtype=np.float32),
             class_id=class_id,
-            data={"class_name": np.array(names, dtype=np.str_)[class_id]},
+            data=data,
         )
-        return self._clean(detections, boxes)
+        cleaned = cleanup.without_unsure(self._within_frame(detections, boxes, resolution_wh), self.confidence)
+        return self._without_repeats(cleaned)
 
-    def _clean(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> sv.Detections:
-        """Leave out what has nothing in the frame, what is not confident enough, and what is there twice."""
-        keep = self._within_frame(detections, fractions) & (_scores(detections) >= np.float32(self.confidence))
-        kept = cast(sv.Detections, detections[keep])
-        return _without_duplicates(kept) if self.drop_duplicates else kept
+    def _within_frame(
+        self, detections: sv.Detections, fractions: npt.NDArray[np.float64], resolution_wh: tuple[int, int]
+    ) -> sv.Detections:
+        """Leave out what lies outside the frame, or does not suit it.
 
-    def _within_frame(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        Args:
+            detections: Clipped to the frame.
+            fractions: The same boxes [N, 4] as the model gave them, as fractions of the frame.
+            resolution_wh: Width and height of the frame in pixels.
+        """
         raise NotImplementedError
+
+    def _without_repeats(self, detections: sv.Detections) -> sv.Detections:
+        return cleanup.without_duplicates(detections) if self.drop_duplicates else detections
 
 
 class Detector(_Finder):
     """An open-vocabulary object detector.
 
     Thread-safe. Usable as it is in an OpenCV loop, and with `functools.partial(detector, classes=["dog"])` as the
-    callback of an `sv.InferenceSlicer`.
+    callback of an `sv.InferenceSlicer`, which finds small objects in large images; any `batch_size` will do.
 
     Example:
         >>> detector = Detector("moondream2")  # doctest: +SKIP
@@ -229,7 +245,10 @@ class Detector(_Finder):
         confidence: float = 0.0,
         max_objects: int = 50,
         nms: float | None = None,
+        max_area: float | None = None,
+        min_size: float = 0.0,
         drop_duplicates: bool = True,
+        mark_truncated: bool = False,
         on_error: OnError = "raise",
         device: str | None = None,
         max_crops: int | None = None,
@@ -242,7 +261,14 @@ class Detector(_Finder):
             confidence: Leave out what the model is less sure of. A model without scores gives 1.0 for everything.
             max_objects: Objects per frame and class at the most.
             nms: Of boxes of the same class whose intersection over union exceeds this, keep the most confident one.
+            max_area: Leave out boxes that cover more than this share of the frame, above 0 and up to 1. 0.95 catches
+                the boxes around everything that some names get which are not in the frame; objects that really fill
+                the frame go with them.
+            min_size: Leave out boxes of which a side is shorter than this many pixels, after clipping.
             drop_duplicates: Of boxes of the same class that are exactly equal, keep the most confident one.
+            mark_truncated: Fill `data["truncated"]`, bool [N]: whether `max_objects` ended the list of the object's
+                class, so that there may be more. Without it this is only logged, since supervision merges detections
+                only if they have the same keys in `data`, and those of other libraries have `class_name` alone.
             on_error: What a frame that cannot be read, or on which the model fails, does: "raise" its error, or give
                 "empty" detections in its place and log a warning.
             device: Where to load a model that is given by name, such as "cuda:1"; None is the best there is.
@@ -258,24 +284,31 @@ class Detector(_Finder):
             MoondreamError: The model cannot be loaded.
         """
         self.nms = None if nms is None else _fraction("nms", nms)
+        self.max_area = None if max_area is None else _fraction("max_area", max_area, above_zero=True)
+        self.min_size = _length("min_size", min_size)
         super().__init__(
             model,
             confidence=confidence,
             max_objects=max_objects,
             drop_duplicates=drop_duplicates,
+            mark_truncated=mark_truncated,
             on_error=on_error,
             device=device,
             max_crops=max_crops,
             variant=variant,
         )
 
-    def _clean(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> sv.Detections:
-        cleaned = super()._clean(detections, fractions)
-        return cleaned if self.nms is None else cleaned.with_nms(self.nms)
+    def _within_frame(
+        self, detections: sv.Detections, fractions: npt.NDArray[np.float64], resolution_wh: tuple[int, int]
+    ) -> sv.Detections:
+        visible = cleanup.without_thin(detections, self.min_size)
+        if self.max_area is None:
+            return visible
+        return cleanup.without_frame_filling(visible, self.max_area, resolution_wh)
 
-    def _within_frame(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        xyxy = detections.xyxy
-        return (xyxy[:, 2] > xyxy[:, 0]) & (xyxy[:, 3] > xyxy[:, 1])
+    def _without_repeats(self, detections: sv.Detections) -> sv.Detections:
+        different = super()._without_repeats(detections)
+        return different if self.nms is None else different.with_nms(self.nms)
 
 
 class Pointer(_Finder):
@@ -290,6 +323,7 @@ class Pointer(_Finder):
         confidence: float = 0.0,
         max_objects: int = 50,
         drop_duplicates: bool = True,
+        mark_truncated: bool = False,
         on_error: OnError = "raise",
         device: str | None = None,
         max_crops: int | None = None,
@@ -304,6 +338,7 @@ class Pointer(_Finder):
             confidence=confidence,
             max_objects=max_objects,
             drop_duplicates=drop_duplicates,
+            mark_truncated=mark_truncated,
             on_error=on_error,
             device=device,
             max_crops=max_crops,
@@ -325,8 +360,11 @@ class Pointer(_Finder):
             return [_as_key_points(points) for points in self(frame, classes)]
         return _as_key_points(self(frame, classes))
 
-    def _within_frame(self, detections: sv.Detections, fractions: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        return cast("npt.NDArray[np.bool_]", ((fractions >= 0) & (fractions <= 1)).all(axis=1))
+    def _within_frame(
+        self, detections: sv.Detections, fractions: npt.NDArray[np.float64], resolution_wh: tuple[int, int]
+    ) -> sv.Detections:
+        inside = np.asarray(((fractions >= 0) & (fractions <= 1)).all(axis=1))
+        return cast(sv.Detections, detections[inside])
 
 
 def check_classes(classes: str | Sequence[str]) -> list[str]:
@@ -397,30 +435,26 @@ def _refuse_containers(frame: object) -> None:
     raise ValueError(f"frames must come in a list, not in a {type(frame).__name__}; pass list(...) of it")
 
 
-def _fraction(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number in 0..1, not {value!r}")
+def _fraction(name: str, value: object, above_zero: bool = False) -> float:
+    if not _is_number(value) or not 0 <= value <= 1 or (above_zero and not value):
+        raise ValueError(f"{name} must be a number {'above 0 and up to 1' if above_zero else 'in 0..1'}, not {value!r}")
     return float(value)
 
 
-def _scores(detections: sv.Detections) -> npt.NDArray[np.float32]:
-    return np.asarray(detections.confidence, dtype=np.float32)
+def _length(name: str, value: object) -> float:
+    if not _is_number(value) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of pixels from 0, not {value!r}")
+    return float(value)
 
 
-def _without_duplicates(detections: sv.Detections) -> sv.Detections:
-    """Keep the most confident of the detections that have the same class and the same box, in the same order."""
-    if len(detections) < 2:
-        return detections
-    best_first = np.argsort(-_scores(detections), kind="stable")
-    rows = np.column_stack([np.asarray(detections.class_id), detections.xyxy])[best_first]
-    first = np.unique(rows, axis=0, return_index=True)[1]
-    return cast(sv.Detections, detections[np.sort(best_first[first])])
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _as_key_points(points: sv.Detections) -> sv.KeyPoints:
     return sv.KeyPoints(
         xy=points.xyxy.astype(np.float32)[:, None, :2],  # [N, 1, 2]
-        keypoint_confidence=_scores(points)[:, None],  # [N, 1]
+        keypoint_confidence=cleanup.scores(points)[:, None],  # [N, 1]
         class_id=np.asarray(points.class_id, dtype=np.int_),
         data=dict(points.data),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import logging
 import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from moondream_cv import detector as detector_module
 from moondream_cv.detector import Detector, Pointer
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError, ImageError, MoondreamError, UnsupportedSkill
-from moondream_cv.requests import DetectedObject, DetectedPoint
+from moondream_cv.requests import DetectedObject, DetectedPoint, PointResult, Request, Result
 from tests.colour_model import ColourModel, ListModel, picture
 
 pytestmark = pytest.mark.compat
@@ -209,6 +211,50 @@ def test_nms_works_within_a_class() -> None:
     assert detections.confidence.tolist() == pytest.approx([0.9, 0.9])
 
 
+WHOLE = DetectedObject(-0.1, 0.0, 1.0, 1.2, 0.9)  # clipped, it fills the frame
+MOST = DetectedObject(0.0, 0.0, 1.0, 0.9, 0.8)
+LARGE = DetectedObject(0.0, 0.0, 0.75, 0.5, 0.7)
+THIN = DetectedObject(0.5, 0.5, 0.525, 1.0, 0.6)  # 2 by 30 of 80 by 60 pixels
+DOT = DetectedObject(0.9875, 0.5, 1.5, 0.55, 0.5)  # clipped, 1 by 3 pixels
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [WHOLE, MOST, LARGE, THIN, DOT]),
+        ({"max_area": 1.0}, [WHOLE, MOST, LARGE, THIN, DOT]),
+        ({"max_area": 0.95}, [MOST, LARGE, THIN, DOT]),
+        ({"max_area": 0.9}, [MOST, LARGE, THIN, DOT]),  # 0.9 of the frame is not more than that
+        ({"max_area": 0.3}, [THIN, DOT]),
+        ({"min_size": 0}, [WHOLE, MOST, LARGE, THIN, DOT]),
+        ({"min_size": 1}, [WHOLE, MOST, LARGE, THIN, DOT]),
+        ({"min_size": 2}, [WHOLE, MOST, LARGE, THIN]),
+        ({"min_size": 2.5}, [WHOLE, MOST, LARGE]),
+        ({"min_size": np.int64(31)}, [WHOLE, MOST]),
+        ({"min_size": 10_000}, []),
+        ({"max_area": 0.95, "min_size": 3, "confidence": 0.75, "nms": 0.5}, [MOST]),
+    ],
+)
+def test_boxes_that_fill_the_frame_and_thin_ones_go_where_asked(
+    options: dict[str, Any], kept: list[DetectedObject]
+) -> None:
+    detections = Detector(ListModel([WHOLE, MOST, LARGE, THIN, DOT]), **options)(FRAME, "thing")
+    assert_filled(detections, len(kept))
+    assert detections.confidence.tolist() == pytest.approx([item.confidence for item in kept])
+
+
+def test_what_is_left_out_does_not_hide_what_stays() -> None:
+    model = ListModel([DetectedObject(0, 0, 1, 1, 0.9), DetectedObject(0, 0, 1, 0.8, 0.6)])
+    assert Detector(model, nms=0.5)(FRAME, "thing").confidence.tolist() == pytest.approx([0.9])
+    assert Detector(model, nms=0.5, max_area=0.95)(FRAME, "thing").confidence.tolist() == pytest.approx([0.6])
+
+
+def test_shares_are_of_each_frame() -> None:
+    model = ListModel([DetectedObject(0, 0, 0.1, 0.1)])
+    small, large = Detector(model, min_size=10)([FRAME, np.zeros((100, 200, 3), np.uint8)], "thing")
+    assert (len(small), len(large)) == (0, 1)
+
+
 def test_confidence_leaves_out_what_is_below_it() -> None:
     model = ListModel([DetectedObject(0, 0, 0.5, 0.5, 0.3), DetectedObject(0.5, 0.5, 1, 1, 0.7)])
     assert len(Detector(model)(FRAME, "a")) == 2
@@ -236,6 +282,51 @@ def test_what_the_limit_cuts_off_is_logged(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, "moondream_cv"):
         assert len(Detector(ColourModel(), max_objects=3)(frame, "red")) == 3
     assert "'red': there may be more than max_objects=3" in caplog.text
+
+
+ROW = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", GREEN))
+
+
+def test_what_the_limit_cuts_off_is_marked_where_asked() -> None:
+    detector = Detector(ColourModel(), max_objects=3, mark_truncated=True)
+    detections = detector(ROW, ["green", "red", "blue"])
+    assert_filled(detections, 4)
+    assert detections.data["truncated"].dtype == bool
+    assert detections.data["truncated"].tolist() == [False, True, True, True]
+    assert detections[detections.class_id == 1].data["truncated"].tolist() == [True] * 3
+    assert detections[0].data["truncated"].tolist() == [False]
+    assert detections.with_nms(0.5).data["truncated"].tolist() == [False, True, True, True]
+    assert list(Detector(ColourModel(), max_objects=3)(ROW, "red").data) == ["class_name"]
+
+
+def test_the_mark_is_there_when_nothing_is_and_merges(tmp_path: Path) -> None:
+    detector = Detector(ColourModel(), max_objects=3, mark_truncated=True, on_error="empty")
+    cut, empty, failed = detector([ROW, FRAME, BROKEN], "red")[0], detector(FRAME, "blue"), detector("no.png", "red")
+    for nothing in (empty, failed):
+        assert_filled(nothing, 0)
+        assert nothing.data["truncated"].dtype == bool
+        assert nothing.data["truncated"].shape == (0,)
+    merged = sv.Detections.merge([empty, cut, detector(FRAME, "green"), sv.Detections.empty(), failed])
+    assert_filled(merged, 4)
+    assert merged.data["truncated"].tolist() == [True, True, True, False]
+    with sv.JSONSink(str(tmp_path / "found.json")) as json_sink, sv.CSVSink(str(tmp_path / "found.csv")) as csv_sink:
+        for sink in (json_sink, csv_sink):
+            sink.append(merged)
+            sink.append(empty)
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert [row["truncated"] for row in rows] == [True, True, True, False]
+    assert "True" in (tmp_path / "found.csv").read_text()
+
+
+def test_unmarked_detections_merge_with_those_of_other_libraries(colours: ColourModel) -> None:
+    other = sv.Detections(
+        xyxy=np.array([[1, 2, 3, 4]], dtype=np.float32),
+        confidence=np.array([0.5], dtype=np.float32),
+        class_id=np.array([7]),
+        data={"class_name": np.array(["bus"])},
+    )
+    merged = sv.Detections.merge([other, Detector(colours, max_objects=1)(ROW, "red")])
+    assert merged.data["class_name"].tolist() == ["bus", "red"]
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -313,6 +404,14 @@ def test_a_bad_frame_may_give_empty_detections(colours: ColourModel, caplog: pyt
         ({"confidence": None}, "confidence"),
         ({"nms": 2}, r"nms must be a number in 0\.\.1, not 2"),
         ({"nms": "0.5"}, "nms"),
+        ({"max_area": 0}, r"max_area must be a number above 0 and up to 1, not 0"),
+        ({"max_area": 4800}, "max_area must be a number above 0 and up to 1, not 4800"),
+        ({"max_area": float("nan")}, "max_area"),
+        ({"max_area": True}, "max_area"),
+        ({"min_size": -1}, "min_size must be a number of pixels from 0, not -1"),
+        ({"min_size": float("inf")}, "min_size"),
+        ({"min_size": float("nan")}, "min_size"),
+        ({"min_size": None}, "min_size"),
         ({"max_objects": 0}, "max_objects"),
         ({"max_crops": 0}, "max_crops"),
         ({"on_error": "ignore"}, "on_error must be 'raise' or 'empty', not 'ignore'"),
@@ -462,6 +561,23 @@ def test_points_outside_and_double_points_are_dropped() -> None:
     assert points.confidence.tolist() == pytest.approx([0.9, 0.2])
     assert len(Pointer(model, confidence=0.5)(FRAME, "a")) == 1
     assert len(Pointer(model, drop_duplicates=False)(FRAME, "a")) == 3
+
+
+class CutShort(ListModel):
+    """Says of every list that there may be more."""
+
+    def _one(self, request: Request) -> Result:
+        result = super()._one(request)
+        assert isinstance(result, PointResult)
+        return replace(result, truncated=True)
+
+
+def test_points_that_the_limit_cuts_off_are_marked_where_asked() -> None:
+    model = CutShort([DetectedPoint(0.5, 0.5)])
+    pointer = Pointer(model, mark_truncated=True)
+    assert pointer(FRAME, ["a", "b"]).data["truncated"].tolist() == [True, True]
+    assert pointer.key_points(FRAME, "a").data["truncated"].tolist() == [True]
+    assert list(Pointer(model)(FRAME, "a").data) == ["class_name"]
 
 
 def test_errors_are_the_projects_own() -> None:

@@ -25,7 +25,7 @@ ROOMS = (  # from the top
     ("finetune",),
     ("training",),
     ("evaluation",),
-    ("detector",),
+    ("detector", "cleanup"),
     ("hf",),
     ("loading",),
     ("backends",),

@@ -25,6 +25,20 @@ def detect(
             "--nms", min=0, max=1, metavar="0..1", help="Drop boxes of a class that overlap more.", show_default=False
         ),
     ] = None,
+    max_area: Annotated[
+        float | None,
+        typer.Option(
+            "--max-area",
+            min=0,
+            max=1,
+            metavar="0..1",
+            help="Drop boxes that cover more of the picture, say 0.95.",
+            show_default=False,
+        ),
+    ] = None,
+    min_size: Annotated[
+        float, typer.Option("--min-size", min=0, metavar="PIXELS", help="Drop boxes that are narrower or lower.")
+    ] = 0.0,
     output: options.Output = None,
     model: options.Model = "moondream2",
     device: options.Device = None,
@@ -36,12 +50,21 @@ def detect(
     [bold]Examples[/]
     $ moondream-cv detect street.jpg -c person -c "red car" -o found.png
     $ moondream-cv detect "photos/*.jpg" -c dog,cat --json > found.json
+    $ moondream-cv detect plate.jpg -c crumb --nms 0.5 --max-area 0.95
     $ curl -s https://example.org/a.jpg | moondream-cv detect - -c face
     """
 
     def make(vision_model: VisionModel) -> Detector:
         from moondream_cv.detector import Detector
 
-        return Detector(vision_model, confidence=confidence, max_objects=max_objects, nms=nms)
+        return Detector(
+            vision_model,
+            confidence=confidence,
+            max_objects=max_objects,
+            nms=nms,
+            max_area=max_area,
+            min_size=min_size,
+            mark_truncated=True,
+        )
 
     locate("detect", make, images, classes, output, model, device, as_json)

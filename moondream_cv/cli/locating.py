@@ -34,7 +34,7 @@ def locate(
 
     Args:
         command: "detect" or "point".
-        make_finder: Makes the detector or pointer from the loaded model.
+        make_finder: Makes the detector or pointer from the loaded model, with `mark_truncated`.
         images: As `inputs.expand` takes them.
         classes: Names, also several in one separated by commas.
         output: As `saving.plan_outputs` takes it.
@@ -86,11 +86,22 @@ def _locate_one(
     report.print(f"{shown(picture.name)}  {image.width}×{image.height}  {what} found")
     if len(found):
         report.print(_table(found, points, has_scores))
+    cut_off = _cut_off(found)
+    if cut_off:
+        entry["truncated"] = cut_off
+        limit = f"--max-objects {finder.settings.max_objects}"
+        report.notice(f"{shown(picture.name)}: there may be more of {', '.join(map(repr, cut_off))} than {limit}")
     if target is not None:
         save(annotate(image, found, has_scores=has_scores), target)
         entry["annotated"] = str(target)
         report.notice(f"Saved {shown(str(target))}")
     report.add(entry)
+
+
+def _cut_off(found: sv.Detections) -> list[str]:
+    """Names of the classes of which there may be more than were asked for."""
+    rows = zip(found.data["class_name"], found.data["truncated"], strict=True)
+    return list(dict.fromkeys(str(name) for name, truncated in rows if truncated))
 
 
 def _rows(found: sv.Detections, points: bool) -> list[tuple[str, int, float, list[float]]]:

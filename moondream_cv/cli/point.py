@@ -33,6 +33,6 @@ def point(
     def make(vision_model: VisionModel) -> Pointer:
         from moondream_cv.detector import Pointer
 
-        return Pointer(vision_model, confidence=confidence, max_objects=max_objects)
+        return Pointer(vision_model, confidence=confidence, max_objects=max_objects, mark_truncated=True)
 
     locate("point", make, images, classes, output, model, device, as_json)

@@ -78,6 +78,31 @@ def test_options_reach_the_detector(run: Run, folder: Path, model: ColourModel) 
     ] == []  # fmt: skip
 
 
+def test_boxes_are_cleaned_up_where_asked(run: Run, folder: Path) -> None:
+    Image.fromarray(picture(("red", (0, 0, 80, 59)), ("green", (50, 20, 52, 40)))[..., ::-1]).save("boxes.png")
+
+    def found(*options: object) -> list[str]:
+        result = run("detect", "boxes.png", "-c", "red,green", "--json", *options)
+        return [item["class_name"] for item in json.loads(result.stdout)["images"][0]["objects"]]
+
+    assert found() == ["red", "green"]
+    assert found("--max-area", 0.95) == ["green"]
+    assert found("--min-size", 3) == ["red"]
+    assert found("--max-area", 0.95, "--min-size", 3) == []
+
+
+def test_what_the_limit_cuts_off_is_told(run: Run, folder: Path) -> None:
+    row = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", (50, 20, 70, 40)))
+    Image.fromarray(row[..., ::-1]).save("row.png")
+    result = run("detect", "row.png", "one.png", "-c", "green,red", "--max-objects", 3, "--json")
+    cut, whole = json.loads(result.stdout)["images"]
+    assert cut["truncated"] == ["red"]
+    assert "truncated" not in whole
+    assert result.stderr == "row.png: there may be more of 'red' than --max-objects 3\n"
+    assert "more of 'red'" in run("detect", "row.png", "-c", "red", "--max-objects", 3).stderr
+    assert run("detect", "row.png", "-c", "red").stderr == ""
+
+
 def test_no_scores_are_shown_where_there_are_none(run: Run, folder: Path, model: ColourModel) -> None:
     model.has_scores = False
     assert ["red", "-", *map(str, RED)] in [
@@ -163,7 +188,16 @@ def test_wrong_arguments_end_with_one_line_and_2(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["one.png", "--confidence", "7", "-c", "red"], ["one.png", "-c", "red", "--nms", "nan"], ["one.png", "--no"]],
+    [
+        [],
+        ["one.png", "--confidence", "7", "-c", "red"],
+        ["one.png", "-c", "red", "--nms", "nan"],
+        ["one.png", "--no"],
+        ["one.png", "-c", "red", "--max-area", "1.1"],
+        ["one.png", "-c", "red", "--max-area", "0"],
+        ["one.png", "-c", "red", "--min-size", "-1"],
+        ["one.png", "-c", "red", "--min-size", "nan"],
+    ],
 )
 def test_wrong_options_end_with_2(arguments: list[str], run: Run, folder: Path) -> None:
     result = run("detect", *arguments)
