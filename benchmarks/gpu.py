@@ -18,14 +18,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from moondream_cv import load
+from moondream_cv import Query, Settings, load
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.engine.state import DecodingState
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.tokenizer import build_tokenizer
 
 RESOLUTIONS = ((640, 480), (1920, 1080))
+ROWS = (1, 8, 64)
 NAMES = ("dog", "red circle", "star", "bus")
 
 
@@ -77,14 +77,16 @@ def encoding(model: LocalModel, repeat: int, label: str, base: float | None = No
 
 def decoding(model: LocalModel, repeat: int) -> None:
     """Print how long a step takes beside reading the decoder's weights once."""
-    frame = np.zeros((480, 640, 3), np.uint8)
-    prefix = model.encode_image(frame).prefix
-    state = DecodingState(model.network, prefix, None, room=4096)
-    step = torch.zeros(1, 1, model.config.text.dim, device=model.device, dtype=model.dtype)
+    encoded = model.encode_image(np.zeros((480, 640, 3), np.uint8))
     weights = [p for p in model.network.text.blocks.parameters() if p.ndim == 2]
     reading = seconds(lambda: [w.sum() for w in weights], model.device, repeat)
-    taken = seconds(lambda: state.feed(step), model.device, 8 * repeat)
-    row("one decoding step", taken, taken / reading, "summing the decoder's matrices")
+    for rows in ROWS:
+        scheduler = model.scheduler()
+        for _ in range(rows):
+            scheduler.submit(Query(encoded, "?", settings=Settings(temperature=0.0, max_tokens=100_000)))
+        scheduler.step()
+        taken = seconds(scheduler.step, model.device, 8 * repeat)
+        row(f"one decoding step of {rows} rows", taken, taken / reading, "summing the decoder's matrices")
 
 
 def tiny(device: torch.device, repeat: int) -> None:

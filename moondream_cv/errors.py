@@ -23,3 +23,7 @@ class BackendError(MoondreamError):
 
 class UnsupportedSkill(MoondreamError):
     """A skill that a model lacks; the message names one that has it."""
+
+
+class RequestCancelled(MoondreamError):
+    """A request that was cancelled before it was complete."""

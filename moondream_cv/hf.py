@@ -200,9 +200,15 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         """As `LocalModel.stream`."""
         return self.engine.stream(request)
 
-    def encode_image(self, image: Any, settings: SettingsLike = None) -> EncodedImage:
+    def encode_image(
+        self,
+        image: Any,
+        settings: SettingsLike = None,
+        previous: EncodedImage | None = None,
+        tolerance: float = 0.0,
+    ) -> EncodedImage:
         """As `LocalModel.encode_image`."""
-        return self.engine.encode_image(image, settings)
+        return self.engine.encode_image(image, settings, previous, tolerance)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `LocalModel.compile`; the arguments of `nn.Module.compile` are not used."""

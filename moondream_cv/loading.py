@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from moondream_cv.engine.calibration import Calibration
+from moondream_cv.engine.image_cache import ImageCache
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.adapters import load_adapter
@@ -37,6 +39,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    cache_images: int = 0,
+    cache_bytes: int = 4 * 2**30,
 ) -> LocalModel:
     """Load a model onto this machine.
 
@@ -49,6 +53,8 @@ def load(
             float32 for small models on a CPU.
         quantize: None. No quantised mode exists yet.
         adapter: A `.pt` or `.safetensors` file, or the id of a variant.
+        cache_images: Keep so many encoded images, those used last, for when the same pixels come again.
+        cache_bytes: What those may take together; one of Moondream 2 takes some 160 MB in bfloat16.
 
     Raises:
         CheckpointError: The name is unknown; or the checkpoint, its tokenizer or the adapter is missing, damaged, does
@@ -63,7 +69,12 @@ def load(
     tokenizer = source.tokenizer()
     network = load_network(source.weights, source.config, target, chosen)
     lora = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
-    return LocalModel(network, tokenizer, adapter=lora, name=os.fspath(name))
+    file = source.folder / "calibration.json"
+    calibration = Calibration.read(file) if file.is_file() else None
+    model = LocalModel(network, tokenizer, adapter=lora, calibration=calibration, name=os.fspath(name))
+    if cache_images:
+        model.image_cache = ImageCache(cache_images, cache_bytes)
+    return model
 
 
 def download(name: str) -> Path:

@@ -9,6 +9,7 @@ each peak:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,3 +36,14 @@ def combine(going_on: Tensor, masses: Sequence[Tensor]) -> Tensor:
     """The confidence of an object from its parts."""
     stacked = torch.stack([m.reshape(()) for m in masses])
     return going_on.reshape(()) * stacked.clamp_min(1e-12).log().mean().exp()
+
+
+AXIS_FEATURES = 1
+
+
+def axis_features(logits):
+    return peak_mass(logits)[..., None]
+
+
+def confidence(going_on, box, features):
+    return going_on * math.exp(sum(math.log(max(f[0], 1e-12)) for f in features) / len(features))

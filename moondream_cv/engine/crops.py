@@ -8,6 +8,8 @@ without libvips.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,10 @@ import torch
 from PIL import Image
 
 from moondream_cv.model.config import VisionConfig
+
+WINDOW = 8  # side in pixels of the squares that `largest_differences` averages over: about half a patch
+STEP = 2  # pixels from one such square to the next
+PIXELS_WORTH_A_THREAD = 500_000  # below that, which is about 5 ms of resizing, starting one may take as long
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,36 @@ class Crops:
     tiling: tuple[int, int]
 
 
-def cut_crops(rgb: np.ndarray, config: VisionConfig, max_crops: int | None = None) -> Crops:
+def cut_all(
+    frames: Sequence[np.ndarray], config: VisionConfig, max_crops: int | None = None, threads: int = 1
+) -> list[Crops]:
+    """Do `cut_crops` on several frames at once.
+
+    Pillow resizes on one core and lets go of the interpreter's lock meanwhile; for small models that is most of the
+    time that an image takes.
+
+    Args:
+        frames: Images of any sizes, each [H, W, 3] uint8 RGB.
+        threads: How many may work at a time; a single frame uses two at the most.
+    """
+    if threads < 2 or sum(rgb.shape[0] * rgb.shape[1] for rgb in frames) < PIXELS_WORTH_A_THREAD:
+        return [cut_crops(rgb, config, max_crops) for rgb in frames]
+    with ThreadPoolExecutor(min(threads, len(frames))) as pool:
+        if len(frames) == 1:
+            return [cut_crops(frames[0], config, max_crops, pool)]
+        return list(pool.map(lambda rgb: cut_crops(rgb, config, max_crops), frames))
+
+
+def cut_crops(
+    rgb: np.ndarray, config: VisionConfig, max_crops: int | None = None, pool: Executor | None = None
+) -> Crops:
     """Resize an image to a whole number of overlapping windows and cut it.
 
     Args:
         rgb: [H, W, 3] uint8 RGB.
         config: Sizes of a crop, of its patches and of the overlap.
         max_crops: Local crops at the most; None: as many as the model was trained with.
+        pool: Makes the global crop while the calling thread makes the local ones.
 
     Raises:
         ValueError: `max_crops` is not positive.
@@ -50,9 +79,13 @@ def cut_crops(rgb: np.ndarray, config: VisionConfig, max_crops: int | None = Non
     rows, columns = select_tiling(height - margin, width - margin, window, limit)
 
     image = Image.fromarray(rgb)
-    resized = _resize(image, columns * window + margin, rows * window + margin)
     pixels = np.empty((1 + rows * columns, size, size, 3), np.uint8)
-    pixels[0] = _resize(image, size, size)
+    if (rows, columns) == (1, 1):  # the only local crop is as large as the global one: the same resizing twice
+        pixels[:] = _resize(image, size, size)
+        return Crops(pixels, (1, 1))
+    whole = None if pool is None else pool.submit(_resize, image, size, size)
+    resized = _resize(image, columns * window + margin, rows * window + margin)
+    pixels[0] = _resize(image, size, size) if whole is None else whole.result()
     for i in range(rows * columns):
         top, left = (i // columns) * window, (i % columns) * window
         pixels[1 + i] = resized[top : top + size, left : left + size]
@@ -97,3 +130,32 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[N, S, S, 3] uint8 → [N, 3, S, S] in −1..1, computed in float32 and then cast."""
     scaled = pixels.permute(0, 3, 1, 2).float() / 255
     return ((scaled - 0.5) / 0.5).to(dtype).contiguous()
+
+
+def largest_differences(pixels: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """How much crops differ from other crops of the same place, in a way that noise hardly raises.
+
+    It is the largest difference that a square of `WINDOW` pixels' side shows in the mean of one channel. Independent
+    noise cancels out within a square: between two exposures whose pixels have a standard deviation of σ, its mean has
+    σ · √2 / 8, and the largest of a crop's ten thousands stays below σ. What moves does not cancel out: a thing that
+    stands out by c grey levels on a pixels of the square gives c · a / 64 wherever in the crop it is, while the mean
+    over a whole crop sees less of a small thing than of faint noise everywhere. The squares overlap, because a thing
+    that moves within one square leaves its mean as it was.
+
+    Args:
+        pixels: [N, S, S, 3] uint8.
+        before: [N, S, S, 3] uint8.
+
+    Returns:
+        [N] float64 grey levels, 0 to 255.
+    """
+    sums = pixels.astype(np.int16) - before  # a square's sum of 64 differences still fits into 16 bits
+    for axis in (1, 2):
+        sums = np.moveaxis(sums, axis, 0)
+        even = sums[: len(sums) // STEP * STEP]
+        steps = even[::STEP] + even[1::STEP]
+        count = len(steps) - WINDOW // STEP + 1
+        sums = sum((steps[i : i + count] for i in range(1, WINDOW // STEP)), start=steps[:count])
+        sums = np.moveaxis(sums, 0, axis)
+    largest: np.ndarray = np.abs(sums).max(axis=(1, 2, 3)) / WINDOW**2
+    return largest

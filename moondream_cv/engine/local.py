@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from moondream_cv.engine.encoding import EncodedImage, encode_pixels
-from moondream_cv.engine.prompts import Prompt, answer_prompt, write_prompt
-from moondream_cv.engine.regions import generate_objects, generate_points
-from moondream_cv.engine.sampling import Sampler
-from moondream_cv.engine.state import DecodingState, Prefix, empty_prefix
-from moondream_cv.engine.text import generate_reasoning, generate_text
+from moondream_cv.engine.calibration import Calibration
+from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
+from moondream_cv.engine.image_cache import ImageCache
+from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.errors import MoondreamError
 from moondream_cv.images import to_rgb
 from moondream_cv.model.adapters import Adapter, load_adapter
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.requests import (
-    Caption,
-    CaptionResult,
-    Detect,
-    DetectResult,
-    ErrorResult,
-    Gaze,
-    GazeResult,
-    Point,
-    PointResult,
-    Query,
-    QueryResult,
-    Request,
-    Result,
-    Settings,
-)
+from moondream_cv.model.text import LayerLora
+from moondream_cv.requests import ErrorResult, Request, Result, Settings
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
-logger = logging.getLogger(__name__)
 _model_keys = itertools.count()
-ANSWER_ROOM = 32  # positions of the context that reasoning leaves for the answer
-DECODE_ROOM = 64  # positions that a request's cache has beside its prompt before it grows
 
 
 class LocalModel(PublishedMethods):
@@ -58,18 +37,29 @@ class LocalModel(PublishedMethods):
         network: The weights.
         config: Their sizes, token ids and templates.
         tokenizer: Text to token ids and back.
+        calibration: What turns scores into probabilities, where the checkpoint came with it.
+        limits: How much decodes at a time in each call; halved where memory runs out.
+        image_cache: Keeps encoded images for when they come again; None keeps none.
     """
 
     has_scores = True
 
     def __init__(
-        self, network: MoondreamNetwork, tokenizer: Tokenizer, *, adapter: Adapter | None = None, name: str = ""
+        self,
+        network: MoondreamNetwork,
+        tokenizer: Tokenizer,
+        *,
+        adapter: Adapter | None = None,
+        calibration: Calibration | None = None,
+        name: str = "",
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.config, self.tokenizer, self.name = network.config, tokenizer, name
-        self.adapter = adapter
+        self.adapter, self.calibration = adapter, calibration
         self.skills = frozenset({k for k, v in self.config.tokenizer.templates.items() if v is not None} | {"gaze"})
-        self._key = next(_model_keys)
+        self.key = next(_model_keys)
+        self.limits = Limits()
+        self.image_cache: ImageCache | None = None
         self._variants: dict[str, Adapter] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -91,8 +81,13 @@ class LocalModel(PublishedMethods):
     def dtype(self) -> torch.dtype:
         return self.network.dtype
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether confidences have been fitted to how often such boxes and points are right."""
+        return self.calibration is not None and self.adapter is None
+
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        """Run any mix of requests; each distinct image is encoded once.
+        """Run any mix of requests together; each distinct image is encoded once.
 
         Returns:
             Results in the order of the requests, an `ErrorResult` in the place of one that failed.
@@ -100,16 +95,11 @@ class LocalModel(PublishedMethods):
         Raises:
             MoondreamError: The model is closed.
         """
-        self._check_open()
-        encoded: dict[Any, EncodedImage | Exception] = {}
-        results: list[Result] = []
-        for request in requests:
-            try:
-                results.append(self._run_one(request, encoded))
-            except Exception as error:  # a failed item stands for itself, whatever went wrong
-                logger.debug("%s failed", type(request).__name__, exc_info=True)
-                results.append(ErrorResult(error))
-        return results
+        scheduler = self.scheduler()
+        jobs = [scheduler.submit(request) for request in requests]
+        while scheduler.step():
+            pass
+        return [job.result for job in jobs if job.result is not None]
 
     def stream(self, request: Request) -> Iterator[Any]:
         """Give one reply in pieces: text word by word, objects and points one by one.
@@ -122,28 +112,54 @@ class LocalModel(PublishedMethods):
             ImageError: The image cannot be read.
             ValueError: The prompt is longer than the model's context.
         """
-        self._check_open()
-        pieces = self._pieces(request, self._prefix(request, {}))
+        pieces = self._pieces(request)
         first = next(pieces, None)
         return iter(()) if first is None else itertools.chain((first,), pieces)
 
-    def encode_image(self, image: Any, settings: SettingsLike = None) -> EncodedImage:
+    def scheduler(self) -> Scheduler:
+        """A scheduler of requests on this model, for a program that takes them in while others are decoding.
+
+        Raises:
+            MoondreamError: The model is closed.
+        """
+        self.check_open()
+        return Scheduler(self, self.limits)
+
+    def encode_image(
+        self,
+        image: Any,
+        settings: SettingsLike = None,
+        previous: EncodedImage | None = None,
+        tolerance: float = 0.0,
+    ) -> EncodedImage:
         """Encode an image once, to ask about it many times.
 
         Args:
             image: Anything that `moondream_cv.images.to_rgb` takes: a BGR array, a PIL image, a path, bytes. An image
                 that this model has encoded already is given back.
+            settings: `max_crops` and `variant` count here.
+            previous: An earlier frame of the same camera: only those parts are computed anew that have changed. One of
+                another size is of no use, and does no harm.
+            tolerance: How far, in grey levels, a part may differ from `previous` and still count as unchanged; a little
+                above the standard deviation of the camera's noise is enough. 0: not at all.
 
         Raises:
             ImageError: The image cannot be read.
-            ValueError: The settings are out of range, or differ from those that `image` was encoded with.
+            ValueError: The settings are out of range, or differ from those that `image` or `previous` was encoded with.
         """
-        self._check_open()
-        return self._encode(image, Settings.of(settings))
+        self.check_open()
+        checked = Settings.of(settings)
+        if isinstance(image, EncodedImage):
+            image.check(self.key, checked.max_crops, checked.variant)
+            return image
+        frame = to_rgb(image)
+        if previous is None:
+            return self.encode_arrays([frame], checked)[0]
+        return reencode(self.network, frame, previous, tolerance, **self._encoding(checked))
 
     def compile(self) -> None:
         """Compile the vision encoder and the decoder with `torch.compile`; the first calls afterwards take longer."""
-        self._check_open()
+        self.check_open()
         self.network.vision.compile(dynamic=True)
         self.network.text.compile(dynamic=True)
 
@@ -155,89 +171,22 @@ class LocalModel(PublishedMethods):
         device = self.device
         self.network.to("meta")
         self.adapter, self._variants = None, {}
+        if self.image_cache is not None:
+            self.image_cache.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise a `MoondreamError` if the model is closed."""
         if self._closed:
             raise MoondreamError(f"the model {self.name!r} is closed; load it again")
 
-    def _run_one(self, request: Request, encoded: dict[Any, EncodedImage | Exception]) -> Result:
-        pieces = self._pieces(request, self._prefix(request, encoded))
-        items = []
-        while True:
-            try:
-                items.append(next(pieces))
-            except StopIteration as stop:
-                return _result(request, items, *stop.value)
+    def lora(self, variant: str | None) -> Sequence[LayerLora] | None:
+        """The layers of an adapter, which is loaded where it is first asked for; None is the model's own, if any.
 
-    def _prefix(self, request: Request, encoded: dict[Any, EncodedImage | Exception]) -> Prefix:
-        settings, image = request.settings, request.image
-        if image is None:
-            return empty_prefix(self.network)
-        key = (image if isinstance(image, str | Path) else id(image), settings.max_crops, settings.variant)
-        if key not in encoded:
-            try:
-                encoded[key] = self._encode(image, settings)
-            except Exception as error:  # kept: the other requests on this image fail for the same reason
-                encoded[key] = error
-        found = encoded[key]
-        if isinstance(found, Exception):
-            raise found
-        return found.prefix
-
-    def _encode(self, image: Any, settings: Settings) -> EncodedImage:
-        if isinstance(image, EncodedImage):
-            image.check(self._key, settings.max_crops, settings.variant)
-            return image
-        return encode_pixels(
-            self.network,
-            to_rgb(image),
-            max_crops=settings.max_crops,
-            variant=settings.variant,
-            model_key=self._key,
-            lora=self._lora(settings.variant),
-        )
-
-    def _pieces(self, request: Request, prefix: Prefix) -> Generator[Any, None, tuple[bool, float | None]]:
-        """Yield the pieces of a reply; return whether it was truncated, and the mean log-probability of its text."""
-        network, settings, config = self.network, request.settings, self.config.tokenizer
-        prompt = write_prompt(request, self.tokenizer, config)
-        state = DecodingState(network, prefix, self._lora(settings.variant), len(prompt.ids) + DECODE_ROOM)
-        hidden = self._feed(state, prompt)
-        if isinstance(request, Detect):
-            return (yield from generate_objects(network, state, hidden, settings.max_objects)), None
-        if isinstance(request, Point):
-            return (yield from generate_points(network, state, hidden, settings.max_objects)), None
-        if isinstance(request, Gaze):
-            return (yield from generate_points(network, state, hidden, 1, request.force)), None
-        cut_short = False
-        if isinstance(request, Query) and request.reasoning:
-            between = answer_prompt(config)
-            reasoning, cut_short = generate_reasoning(
-                network,
-                self.tokenizer,
-                state,
-                hidden,
-                Sampler.of(settings, self.device),
-                settings.max_tokens,
-                reserve=len(between.ids) + ANSWER_ROOM,
-            )
-            yield reasoning
-            hidden = self._feed(state, between)
-        sampler = Sampler.of(settings, self.device)
-        truncated = yield from generate_text(network, self.tokenizer, state, hidden, sampler, settings.max_tokens)
-        return truncated or cut_short, sampler.mean_logprob
-
-    def _feed(self, state: DecodingState, prompt: Prompt) -> Tensor:
-        if len(prompt.ids) > state.room:
-            raise ValueError(
-                f"the prompt has {len(prompt.ids)} tokens, and {state.room} of the model's context of "
-                f"{self.config.text.max_context} are left; shorten it"
-            )
-        return state.feed(prompt.embed(self.network))
-
-    def _lora(self, variant: str | None) -> Any:
+        Raises:
+            CheckpointError: It is missing or does not fit.
+        """
         if variant is None:
             return None if self.adapter is None else self.adapter.layers
         with self._lock:
@@ -245,15 +194,36 @@ class LocalModel(PublishedMethods):
                 self._variants[variant] = load_adapter(variant, self.config, device=self.device, dtype=self.dtype)
             return self._variants[variant].layers
 
+    def encode_arrays(self, frames: Sequence[np.ndarray], settings: Settings) -> list[EncodedImage]:
+        """Encode [H, W, 3] uint8 RGB arrays with the same settings, but for those that are cached."""
+        cache = self.image_cache
+        if cache is None:
+            return encode_images(self.network, frames, **self._encoding(settings))
+        keys = [cache.key(frame, settings.max_crops, settings.variant) for frame in frames]
+        found = {key: cache.get(key) for key in keys}
+        missing = {key: frame for key, frame in zip(keys, frames, strict=True) if found[key] is None}
+        encoded = encode_images(self.network, list(missing.values()), **self._encoding(settings))
+        for key, one in zip(missing, encoded, strict=True):
+            found[key] = one
+            cache.put(key, one)
+        return [one for one in (found[key] for key in keys) if one is not None]
 
-def _result(request: Request, items: list[Any], truncated: bool, logprob: float | None) -> Result:
-    if isinstance(request, Detect):
-        return DetectResult(tuple(items), truncated)
-    if isinstance(request, Point):
-        return PointResult(tuple(items), truncated)
-    if isinstance(request, Gaze):
-        return GazeResult(items[0] if items else None)
-    if isinstance(request, Caption):
-        return CaptionResult("".join(items), truncated, logprob)
-    reasoning = items.pop(0) if request.reasoning else None
-    return QueryResult("".join(items), reasoning, truncated, logprob)
+    def _encoding(self, settings: Settings) -> dict[str, Any]:
+        """What encoding depends on beside the frame."""
+        variant = settings.variant
+        return {
+            "max_crops": settings.max_crops,
+            "variant": variant,
+            "model_key": self.key,
+            "lora": self.lora(variant),
+        }
+
+    def _pieces(self, request: Request) -> Iterator[Any]:
+        scheduler = self.scheduler()
+        job = scheduler.submit(request)
+        going_on = True
+        while going_on:
+            going_on = scheduler.step()
+            yield from job.take()
+        if isinstance(job.result, ErrorResult):
+            raise job.result.error

@@ -29,19 +29,32 @@ class Prompt:
     coords: tuple[float, ...] = ()
     sizes: tuple[tuple[float, float], ...] = ()
 
-    def embed(self, network: MoondreamNetwork) -> Tensor:
-        """[1, T, dim] embeddings."""
-        config, region, device = network.config.tokenizer, network.region, network.device
-        ids = torch.tensor(self.ids, device=device)
-        with torch.inference_mode():
-            embeddings = network.text.embed(ids)
-            if self.coords:
-                coords = torch.tensor(self.coords, device=device, dtype=network.dtype)[:, None]
-                embeddings[ids == config.coord_id] = region.encode_coordinate(coords)
-            if self.sizes:
-                sizes = torch.tensor(self.sizes, device=device, dtype=network.dtype)
-                embeddings[ids == config.size_id] = region.encode_size(sizes)
-        return embeddings[None]
+
+def embed_prompts(network: MoondreamNetwork, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """[T, dim] embeddings of each prompt."""
+    config, region, device = network.config.tokenizer, network.region, network.device
+    ids = [i for prompt in prompts for i in prompt.ids]
+    coords = [c for prompt in prompts for c in prompt.coords]
+    sizes = [s for prompt in prompts for s in prompt.sizes]
+    with torch.inference_mode():
+        embeddings = network.text.embed(torch.tensor(ids, device=device))
+        if coords:
+            fed = torch.tensor(coords, device=device, dtype=network.dtype)[:, None]
+            embeddings[_places(prompts, config.coord_id)] = region.encode_coordinate(fed)
+        if sizes:
+            fed = torch.tensor(sizes, device=device, dtype=network.dtype)
+            embeddings[_places(prompts, config.size_id)] = region.encode_size(fed)
+    return list(embeddings.split([len(prompt.ids) for prompt in prompts]))
+
+
+def _places(prompts: Sequence[Prompt], token: int) -> list[int]:
+    """Where a token stands in the prompts that have coordinates; in others it may be a word."""
+    places, start = [], 0
+    for prompt in prompts:
+        if prompt.coords:
+            places += [start + i for i, t in enumerate(prompt.ids) if t == token]
+        start += len(prompt.ids)
+    return places
 
 
 def write_prompt(request: Request, tokenizer: Tokenizer, config: TokenizerConfig) -> Prompt:

@@ -1,58 +1,51 @@
-"""Choosing the next token."""
+"""Choosing the next tokens of many rows at once, each with settings and a random number of its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moondream_cv.requests import Settings
 
+def choose(
+    logits: Tensor,
+    temperatures: Sequence[float],
+    top_ps: Sequence[float],
+    draws: Sequence[float | None],
+    banned: Sequence[Sequence[int]],
+) -> tuple[Tensor, Tensor]:
+    """Choose a token for each row; what is chosen does not depend on the other rows.
 
-@dataclass
-class Sampler:
-    """Chooses tokens for one request; with a seed, the same ones every time.
+    A row samples from the likeliest tokens, up to and with the one that makes their probabilities reach its top-p: its
+    random number says how far to go through them, the likeliest first.
 
-    Attributes:
-        logprob: Sum of the log-probabilities of the tokens chosen, before temperature and top-p.
-        count: Tokens chosen.
+    Args:
+        logits: [R, vocab_size].
+        temperatures: One for each row; 0 is not divided by.
+        top_ps: One for each row.
+        draws: A random number in 0..1 for each row; None takes the likeliest token.
+        banned: Tokens that a row must not choose.
+
+    Returns:
+        [R] token ids; [R] logarithms of their probabilities before temperature and top-p, among what is not banned.
     """
-
-    temperature: float
-    top_p: float
-    generator: torch.Generator | None
-    logprob: float = 0.0
-    count: int = 0
-
-    @classmethod
-    def of(cls, settings: Settings, device: torch.device) -> Sampler:
-        generator = None
-        if settings.temperature > 0 and settings.seed is not None:
-            generator = torch.Generator(device).manual_seed(settings.seed)
-        return cls(settings.temperature, settings.top_p, generator)
-
-    def choose(self, logits: Tensor, banned: tuple[int, ...] = ()) -> int:
-        """Choose from [vocab_size] logits, never one of the banned ids."""
-        logits = logits.float()
-        if banned:
-            logits = logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf)
-        if self.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            probabilities = _top_p((logits / self.temperature).softmax(-1), self.top_p)
-            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
-        self.logprob += float(logits.log_softmax(-1)[token])
-        self.count += 1
-        return token
-
-    @property
-    def mean_logprob(self) -> float | None:
-        return self.logprob / self.count if self.count else None
-
-
-def _top_p(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the likeliest tokens, up to and with the one that makes their sum reach `top_p`."""
-    ordered, index = probabilities.sort(descending=True)
-    ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0
-    return torch.zeros_like(probabilities).scatter(-1, index, ordered)
+    logits, device = logits.float(), logits.device
+    ban = [(row, token) for row, tokens in enumerate(banned) for token in tokens]
+    if ban:
+        rows, tokens = torch.tensor(ban, device=device).unbind(1)
+        logits = logits.index_put((rows, tokens), torch.tensor(-torch.inf, device=device))
+    chosen = logits.argmax(-1)
+    sampled = [row for row, draw in enumerate(draws) if draw is not None]
+    if sampled:
+        settings = [(temperatures[row], top_ps[row], draws[row]) for row in sampled]
+        temperature, top_p, draw = torch.tensor(settings, device=device)[..., None].unbind(1)
+        index = torch.tensor(sampled, device=device)
+        ordered, order = (logits[index] / temperature).softmax(-1).sort(descending=True, stable=True)
+        reached = ordered.cumsum(-1)
+        ordered = ordered.masked_fill(reached - ordered > top_p, 0.0)
+        reached = ordered.cumsum(-1)
+        rank = (reached <= draw * reached[:, -1:]).sum(-1, keepdim=True)
+        last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may point behind it
+        chosen[index] = order.gather(-1, rank.minimum(last))[:, 0]
+    return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]

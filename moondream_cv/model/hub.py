@@ -1,6 +1,7 @@
 """Checkpoints and tokenizers from the Hugging Face hub, and from its cache on this machine.
 
-Only weights, `config.json` and `tokenizer.json` are fetched: code published with a checkpoint is never downloaded.
+Only weights, `config.json`, `tokenizer.json` and `calibration.json` are fetched: code published with a checkpoint is
+never downloaded.
 Progress bars, resumption and access tokens are those of `huggingface_hub`, which reads its own environment variables;
 `HF_HUB_OFFLINE` and the place of the cache are read here at each call.
 """
@@ -16,8 +17,16 @@ from huggingface_hub import errors
 
 from moondream_cv.errors import CheckpointError
 
-PATTERNS = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
-_TORCH_PATTERNS = ("config.json", "tokenizer.json", "*.pt", "*.pth", "pytorch_model*.bin", "pytorch_model*.json")
+PATTERNS = ("config.json", "tokenizer.json", "calibration.json", "*.safetensors", "*.safetensors.index.json")
+_TORCH_PATTERNS = (
+    "config.json",
+    "tokenizer.json",
+    "calibration.json",
+    "*.pt",
+    "*.pth",
+    "pytorch_model*.bin",
+    "pytorch_model*.json",
+)
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 

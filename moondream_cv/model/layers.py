@@ -42,10 +42,10 @@ def rotary_table(positions: Tensor, rotary_dim: int) -> Tensor:
         rotary_dim: Rotated dimensions of a head (even).
 
     Returns:
-        [2, B, 1, T, rotary_dim / 2] float32: cosines, then sines.
+        [2, B, T, 1, rotary_dim / 2] float32: cosines, then sines.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device) / rotary_dim
-    angles = positions.float()[:, None, :, None] * (1.0 / ROTARY_BASE**exponents)
+    angles = positions.float()[..., None, None] * (1.0 / ROTARY_BASE**exponents)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -56,7 +56,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     the output interleaves them. That is how the published weights were trained.
 
     Args:
-        x: [B, heads, T, head_dim].
+        x: [B, T, heads, head_dim].
         table: As `rotary_table` gives it.
     """
     half = table.shape[-1]

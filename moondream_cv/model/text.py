@@ -1,6 +1,6 @@
 """The text decoder: embeddings in, hidden states and logits out.
 
-It keeps no state: positions, mask and cache come with each call, so that rows of any kind can share a batch.
+It keeps no state: positions and how to attend come with each call, so that rows of any kind can share a batch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moondream_cv.model.layers import LoraPair, Mlp, add_lora, rotary_table, rot
 LayerLora = Mapping[str, Mapping[str, LoraPair]]  # {"attn": {"qkv", "proj"}, "mlp": {"fc1", "fc2"}}
 
 
-class LayerCache(Protocol):
-    """Where one layer keeps its keys and values between calls."""
+class Attend(Protocol):
+    """How the positions of a call attend in one layer, to one another and to what was kept from earlier calls."""
 
-    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, kv_heads, T, head_dim]; give back all that the new positions may see."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries [B, T, heads, head_dim], keys and values [B, T, kv_heads, head_dim] → [B, T, heads, head_dim]."""
 
 
 class TextAttention(nn.Module):
@@ -35,23 +35,33 @@ class TextAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: Tensor,
-        mask: Tensor | None,
-        cache: LayerCache | None,
-        lora: Mapping[str, LoraPair],
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, attend: Attend | None, lora: Mapping[str, LoraPair]
     ) -> Tensor:
         batch, length, dim = x.shape
-        qkv = add_lora(self.qkv(x), x, lora.get("qkv")).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)  # [B, heads, T, head_dim]
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_heads != self.n_kv_heads)
-        out = self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+        qkv = add_lora(self.qkv(x), x, lora.get("qkv")).view(batch, length, -1, self.head_dim)
+        turned, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+        q, k = rotate(turned, rotary).split((self.n_heads, self.n_kv_heads), dim=2)
+        out = attention(q, k, v, mask) if attend is None else attend(q, k, v)
+        out = self.proj(out.reshape(batch, length, dim))
         # The published adapters were trained with this one on the block's input, not on the attention's output.
         return add_lora(out, x, lora.get("proj"))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        q: [B, T, heads, head_dim].
+        k: [B, S, kv_heads, head_dim]; where there are fewer heads than of `q`, several of those share one.
+        v: As `k`.
+        mask: Broadcastable to [B, heads, T, S]: True, or zero, where attention is allowed. None: everywhere.
+
+    Returns:
+        [B, T, heads, head_dim].
+    """
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
 class TextBlock(nn.Module):
@@ -64,11 +74,11 @@ class TextBlock(nn.Module):
         self.mlp = Mlp(config.dim, config.ff_dim, config.dim)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | None, lora: LayerLora | None
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, attend: Attend | None, lora: LayerLora | None
     ) -> Tensor:
         lora = lora or {}
         normed = self.ln(x)
-        return x + self.attn(normed, rotary, mask, cache, lora.get("attn", {})) + self.mlp(normed, lora.get("mlp"))
+        return x + self.attn(normed, rotary, mask, attend, lora.get("attn", {})) + self.mlp(normed, lora.get("mlp"))
 
 
 class TextDecoder(nn.Module):
@@ -91,7 +101,7 @@ class TextDecoder(nn.Module):
         x: Tensor,
         positions: Tensor,
         mask: Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        attends: Sequence[Attend] | None = None,
         lora: Sequence[LayerLora] | None = None,
     ) -> Tensor:
         """Run the blocks.
@@ -99,8 +109,8 @@ class TextDecoder(nn.Module):
         Args:
             x: [B, T, dim] embeddings.
             positions: [B, T] integers.
-            mask: Boolean, broadcastable to [B, heads, T, S]; True where attention is allowed. None: everywhere.
-            caches: One per layer, or None when all that is attended to stands in `x`.
+            mask: Boolean, broadcastable to [B, heads, T, T]; True where attention is allowed. None: everywhere.
+            attends: One per layer, in place of attention within `x` under `mask`.
             lora: One adapter per layer.
 
         Returns:
@@ -108,7 +118,7 @@ class TextDecoder(nn.Module):
         """
         rotary = rotary_table(positions, self.config.rotary_dim)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, None if caches is None else caches[i], None if lora is None else lora[i])
+            x = block(x, rotary, mask, None if attends is None else attends[i], None if lora is None else lora[i])
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

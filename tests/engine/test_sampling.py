@@ -1,50 +1,78 @@
-"""Temperature, top-p, seeds and bans."""
+"""Temperature, top-p, random numbers and bans."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moondream_cv.engine.sampling import Sampler
-from moondream_cv.requests import Settings
+from moondream_cv.engine.sampling import choose
 
-LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-
-
-def draws(count: int = 400, **settings: float) -> list[int]:
-    sampler = Sampler.of(Settings(**{"seed": 0, **settings}), torch.device("cpu"))  # type: ignore[arg-type]
-    return [sampler.choose(LOGITS) for _ in range(count)]
+PROBABILITIES = (0.5, 0.3, 0.15, 0.05)
+LOGITS = torch.log(torch.tensor(PROBABILITIES))
+DRAWS = np.linspace(0, 1, 4001, endpoint=False).tolist()
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    assert set(draws(20, temperature=0.0)) == {0}
+def tokens(draws: list[float], temperature: float = 1.0, top_p: float = 1.0, banned: tuple[int, ...] = ()) -> list[int]:
+    """What each random number chooses."""
+    rows = len(draws)
+    chosen, _ = choose(LOGITS.expand(rows, -1), [temperature] * rows, [top_p] * rows, list(draws), [banned] * rows)
+    return chosen.tolist()
 
 
-@pytest.mark.parametrize(("top_p", "tokens"), [(0.3, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
-def test_top_p_keeps_the_likeliest(top_p: float, tokens: set[int]) -> None:
-    assert set(draws(temperature=1.0, top_p=top_p)) == tokens
+def test_without_a_random_number_it_is_the_likeliest() -> None:
+    chosen, logprobs = choose(LOGITS[None], [0.0], [0.3], [None], [()])
+    assert chosen.tolist() == [0]
+    assert float(logprobs) == pytest.approx(math.log(0.5))
 
 
-def test_frequencies_follow_the_probabilities() -> None:
-    drawn = draws(4000, temperature=1.0, top_p=1.0)
-    assert abs(drawn.count(0) / 4000 - 0.5) < 0.03
-    assert abs(drawn.count(2) / 4000 - 0.15) < 0.03
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.0, {0}), (0.3, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_likeliest(top_p: float, kept: set[int]) -> None:
+    assert set(tokens(DRAWS, top_p=top_p)) == kept
 
 
-def test_a_seed_repeats_the_draws() -> None:
-    assert draws(50, temperature=1.0, top_p=1.0) == draws(50, temperature=1.0, top_p=1.0)
-    assert draws(50, temperature=1.0, top_p=1.0) != draws(50, temperature=1.0, top_p=1.0, seed=1)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_even_random_numbers_choose_in_proportion(temperature: float) -> None:
+    chosen = tokens(DRAWS, temperature)
+    powers = [p ** (1 / temperature) for p in PROBABILITIES]
+    for token, power in enumerate(powers):
+        assert chosen.count(token) / len(DRAWS) == pytest.approx(power / sum(powers), abs=1e-3)
 
 
 def test_banned_tokens_are_never_chosen() -> None:
-    sampler = Sampler.of(Settings(temperature=1.0, top_p=1.0, seed=0), torch.device("cpu"))
-    assert 0 not in {sampler.choose(LOGITS, banned=(0,)) for _ in range(200)}
+    assert set(tokens(DRAWS, banned=(0, 2))) == {1, 3}
+    chosen, logprobs = choose(LOGITS[None], [0.0], [0.3], [None], [(0,)])
+    assert chosen.tolist() == [1]
+    assert float(logprobs) == pytest.approx(math.log(0.3 / 0.5))  # among what is not banned
 
 
-def test_mean_logprob() -> None:
-    sampler = Sampler.of(Settings(temperature=0.0), torch.device("cpu"))
-    assert sampler.mean_logprob is None
-    sampler.choose(LOGITS)
-    assert sampler.mean_logprob == pytest.approx(math.log(0.5))
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.floats(0.1, 3.0),
+            st.floats(0.0, 1.0),
+            st.none() | st.floats(0.0, 1.0, exclude_max=True),
+            st.sampled_from(((), (3,), (0, 5))),
+        ),
+        min_size=1,
+        max_size=9,
+    ),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_row_chooses_as_if_it_were_alone(
+    rows: list[tuple[float, float, float | None, tuple[int, ...]]], seed: int
+) -> None:
+    logits = 3 * torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed))
+    chosen, logprobs = choose(logits, *(list(column) for column in zip(*rows, strict=True)))
+    for i, row in enumerate(rows):
+        alone, logprob = choose(logits[i : i + 1], *([value] for value in row))
+        assert int(alone) == int(chosen[i])
+        assert float(logprob) == pytest.approx(float(logprobs[i]), abs=1e-6)
+        assert int(alone) not in row[3]

@@ -50,10 +50,10 @@ def test_rotation_keeps_norms_and_depends_on_distance_alone() -> None:
 
 
 def test_rotation_passes_the_other_half_of_a_head() -> None:
-    x = torch.randn(1, 2, 3, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 3, 2, 64, generator=torch.Generator().manual_seed(0))
     turned = rotate(x, rotary_table(torch.arange(3)[None], 32))
     assert torch.equal(turned[..., 32:], x[..., 32:])
-    assert torch.equal(rotate(x[:, :, :1], rotary_table(torch.zeros(1, 1), 32))[..., 0:32:2], x[:, :, :1, :16])
+    assert torch.equal(rotate(x[:, :1], rotary_table(torch.zeros(1, 1), 32))[..., 0:32:2], x[:, :1, :, :16])
 
 
 def test_prefix_mask() -> None:

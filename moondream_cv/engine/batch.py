@@ -1,0 +1,442 @@
+"""Rows that decode together: one pass of the decoder over all of them, then the heads that each of them reads.
+
+Rows may be of any skill, on any image, anywhere in their replies; they share an adapter. Coordinates and sizes go from
+logits to bins to embeddings on the device, and a step asks the device once for what decides which rows go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moondream_cv.engine.confidence import axis_features, continue_probability
+from moondream_cv.engine.prefix import Prefix
+from moondream_cv.engine.prompts import Prompt, embed_prompts
+from moondream_cv.engine.rows import AXIS, READINGS, Head, RegionRow, Row, TextRow
+from moondream_cv.engine.sampling import choose
+from moondream_cv.engine.shared_cache import GROWTH_STEPS, NOBODY, SharedCache
+from moondream_cv.errors import MoondreamError
+from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.model.region import bin_to_coordinate, bin_to_size
+from moondream_cv.model.text import LayerLora
+
+
+@dataclass(eq=False)
+class Context:
+    """An image that rows decode on, or what rows without an image have in common.
+
+    Attributes:
+        image: Identifies it.
+        cache: Holds its keys and values.
+        number: Of the context in its cache.
+        rows: How many rows are on it.
+    """
+
+    image: object
+    cache: SharedCache
+    number: int
+    rows: int = 0
+
+
+@dataclass(eq=False)
+class _Seat:
+    """A row and where it is; `feed` holds [T, dim] embeddings where it feeds something else than what was read last."""
+
+    row: Row
+    context: Context
+    feed: Tensor | None
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return id(self.context.cache), self.context.number, self.row.key
+
+    @property
+    def steps(self) -> int:
+        return 1 if self.feed is None else len(self.feed)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A row that is to join a batch.
+
+    Attributes:
+        image: Identifies the image that it is on; rows with the same one share its context.
+        prefix: Of the image; None without one.
+        feed: [T, dim] embeddings that it feeds first.
+        readings: [READINGS] of the object that it has begun, where it has been decoding before.
+    """
+
+    row: Row
+    image: object
+    prefix: Prefix | None
+    feed: Tensor
+    readings: Tensor | None = None
+
+
+@dataclass
+class _Part:
+    """What a step feeds into one cache: its tokens in a [contexts, T] table, with gaps where a context has fewer."""
+
+    cache: SharedCache
+    owners: Tensor  # [contexts, T]
+    index: Tensor | None  # [contexts, T] numbers of tokens; None: the step's tokens as they come
+    causal: bool
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """[N, ...] of the step's tokens → [contexts, T, ...]."""
+        contexts, steps = self.owners.shape
+        return tokens.view(contexts, steps, *tokens.shape[1:]) if self.index is None else tokens[self.index]
+
+
+@dataclass
+class _Plan:
+    """Which token stands where in a step. It serves the following steps, too, while the same rows feed one each.
+
+    Attributes:
+        positions: [1, N].
+        parts: One for each cache.
+        order: [N] where each token stands in the parts' tables behind one another; None: in this order.
+        last: [R] the last token of each row; None: each row has one token, in this order.
+    """
+
+    positions: Tensor
+    parts: list[_Part]
+    order: Tensor | None
+    last: Tensor | None
+
+
+class _Attend:
+    """How one layer's tokens attend: each part's in its cache."""
+
+    def __init__(self, plan: _Plan, layer: int) -> None:
+        self._plan, self._layer = plan, layer
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = [
+            part.cache.attend(self._layer, part.spread(q[0]), part.spread(k[0]), part.spread(v[0])).flatten(0, 1)
+            for part in self._plan.parts
+        ]
+        joined = out[0] if len(out) == 1 else torch.cat(out)
+        return (joined if self._plan.order is None else joined[self._plan.order])[None]
+
+
+class Batch:
+    """Rows of one adapter, each on its context.
+
+    Attributes:
+        lora: The adapter.
+    """
+
+    def __init__(self, network: MoondreamNetwork, lora: Sequence[LayerLora] | None) -> None:
+        self._network, self.lora = network, lora
+        self._seats: list[_Seat] = []
+        self._contexts: list[Context] = []
+        self._caches: dict[tuple[int, int], SharedCache] = {}  # by length of prefix, and roughly by rows of an image
+        # What each row feeds next, unless its seat says otherwise, and what has been read of the object it has begun.
+        self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
+        self._readings = torch.empty(0, READINGS, device=network.device)
+        self._plan: _Plan | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        return [seat.row for seat in self._seats]
+
+    @property
+    def images(self) -> int:
+        """How many contexts there are."""
+        return len(self._contexts)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches."""
+        return sum(cache.nbytes for cache in self._caches.values())
+
+    def holds(self, image: object) -> bool:
+        """Whether rows are decoding on an image, so that its prefix is here."""
+        return any(context.image is image for context in self._contexts)
+
+    @torch.inference_mode()
+    def join(self, arrivals: Sequence[Arrival]) -> None:
+        """Let rows take part from the next step on.
+
+        Where this raises, only `evict` may follow.
+        """
+        groups: dict[int, list[Arrival]] = {}
+        for arrival in arrivals:
+            groups.setdefault(id(arrival.image), []).append(arrival)
+        self._open_contexts([group for group in groups.values() if not self.holds(group[0].image)])
+        contexts = {id(context.image): context for context in self._contexts}
+        for arrival in arrivals:
+            context = contexts[id(arrival.image)]
+            context.rows += 1
+            self._seats.append(_Seat(arrival.row, context, arrival.feed))
+        blank = self._readings.new_zeros(READINGS)
+        readings = [blank if arrival.readings is None else arrival.readings for arrival in arrivals]
+        self._readings = torch.cat((self._readings, torch.stack(readings)))
+        self._embeddings = torch.cat((self._embeddings, torch.stack([arrival.feed[-1] for arrival in arrivals])))
+        self._plan = None
+
+    @torch.inference_mode()
+    def leave(self, gone: Collection[int]) -> None:
+        """Let the rows with these keys go, whether they have ended or not."""
+        self._keep([i for i, seat in enumerate(self._seats) if seat.row.key not in gone])
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Row, Exception | None]]:
+        """Feed every row and read what comes next.
+
+        Where this raises, the rows are where they were, and `evict` gives them back.
+
+        Returns:
+            The rows that have ended, with the error of those that failed. They have left.
+        """
+        if self._plan is None:
+            self._plan = self._make_plan()
+        plan = self._plan
+        x = self._embeddings
+        if any(seat.feed is not None for seat in self._seats):
+            x = torch.cat([x[i][None] if seat.feed is None else seat.feed for i, seat in enumerate(self._seats)])
+        for part in plan.parts:
+            steps = part.owners.shape[1]
+            if part.cache.end + steps > part.cache.capacity:
+                part.cache.make_room(part.cache.count, steps, [seat.row.key for seat in self._seats])
+            part.cache.open(part.owners, part.causal)
+        attends = [_Attend(plan, layer) for layer in range(self._network.config.text.n_layers)]
+        hidden = self._network.text(x[None], plan.positions, attends=attends, lora=self.lora)[0]  # [N, dim]
+        reading = _read(self._network, self.rows, hidden if plan.last is None else hidden[plan.last], self._readings)
+        for part in plan.parts:
+            part.cache.commit(part.spread(x))
+        return self._take(reading)
+
+    @torch.inference_mode()
+    def evict(self) -> list[Arrival]:
+        """Let all rows go and free their memory; each comes back as what lets it go on from where it is."""
+        arrivals = []
+        for i, seat in enumerate(self._seats):
+            fed = seat.context.cache.fed(seat.context.number, seat.row.key)
+            feed = torch.cat((fed, self._embeddings[i][None] if seat.feed is None else seat.feed))
+            seat.row.length = seat.context.cache.prefix_length
+            arrivals.append(Arrival(seat.row, seat.context.image, None, feed, self._readings[i].clone()))
+        self._contexts, self._caches = [], {}
+        self._keep([])
+        return arrivals
+
+    def _open_contexts(self, groups: list[list[Arrival]]) -> None:
+        """Make a context for each group of rows on the same image; those with about as many rows are stacked."""
+        stacks: dict[tuple[int, int], list[list[Arrival]]] = {}
+        for group in groups:
+            prefix = group[0].prefix
+            key = (0 if prefix is None else prefix.length, 1 << (len(group) - 1).bit_length())
+            stacks.setdefault(key, []).append(group)
+        for key, stack in stacks.items():
+            if key not in self._caches:
+                entries = max(sum(len(arrival.feed) for arrival in group) for group in stack) + GROWTH_STEPS * key[1]
+                self._caches[key] = SharedCache(self._network, key[0], len(stack), entries)
+            cache = self._caches[key]
+            cache.make_room(cache.count + len(stack), 0, ())
+            self._contexts += [Context(group[0].image, cache, cache.add(group[0].prefix)) for group in stack]
+
+    def _make_plan(self) -> _Plan:
+        """Sort the seats by context, and say where each of their tokens stands."""
+        seats = self._seats
+        order = sorted(range(len(seats)), key=lambda i: seats[i].place)
+        if order != list(range(len(seats))):
+            self._keep(order)
+            seats = self._seats
+        tables: dict[int, list[list[int]]] = {}
+        caches = {id(seat.context.cache): seat.context.cache for seat in seats}
+        owners: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
+        for seat in seats:
+            table = tables.setdefault(id(seat.context.cache), [[] for _ in range(seat.context.cache.count)])
+            table[seat.context.number] += range(len(owners), len(owners) + seat.steps)
+            owners += [seat.row.key] * seat.steps
+            positions += range(seat.row.length, seat.row.length + seat.steps)
+            last.append(len(owners) - 1)
+        causal = len(owners) > len(seats)
+        device = self._network.device
+        parts, flat = [], []
+        for key, table in tables.items():
+            steps = max(len(tokens) for tokens in table)
+            padded = [tokens + [-1] * (steps - len(tokens)) for tokens in table]
+            ids = torch.tensor([[owners[t] if t >= 0 else NOBODY for t in tokens] for tokens in padded], device=device)
+            dense = [t for tokens in padded for t in tokens]
+            flat += dense
+            index = None if dense == list(range(len(owners))) else torch.tensor(padded, device=device).clamp_min(0)
+            parts.append(_Part(caches[key], ids, index, causal))
+        where = {token: place for place, token in enumerate(flat) if token >= 0}
+        in_order = flat == list(range(len(owners)))
+        return _Plan(
+            positions=torch.tensor([positions], device=device),
+            parts=parts,
+            order=None if in_order else torch.tensor([where[t] for t in range(len(owners))], device=device),
+            last=torch.tensor(last, device=device) if causal else None,
+        )
+
+    def _take(self, reading: _Reading) -> list[tuple[Row, Exception | None]]:
+        """Tell the rows what was read, and see which go on with what."""
+        assert self._plan is not None
+        ended: list[tuple[Row, Exception | None]] = []
+        going_on, prompted = [], []
+        for i, seat in enumerate(self._seats):
+            seat.row.length += seat.steps
+            changed = seat.feed is not None
+            seat.feed = None
+            try:
+                next_feed = reading.tell(i, seat.row)
+            except MoondreamError as error:
+                ended.append((seat.row, error))
+                continue
+            if next_feed is False:
+                ended.append((seat.row, None))
+                continue
+            going_on.append(i)
+            if isinstance(next_feed, Prompt):
+                prompted.append((seat, next_feed))
+            if changed:
+                self._plan = None
+        self._embeddings, self._readings = reading.embeddings, reading.readings
+        feeds = embed_prompts(self._network, [prompt for _, prompt in prompted]) if prompted else []
+        for (seat, _), feed in zip(prompted, feeds, strict=True):
+            seat.feed, self._plan = feed, None
+        if self._plan is not None:
+            self._plan.positions += 1
+        if ended:
+            self._keep(going_on)
+        return ended
+
+    def _keep(self, order: list[int]) -> None:
+        """Keep these seats, in this order; contexts without rows go."""
+        device = self._network.device
+        index = torch.tensor(order, dtype=torch.long, device=device)
+        self._seats = [self._seats[i] for i in order]
+        self._embeddings, self._readings = self._embeddings[index], self._readings[index]
+        self._plan = None
+        rows: dict[int, int] = {}
+        for seat in self._seats:
+            rows[id(seat.context)] = rows.get(id(seat.context), 0) + 1
+        for context in [c for c in self._contexts if id(c) not in rows]:
+            self._contexts.remove(context)
+            context.cache.remove(context.number)
+            for moved in self._contexts:
+                if moved.cache is context.cache and moved.number == context.cache.count:
+                    moved.number = context.number
+        self._caches = {key: cache for key, cache in self._caches.items() if cache.count}
+
+
+@dataclass
+class _Reading:
+    """What a step has read for R rows.
+
+    Attributes:
+        embeddings: [R, dim] what each feeds next.
+        readings: [R, READINGS] of the object that each has begun.
+        decisions: For the rows that decide: whether to stop, the probability of going on, the readings of before.
+        tokens: For the rows that write: a token, its log-probability, the coordinate that it may stand for.
+    """
+
+    embeddings: Tensor
+    readings: Tensor
+    decisions: dict[int, list[float]]
+    tokens: dict[int, list[float]]
+
+    def tell(self, i: int, row: Row) -> Prompt | bool:
+        """Tell row number i; say whether it goes on, perhaps with a prompt."""
+        if isinstance(row, TextRow):
+            token, logprob, coordinate = self.tokens[i]
+            return row.take(int(token), logprob, coordinate)
+        assert isinstance(row, RegionRow)
+        if row.head is Head.DECISION:
+            stop, going_on, *before = self.decisions[i]
+            return row.decide(stop > 0, going_on, before)
+        row.advance()
+        return True
+
+
+def _read(network: MoondreamNetwork, rows: Sequence[Row], hidden: Tensor, readings: Tensor) -> _Reading:
+    """Read from [R, dim] hidden states whatever each row reads next; nothing but the result tells of it."""
+    heads: dict[Head, list[int]] = {head: [] for head in Head}
+    for i, row in enumerate(rows):
+        heads[row.head].append(i)
+    deciding, writing = heads[Head.DECISION], heads[Head.TOKEN] + heads[Head.THOUGHT]
+    embeddings, readings = torch.empty_like(hidden), readings.clone()
+    decided: Tensor | None = None
+    written: Tensor | None = None
+    if deciding or writing:
+        logits = network.text.logits(_pick(hidden, deciding + writing))  # [D + W, vocab_size]
+        if deciding:
+            of_deciding = logits[: len(deciding)]
+            eos = network.config.tokenizer.eos_id
+            going_on = continue_probability(of_deciding, eos)[:, None]
+            stop = (of_deciding.argmax(-1) == eos)[:, None]
+            decided = torch.cat((stop, going_on, _pick(readings, deciding)), 1)  # [D, 2 + READINGS]
+            _put(readings, deciding, going_on, 0)
+        if writing:
+            chosen = _write(network, [rows[i] for i in writing], logits[len(deciding) :], _pick(hidden, writing))
+            _put(embeddings, writing, chosen[0])
+            written = chosen[1]
+    for axis, head in enumerate((Head.DECISION, Head.Y)):
+        if heads[head]:
+            logits = network.region.decode_coordinate(_pick(hidden, heads[head]))
+            coordinate = bin_to_coordinate(logits.argmax(-1), logits.shape[-1])[:, None]  # [n, 1]
+            _put(embeddings, heads[head], network.region.encode_coordinate(coordinate.to(hidden.dtype)))
+            _put(readings, heads[head], torch.cat((coordinate, axis_features(logits)), -1), 1 + axis * AXIS)
+    if heads[Head.SIZE]:
+        logits = network.region.decode_size(_pick(hidden, heads[Head.SIZE]))
+        size = bin_to_size(logits.argmax(-1), logits.shape[-1])  # [n, 2]
+        _put(embeddings, heads[Head.SIZE], network.region.encode_size(size.to(hidden.dtype)))
+        read = torch.cat((size[..., None], axis_features(logits)), -1)  # [n, 2, AXIS]
+        _put(readings, heads[Head.SIZE], read.flatten(1), 1 + 2 * AXIS)
+    # The only places where the device is waited for.
+    decisions = [] if decided is None else decided.tolist()
+    tokens = [] if written is None else written.tolist()
+    return _Reading(
+        embeddings, readings, dict(zip(deciding, decisions, strict=True)), dict(zip(writing, tokens, strict=True))
+    )
+
+
+def _write(network: MoondreamNetwork, rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the next token of each row.
+
+    Returns:
+        [W, dim] what is fed for it; [W, 3] token, log-probability, and the coordinate that it stands for in a thought.
+    """
+    texts = [row for row in rows if isinstance(row, TextRow)]
+    tokens, logprobs = choose(
+        logits,
+        [row.request.settings.temperature for row in texts],
+        [row.request.settings.top_p for row in texts],
+        [row.draw for row in texts],
+        [row.banned for row in texts],
+    )
+    embeddings, coordinates = network.text.embed(tokens), torch.zeros_like(logprobs)
+    thinking = [i for i, row in enumerate(texts) if row.head is Head.THOUGHT]
+    if thinking:
+        region = network.region
+        bins = region.decode_coordinate(_pick(hidden, thinking))
+        coordinate = bin_to_coordinate(bins.argmax(-1), bins.shape[-1])
+        _put(coordinates[:, None], thinking, coordinate[:, None])
+        stands_for_it = (_pick(tokens, thinking) == network.config.tokenizer.coord_id)[:, None]
+        encoded = region.encode_coordinate(coordinate.to(hidden.dtype)[:, None])
+        _put(embeddings, thinking, torch.where(stands_for_it, encoded, _pick(embeddings, thinking)))
+    return embeddings, torch.stack((tokens.float(), logprobs, coordinates), 1)
+
+
+def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor; all of them without a copy where they stand in order."""
+    if rows == list(range(len(tensor))):
+        return tensor
+    return tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _put(tensor: Tensor, rows: list[int], values: Tensor, column: int = 0) -> None:
+    """Write [n, k] values to some rows of a tensor, from a column on."""
+    stop = column + values.shape[1]
+    if rows == list(range(len(tensor))):
+        tensor[:, column:stop] = values
+    else:
+        tensor[torch.tensor(rows, device=tensor.device), column:stop] = values

@@ -1,0 +1,117 @@
+"""Encoded images that a model keeps for when the same picture comes again.
+
+It knows nothing of models: who asks computes what is missing and puts it in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+
+from moondream_cv.engine.encoding import EncodedImage
+
+
+class ImageKey(NamedTuple):
+    """What an encoded image depends on beside the model.
+
+    Attributes:
+        digest: Of the pixels and of their shape.
+        max_crops: The setting.
+        variant: The adapter's name.
+    """
+
+    digest: bytes
+    max_crops: int | None
+    variant: str | None
+
+
+class ImageCache:
+    """The images of one model that were used last, as many as fit.
+
+    Calls from several threads are safe. Two threads that miss the same image at once both encode it, and the later one
+    is kept.
+    """
+
+    def __init__(self, max_images: int, max_bytes: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            max_images: How many images to keep at the most.
+            max_bytes: What they may take together, `EncodedImage.nbytes` each. An image that takes more by itself is
+                not kept.
+
+        Raises:
+            ValueError: A limit is below 1.
+        """
+        for name, value in (("max_images", max_images), ("max_bytes", max_bytes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.max_images, self.max_bytes = max_images, max_bytes
+        self._images: OrderedDict[ImageKey, EncodedImage] = OrderedDict()  # the one used last stands last
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"ImageCache({len(self)} of {self.max_images} images, {self.nbytes:,} of {self.max_bytes:,} bytes)"
+
+    def __len__(self) -> int:
+        """Number of images that are kept."""
+        return len(self._images)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the kept images take."""
+        return self._nbytes
+
+    @staticmethod
+    def key(rgb: np.ndarray, max_crops: int | None, variant: str | None) -> ImageKey:
+        """Name an image by its content.
+
+        Args:
+            rgb: [H, W, 3] uint8 RGB.
+            max_crops: The setting that it is or would be encoded with.
+            variant: The adapter that it is or would be encoded with.
+        """
+        digest = hashlib.blake2b(repr(rgb.shape).encode(), digest_size=32)  # 2×3 and 3×2 pixels may be the same bytes
+        digest.update(np.ascontiguousarray(rgb).data)
+        return ImageKey(digest.digest(), max_crops, variant)
+
+    def get(self, key: ImageKey) -> EncodedImage | None:
+        """Return what is kept under a key, which counts as using it, or None."""
+        with self._lock:
+            encoded = self._images.get(key)
+            if encoded is not None:
+                self._images.move_to_end(key)
+            return encoded
+
+    def put(self, key: ImageKey, encoded: EncodedImage) -> None:
+        """Keep an image, in place of the one under this key and of those that were not used for longest.
+
+        Args:
+            key: Must be that of the very pixels that were encoded: not of a frame that `reencode` took for unchanged
+                within a tolerance.
+            encoded: The image.
+        """
+        with self._lock:
+            self._remove(key)
+            if encoded.nbytes > self.max_bytes:
+                return
+            self._images[key] = encoded
+            self._nbytes += encoded.nbytes
+            while len(self._images) > self.max_images or self._nbytes > self.max_bytes:
+                self._remove(next(iter(self._images)))
+
+    def clear(self) -> None:
+        """Forget all images."""
+        with self._lock:
+            self._images.clear()
+            self._nbytes = 0
+
+    def _remove(self, key: ImageKey) -> None:
+        encoded = self._images.pop(key, None)
+        if encoded is not None:
+            self._nbytes -= encoded.nbytes

@@ -1,0 +1,181 @@
+"""The cache of encoded images. Run with `pytest tests/engine/test_image_cache.py`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moondream_cv.engine.encoding import EncodedImage, encode_images
+from moondream_cv.engine.image_cache import ImageCache, ImageKey
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.prefix import Prefix
+
+
+def image_of(nbytes: int) -> EncodedImage:
+    """An encoded image that takes as many bytes; at least 16."""
+    word = torch.zeros(1, 1, 1, 1)
+    return EncodedImage(
+        size=(1, 1),
+        tiling=(1, 1),
+        max_crops=None,
+        variant=None,
+        model_key=0,
+        crops=np.zeros(nbytes - 16, np.uint8),
+        features=word,
+        embedding=word,
+        prefix=Prefix(((word, word),)),
+    )
+
+
+def key_of(number: int) -> ImageKey:
+    return ImageCache.key(np.full((1, 1, 3), number, np.uint8), None, None)
+
+
+def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
+    cache = ImageCache(4, 10_000_000)
+    key = cache.key(frame, None, None)
+    assert cache.get(key) is None
+    (encoded,) = encode_images(model.network, [frame], max_crops=None, variant=None, model_key=0, lora=None)
+    cache.put(key, encoded)
+    assert cache.get(cache.key(frame.copy(), None, None)) is encoded
+    assert (len(cache), cache.nbytes) == (1, encoded.nbytes)
+    assert repr(cache) == f"ImageCache(1 of 4 images, {encoded.nbytes:,} of 10,000,000 bytes)"
+    cache.clear()
+    assert (len(cache), cache.nbytes, cache.get(key)) == (0, 0, None)
+
+
+def test_keys_differ_by_content_shape_and_settings() -> None:
+    rgb = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    other = rgb.copy()
+    other[2, 3, 2] += 1
+    keys = [
+        ImageCache.key(*arguments)
+        for arguments in (
+            (rgb, None, None),
+            (other, None, None),
+            (rgb.reshape(4, 3, 3), None, None),
+            (rgb.reshape(2, 6, 3), None, None),
+            (rgb, 4, None),
+            (rgb, None, "adapter"),
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_view_has_the_key_of_its_copy() -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    assert ImageCache.key(wide[::2, ::-1], 2, "a") == ImageCache.key(wide[::2, ::-1].copy(), 2, "a")
+
+
+def test_the_image_not_used_for_longest_goes_first() -> None:
+    cache = ImageCache(2, 1000)
+    cache.put(key_of(1), image_of(100))
+    cache.put(key_of(2), image_of(100))
+    assert cache.get(key_of(1)) is not None  # now number 2 is the older one
+    cache.put(key_of(3), image_of(100))
+    assert [cache.get(key_of(i)) is not None for i in (1, 2, 3)] == [True, False, True]
+
+
+def test_a_large_image_pushes_out_several() -> None:
+    cache = ImageCache(10, 1000)
+    for number in range(5):
+        cache.put(key_of(number), image_of(200))
+    cache.put(key_of(5), image_of(500))
+    assert [cache.get(key_of(i)) is not None for i in range(6)] == [False, False, False, True, True, True]
+    assert cache.nbytes == 900
+
+
+def test_an_image_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
+    cache = ImageCache(10, 1000)
+    cache.put(key_of(1), image_of(1000))
+    cache.put(key_of(2), image_of(1001))
+    assert cache.get(key_of(1)) is not None
+    assert cache.get(key_of(2)) is None
+
+
+def test_putting_again_replaces() -> None:
+    cache = ImageCache(2, 1000)
+    cache.put(key_of(1), image_of(700))
+    second = image_of(600)
+    cache.put(key_of(1), second)
+    assert cache.get(key_of(1)) is second
+    assert (len(cache), cache.nbytes) == (1, 600)
+    cache.put(key_of(1), image_of(2000))
+    assert (len(cache), cache.nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("max_images", "max_bytes", "message"),
+    [(0, 1, "max_images must be at least 1, not 0"), (1, -5, "max_bytes must be at least 1, not -5")],
+)
+def test_limits_below_one_are_refused(max_images: int, max_bytes: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageCache(max_images, max_bytes)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["get", "put", "clear"]), st.integers(0, 7), st.integers(16, 120)), max_size=60
+    ),
+    max_images=st.integers(1, 5),
+    max_bytes=st.integers(1, 300),
+)
+def test_does_what_a_plain_list_would(steps: list[tuple[str, int, int]], max_images: int, max_bytes: int) -> None:
+    cache = ImageCache(max_images, max_bytes)
+    expected: OrderedDict[int, int] = OrderedDict()  # number → bytes
+    for step, number, nbytes in steps:
+        if step == "clear":
+            cache.clear()
+            expected.clear()
+        elif step == "put":
+            cache.put(key_of(number), image_of(nbytes))
+            expected.pop(number, None)
+            if nbytes <= max_bytes:
+                expected[number] = nbytes
+            while len(expected) > max_images or sum(expected.values()) > max_bytes:
+                expected.popitem(last=False)
+        else:
+            found = cache.get(key_of(number))
+            assert (None if found is None else found.nbytes) == expected.get(number)
+            if number in expected:
+                expected.move_to_end(number)
+        assert (len(cache), cache.nbytes) == (len(expected), sum(expected.values()))
+
+
+def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)  # otherwise a thread hardly ever stops in the middle of a put
+    cache = ImageCache(5, 1000)
+    keys, images = [key_of(i) for i in range(12)], [image_of(100 + 20 * i) for i in range(12)]
+    errors: list[Exception] = []
+    start = threading.Barrier(6)
+
+    def work(seed: int) -> None:
+        start.wait()
+        rng = np.random.default_rng(seed)
+        try:
+            for number, get in zip(rng.integers(0, 12, 5000).tolist(), (rng.random(5000) < 0.3).tolist(), strict=True):
+                if get:
+                    assert cache.get(keys[number]) in (None, images[number])
+                else:
+                    cache.put(keys[number], images[number])
+        except Exception as error:  # an exception would end only the thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    kept = [image for key in keys if (image := cache.get(key)) is not None]
+    assert len(kept) == len(cache) <= 5
+    assert sum(image.nbytes for image in kept) == cache.nbytes <= 1000
