@@ -10,53 +10,17 @@ step with the time that reading the weights once takes; the tiny model with itse
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
+from _common import random_model, seconds
 
 from moondream_cv import Query, Settings, load
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.model.config import MoondreamConfig
-from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.training.tokenizer import build_tokenizer
 
 RESOLUTIONS = ((640, 480), (1920, 1080))
 ROWS = (1, 8, 64)
 NAMES = ("dog", "red circle", "star", "bus")
-
-
-def random_model(layers: int | None, device: torch.device, dtype: torch.dtype) -> LocalModel:
-    """The sizes of Moondream 2B, with fewer layers if asked for, filled with small random numbers on the device."""
-    config = MoondreamConfig()
-    if layers is not None:
-        config = replace(
-            config,
-            text=replace(config.text, n_layers=layers),
-            vision=replace(config.vision, enc_n_layers=layers),
-        )
-    with torch.device("meta"):
-        network = MoondreamNetwork(config)
-    network = network.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(0.0, 0.02)
-    return LocalModel(network, build_tokenizer(), name="random")
-
-
-def seconds(call: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median time of a call, after one to warm up."""
-    times = []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def row(what: str, value: float, ratio: float, against: str) -> None:
@@ -68,7 +32,7 @@ def encoding(model: LocalModel, repeat: int, label: str, base: float | None = No
     first = base
     for width, height in RESOLUTIONS:
         frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        taken = seconds(lambda frame=frame: model.encode_image(frame), model.device, repeat)  # type: ignore[misc]
+        taken = seconds(lambda frame=frame: model.encode_image(frame), repeat, model.device)  # type: ignore[misc]
         first = first or taken
         row(f"encode {width}x{height}, {label}", taken, taken / first, f"{RESOLUTIONS[0][0]}x{RESOLUTIONS[0][1]} eager")
     assert first is not None
@@ -79,13 +43,13 @@ def decoding(model: LocalModel, repeat: int) -> None:
     """Print how long a step takes beside reading the decoder's weights once."""
     encoded = model.encode_image(np.zeros((480, 640, 3), np.uint8))
     weights = [p for p in model.network.text.blocks.parameters() if p.ndim == 2]
-    reading = seconds(lambda: [w.sum() for w in weights], model.device, repeat)
+    reading = seconds(lambda: [w.sum() for w in weights], repeat, model.device)
     for rows in ROWS:
         scheduler = model.scheduler()
         for _ in range(rows):
             scheduler.submit(Query(encoded, "?", settings=Settings(temperature=0.0, max_tokens=100_000)))
         scheduler.step()
-        taken = seconds(scheduler.step, model.device, 8 * repeat)
+        taken = seconds(scheduler.step, 8 * repeat, model.device)
         row(f"one decoding step of {rows} rows", taken, taken / reading, "summing the decoder's matrices")
 
 
@@ -95,7 +59,7 @@ def tiny(device: torch.device, repeat: int) -> None:
     base = None
     for where in dict.fromkeys(("cpu", str(device))):
         with load("tiny", device=where) as model:
-            taken = seconds(lambda model=model: [model.detect(frame, n) for n in NAMES], model.device, repeat)  # type: ignore[misc]
+            taken = seconds(lambda model=model: [model.detect(frame, n) for n in NAMES], repeat, model.device)  # type: ignore[misc]
         base = base or taken
         row(f"tiny: {len(NAMES)} classes on 640x480, {where}", taken, taken / base, "CPU")
 
@@ -112,7 +76,7 @@ def main() -> None:
         print("No CUDA device: nothing measured.")
         return
     print(torch.cuda.get_device_name(device) if device.type == "cuda" else str(device), torch.__version__)
-    model = random_model(arguments.layers, device, torch.bfloat16)
+    model = random_model(arguments.layers, arguments.layers, device)
     base = encoding(model, arguments.repeat, "eager")
     decoding(model, arguments.repeat)
     if arguments.compile:

@@ -1,0 +1,47 @@
+"""What several benchmarks share: models of random weights, and medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.model.config import MoondreamConfig
+from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.training.tokenizer import build_tokenizer
+
+
+def random_model(vision_layers: int | None, text_layers: int | None, device: torch.device) -> LocalModel:
+    """The sizes of Moondream 2B in bfloat16, with fewer layers if asked for, filled with small random numbers.
+
+    Random weights take as long as real ones, and nearly never end a list or a text by themselves.
+    """
+    config = MoondreamConfig()
+    config = replace(
+        config,
+        text=replace(config.text, n_layers=text_layers or config.text.n_layers),
+        vision=replace(config.vision, enc_n_layers=vision_layers or config.vision.enc_n_layers),
+    )
+    with torch.device("meta"):
+        network = MoondreamNetwork(config)
+    network = network.to(torch.bfloat16).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0.0, 0.02)
+    return LocalModel(network, build_tokenizer(), name="random")
+
+
+def seconds(call: Callable[[], object], repeat: int, device: torch.device | None = None) -> float:
+    """Median time of a call, after one to warm up."""
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        call()
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
