@@ -1,7 +1,7 @@
 """Rows that decode together: one pass of the decoder over all of them, then the heads that each of them reads.
 
-Rows may be of any skill, on any image, anywhere in their replies; they share an adapter. Coordinates and sizes go from
-logits to bins to embeddings on the device, and a step asks the device once for what decides which rows go on.
+Rows may be of any skill, on any image, anywhere in their replies; they share an adapter. What the heads say is read in
+`reading.py`, what it means to a row is known in `rows.py`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moondream_cv.engine.confidence import axis_features, continue_probability
 from moondream_cv.engine.prefix import Prefix
 from moondream_cv.engine.prompts import Prompt, embed_prompts
-from moondream_cv.engine.rows import AXIS, READINGS, Head, RegionRow, Row, TextRow
-from moondream_cv.engine.sampling import choose
+from moondream_cv.engine.reading import Reading, read
+from moondream_cv.engine.rows import READINGS, Row
 from moondream_cv.engine.shared_cache import GROWTH_STEPS, NOBODY, SharedCache
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.region import bin_to_coordinate, bin_to_size
 from moondream_cv.model.text import LayerLora
 
 
 @dataclass(eq=False)
-class Context:
+class _Context:
     """An image that rows decode on, or what rows without an image have in common.
 
     Attributes:
         image: Identifies it.
         cache: Holds its keys and values.
         number: Of the context in its cache.
-        rows: How many rows are on it.
     """
 
     image: object
     cache: SharedCache
     number: int
-    rows: int = 0
 
 
 @dataclass(eq=False)
@@ -46,7 +42,7 @@ class _Seat:
     """A row and where it is; `feed` holds [T, dim] embeddings where it feeds something else than what was read last."""
 
     row: Row
-    context: Context
+    context: _Context
     feed: Tensor | None
 
     @property
@@ -133,7 +129,7 @@ class Batch:
     def __init__(self, network: MoondreamNetwork, lora: Sequence[LayerLora] | None) -> None:
         self._network, self.lora = network, lora
         self._seats: list[_Seat] = []
-        self._contexts: list[Context] = []
+        self._contexts: list[_Context] = []
         self._caches: dict[tuple[int, int], SharedCache] = {}  # by length of prefix, and roughly by rows of an image
         # What each row feeds next, unless its seat says otherwise, and what has been read of the object it has begun.
         self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
@@ -170,9 +166,7 @@ class Batch:
         self._open_contexts([group for group in groups.values() if not self.holds(group[0].image)])
         contexts = {id(context.image): context for context in self._contexts}
         for arrival in arrivals:
-            context = contexts[id(arrival.image)]
-            context.rows += 1
-            self._seats.append(_Seat(arrival.row, context, arrival.feed))
+            self._seats.append(_Seat(arrival.row, contexts[id(arrival.image)], arrival.feed))
         blank = self._readings.new_zeros(READINGS)
         readings = [blank if arrival.readings is None else arrival.readings for arrival in arrivals]
         self._readings = torch.cat((self._readings, torch.stack(readings)))
@@ -206,7 +200,7 @@ class Batch:
             part.cache.open(part.owners, part.causal)
         attends = [_Attend(plan, layer) for layer in range(self._network.config.text.n_layers)]
         hidden = self._network.text(x[None], plan.positions, attends=attends, lora=self.lora)[0]  # [N, dim]
-        reading = _read(self._network, self.rows, hidden if plan.last is None else hidden[plan.last], self._readings)
+        reading = read(self._network, self.rows, hidden if plan.last is None else hidden[plan.last], self._readings)
         for part in plan.parts:
             part.cache.commit(part.spread(x))
         return self._take(reading)
@@ -237,7 +231,7 @@ class Batch:
                 self._caches[key] = SharedCache(self._network, key[0], len(stack), entries)
             cache = self._caches[key]
             cache.make_room(cache.count + len(stack), 0, ())
-            self._contexts += [Context(group[0].image, cache, cache.add(group[0].prefix)) for group in stack]
+            self._contexts += [_Context(group[0].image, cache, cache.add(group[0].prefix)) for group in stack]
 
     def _make_plan(self) -> _Plan:
         """Sort the seats by context, and say where each of their tokens stands."""
@@ -277,7 +271,7 @@ class Batch:
             last=torch.tensor(last, device=device) if causal else None,
         )
 
-    def _take(self, reading: _Reading) -> list[tuple[Row, Exception | None]]:
+    def _take(self, reading: Reading) -> list[tuple[Row, Exception | None]]:
         """Tell the rows what was read, and see which go on with what."""
         assert self._plan is not None
         ended: list[tuple[Row, Exception | None]] = []
@@ -316,127 +310,11 @@ class Batch:
         self._seats = [self._seats[i] for i in order]
         self._embeddings, self._readings = self._embeddings[index], self._readings[index]
         self._plan = None
-        rows: dict[int, int] = {}
-        for seat in self._seats:
-            rows[id(seat.context)] = rows.get(id(seat.context), 0) + 1
-        for context in [c for c in self._contexts if id(c) not in rows]:
+        used = {id(seat.context) for seat in self._seats}
+        for context in [c for c in self._contexts if id(c) not in used]:
             self._contexts.remove(context)
             context.cache.remove(context.number)
             for moved in self._contexts:
                 if moved.cache is context.cache and moved.number == context.cache.count:
                     moved.number = context.number
         self._caches = {key: cache for key, cache in self._caches.items() if cache.count}
-
-
-@dataclass
-class _Reading:
-    """What a step has read for R rows.
-
-    Attributes:
-        embeddings: [R, dim] what each feeds next.
-        readings: [R, READINGS] of the object that each has begun.
-        decisions: For the rows that decide: whether to stop, the probability of going on, the readings of before.
-        tokens: For the rows that write: a token, its log-probability, the coordinate that it may stand for.
-    """
-
-    embeddings: Tensor
-    readings: Tensor
-    decisions: dict[int, list[float]]
-    tokens: dict[int, list[float]]
-
-    def tell(self, i: int, row: Row) -> Prompt | bool:
-        """Tell row number i; say whether it goes on, perhaps with a prompt."""
-        if isinstance(row, TextRow):
-            token, logprob, coordinate = self.tokens[i]
-            return row.take(int(token), logprob, coordinate)
-        assert isinstance(row, RegionRow)
-        if row.head is Head.DECISION:
-            stop, going_on, *before = self.decisions[i]
-            return row.decide(stop > 0, going_on, before)
-        row.advance()
-        return True
-
-
-def _read(network: MoondreamNetwork, rows: Sequence[Row], hidden: Tensor, readings: Tensor) -> _Reading:
-    """Read from [R, dim] hidden states whatever each row reads next; nothing but the result tells of it."""
-    heads: dict[Head, list[int]] = {head: [] for head in Head}
-    for i, row in enumerate(rows):
-        heads[row.head].append(i)
-    deciding, writing = heads[Head.DECISION], heads[Head.TOKEN] + heads[Head.THOUGHT]
-    embeddings, readings = torch.empty_like(hidden), readings.clone()
-    decided: Tensor | None = None
-    written: Tensor | None = None
-    if deciding or writing:
-        logits = network.text.logits(_pick(hidden, deciding + writing))  # [D + W, vocab_size]
-        if deciding:
-            of_deciding = logits[: len(deciding)]
-            eos = network.config.tokenizer.eos_id
-            going_on = continue_probability(of_deciding, eos)[:, None]
-            stop = (of_deciding.argmax(-1) == eos)[:, None]
-            decided = torch.cat((stop, going_on, _pick(readings, deciding)), 1)  # [D, 2 + READINGS]
-            _put(readings, deciding, going_on, 0)
-        if writing:
-            chosen = _write(network, [rows[i] for i in writing], logits[len(deciding) :], _pick(hidden, writing))
-            _put(embeddings, writing, chosen[0])
-            written = chosen[1]
-    for axis, head in enumerate((Head.DECISION, Head.Y)):
-        if heads[head]:
-            logits = network.region.decode_coordinate(_pick(hidden, heads[head]))
-            coordinate = bin_to_coordinate(logits.argmax(-1), logits.shape[-1])[:, None]  # [n, 1]
-            _put(embeddings, heads[head], network.region.encode_coordinate(coordinate.to(hidden.dtype)))
-            _put(readings, heads[head], torch.cat((coordinate, axis_features(logits)), -1), 1 + axis * AXIS)
-    if heads[Head.SIZE]:
-        logits = network.region.decode_size(_pick(hidden, heads[Head.SIZE]))
-        size = bin_to_size(logits.argmax(-1), logits.shape[-1])  # [n, 2]
-        _put(embeddings, heads[Head.SIZE], network.region.encode_size(size.to(hidden.dtype)))
-        read = torch.cat((size[..., None], axis_features(logits)), -1)  # [n, 2, AXIS]
-        _put(readings, heads[Head.SIZE], read.flatten(1), 1 + 2 * AXIS)
-    # The only places where the device is waited for.
-    decisions = [] if decided is None else decided.tolist()
-    tokens = [] if written is None else written.tolist()
-    return _Reading(
-        embeddings, readings, dict(zip(deciding, decisions, strict=True)), dict(zip(writing, tokens, strict=True))
-    )
-
-
-def _write(network: MoondreamNetwork, rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the next token of each row.
-
-    Returns:
-        [W, dim] what is fed for it; [W, 3] token, log-probability, and the coordinate that it stands for in a thought.
-    """
-    texts = [row for row in rows if isinstance(row, TextRow)]
-    tokens, logprobs = choose(
-        logits,
-        [row.request.settings.temperature for row in texts],
-        [row.request.settings.top_p for row in texts],
-        [row.draw for row in texts],
-        [row.banned for row in texts],
-    )
-    embeddings, coordinates = network.text.embed(tokens), torch.zeros_like(logprobs)
-    thinking = [i for i, row in enumerate(texts) if row.head is Head.THOUGHT]
-    if thinking:
-        region = network.region
-        bins = region.decode_coordinate(_pick(hidden, thinking))
-        coordinate = bin_to_coordinate(bins.argmax(-1), bins.shape[-1])
-        _put(coordinates[:, None], thinking, coordinate[:, None])
-        stands_for_it = (_pick(tokens, thinking) == network.config.tokenizer.coord_id)[:, None]
-        encoded = region.encode_coordinate(coordinate.to(hidden.dtype)[:, None])
-        _put(embeddings, thinking, torch.where(stands_for_it, encoded, _pick(embeddings, thinking)))
-    return embeddings, torch.stack((tokens.float(), logprobs, coordinates), 1)
-
-
-def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a tensor; all of them without a copy where they stand in order."""
-    if rows == list(range(len(tensor))):
-        return tensor
-    return tensor[torch.tensor(rows, device=tensor.device)]
-
-
-def _put(tensor: Tensor, rows: list[int], values: Tensor, column: int = 0) -> None:
-    """Write [n, k] values to some rows of a tensor, from a column on."""
-    stop = column + values.shape[1]
-    if rows == list(range(len(tensor))):
-        tensor[:, column:stop] = values
-    else:
-        tensor[torch.tensor(rows, device=tensor.device), column:stop] = values

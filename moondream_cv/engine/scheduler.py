@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROMPT_TOKENS = 2048  # that are fed in one step, about: their attention mask grows with the square
+
 
 @dataclass
 class Limits:
@@ -117,6 +119,11 @@ class _Entry:
     image: _Image
     prompt: Prompt
     arrival: Arrival | None = None
+
+    @property
+    def tokens(self) -> int:
+        """What it feeds when it joins."""
+        return len(self.prompt.ids) if self.arrival is None else len(self.arrival.feed)
 
 
 @dataclass
@@ -233,14 +240,18 @@ class Scheduler:
         """Let waiting requests join as long as there is room, those on the same image together."""
         room = self.limits.rows - self._running
         images = self.limits.images - sum(lane.batch.images for lane in self._lanes.values())
+        tokens = PROMPT_TOKENS
         chosen: list[tuple[_Image, int]] = []
         for image in self._images.values():
             new = not self._holds(image)
-            if room <= 0 or (new and images <= 0):
+            if room <= 0 or tokens <= 0 or (new and images <= 0):
                 break
-            chosen.append((image, min(room, len(image.waiting))))
-            room -= len(image.waiting)
+            count, tokens = _fitting(image.waiting, room, tokens)
+            chosen.append((image, count))
+            room -= count
             images -= new
+            if count < len(image.waiting):
+                break
         self._encode([image for image, _ in chosen if not (image.ready or self._holds(image))])
         joining: dict[str | None, list[_Entry]] = {}
         for image, count in chosen:
@@ -386,3 +397,13 @@ class Scheduler:
         )
         described.__cause__ = error
         return described
+
+
+def _fitting(waiting: Iterable[_Entry], room: int, tokens: int) -> tuple[int, int]:
+    """How many requests may join, and how many tokens of prompts are left after them; one may always exceed those."""
+    count = 0
+    for entry in waiting:
+        if count == room or tokens <= 0:
+            break
+        count, tokens = count + 1, tokens - entry.tokens
+    return count, tokens
