@@ -117,7 +117,9 @@ class LocalModel(PublishedMethods):
         return iter(()) if first is None else itertools.chain((first,), pieces)
 
     def scheduler(self) -> Scheduler:
-        """A scheduler of requests on this model, for a program that takes them in while others are decoding.
+        """A scheduler of requests on this model, for a program that takes more of them while others are decoding.
+
+        What it shares with other calls is the weights, `limits` and `image_cache`.
 
         Raises:
             MoondreamError: The model is closed.

@@ -43,9 +43,15 @@ def match_boxes(
     Returns:
         The counts, and the overlap of each matched pair.
     """
-    if not len(predicted) or not len(true):
-        return Counts(0, len(predicted), len(true)), []
-    return _match(_iou(predicted, true), iou_threshold)
+    rows, overlaps = _match(_iou(predicted, true), iou_threshold)
+    return _counts(rows, predicted, true), overlaps
+
+
+def right_boxes(
+    predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32], iou_threshold: float = 0.5
+) -> npt.NDArray[np.bool_]:
+    """Which of the predicted boxes `match_boxes` matches: [N]."""
+    return np.isin(np.arange(len(predicted)), _match(_iou(predicted, true), iou_threshold)[0])
 
 
 def match_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
@@ -55,21 +61,35 @@ def match_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float3
         predicted: [N, 2] x, y.
         true: [M, 4] xyxy.
     """
-    if not len(predicted) or not len(true):
-        return Counts(0, len(predicted), len(true))
+    return _counts(_match(_depth(predicted, true), 1.0)[0], predicted, true)
+
+
+def right_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which of the predicted points `match_points` matches: [N]."""
+    return np.isin(np.arange(len(predicted)), _match(_depth(predicted, true), 1.0)[0])
+
+
+def _counts(rows: list[int], predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
+    return Counts(len(rows), len(predicted) - len(rows), len(true) - len(rows))
+
+
+def _depth(points: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
+    """How deep points lie in boxes: [N, M], 2 at the centre, 1 at the edge."""
     centre, half = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]) / 2
-    offset = np.abs(predicted[:, None] - centre) / np.maximum(half, 1e-9)  # [N, M, 2], 1 at the edge
-    return _match(2.0 - offset.max(-1), 1.0)[0]
+    offset = np.abs(points[:, None] - centre) / np.maximum(half, 1e-9)  # [N, M, 2], 1 at the edge
+    depth: npt.NDArray[np.floating] = 2.0 - offset.max(-1)
+    return depth
 
 
-def _match(score: npt.NDArray[np.floating], threshold: float) -> tuple[Counts, list[float]]:
-    score, matched = score.copy(), []
+def _match(score: npt.NDArray[np.floating], threshold: float) -> tuple[list[int], list[float]]:
+    """Pair rows and columns, highest scores first; give back the rows and their scores."""
+    score, rows, matched = score.copy(), [], []
     while score.size and score.max() >= threshold:
         row, column = np.unravel_index(score.argmax(), score.shape)
+        rows.append(int(row))
         matched.append(float(score[row, column]))
         score[row], score[:, column] = -np.inf, -np.inf
-    found = len(matched)
-    return Counts(found, score.shape[0] - found, score.shape[1] - found), matched
+    return rows, matched
 
 
 def _iou(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +27,24 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 UInt8 = npt.NDArray[np.uint8]
 
 _PLACES = 24  # positions tried before an object shrinks
-_DISTINCT = 120.0  # colour distance from which two colours are told apart at a glance
+DISTINCT: Final = 120.0  # colour distance from which two colours are told apart at a glance
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What `style` stands for."""
+class Look:
+    """How objects are drawn and placed.
+
+    Attributes:
+        varied: Draw proportions, colours, shadows and outlines at random; otherwise canonical objects.
+        max_cover: Share of the smaller of two boxes that the other may cover.
+        distinct: Colour distance to what is behind it below which an object gets an outline.
+        min_side: Longer side in pixels below which an object is left out rather than shrunk further.
+    """
 
     varied: bool
-    max_cover: float  # share of the smaller of two boxes that the other may cover
+    max_cover: float
+    distinct: float = DISTINCT
+    min_side: float = MIN_SIDE
 
 
 def _grown(box: Box, margin: int) -> Box:
@@ -54,11 +63,11 @@ def _covered(box: Box, others: Sequence[Box]) -> float:
     return worst
 
 
-def _stands_out(background: UInt8, box: Box, rgb: tuple[float, float, float]) -> bool:
-    """Whether a colour differs from nearly all of the background behind a box."""
+def _stands_out(background: UInt8, box: Box, rgb: tuple[float, float, float], distinct: float) -> bool:
+    """Whether a colour differs by `distinct` from nearly all of the background behind a box."""
     x0, y0, x1, y1 = box
     behind = background[y0 : y1 : max(1, (y1 - y0) // 7), x0 : x1 : max(1, (x1 - x0) // 7)]
-    return bool((colour_distance(behind, rgb) < _DISTINCT).mean() < 0.12)
+    return bool((colour_distance(behind, rgb) < distinct).mean() < 0.12)
 
 
 def _contrasting(background: UInt8, box: Box, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -69,10 +78,10 @@ def _contrasting(background: UInt8, box: Box, rng: np.random.Generator) -> tuple
     return level, level, level
 
 
-class _Canvas:
+class Canvas:
     """A background on which objects are placed one after the other."""
 
-    def __init__(self, background: UInt8, look: _Look, rng: np.random.Generator) -> None:
+    def __init__(self, background: UInt8, look: Look, rng: np.random.Generator) -> None:
         self.background = background
         self.image = background.copy()
         self.look = look
@@ -103,7 +112,7 @@ class _Canvas:
             box = (x, y, x + width, y + height)
             if _covered(_grown(box, margin), self.boxes) > self.look.max_cover:
                 continue
-            if _stands_out(self.background, box, rgb):
+            if _stands_out(self.background, box, rgb, self.look.distinct):
                 return box, True
             free = free or box
         return (free, False) if free else None
@@ -118,9 +127,9 @@ class _Canvas:
             place = self.find_place(*patch.box[2:], thickness, patch.mean_rgb)
             if place is not None:
                 break
-            if size <= MIN_SIDE:
+            if size <= self.look.min_side:
                 return None
-            size = max(float(MIN_SIDE), size * 0.8)
+            size = max(float(self.look.min_side), size * 0.8)
         box, visible = place
         if line or not visible:
             patch = outlined(patch, _contrasting(self.background, box, rng), thickness)
@@ -168,7 +177,7 @@ def render_scene(
     avoid = [icon_colour(shape) if colour is None else COLOURS[colour] for colour, shape in parts]
     varied = style == "train"
     background = make_background(rng, size_wh, avoid, plain=not varied)
-    canvas = _Canvas(background, _Look(varied, 1 / 3 if allow_overlap else 0.05), rng)
+    canvas = Canvas(background, Look(varied, 1 / 3 if allow_overlap else 0.05), rng)
     sizes = sample_sizes(rng, len(chosen), min(size_wh))
     objects = [canvas.add(name, size) for name, size in zip(chosen, sizes, strict=True)]
     if names is not None and None in objects:

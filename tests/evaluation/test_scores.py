@@ -1,0 +1,130 @@
+"""Figures about scores: against plain definitions, against supervision, and on cases whose answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import supervision as sv
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moondream_cv.engine.calibration import Curve
+from moondream_cv.evaluation.matching import match_boxes, match_points, right_boxes, right_points
+from moondream_cv.evaluation.scores import (
+    average_precision,
+    calibration_error,
+    calibration_knots,
+    isotonic,
+    random_order_precision,
+    roc_auc,
+)
+
+FINDS = st.lists(st.tuples(st.integers(0, 8).map(lambda i: i / 8), st.booleans()), max_size=30)
+
+
+def arrays(finds: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([score for score, _ in finds], float), np.array([right for _, right in finds], bool)
+
+
+@given(FINDS)
+def test_auc_is_the_share_of_pairs_in_order(finds: list[tuple[float, bool]]) -> None:
+    scores, right = arrays(finds)
+    pairs = [(good > bad) + (good == bad) / 2 for good in scores[right] for bad in scores[~right]]
+    assert roc_auc(scores, right) == pytest.approx(np.mean(pairs) if pairs else math.nan, nan_ok=True)
+
+
+@given(FINDS, st.integers(1, 10))
+def test_average_precision_by_its_definition(finds: list[tuple[float, bool]], missed: int) -> None:
+    """The sum over right finds, in order, of the best precision from there on."""
+    scores, right = arrays(finds)
+    total = int(right.sum()) + missed
+    ordered = [r for _, r in sorted(zip(scores, right, strict=True), key=lambda pair: -pair[0])]
+    precision = [sum(ordered[: i + 1]) / (i + 1) for i in range(len(ordered))]
+    expected = sum(max(precision[i:]) for i, r in enumerate(ordered) if r) / total
+    assert average_precision(scores, right, total) == pytest.approx(expected)
+
+
+def test_average_precision_is_that_of_supervision() -> None:
+    """But for reading at 101 levels of recall there."""
+    rng = np.random.default_rng(0)
+    metric, scores, right, total = sv.metrics.MeanAveragePrecision(), [], [], 0
+    for _ in range(60):
+        corner = np.arange(8)[:, None] * 100 + rng.uniform(0, 20, (8, 2))
+        true = np.concatenate((corner, corner + 40), 1).astype(np.float32)
+        kept = rng.random(8) < 0.8
+        moved = rng.random(8) < 0.4
+        found = (true + np.where(moved, 30, 2)[:, None])[kept].astype(np.float32)
+        sure = np.clip(rng.normal(np.where(moved, 0.4, 0.6), 0.15)[kept], 0.01, 0.99)
+        target = sv.Detections(true, class_id=np.zeros(8, int))
+        metric.update([sv.Detections(found, confidence=sure, class_id=np.zeros(len(found), int))], [target])
+        scores += sure.tolist()
+        right += right_boxes(found, true).tolist()
+        total += len(true)
+    ours = average_precision(np.array(scores), np.array(right), total)
+    assert ours == pytest.approx(metric.compute().map50, abs=0.01)
+
+
+def test_random_orders_of_all_right_lose_nothing() -> None:
+    assert random_order_precision(np.ones(7, bool), 7) == 1.0
+    assert random_order_precision(np.zeros(7, bool), 7) == 0.0
+    right = np.arange(200) % 2 == 0
+    assert random_order_precision(right, 100) == pytest.approx(0.5, abs=0.1)
+    assert random_order_precision(right, 100) < average_precision(right.astype(float), right, 100) == 1.0
+
+
+def test_calibration_error() -> None:
+    right = np.array([True, False, True, True])
+    assert calibration_error(np.full(4, 0.75), right) == pytest.approx(0.0)
+    assert calibration_error(np.full(4, 0.95), right) == pytest.approx(0.2)
+    assert calibration_error(np.array([0.0, 1.0]), np.array([True, False])) == pytest.approx(1.0)
+    assert math.isnan(calibration_error(np.array([]), np.array([], bool)))
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(0.1, 10)), min_size=1, max_size=20))
+def test_isotonic_rises_and_is_nearest(points: list[tuple[float, float]]) -> None:
+    values, weights = (np.array(column) for column in zip(*points, strict=True))
+    fitted = isotonic(values, weights)
+    assert (np.diff(fitted) >= -1e-9).all()
+    assert np.sum(fitted * weights) == pytest.approx(np.sum(values * weights), abs=1e-6)
+    # The nearest point of a cone: what is left is at right angles to it.
+    assert np.sum((values - fitted) * fitted * weights) == pytest.approx(0.0, abs=1e-5)
+    np.testing.assert_allclose(isotonic(np.sort(values)), np.sort(values))
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.3, 1.0, 3.0]))
+def test_knots_make_a_curve_that_calibrates(seed: int, power: float) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.random(3000)
+    right = rng.random(3000) < scores**power
+    x, y = calibration_knots(scores[::2], right[::2])
+    curve = Curve(tuple(x), tuple(y))
+    calibrated = np.array([curve(score) for score in scores[1::2]])
+    assert calibration_error(calibrated, right[1::2]) < 0.08
+    assert roc_auc(calibrated, right[1::2]) == pytest.approx(roc_auc(scores[1::2], right[1::2]), abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.booleans()), min_size=12, max_size=60))
+def test_knots_of_few_distinct_scores_make_a_curve(finds: list[tuple[float, bool]]) -> None:
+    x, y = calibration_knots(*arrays(finds))
+    Curve(tuple(x), tuple(y))
+
+
+def test_too_few_finds_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 finds are too few"):
+        calibration_knots(np.array([0.1, 0.2, 0.3]), np.ones(3, bool))
+
+
+@given(st.integers(0, 10_000), st.integers(0, 5), st.integers(0, 5))
+def test_right_finds_are_those_that_match(seed: int, found: int, there: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = (np.sort(rng.random((n, 2, 2)), 1).reshape(n, 4).astype(np.float32) for n in (found, there))
+    assert right_boxes(first, second, 0.2).sum() == match_boxes(first, second, 0.2)[0].true_positives
+    points = first[:, :2]
+    assert right_points(points, second).sum() == match_points(points, second).true_positives
+
+
+def test_the_better_of_two_boxes_is_right() -> None:
+    true = np.array([[0, 0, 2, 2]], np.float32)
+    assert right_boxes(np.array([[0, 0, 2, 1.5], [0, 0, 2, 2]], np.float32), true).tolist() == [False, True]
