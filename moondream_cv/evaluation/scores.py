@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import isotonic_regression
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -54,24 +55,6 @@ def calibration_error(scores: Floats, right: Bools, bins: int = 15) -> float:
     return float(np.abs(gaps).sum() / len(scores)) if len(scores) else float("nan")
 
 
-def isotonic(values: Floats, weights: Floats | None = None) -> Floats:
-    """The non-decreasing sequence nearest to `values` by squares: neighbours that fall are pooled to their mean.
-
-    Args:
-        values: [N].
-        weights: [N] positive; None: all alike.
-    """
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values, np.ones(len(values)) if weights is None else weights, strict=True):
-        mean, mass, length = float(value), float(weight), 1
-        while blocks and blocks[-1][0] >= mean:
-            before, its_mass, its_length = blocks.pop()
-            mean = (before * its_mass + mean * mass) / (its_mass + mass)
-            mass, length = mass + its_mass, length + its_length
-        blocks.append((mean, mass, length))
-    return np.repeat([mean for mean, _, _ in blocks], [length for _, _, length in blocks])
-
-
 def calibration_knots(
     scores: Floats, right: Bools, pieces: int = 12, slope: float = 0.02
 ) -> tuple[Sequence[float], Sequence[float]]:
@@ -90,7 +73,7 @@ def calibration_knots(
         raise ValueError(f"{len(scores)} finds are too few to fit {pieces} pieces; use more scenes")
     parts = np.array_split(np.argsort(scores, kind="stable"), pieces)
     means = np.array([scores[part].mean() for part in parts])
-    shares = isotonic(np.array([right[part].mean() for part in parts]), np.array([float(len(part)) for part in parts]))
+    shares = isotonic_regression([right[part].mean() for part in parts], weights=[len(part) for part in parts]).x
     inner = (means > 1e-4) & (means < 1 - 1e-4) & np.append(np.diff(means) > 1e-6, True)
     x = np.concatenate(([0.0], means[inner], [1.0]))
     y = np.concatenate(([0.0], shares[inner], [1.0]))

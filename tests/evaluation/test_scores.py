@@ -16,7 +16,6 @@ from moondream_cv.evaluation.scores import (
     average_precision,
     calibration_error,
     calibration_knots,
-    isotonic,
     random_order_precision,
     roc_auc,
 )
@@ -80,17 +79,6 @@ def test_calibration_error() -> None:
     assert calibration_error(np.full(4, 0.95), right) == pytest.approx(0.2)
     assert calibration_error(np.array([0.0, 1.0]), np.array([True, False])) == pytest.approx(1.0)
     assert math.isnan(calibration_error(np.array([]), np.array([], bool)))
-
-
-@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(0.1, 10)), min_size=1, max_size=20))
-def test_isotonic_rises_and_is_nearest(points: list[tuple[float, float]]) -> None:
-    values, weights = (np.array(column) for column in zip(*points, strict=True))
-    fitted = isotonic(values, weights)
-    assert (np.diff(fitted) >= -1e-9).all()
-    assert np.sum(fitted * weights) == pytest.approx(np.sum(values * weights), abs=1e-6)
-    # The nearest point of a cone: what is left is at right angles to it.
-    assert np.sum((values - fitted) * fitted * weights) == pytest.approx(0.0, abs=1e-5)
-    np.testing.assert_allclose(isotonic(np.sort(values)), np.sort(values))
 
 
 @given(st.integers(0, 1000), st.sampled_from([0.3, 1.0, 3.0]))
