@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from moondream_cv.engine.shared_cache import GROWTH_STEPS, NOBODY, SharedCache
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
+
+Feed: TypeAlias = Prompt | Tensor
+"""What a row is to feed: a prompt, or [T, dim] embeddings."""
+
+
+def feed_length(feed: Feed) -> int:
+    """In tokens."""
+    return len(feed.ids) if isinstance(feed, Prompt) else len(feed)
 
 
 @dataclass(eq=False)
@@ -39,11 +48,11 @@ class _Context:
 
 @dataclass(eq=False)
 class _Seat:
-    """A row and where it is; `feed` holds [T, dim] embeddings where it feeds something else than what was read last."""
+    """A row and where it is; `feed` is what it feeds next where that is something else than what was read last."""
 
     row: Row
     context: _Context
-    feed: Tensor | None
+    feed: Feed | None
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -51,7 +60,7 @@ class _Seat:
 
     @property
     def steps(self) -> int:
-        return 1 if self.feed is None else len(self.feed)
+        return 1 if self.feed is None else feed_length(self.feed)
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,14 @@ class Arrival:
     Attributes:
         image: Identifies the image that it is on; rows with the same one share its context.
         prefix: Of the image; None without one.
-        feed: [T, dim] embeddings that it feeds first.
+        feed: What it feeds first.
         readings: [READINGS] of the object that it has begun, where it has been decoding before.
     """
 
     row: Row
     image: object
     prefix: Prefix | None
-    feed: Tensor
+    feed: Feed
     readings: Tensor | None = None
 
 
@@ -92,7 +101,7 @@ class _Plan:
     """Which token stands where in a step. It serves the following steps, too, while the same rows feed one each.
 
     Attributes:
-        positions: [1, N].
+        positions: [1, N] of the tokens of the first step.
         parts: One for each cache.
         order: [N] where each token stands in the parts' tables behind one another; None: in this order.
         last: [R] the last token of each row; None: each row has one token, in this order.
@@ -102,6 +111,7 @@ class _Plan:
     parts: list[_Part]
     order: Tensor | None
     last: Tensor | None
+    age: int = 0  # steps that it has served
 
 
 class _Attend:
@@ -156,21 +166,18 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, arrivals: Sequence[Arrival]) -> None:
-        """Let rows take part from the next step on.
-
-        Where this raises, only `evict` may follow.
-        """
+        """Let rows take part from the next step on; where this raises, none of them does."""
         groups: dict[int, list[Arrival]] = {}
         for arrival in arrivals:
             groups.setdefault(id(arrival.image), []).append(arrival)
         self._open_contexts([group for group in groups.values() if not self.holds(group[0].image)])
-        contexts = {id(context.image): context for context in self._contexts}
-        for arrival in arrivals:
-            self._seats.append(_Seat(arrival.row, contexts[id(arrival.image)], arrival.feed))
         blank = self._readings.new_zeros(READINGS)
-        readings = [blank if arrival.readings is None else arrival.readings for arrival in arrivals]
-        self._readings = torch.cat((self._readings, torch.stack(readings)))
-        self._embeddings = torch.cat((self._embeddings, torch.stack([arrival.feed[-1] for arrival in arrivals])))
+        fresh = torch.stack([blank if arrival.readings is None else arrival.readings for arrival in arrivals])
+        readings = torch.cat((self._readings, fresh))
+        nothing = self._embeddings.new_zeros(len(arrivals), self._embeddings.shape[1])
+        self._embeddings, self._readings = torch.cat((self._embeddings, nothing)), readings
+        contexts = {id(context.image): context for context in self._contexts}
+        self._seats += [_Seat(arrival.row, contexts[id(arrival.image)], arrival.feed) for arrival in arrivals]
         self._plan = None
 
     @torch.inference_mode()
@@ -182,41 +189,59 @@ class Batch:
     def step(self) -> list[tuple[Row, Exception | None]]:
         """Feed every row and read what comes next.
 
-        Where this raises, the rows are where they were, and `evict` gives them back.
+        Where this raises for want of memory, the rows are where they were, and `evict` gives them back.
 
         Returns:
-            The rows that have ended, with the error of those that failed. They have left.
+            The rows that have ended, with the error of those that failed. They must `leave` before the next step.
         """
         if self._plan is None:
             self._plan = self._make_plan()
         plan = self._plan
+        self._embed_prompts()
         x = self._embeddings
         if any(seat.feed is not None for seat in self._seats):
-            x = torch.cat([x[i][None] if seat.feed is None else seat.feed for i, seat in enumerate(self._seats)])
+            x = torch.cat([self._fed_next(i) for i in range(len(self._seats))])
         for part in plan.parts:
             steps = part.owners.shape[1]
             if part.cache.end + steps > part.cache.capacity:
                 part.cache.make_room(part.cache.count, steps, [seat.row.key for seat in self._seats])
-            part.cache.open(part.owners, part.causal)
+            part.cache.open(part.owners, part.spread(x), part.causal)
         attends = [_Attend(plan, layer) for layer in range(self._network.config.text.n_layers)]
-        hidden = self._network.text(x[None], plan.positions, attends=attends, lora=self.lora)[0]  # [N, dim]
+        positions = plan.positions + plan.age if plan.age else plan.positions
+        hidden = self._network.text(x[None], positions, attends=attends, lora=self.lora)[0]  # [N, dim]
         reading = read(self._network, self.rows, hidden if plan.last is None else hidden[plan.last], self._readings)
+        # From here on nothing asks the device for memory: the step is done as a whole or not at all.
         for part in plan.parts:
-            part.cache.commit(part.spread(x))
+            part.cache.commit()
         return self._take(reading)
 
     @torch.inference_mode()
     def evict(self) -> list[Arrival]:
         """Let all rows go and free their memory; each comes back as what lets it go on from where it is."""
+        for context in self._contexts:
+            context.cache.release()  # first of all: what follows needs a little memory
+        self._embed_prompts()
         arrivals = []
         for i, seat in enumerate(self._seats):
             fed = seat.context.cache.fed(seat.context.number, seat.row.key)
-            feed = torch.cat((fed, self._embeddings[i][None] if seat.feed is None else seat.feed))
-            seat.row.length = seat.context.cache.prefix_length
+            feed = torch.cat((fed, self._fed_next(i)))
             arrivals.append(Arrival(seat.row, seat.context.image, None, feed, self._readings[i].clone()))
-        self._contexts, self._caches = [], {}
-        self._keep([])
+        for seat in self._seats:
+            seat.row.length = seat.context.cache.prefix_length
+        self._seats, self._contexts, self._caches, self._plan = [], [], {}, None
+        self._embeddings, self._readings = self._embeddings[:0], self._readings[:0]
         return arrivals
+
+    def _embed_prompts(self) -> None:
+        prompted = [(seat, seat.feed) for seat in self._seats if isinstance(seat.feed, Prompt)]
+        feeds = embed_prompts(self._network, [prompt for _, prompt in prompted])
+        for (seat, _), feed in zip(prompted, feeds, strict=True):
+            seat.feed = feed
+
+    def _fed_next(self, i: int) -> Tensor:
+        """[T, dim] embeddings that seat number i feeds in the next step, its prompt being embedded."""
+        feed = self._seats[i].feed
+        return feed if isinstance(feed, Tensor) else self._embeddings[i][None]
 
     def _open_contexts(self, groups: list[list[Arrival]]) -> None:
         """Make a context for each group of rows on the same image; those with about as many rows are stacked."""
@@ -227,7 +252,9 @@ class Batch:
             stacks.setdefault(key, []).append(group)
         for key, stack in stacks.items():
             if key not in self._caches:
-                entries = max(sum(len(arrival.feed) for arrival in group) for group in stack) + GROWTH_STEPS * key[1]
+                entries = (
+                    max(sum(feed_length(arrival.feed) for arrival in group) for group in stack) + GROWTH_STEPS * key[1]
+                )
                 self._caches[key] = SharedCache(self._network, key[0], len(stack), entries)
             cache = self._caches[key]
             cache.make_room(cache.count + len(stack), 0, ())
@@ -257,10 +284,12 @@ class Batch:
         for key, table in tables.items():
             steps = max(len(tokens) for tokens in table)
             padded = [tokens + [-1] * (steps - len(tokens)) for tokens in table]
+            # A gap repeats a token of its own context: no row of another image may do harm there.
+            filled = [tokens + tokens[:1] * (steps - len(tokens)) for tokens in table]
             ids = torch.tensor([[owners[t] if t >= 0 else NOBODY for t in tokens] for tokens in padded], device=device)
             dense = [t for tokens in padded for t in tokens]
             flat += dense
-            index = None if dense == list(range(len(owners))) else torch.tensor(padded, device=device).clamp_min(0)
+            index = None if dense == list(range(len(owners))) else torch.tensor(filled, device=device)
             parts.append(_Part(caches[key], ids, index, causal))
         where = {token: place for place, token in enumerate(flat) if token >= 0}
         in_order = flat == list(range(len(owners)))
@@ -275,10 +304,10 @@ class Batch:
         """Tell the rows what was read, and see which go on with what."""
         assert self._plan is not None
         ended: list[tuple[Row, Exception | None]] = []
-        going_on, prompted = [], []
+        same = True
         for i, seat in enumerate(self._seats):
             seat.row.length += seat.steps
-            changed = seat.feed is not None
+            same = same and seat.feed is None
             seat.feed = None
             try:
                 next_feed = reading.tell(i, seat.row)
@@ -287,33 +316,25 @@ class Batch:
                 continue
             if next_feed is False:
                 ended.append((seat.row, None))
-                continue
-            going_on.append(i)
-            if isinstance(next_feed, Prompt):
-                prompted.append((seat, next_feed))
-            if changed:
-                self._plan = None
+            elif isinstance(next_feed, Prompt):
+                seat.feed, same = next_feed, False
         self._embeddings, self._readings = reading.embeddings, reading.readings
-        feeds = embed_prompts(self._network, [prompt for _, prompt in prompted]) if prompted else []
-        for (seat, _), feed in zip(prompted, feeds, strict=True):
-            seat.feed, self._plan = feed, None
-        if self._plan is not None:
-            self._plan.positions += 1
-        if ended:
-            self._keep(going_on)
+        if same:
+            self._plan.age += 1
+        else:
+            self._plan = None
         return ended
 
     def _keep(self, order: list[int]) -> None:
         """Keep these seats, in this order; contexts without rows go."""
-        device = self._network.device
-        index = torch.tensor(order, dtype=torch.long, device=device)
+        index = torch.tensor(order, dtype=torch.long, device=self._network.device)
+        embeddings, readings = self._embeddings[index], self._readings[index]
+        self._embeddings, self._readings, self._plan = embeddings, readings, None
         self._seats = [self._seats[i] for i in order]
-        self._embeddings, self._readings = self._embeddings[index], self._readings[index]
-        self._plan = None
         used = {id(seat.context) for seat in self._seats}
         for context in [c for c in self._contexts if id(c) not in used]:
-            self._contexts.remove(context)
             context.cache.remove(context.number)
+            self._contexts.remove(context)
             for moved in self._contexts:
                 if moved.cache is context.cache and moved.number == context.cache.count:
                     moved.number = context.number

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 
@@ -16,8 +18,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-def free_cached_memory(device: torch.device) -> None:
-    """Give memory back that torch keeps for later."""
+def free_after(error: BaseException, device: torch.device) -> None:
+    """Give memory back that an error holds on to by the functions that it has left, and that torch keeps for later."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

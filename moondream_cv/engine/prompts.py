@@ -32,6 +32,8 @@ class Prompt:
 
 def embed_prompts(network: MoondreamNetwork, prompts: Sequence[Prompt]) -> list[Tensor]:
     """[T, dim] embeddings of each prompt."""
+    if not prompts:
+        return []
     config, region, device = network.config.tokenizer, network.region, network.device
     ids = [i for prompt in prompts for i in prompt.ids]
     coords = [c for prompt in prompts for c in prompt.coords]

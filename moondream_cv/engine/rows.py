@@ -171,6 +171,9 @@ class TextRow(Row):
 
     def __post_init__(self) -> None:
         self._words = WordStream(self.tokenizer)
+        self._seed = self.request.settings.seed
+        if self._seed is None and self.request.settings.temperature > 0:
+            self._seed = int(torch.randint(2**62, ()))  # torch's own generator, so that `torch.manual_seed` repeats it
         self._random: random.Random | None = None
         self._restart()
 
@@ -229,12 +232,9 @@ class TextRow(Row):
         return True
 
     def _restart(self) -> None:
-        settings = self.request.settings
         self.count, self.banned, self.draw, self._random = 0, (), None, None
-        if settings.temperature > 0:
-            # Without a seed, torch's own generator decides, so that `torch.manual_seed` repeats that, too.
-            seed = int(torch.randint(2**62, ())) if settings.seed is None else settings.seed
-            self._random = random.Random(seed)
+        if self.request.settings.temperature > 0:
+            self._random = random.Random(self._seed)
             self.draw = self._random.random()
 
     def _finish(self, truncated: bool, logprob: float | None) -> bool:

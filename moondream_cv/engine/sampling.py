@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+COLDEST = 1e-30  # a temperature below it is rounded to 0 on the way to the device
+
 
 def choose(
     logits: Tensor,
@@ -22,7 +24,7 @@ def choose(
 
     Args:
         logits: [R, vocab_size].
-        temperatures: One for each row; 0 is not divided by.
+        temperatures: One for each row that samples, above 0.
         top_ps: One for each row.
         draws: A random number in 0..1 for each row; None takes the likeliest token.
         banned: Tokens that a row must not choose.
@@ -38,14 +40,18 @@ def choose(
     chosen = logits.argmax(-1)
     sampled = [row for row, draw in enumerate(draws) if draw is not None]
     if sampled:
-        settings = [(temperatures[row], top_ps[row], draws[row]) for row in sampled]
+        settings = [(max(temperatures[row], COLDEST), top_ps[row], draws[row]) for row in sampled]
         temperature, top_p, draw = torch.tensor(settings, device=device)[..., None].unbind(1)
         index = torch.tensor(sampled, device=device)
-        ordered, order = (logits[index] / temperature).softmax(-1).sort(descending=True, stable=True)
+        behind = logits[index] - logits[index].amax(
+            -1, keepdim=True
+        )  # 0 at the best: no temperature makes that infinite
+        ordered, order = (behind / temperature).softmax(-1).sort(descending=True, stable=True)
         reached = ordered.cumsum(-1)
         ordered = ordered.masked_fill(reached - ordered > top_p, 0.0)
         reached = ordered.cumsum(-1)
         rank = (reached <= draw * reached[:, -1:]).sum(-1, keepdim=True)
         last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may point behind it
-        chosen[index] = order.gather(-1, rank.minimum(last))[:, 0]
+        rank = rank.minimum(last).clamp_min(0)  # of NaN, none is above 0; its row learns of it from the log-probability
+        chosen[index] = order.gather(-1, rank)[:, 0]
     return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]

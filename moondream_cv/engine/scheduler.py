@@ -23,10 +23,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from moondream_cv.engine.batch import Arrival, Batch
+import numpy as np
+from torch import Tensor
+
+from moondream_cv.engine.batch import Arrival, Batch, Feed, feed_length
 from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.memory import free_cached_memory, is_out_of_memory
-from moondream_cv.engine.prompts import Prompt, embed_prompts, write_prompt
+from moondream_cv.engine.memory import free_after, is_out_of_memory
+from moondream_cv.engine.prompts import write_prompt
 from moondream_cv.engine.rows import Row, make_row
 from moondream_cv.errors import MoondreamError, RequestCancelled
 from moondream_cv.images import to_rgb
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NO_IMAGE = object()  # what rows without an image share a context by
 PROMPT_TOKENS = 2048  # that are fed in one step, about: their attention mask grows with the square
 
 
@@ -89,49 +93,69 @@ class _Image:
     """An image that requests wait for, and those requests in their order.
 
     Attributes:
-        key: Under which it is known.
+        key: Under which others join them; until the first of them runs, since an array may have other contents by then,
+            and an image that is asked about all the time must not keep all others waiting.
         source: What the requests gave; None for those without an image.
         settings: `max_crops` and `variant` are the same for all of them.
+        rgb: Its pixels, from when they are first needed: rows that have to begin again go on with what they began with.
         encoded: While requests wait for it.
     """
 
     key: Any
     source: Any
     settings: Settings
+    rgb: np.ndarray | None = None
     encoded: EncodedImage | None = None
     waiting: deque[_Entry] = field(default_factory=deque)
 
     @property
     def identity(self) -> object:
-        """What rows share a context by. An array may have other contents by the time it is asked about again."""
+        """What rows share a context by."""
+        if self.source is None:
+            return NO_IMAGE
         return self.source if isinstance(self.source, EncodedImage) else self
 
     @property
     def ready(self) -> bool:
         return self.source is None or self.encoded is not None
 
+    def forget(self) -> bool:
+        """Let go of the encoded image where it can be encoded again; say whether there was one."""
+        if self.encoded is None or self.encoded is self.source:
+            return False
+        self.encoded = None
+        return True
+
 
 @dataclass(eq=False)
 class _Entry:
-    """A request on its image; one that had to make room for others goes on from `arrival`."""
+    """A request on its image.
+
+    Attributes:
+        feed: What its row feeds first: the prompt; where it had to make room for others, everything up to where it was.
+        readings: Of the object that it had begun by then.
+        alone: Whether it has run out of memory alone.
+    """
 
     job: Job
     image: _Image
-    prompt: Prompt
-    arrival: Arrival | None = None
-
-    @property
-    def tokens(self) -> int:
-        """What it feeds when it joins."""
-        return len(self.prompt.ids) if self.arrival is None else len(self.arrival.feed)
+    row: Row
+    feed: Feed
+    readings: Tensor | None = None
+    alone: bool = False
 
 
 @dataclass
 class _Lane:
-    """The rows of one adapter."""
+    """The rows of one adapter.
 
-    batch: Batch
-    entries: dict[int, _Entry] = field(default_factory=dict)  # by the keys of their rows
+    Attributes:
+        batch: None as long as the adapter is not loaded.
+        entries: By the keys of their rows.
+    """
+
+    batch: Batch | None = None
+    entries: dict[int, _Entry] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -147,9 +171,11 @@ class Scheduler:
         self._submitted: list[Job] = []
         self._cancelled: list[Job] = []
         self._finished: list[Job] = []
-        self._images: dict[Any, _Image] = {}  # those that requests wait for, the longest waiting first
+        self._queue: dict[_Image, None] = {}  # those that requests wait for, in their order
+        self._open: dict[Any, _Image] = {}  # those of them that take more requests, by their keys
         self._lanes: dict[str | None, _Lane] = {}
         self._keys = itertools.count()
+        self._crowded: int | None = None  # with so many rows there is no memory for another image
 
     def submit(self, request: Request) -> Job:
         """Take a request. It is looked at in the next step: whatever is wrong with it becomes its result."""
@@ -183,8 +209,8 @@ class Scheduler:
             cancelled, self._cancelled = self._cancelled, []
         for job in submitted:
             self._receive(job)
-        for job in cancelled:
-            self._drop(job)
+        if cancelled:
+            self._drop(cancelled)
         self._admit()
         for variant, lane in list(self._lanes.items()):
             if lane.entries:
@@ -192,23 +218,28 @@ class Scheduler:
             if not lane.entries:
                 del self._lanes[variant]
         with self._lock:
-            return bool(self._submitted or self._cancelled or self._images or self._lanes)
+            return bool(self._submitted or self._cancelled or self._queue or self._lanes)
 
     def _receive(self, job: Job) -> None:
         request, model = job.request, self._model
         try:
             prompt = write_prompt(request, model.tokenizer, model.config.tokenizer)
-            room = model.config.text.max_context - (0 if request.image is None else model.config.prefix_length)
+            length = 0 if request.image is None else model.config.prefix_length
+            room = model.config.text.max_context - length
             if len(prompt.ids) > room:
                 raise ValueError(
                     f"the prompt has {len(prompt.ids)} tokens, and {room} of the model's context of "
                     f"{model.config.text.max_context} are left; shorten it"
                 )
             image = self._image(request)
+            calibration = model.calibration if model.calibrated and request.settings.variant is None else None
+            row = make_row(next(self._keys), request, model.config, model.tokenizer, calibration, length)
         except Exception as error:  # whatever is wrong with a request is its own affair
             self._finish(job, ErrorResult(error))
             return
-        image.waiting.append(_Entry(job, image, prompt))
+        image.waiting.append(_Entry(job, image, row, prompt))
+        self._open[image.key] = image
+        self._queue[image] = None
 
     def _image(self, request: Request) -> _Image:
         """The image of a request, the same for all that give the same object or path with the same settings."""
@@ -219,141 +250,163 @@ class Scheduler:
         else:
             path = isinstance(source, str | os.PathLike)
             key = (os.fspath(source) if path else id(source), settings.max_crops, settings.variant)
-        if key not in self._images:
-            self._images[key] = _Image(key, source, settings, source if isinstance(source, EncodedImage) else None)
-        return self._images[key]
+        encoded = source if isinstance(source, EncodedImage) else None
+        return self._open.get(key) or _Image(key, source, settings, encoded=encoded)
 
-    def _drop(self, job: Job) -> None:
-        """Take a cancelled request out of wherever it is."""
-        if job.done:
-            return
-        for image in list(self._images.values()):
-            image.waiting = deque(entry for entry in image.waiting if entry.job is not job)
-            self._forget_if_idle(image)
+    def _drop(self, jobs: list[Job]) -> None:
+        """Take cancelled requests out of wherever they are."""
+        for job in jobs:
+            if not job.done:
+                self._finish(job, ErrorResult(RequestCancelled("the request was cancelled")))
+        for image in list(self._queue):
+            self._tidy(image)
         for lane in self._lanes.values():
-            for key in [key for key, entry in lane.entries.items() if entry.job is job]:
-                lane.batch.leave([key])
+            gone = [key for key, entry in lane.entries.items() if entry.job.done]
+            for key in gone:
                 del lane.entries[key]
-        self._finish(job, ErrorResult(RequestCancelled("the request was cancelled")))
+            self._leave(lane, gone)
+
+    def _leave(self, lane: _Lane, keys: list[int]) -> None:
+        """Let rows go whose requests are done."""
+        if not keys or lane.batch is None:
+            return
+        try:
+            lane.batch.leave(keys)
+        except Exception as error:
+            self._recover(lane, error)
 
     def _admit(self) -> None:
         """Let waiting requests join as long as there is room, those on the same image together."""
+        if self._crowded is not None and self._running >= self._crowded:
+            return
         room = self.limits.rows - self._running
-        images = self.limits.images - sum(lane.batch.images for lane in self._lanes.values())
+        images = self.limits.images - self._decoding
         tokens = PROMPT_TOKENS
-        chosen: list[tuple[_Image, int]] = []
-        for image in self._images.values():
+        chosen: dict[_Image, int] = {}
+        for image in self._queue:
             new = not self._holds(image)
             if room <= 0 or tokens <= 0 or (new and images <= 0):
                 break
-            count, tokens = _fitting(image.waiting, room, tokens)
-            chosen.append((image, count))
-            room -= count
+            chosen[image], tokens = _fitting(image.waiting, room, tokens)
+            room -= chosen[image]
             images -= new
-            if count < len(image.waiting):
+            if chosen[image] < len(image.waiting):
                 break
-        self._encode([image for image, _ in chosen if not (image.ready or self._holds(image))])
+        for image in chosen:
+            if self._open.get(image.key) is image:
+                del self._open[image.key]
+        short = self._encode([image for image in chosen if not self._holds(image)])
         joining: dict[str | None, list[_Entry]] = {}
-        for image, count in chosen:
+        for image, count in chosen.items():
             if image.waiting and (image.ready or self._holds(image)):
                 entries = [image.waiting.popleft() for _ in range(count)]
                 joining.setdefault(image.settings.variant, []).extend(entries)
         for variant, entries in joining.items():
             self._join(variant, entries)
-        for image, _ in chosen:
-            self._forget_if_idle(image)
+        for image in chosen:
+            self._tidy(image)
+        self._crowded = (self._running or None) if short else None
 
-    def _encode(self, images: list[_Image]) -> None:
-        """Encode images; those that cannot be read fail, and where memory is short some are left for a later step."""
-        alike: dict[tuple[int | None, str | None], list[tuple[_Image, Any]]] = {}
+    def _encode(self, images: list[_Image]) -> bool:
+        """Encode images; those that cannot be read fail, and where memory is short some are left for a later step.
+
+        Returns:
+            Whether memory was short.
+        """
+        alike: dict[tuple[int | None, str | None], list[_Image]] = {}
+        short = False
         for image in images:
+            if image.ready:
+                continue
             try:
-                opened = to_rgb(image.source)
+                image.rgb = to_rgb(image.source) if image.rgb is None else image.rgb
             except Exception as error:  # whatever a file, a server or a picture library can raise
                 self._fail(image.waiting, error)
                 continue
-            alike.setdefault((image.settings.max_crops, image.settings.variant), []).append((image, opened))
-        for pairs in alike.values():
+            alike.setdefault((image.settings.max_crops, image.settings.variant), []).append(image)
+        for group in alike.values():
             try:
-                encoded = self._model.encode_arrays([rgb for _, rgb in pairs], pairs[0][0].settings)
+                frames = [image.rgb for image in group if image.rgb is not None]
+                encoded = self._model.encode_arrays(frames, group[0].settings)
             except Exception as error:
+                free_after(error, self._model.device)
                 if not is_out_of_memory(error):
-                    for image, _ in pairs:
-                        self._fail(image.waiting, error)
-                elif len(pairs) > 1:
-                    self.limits.images = len(pairs) // 2
-                    self._tell_of_limits()
-                elif self._running:
-                    self.limits.rows = self._running  # one that has ended makes room for the next try
-                    self._tell_of_limits()
-                else:
-                    self._fail(pairs[0][0].waiting, self._never_fits(error))
+                    self._fail([entry for image in group for entry in image.waiting], error)
+                    continue
+                short = True
+                if len(group) > 1:
+                    self._limit(images=self._decoding + len(group) // 2)
+                elif not self._running and not any(image.ready for image in images) and not self._forget():
+                    self._fail(group[0].waiting, self._never_fits(error))
                 continue
-            for (image, _), one in zip(pairs, encoded, strict=True):
+            for image, one in zip(group, encoded, strict=True):
                 image.encoded = one
+        return short
 
     def _join(self, variant: str | None, entries: list[_Entry]) -> None:
         """Let requests of one adapter join its batch."""
-        model = self._model
-        try:
-            if variant not in self._lanes:
-                self._lanes[variant] = _Lane(Batch(model.network, model.lora(variant)))
-            lane = self._lanes[variant]
-            fresh = [entry for entry in entries if entry.arrival is None]
-            feeds = embed_prompts(model.network, [entry.prompt for entry in fresh])
-        except Exception as error:
-            self._fail(entries, error)
-            return
-        for entry, feed in zip(fresh, feeds, strict=True):
-            length = 0 if entry.job.request.image is None else model.config.prefix_length
-            calibration = model.calibration if model.calibrated and variant is None else None
-            row = make_row(next(self._keys), entry.job.request, model.config, model.tokenizer, calibration, length)
-            entry.job.row = row
-            entry.arrival = Arrival(row, None, None, feed)
+        lane = self._lanes.setdefault(variant, _Lane())
         arrivals = []
         for entry in entries:
-            assert entry.arrival is not None
-            encoded = entry.image.encoded
-            prefix = None if encoded is None else encoded.prefix
-            arrivals.append(replace(entry.arrival, image=entry.image.identity, prefix=prefix))
-            lane.entries[entry.arrival.row.key] = entry
+            lane.entries[entry.row.key], entry.job.row = entry, entry.row
+            prefix = None if entry.image.encoded is None else entry.image.encoded.prefix
+            arrivals.append(Arrival(entry.row, entry.image.identity, prefix, entry.feed, entry.readings))
         try:
+            if lane.batch is None:
+                lane.batch = Batch(self._model.network, self._model.lora(variant))
             lane.batch.join(arrivals)
         except Exception as error:
             self._recover(lane, error)
 
     def _advance(self, lane: _Lane) -> None:
         """Feed every row of a lane once."""
+        assert lane.batch is not None
         try:
             ended = lane.batch.step()
         except Exception as error:
             self._recover(lane, error)
             return
         for row, failure in ended:
-            entry = lane.entries.pop(row.key)
             result = row.result if failure is None else ErrorResult(failure)
             assert result is not None
-            self._finish(entry.job, result)
+            self._finish(lane.entries.pop(row.key).job, result)
+        self._leave(lane, [row.key for row, _ in ended])
 
     def _recover(self, lane: _Lane, error: Exception) -> None:
         """Go on after an error in a lane: with half of the rows if memory was short, else without all of them."""
-        running, entries, lane.entries = self._running, lane.entries, {}
-        short = is_out_of_memory(error)
-        evicted = {arrival.row.key: arrival for arrival in lane.batch.evict()} if short else {}
-        lane.batch = Batch(self._model.network, lane.batch.lora)
-        free_cached_memory(self._model.device)
-        if not short or running == 1:
-            self._fail(entries.values(), self._never_fits(error) if short else error)
+        running, entries, batch = self._running, list(lane.entries.values()), lane.batch
+        lane.entries, lane.batch = {}, None
+        free_after(error, self._model.device)
+        if not is_out_of_memory(error):
+            self._fail(entries, error)
             return
-        self.limits.rows = running // 2
-        self._tell_of_limits()
-        back: dict[int, _Image] = {}
-        for key, entry in entries.items():
-            entry.arrival = evicted.get(key, entry.arrival)
-            back[id(entry.image)] = entry.image
-        for entry in reversed(entries.values()):
+        spared = self._forget()
+        if running == 1 and (entries[0].alone or not spared):
+            self._fail(entries, self._never_fits(error))
+            return
+        try:
+            evicted = [] if batch is None else batch.evict()
+        except Exception as another:  # there was not even memory for that
+            free_after(another, self._model.device)
+            self._fail(entries, self._never_fits(another))
+            return
+        feeds = {arrival.row.key: (arrival.feed, arrival.readings) for arrival in evicted}
+        for entry in reversed(entries):
+            entry.alone = running == 1
+            entry.feed, entry.readings = feeds.get(entry.row.key, (entry.feed, entry.readings))
             entry.image.waiting.appendleft(entry)
-        self._images = {image.key: image for image in (*back.values(), *self._images.values())}
+        self._queue = dict.fromkeys([entry.image for entry in entries]) | self._queue
+        self._limit(rows=running // 2)
+
+    def _forget(self) -> bool:
+        """Let go of encoded images that can be encoded again; say whether there were any."""
+        cache = self._model.image_cache
+        found = cache is not None and len(cache) > 0
+        if cache is not None:
+            cache.clear()
+        for image in self._queue:
+            found = image.forget() or found
+        return found
 
     def _fail(self, entries: Iterable[_Entry], error: Exception) -> None:
         for entry in list(entries):
@@ -370,25 +423,37 @@ class Scheduler:
     def _running(self) -> int:
         return sum(len(lane.entries) for lane in self._lanes.values())
 
+    @property
+    def _decoding(self) -> int:
+        """Images that rows decode on."""
+        return sum(lane.batch.images for lane in self._lanes.values() if lane.batch is not None)
+
     def _holds(self, image: _Image) -> bool:
         lane = self._lanes.get(image.settings.variant)
-        return lane is not None and lane.batch.holds(image.identity)
+        return lane is not None and lane.batch is not None and lane.batch.holds(image.identity)
 
-    def _forget_if_idle(self, image: _Image) -> None:
+    def _tidy(self, image: _Image) -> None:
         """Let an encoded image go that no request waits for: the rows that decode on it have copied what they need."""
         image.waiting = deque(entry for entry in image.waiting if not entry.job.done)
-        if not image.waiting:
-            self._images.pop(image.key, None)
-            if image.encoded is not image.source:
-                image.encoded = None
+        if image.waiting:
+            return
+        image.forget()
+        self._queue.pop(image, None)
+        if self._open.get(image.key) is image:
+            del self._open[image.key]
 
-    def _tell_of_limits(self) -> None:
-        logger.warning(
-            "out of memory on %s: going on with %d requests on %d images at a time",
-            self._model.device,
-            self.limits.rows,
-            self.limits.images,
-        )
+    def _limit(self, rows: int | None = None, images: int | None = None) -> None:
+        """Lower a limit, to one at the least, and tell of it."""
+        before = replace(self.limits)
+        self.limits.rows = max(1, min(self.limits.rows, self.limits.rows if rows is None else rows))
+        self.limits.images = max(1, min(self.limits.images, self.limits.images if images is None else images))
+        if self.limits != before:
+            logger.warning(
+                "out of memory on %s: going on with %d requests on %d images at a time",
+                self._model.device,
+                self.limits.rows,
+                self.limits.images,
+            )
 
     def _never_fits(self, error: Exception) -> MoondreamError:
         described = MoondreamError(
@@ -405,5 +470,5 @@ def _fitting(waiting: Iterable[_Entry], room: int, tokens: int) -> tuple[int, in
     for entry in waiting:
         if count == room or tokens <= 0:
             break
-        count, tokens = count + 1, tokens - entry.tokens
+        count, tokens = count + 1, tokens - feed_length(entry.feed)
     return count, tokens

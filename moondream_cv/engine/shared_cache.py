@@ -34,6 +34,7 @@ class SharedCache:
     def __init__(self, network: MoondreamNetwork, prefix_length: int, contexts: int, capacity: int) -> None:
         config = network.config.text
         self.prefix_length, self.count, self.end = prefix_length, 0, prefix_length
+        self._stop = self.end  # of the step that is open
         tensor = torch.empty(0, device=network.device, dtype=network.dtype)
         shape = (2, contexts, config.n_kv_heads, prefix_length + capacity, config.head_dim)
         # Zeros: a gap's weight is 0, and 0 times whatever uninitialised memory holds may be NaN.
@@ -66,6 +67,8 @@ class SharedCache:
             for layer, (keys, values) in zip(self._layers, prefix.layers, strict=True):
                 layer[0, number, :, : self.prefix_length] = keys[0]
                 layer[1, number, :, : self.prefix_length] = values[0]
+        for layer in self._layers:  # of the context that was here before, which may have held no numbers
+            layer[:, number, :, self.prefix_length : self.end] = 0
         self._owner[number] = NOBODY
         self._owner[number, : self.prefix_length] = EVERYBODY
         self.count += 1
@@ -95,15 +98,18 @@ class SharedCache:
         if contexts > self.contexts or capacity > self.capacity:
             self._resize(max(contexts, self.contexts), capacity)
 
-    def open(self, owners: Tensor, causal: bool) -> None:
-        """Prepare a step that writes [count, T] entries of these owners, for which `make_room` has been called.
+    def open(self, owners: Tensor, inputs: Tensor, causal: bool) -> None:
+        """Prepare a step, for whose entries `make_room` has seen to it that there is memory.
 
         Args:
+            owners: [count, T] keys of the rows whose entries they are.
+            inputs: [count, T, dim] embeddings that are fed; `fed` gives them back.
             causal: Whether a row feeds several entries, of which each sees those before it.
         """
         steps = owners.shape[1]
-        stop = self.end + steps
+        self._stop = stop = self.end + steps
         self._owner[: self.count, self.end : stop] = owners
+        self._inputs[: self.count, self.end : stop] = inputs
         seen = self._owner[: self.count, None, :stop]
         allowed = (seen == owners[..., None]) | (seen == EVERYBODY)  # [count, T, stop]
         if causal:
@@ -113,30 +119,27 @@ class SharedCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the step's [count, T, kv_heads, head_dim] entries of one layer and attend to all that each may see."""
-        stop = self.end + q.shape[1]
         if self._clean:  # half precision overflows, and one row's NaN would reach the others through their zero weights
             k, v = torch.nan_to_num(k), torch.nan_to_num(v)
-        kept = self._layers[layer][:, : self.count, :, :stop]
+        kept = self._layers[layer][:, : self.count, :, : self._stop]
         kept[0, :, :, self.end :] = k.transpose(1, 2)
         kept[1, :, :, self.end :] = v.transpose(1, 2)
         return attention(q, kept[0].transpose(1, 2), kept[1].transpose(1, 2), self._mask)
 
-    def commit(self, inputs: Tensor) -> None:
-        """Close a step: its entries stand.
+    def commit(self) -> None:
+        """Close a step: its entries stand. A step that is opened anew instead has never been."""
+        self.end = self._stop
 
-        Args:
-            inputs: [count, T, dim] embeddings that were fed; `fed` gives them back.
-        """
-        stop = self.end + inputs.shape[1]
-        self._inputs[: self.count, self.end : stop] = inputs
-        self.end = stop
+    def release(self) -> None:
+        """Free the keys and values. Only `fed` may follow, which needs neither."""
+        self._layers, self._mask = [], self._mask.new_empty(0)
 
     def fed(self, number: int, owner: int) -> Tensor:
         """[n, dim] embeddings that a row has fed, in their order."""
         return self._inputs[number, : self.end][self._owner[number, : self.end] == owner]
 
     def _pack(self, live: Collection[int]) -> None:
-        """Move the entries of live rows together."""
+        """Move the entries of live rows together. Where this fails, `fed` still tells what it did."""
         owners = self._owner[: self.count, : self.end]
         keys = torch.tensor([EVERYBODY, *live], device=owners.device)
         dead = ~torch.isin(owners, keys)
@@ -144,24 +147,24 @@ class SharedCache:
         if end == self.end:
             return
         order = dead.int().argsort(dim=1, stable=True)[:, :end]
+        inputs = self._inputs[: self.count].gather(1, order[..., None].expand(-1, -1, self._inputs.shape[2]))
+        owners = owners.gather(1, order).masked_fill_(dead.gather(1, order), NOBODY)
         for number, source in enumerate(order):
             for layer in self._layers:
                 layer[:, number, :, :end] = layer[:, number].index_select(2, source)
-            self._inputs[number, :end] = self._inputs[number, source]
-        gone = dead.gather(1, order)
-        self._owner[: self.count, :end] = owners.gather(1, order).masked_fill_(gone, NOBODY)
+        self._inputs[: self.count, :end], self._owner[: self.count, :end] = inputs, owners
         self._owner[:, end:] = NOBODY
         self.end = end
 
     def _resize(self, contexts: int, capacity: int) -> None:
         """Move everything to memory of another size, layer by layer: two copies of all would not fit."""
+        inputs = self._inputs.new_zeros(contexts, capacity, self._inputs.shape[2])
+        owner = self._owner.new_full((contexts, capacity), NOBODY)
         for i, layer in enumerate(self._layers):
             shape = (2, contexts, layer.shape[2], capacity, layer.shape[4])
             self._layers[i] = layer.new_zeros(shape)
             self._layers[i][:, : self.count, :, : self.end] = layer[:, : self.count, :, : self.end]
             del layer
-        inputs, owner = self._inputs, self._owner
-        self._inputs = inputs.new_zeros(contexts, capacity, inputs.shape[2])
-        self._inputs[: self.count, : self.end] = inputs[: self.count, : self.end]
-        self._owner = owner.new_full((contexts, capacity), NOBODY)
-        self._owner[: self.count, : self.end] = owner[: self.count, : self.end]
+        inputs[: self.count, : self.end] = self._inputs[: self.count, : self.end]
+        owner[: self.count, : self.end] = self._owner[: self.count, : self.end]
+        self._inputs, self._owner = inputs, owner

@@ -1,0 +1,875 @@
+"""What a server relies on: nothing lost, nothing mixed up, errors in their place, going on where memory is short.
+
+Run with `pytest tests/engine/test_scheduler.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moondream_cv import load
+from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.prefix import Prefix
+from moondream_cv.engine.scheduler import Job, Limits, Scheduler
+from moondream_cv.engine.shared_cache import SharedCache
+from moondream_cv.errors import CheckpointError, ImageError, MoondreamError, RequestCancelled, UnsupportedSkill
+from moondream_cv.requests import (
+    Caption,
+    CaptionResult,
+    Detect,
+    DetectResult,
+    ErrorResult,
+    Gaze,
+    Point,
+    PointResult,
+    Query,
+    QueryResult,
+    Request,
+    Result,
+    Settings,
+)
+from tests.company import assert_same
+from tests.conftest import random_model
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "mha"
+SHORT = Settings(temperature=0, max_tokens=6, max_objects=2)
+SAMPLED = Settings(temperature=1.5, top_p=0.95, max_tokens=10, seed=5)
+
+
+@pytest.fixture
+def model() -> LocalModel:
+    """One of each test's own: running out of memory changes its limits."""
+    return random_model()
+
+
+def blots(seed: int, width: int = 320, height: int = 240) -> np.ndarray:
+    """[height, width, 3] BGR noise of large blots."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)
+    return np.kron(small, np.ones((20, 20, 1), np.uint8))
+
+
+FIRST, SECOND, SMALL = blots(1), blots(2, 500, 300), blots(3, 100, 80)
+
+
+def mixed(first: Any = FIRST, second: Any = SECOND) -> list[Request]:
+    """All skills, of several lengths, with and without images, sampling and reasoning."""
+    return [
+        Detect(first, "dog", dataclasses.replace(SHORT, max_objects=5)),
+        Point(second, "cat", SHORT),
+        Query(first, "What?", settings=SHORT),
+        Query(second, "What?", reasoning=True, settings=SAMPLED),
+        Caption(second, "short", SAMPLED),
+        Gaze(first, (0.4, 0.6), force=True),
+        Query(None, "Why?", settings=SAMPLED),
+        Query(first, "Which?", spatial_refs=((0.1, 0.2, 0.5, 0.6),), settings=SHORT),
+        Caption(first, "long", dataclasses.replace(SHORT, max_tokens=2)),
+    ]
+
+
+def finish(scheduler: Scheduler, at_most: int = 1000) -> None:
+    for _ in range(at_most):
+        if not scheduler.step():
+            return
+    pytest.fail(f"not done after {at_most} steps")
+
+
+def alone(model: LocalModel, request: Request) -> Result:
+    return model.run([request])[0]
+
+
+def assert_alone(model: LocalModel, jobs: Sequence[Job]) -> None:
+    """Each result is that of the request alone."""
+    for job in jobs:
+        assert job.result is not None
+        assert not isinstance(job.result, ErrorResult), job.result
+        assert_same(model, job.request, alone(model, job.request), job.result)
+
+
+def not_a_number(encoded: EncodedImage) -> EncodedImage:
+    """An image on which the model computes nothing but NaN."""
+    layers = tuple((k * torch.nan, v * torch.nan) for k, v in encoded.prefix.layers)
+    return dataclasses.replace(encoded, prefix=Prefix(layers))
+
+
+# --- The others' results --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["cancelled", "failed", "cut short", "everything"])
+def test_rows_that_end_early_leave_the_others_unchanged(model: LocalModel, what: str) -> None:
+    scheduler = model.scheduler()
+    stay = [scheduler.submit(request) for request in mixed()]
+    go: list[Job] = []
+    if what in ("cancelled", "everything"):
+        go += [scheduler.submit(dataclasses.replace(r, settings=Settings(seed=1))) for r in mixed()]
+    fail: list[Job] = []
+    if what in ("failed", "everything"):
+        broken = not_a_number(model.encode_image(SMALL))
+        fail = [
+            scheduler.submit(request) for request in (Detect(broken, "dog", SHORT), Caption(broken, "short", SHORT))
+        ]
+    if what in ("cut short", "everything"):
+        ends = dataclasses.replace(SAMPLED, max_tokens=3)
+        stay += [scheduler.submit(r) for r in (Query(FIRST, "What?", settings=ends), Caption(SECOND, "short", ends))]
+    for _ in range(4):
+        scheduler.step()
+    assert not any(job.done for job in stay[:5])  # in mid-flight
+    for job in go:
+        scheduler.cancel(job)
+    finish(scheduler)
+    assert_alone(model, stay)
+    assert all(isinstance(job.result, ErrorResult) for job in fail)
+    for job in go:
+        if job.request.skill in ("query", "caption"):
+            assert isinstance(job.result, ErrorResult)
+            assert isinstance(job.result.error, RequestCancelled)
+
+
+# --- What a server drives -------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_do(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    assert not scheduler.step()
+    assert scheduler.results() == []
+    job = scheduler.submit(Caption(FIRST, "short", SHORT))
+    assert (job.done, job.row, job.take()) == (False, None, [])
+    finish(scheduler)
+    assert not scheduler.step()
+    assert job.done
+
+
+def test_pieces_come_one_by_one_and_add_up(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    long = dataclasses.replace(SHORT, max_objects=6)
+    requests = [*mixed(), Detect(SECOND, "dog", long), Point(FIRST, "dog", long)]
+    jobs = [scheduler.submit(request) for request in requests]
+    pieces: list[list[Any]] = [[] for _ in jobs]
+    before_the_end = [0] * len(jobs)
+    going_on = True
+    while going_on:
+        going_on = scheduler.step()
+        for i, job in enumerate(jobs):
+            new = job.take()
+            assert len(new) <= (1 if not job.done else 2)  # the end gives what is left of the text
+            assert job.take() == []
+            pieces[i] += new
+            before_the_end[i] += 0 if job.done else len(new)
+    for job, given, early in zip(jobs, pieces, before_the_end, strict=True):
+        result = job.result
+        if isinstance(result, DetectResult):
+            assert given == list(result.objects)
+            assert early >= len(given) - 1
+        elif isinstance(result, PointResult):
+            assert given == list(result.points)
+            assert early >= len(given) - 1
+        elif isinstance(result, CaptionResult):
+            assert "".join(given) == result.caption
+        elif isinstance(result, QueryResult):
+            if result.reasoning is not None:
+                assert given.pop(0) == result.reasoning
+            assert "".join(given) == result.answer
+    assert sum(before_the_end) > 15
+
+
+def test_text_comes_in_words(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    jobs = [
+        scheduler.submit(Caption(FIRST, "short", Settings(temperature=3.0, top_p=1.0, max_tokens=40, seed=seed)))
+        for seed in range(5)
+    ]
+    while scheduler.step():
+        pass
+    words = [job.take() for job in jobs]
+    assert sum(len(pieces) for pieces in words) > 20
+    for pieces in words:
+        assert all(piece[-1] in " \n" or ord(piece[-1]) >= 0x3400 for piece in pieces[:-1]), pieces
+        assert all(" " not in piece.rstrip(" ") or piece.startswith(" ") for piece in pieces), pieces
+
+
+def test_results_come_in_the_order_of_their_ends_and_once(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    lengths = (9, 2, 5)
+    jobs = [
+        scheduler.submit(Detect(FIRST, "dog", dataclasses.replace(SHORT, max_objects=objects))) for objects in lengths
+    ]
+    given: list[Job] = []
+    while scheduler.step():
+        new = scheduler.results()
+        assert all(job.done for job in new)
+        assert [job for job in jobs if job.done and job not in given] == new
+        given += new
+    given += scheduler.results()
+    assert given == [jobs[1], jobs[2], jobs[0]]
+    assert scheduler.results() == []
+
+
+@pytest.mark.parametrize("when", ["before any step", "waiting", "running", "done"])
+def test_cancel(model: LocalModel, when: str) -> None:
+    scheduler = model.scheduler()
+    if when == "waiting":
+        scheduler.limits = Limits(rows=1)
+    other = scheduler.submit(Caption(FIRST, "short", SAMPLED))
+    job = scheduler.submit(Caption(FIRST, "long", dataclasses.replace(SHORT, max_tokens=4)))
+    if when in ("waiting", "running"):
+        scheduler.step()
+        assert (job.row is None) == (when == "waiting")
+    elif when == "done":
+        finish(scheduler)
+    scheduler.cancel(job)
+    scheduler.cancel(job)
+    finish(scheduler)
+    scheduler.cancel(job)
+    finish(scheduler)
+    if when == "done":
+        assert isinstance(job.result, CaptionResult)
+    else:
+        assert isinstance(job.result, ErrorResult)
+        assert isinstance(job.result.error, RequestCancelled)
+    assert sorted(map(id, scheduler.results())) == sorted((id(job), id(other)))
+    assert_alone(model, [other])
+    assert scheduler._queue == {}
+    assert scheduler._lanes == {}
+
+
+def test_a_cancelled_row_keeps_what_it_has_said(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    job = scheduler.submit(Detect(FIRST, "dog", Settings(max_objects=40)))
+    while len(job.row.pieces if job.row else ()) < 3:
+        scheduler.step()
+    scheduler.cancel(job)
+    finish(scheduler)
+    assert isinstance(job.result, ErrorResult)
+    assert len(job.take()) == 3
+
+
+def test_requests_come_from_other_threads_meanwhile(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    jobs: list[Job] = []
+
+    def submit(part: list[Request]) -> None:
+        for request in part:
+            jobs.append(scheduler.submit(request))
+            time.sleep(0.002)
+
+    requests = mixed() * 2
+    threads = [threading.Thread(target=submit, args=(requests[i::3],)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while any(thread.is_alive() for thread in threads) or scheduler.step():
+        scheduler.step()
+        assert time.monotonic() < deadline
+    assert len(jobs) == len(requests)
+    assert_alone(model, jobs)
+    assert sorted(map(id, scheduler.results())) == sorted(map(id, jobs))
+
+
+def test_a_closed_model_says_so_at_the_next_step(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    scheduler.submit(Caption(FIRST, "short", SHORT))
+    scheduler.step()
+    model.close()
+    with pytest.raises(MoondreamError, match="'random' is closed; load it again"):
+        scheduler.step()
+    with pytest.raises(MoondreamError, match="is closed"):
+        model.scheduler()
+
+
+# --- Images ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting(model: LocalModel) -> Iterator[list[int]]:
+    """Crops that go through the vision encoder."""
+    crops: list[int] = []
+    handle = model.network.vision.register_forward_hook(lambda _module, args, _output: crops.append(len(args[0])))
+    try:
+        yield crops
+    finally:
+        handle.remove()
+
+
+def crops_of(model: LocalModel, images: Sequence[Any], **settings: Any) -> int:
+    with counting(model) as crops:
+        for image in images:
+            model.encode_image(image, settings)
+    return sum(crops)
+
+
+def contexts(scheduler: Scheduler) -> int:
+    return scheduler._lanes[None].batch.images
+
+
+def test_rows_of_an_image_share_a_context(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    encoded = model.encode_image(FIRST)
+    jobs = [scheduler.submit(Caption(encoded, "short", SHORT)) for _ in range(3)]
+    jobs.append(scheduler.submit(Caption(SECOND, "short", SHORT)))
+    scheduler.step()
+    assert contexts(scheduler) == 2
+    jobs.append(scheduler.submit(Detect(encoded, "dog", SHORT)))
+    scheduler.step()
+    assert scheduler._running == 5
+    assert contexts(scheduler) == 2
+    finish(scheduler)
+    assert_alone(model, jobs)
+
+
+def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    frame = FIRST.copy()
+    before = scheduler.submit(Caption(frame, "short", SHORT))
+    scheduler.step()
+    frame[:] = blots(9)
+    after = scheduler.submit(Caption(frame, "short", SHORT))
+    scheduler.step()
+    assert contexts(scheduler) == 2
+    finish(scheduler)
+    for job, image in ((before, FIRST), (after, blots(9))):
+        request = Caption(image, "short", SHORT)
+        assert job.result is not None
+        assert_same(model, request, alone(model, request), job.result)
+
+
+def test_an_array_that_changed_while_others_wait_for_it_is_encoded_anew(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    scheduler.limits = Limits(rows=1)
+    frame = FIRST.copy()
+    before = [scheduler.submit(Caption(frame, "short", SHORT)) for _ in range(2)]
+    scheduler.step()
+    frame[:] = blots(9)
+    after = scheduler.submit(Caption(frame, "short", SHORT))
+    finish(scheduler)
+    for job, image in ((before[0], FIRST), (before[1], FIRST), (after, blots(9))):
+        request = Caption(image, "short", SHORT)
+        assert job.result is not None
+        assert_same(model, request, alone(model, request), job.result)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(rows=2), Limits(images=1), Limits(rows=3, images=2)], ids=str)
+def test_each_image_is_encoded_once(model: LocalModel, limits: Limits, tmp_path: Path) -> None:
+    path = tmp_path / "third.png"
+    cv2.imwrite(str(path), SMALL)
+    images = [FIRST, SECOND, path, FIRST, str(path), SECOND, FIRST]
+    expected = crops_of(model, [FIRST, SECOND, path])
+    model.limits = limits
+    with counting(model) as crops:
+        model.run([Caption(image, "short", SHORT) for image in images])
+    assert sum(crops) == expected
+
+
+def test_an_unreadable_image_fails_its_requests_and_no_others(model: LocalModel, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    requests = [
+        Detect(broken, "dog", SHORT),
+        Detect(FIRST, "dog", SHORT),
+        Caption(broken, "short", SHORT),
+        Point(np.zeros((0, 5, 3), np.uint8), "dog", SHORT),
+        Query(None, "What?", settings=SHORT),
+        Caption(object(), "short", SHORT),
+    ]
+    results = model.run(requests)
+    for i in (0, 2, 3, 5):
+        failed = results[i]
+        assert isinstance(failed, ErrorResult)
+        assert isinstance(failed.error, ImageError)
+    assert "broken.png" in str(results[0].error)  # type: ignore[union-attr]
+    for i in (1, 4):
+        assert_same(model, requests[i], alone(model, requests[i]), results[i])
+
+
+def test_the_cache_knows_images_by_content() -> None:
+    model = load("tiny", device="cpu", dtype="float32", cache_images=2)
+    frame = blots(4)
+    with counting(model) as crops:
+        request = Caption(frame, "short", SHORT)
+        first = alone(model, request)
+        once = sum(crops)
+        assert once > 0
+        again = model.run([Caption(frame.copy(), "short", SHORT), Detect(frame.copy(), "dog", SHORT)])
+        assert_same(model, request, first, again[0])
+        encoded = model.encode_image(frame.copy())
+        assert sum(crops) == once
+        assert alone(model, Caption(encoded, "short", SHORT)) == first
+        model.run([Caption(frame, "short", dataclasses.replace(SHORT, max_crops=1))])
+        assert sum(crops) == once + 1
+        model.run([Caption(frame.copy(), "short", dataclasses.replace(SHORT, max_crops=1))])
+        assert sum(crops) == once + 1
+        model.run([Caption(blots(5), "short", SHORT)])  # pushes out the one not used for longest
+        model.run([Caption(frame, "short", SHORT)])
+        assert sum(crops) == 3 * once + 1
+    cache = model.image_cache
+    assert cache is not None
+    assert len(cache) == 2
+    model.close()
+    assert len(cache) == 0
+
+
+def test_equal_pixels_in_one_call_are_encoded_once_with_a_cache() -> None:
+    model = load("tiny", device="cpu", dtype="float32", cache_images=4)
+    once = crops_of(load("tiny", device="cpu", dtype="float32"), [FIRST])
+    with counting(model) as crops:
+        model.run([Caption(FIRST.copy(), "short", SHORT) for _ in range(3)])
+    assert sum(crops) == once
+
+
+def test_a_frame_is_encoded_from_the_one_before(model: LocalModel) -> None:
+    frame = blots(6)
+    previous = model.encode_image(frame)
+    with counting(model) as crops:
+        assert model.encode_image(frame.copy(), previous=previous) is previous
+        assert crops == []
+        moved = frame.copy()
+        moved[-20:, -20:] ^= 255
+        encoded = model.encode_image(moved, previous=previous)
+        assert 0 < sum(crops) < len(previous.crops)
+    fresh = model.encode_image(moved)
+    assert torch.allclose(encoded.embedding, fresh.embedding, atol=1e-5)
+    assert not torch.allclose(encoded.embedding, previous.embedding, atol=1e-5)
+    request = Caption(moved, "short", SHORT)
+    assert_same(model, request, alone(model, request), alone(model, dataclasses.replace(request, image=encoded)))
+    assert model.encode_image(moved, previous=previous, tolerance=255) is previous
+    with pytest.raises(ValueError, match="tolerance must be 0 or more"):
+        model.encode_image(moved, previous=previous, tolerance=-1)
+    with pytest.raises(ValueError, match="another model"):
+        random_model().encode_image(moved, previous=previous)
+
+
+# --- Limits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_limits_change_no_result(model: LocalModel, rows: int, images: int) -> None:
+    requests = [*mixed(), *mixed(SMALL, FIRST)]
+    scheduler = model.scheduler()
+    scheduler.limits = Limits(rows, images)
+    jobs = [scheduler.submit(request) for request in requests]
+    while scheduler.step():
+        assert scheduler._running <= rows
+        assert sum(lane.batch.images for lane in scheduler._lanes.values()) <= images
+    assert_alone(model, jobs)
+
+
+def test_those_that_came_first_run_first(model: LocalModel) -> None:
+    """With room for one row, images are begun in the order of their first requests."""
+    scheduler = model.scheduler()
+    scheduler.limits = Limits(rows=1)
+    images = [blots(seed, 100, 80) for seed in range(5)]
+    jobs = [scheduler.submit(Caption(image, "short", SHORT)) for image in (*images, *reversed(images))]
+    finish(scheduler)
+    order = [next(i for i, image in enumerate(images) if image is job.request.image) for job in scheduler.results()]
+    assert list(dict.fromkeys(order)) == [0, 1, 2, 3, 4]
+    assert all(job.done for job in jobs)
+
+
+@pytest.mark.parametrize("popular", ["image", "path", "no image"])
+def test_an_image_that_is_asked_about_all_the_time_does_not_starve_others(
+    model: LocalModel, popular: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "popular.png"
+    cv2.imwrite(str(path), FIRST)
+    image = {"image": model.encode_image(FIRST), "path": path, "no image": None}[popular]
+    scheduler = model.scheduler()
+    scheduler.limits = Limits(rows=2)
+    for _ in range(4):
+        scheduler.submit(Query(image, "What?", settings=SHORT))
+    other = scheduler.submit(Query(SMALL, "What?", settings=SHORT))
+    for _ in range(200):
+        scheduler.step()
+        for _ in scheduler.results():
+            scheduler.submit(Query(image, "What?", settings=SHORT))
+        if other.done:
+            return
+    pytest.fail("200 steps, and not yet begun")
+
+
+def test_an_image_without_room_waits_for_no_newcomers(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    scheduler.limits = Limits(images=1)
+    popular = model.encode_image(FIRST)
+    scheduler.submit(Caption(popular, "short", SHORT))
+    other = scheduler.submit(Caption(SMALL, "short", SHORT))
+    for _ in range(100):
+        scheduler.submit(Caption(popular, "short", SHORT))
+        scheduler.step()
+        if other.done:
+            return
+    pytest.fail("100 steps, and not yet done")
+
+
+# --- Adapters and bad requests --------------------------------------------------------------------------------------
+
+
+def test_requests_with_and_without_an_adapter_run_together() -> None:
+    model = load(GOLDEN, device="cpu", dtype="float32")
+    variant = str(GOLDEN / "adapter.pt")
+    plain = [r for r in mixed(SMALL, SMALL) if r.image is not None]
+    requests = []
+    for request in plain:
+        requests += [
+            request,
+            dataclasses.replace(request, settings=dataclasses.replace(request.settings, variant=variant)),
+        ]
+    requests.append(Query(None, "Why?", settings=dataclasses.replace(SHORT, variant=variant)))
+    results = model.run(requests)
+    assert len(results) == len(requests)
+    for request, result in zip(requests, results, strict=True):
+        assert not isinstance(result, ErrorResult)
+        assert_same(model, request, alone(model, request), result)
+    pairs = list(zip(results[0:-1:2], results[1::2], strict=True))
+    assert any(without != with_one for without, with_one in pairs)
+    whole = load(GOLDEN, device="cpu", dtype="float32", adapter=variant)
+    for request, result in zip(plain, results[1::2], strict=True):
+        assert_same(whole, request, alone(whole, request), result)
+
+
+def test_a_bad_request_is_named_in_its_place(model: LocalModel, tmp_path: Path) -> None:
+    model.config.tokenizer.templates["point"] = None
+    missing = str(tmp_path / "missing.pt")
+    bad = {
+        0: (Point(FIRST, "dog"), UnsupportedSkill, "cannot point"),
+        2: (
+            Query(FIRST, "why " * 600),
+            ValueError,
+            r"the prompt has \d+ tokens, and 447 of the model's context of 512",
+        ),
+        3: (Detect(random_model().encode_image(FIRST), "dog"), ValueError, "encoded by another model"),
+        5: (Caption(FIRST, "short", Settings(variant=missing)), CheckpointError, "missing.pt"),
+        6: (Query(None, "What?", settings=Settings(variant=missing)), CheckpointError, "missing.pt"),
+        8: ("not a request", TypeError, "a request is one of Detect, Point, .* not 'not a request'"),
+    }
+    good = iter([r for r in mixed() if not isinstance(r, Point)])
+    requests: list[Any] = [bad[i][0] if i in bad else next(good) for i in range(12)]
+    results = model.run(requests)
+    assert len(results) == len(requests)
+    for i, (request, result) in enumerate(zip(requests, results, strict=True)):
+        if i in bad:
+            assert isinstance(result, ErrorResult), request
+            with pytest.raises(bad[i][1], match=bad[i][2]):
+                raise result.error
+        else:
+            assert_same(model, request, alone(model, request), result)
+
+
+# --- Out of memory --------------------------------------------------------------------------------------------------
+
+Failure = Callable[[], Exception]
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@contextmanager
+def failing(module: nn.Module, when: Callable[[Tensor], bool], error: Failure = out_of_memory) -> Iterator[list[Any]]:
+    """A module whose forward raises where `when` says so of its input; gives the shapes of what it refused."""
+    forward, refused = module.forward, []
+
+    def wrapped(x: Tensor, *args: Any, **options: Any) -> Any:
+        if when(x):
+            refused.append(tuple(x.shape))
+            raise error()
+        return forward(x, *args, **options)
+
+    module.forward = wrapped  # type: ignore[method-assign]
+    try:
+        yield refused
+    finally:
+        module.forward = forward  # type: ignore[method-assign]
+
+
+def more_tokens_than(count: int, model: LocalModel) -> Callable[[Tensor], bool]:
+    """Whether a step, which is not an image's prefix, feeds more."""
+    return lambda x: x.shape[1] > count and x.shape[1] != model.config.prefix_length
+
+
+def at_calls(*numbers: int) -> Callable[[Tensor], bool]:
+    calls = iter(range(1, 100_000))
+    return lambda _x: next(calls) in numbers
+
+
+
+
+@pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("MPS backend out of memory (3 GB)")])
+@pytest.mark.parametrize("tokens", [50, 30])
+def test_steps_that_are_too_large_are_taken_with_fewer_rows(
+    model: LocalModel, tokens: int, error: Failure, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = mixed()
+    before = [alone(model, request) for request in requests]
+    with failing(model.network.text, more_tokens_than(tokens, model), error) as refused, caplog.at_level("WARNING"):
+        results = model.run(requests)
+    assert refused
+    assert model.limits.rows < len(requests)
+    assert f"out of memory on cpu: going on with {model.limits.rows} requests" in caplog.text
+    for request, expected, result in zip(requests, before, results, strict=True):
+        assert not isinstance(result, ErrorResult), result
+        assert_same(model, request, expected, result)
+
+
+@pytest.mark.parametrize("calls", [(1,), (2,), (5,), (9,), (3, 4), (2, 5, 9)])
+def test_running_out_of_memory_in_the_middle_loses_nothing(model: LocalModel, calls: tuple[int, ...]) -> None:
+    requests = mixed()
+    before = [alone(model, request) for request in requests]
+    images = [model.encode_image(image) for image in (FIRST, SECOND)]
+    scheduler = model.scheduler()
+    jobs = [scheduler.submit(request) for request in mixed(*images)]
+    pieces: list[list[Any]] = [[] for _ in jobs]
+    with failing(model.network.text, at_calls(*calls)) as refused:
+        going_on = True
+        while going_on:
+            going_on = scheduler.step()
+            for given, job in zip(pieces, jobs, strict=True):
+                given += job.take()
+    assert len(refused) == len(calls)
+    assert model.limits.rows < len(requests)
+    for request, expected, job, given in zip(requests, before, jobs, pieces, strict=True):
+        assert job.result is not None
+        assert not isinstance(job.result, ErrorResult), job.result
+        assert_same(model, request, expected, job.result)
+        assert job.row is not None
+        assert given == job.row.pieces
+        if isinstance(job.result, DetectResult):
+            assert given == list(job.result.objects)
+        elif isinstance(job.result, CaptionResult):
+            assert "".join(given) == job.result.caption
+
+
+@pytest.mark.parametrize("image", ["an array", "no image"])
+def test_requests_that_came_one_after_another_all_survive(model: LocalModel, image: str) -> None:
+    """They wait under the same key again, each for its own image."""
+    source = FIRST if image == "an array" else None
+    scheduler = model.scheduler()
+    jobs = [scheduler.submit(Query(source, "What?", settings=SAMPLED))]
+    for question in ("How?", "Why?"):
+        scheduler.step()
+        jobs.append(scheduler.submit(Query(source, question, settings=SAMPLED)))
+    scheduler.step()
+    with failing(model.network.text, at_calls(1)) as refused:
+        finish(scheduler)
+    assert len(refused) == 1
+    assert_alone(model, jobs)
+
+
+def test_a_row_goes_on_with_the_pixels_it_began_with(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    frame = FIRST.copy()
+    jobs = [scheduler.submit(Caption(image, "short", SAMPLED)) for image in (frame, SECOND)]
+    for _ in range(3):
+        scheduler.step()
+    frame[:] = blots(9)
+    with failing(model.network.text, at_calls(1)):
+        finish(scheduler)
+    for job, image in zip(jobs, (FIRST, SECOND), strict=True):
+        assert job.result is not None
+        assert_same(model, Caption(image, "short", SAMPLED), alone(model, Caption(image, "short", SAMPLED)), job.result)
+
+
+def test_images_that_are_too_many_are_encoded_with_fewer_at_a_time(
+    model: LocalModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = [FIRST, SECOND, SMALL, blots(7), blots(8, 400, 400)]
+    requests: list[Request] = [Caption(image, "short", SHORT) for image in images]
+    before = [alone(model, request) for request in requests]
+    with failing(model.network.vision, lambda crops: len(crops) > 6) as refused, caplog.at_level(logging.WARNING):
+        results = model.run(requests)
+    assert refused
+    assert model.limits.images < 5
+    assert f"on {model.limits.images} images at a time" in caplog.text
+    for request, expected, result in zip(requests, before, results, strict=True):
+        assert_same(model, request, expected, result)
+
+
+def test_an_image_waits_for_memory_until_a_row_has_ended(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    scheduler.limits = Limits()
+    jobs = [scheduler.submit(Caption(SECOND, "short", SAMPLED)), scheduler.submit(Query(SECOND, "A?", settings=SHORT))]
+    scheduler.step()
+    jobs.append(scheduler.submit(Caption(FIRST, "short", SHORT)))
+    with failing(model.network.vision, lambda _crops: not any(job.done for job in jobs)) as refused:
+        finish(scheduler)
+    assert refused
+    assert_alone(model, jobs)
+
+
+def test_an_image_waits_for_memory_that_others_of_its_step_took(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    settings = [dataclasses.replace(SHORT, max_crops=crops) for crops in (1, 2, None)]
+    jobs = [scheduler.submit(Caption(FIRST, "short", one)) for one in settings]
+    encoded: list[int] = []
+    going_on = True
+    with failing(model.network.vision, lambda _crops: len(encoded) == 1 or encoded.append(1)):  # type: ignore[func-returns-value]
+        for _ in range(200):
+            encoded.clear()
+            going_on = scheduler.step()
+            if not going_on:
+                break
+    assert not going_on
+    assert_alone(model, jobs)
+
+
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_a_request_that_never_fits_says_what_to_change(model: LocalModel, part: str) -> None:
+    encoded = model.encode_image(SECOND)
+    long = Query(encoded, "why " * 40, settings=SHORT) if part == "text" else Caption(SECOND, "short", SHORT)
+    requests = [Caption(encoded, "short", SHORT), long, Detect(encoded, "dog", SHORT)]
+    before = [alone(model, request) for request in requests]
+    when = more_tokens_than(100, model) if part == "text" else lambda _crops: True
+    with failing(getattr(model.network, part), when):
+        results = model.run(requests)
+    for i in (0, 2):
+        assert_same(model, requests[i], before[i], results[i])
+    failed = results[1]
+    assert isinstance(failed, ErrorResult)
+    assert isinstance(failed.error, MoondreamError)
+    for hint in ("out of memory on cpu", "max_crops", "max_tokens", "max_objects"):
+        assert hint in str(failed.error)
+    assert not isinstance(alone(model, long), ErrorResult)
+
+
+def test_one_that_never_fits_alone(model: LocalModel) -> None:
+    for module in (model.network.text, model.network.vision):
+        with failing(module, lambda _x: True) as refused:
+            (failed,) = model.run([Caption(FIRST, "short", SHORT)])
+        assert len(refused) < 5
+        assert isinstance(failed, ErrorResult)
+        assert "max_crops" in str(failed.error)
+
+
+def test_another_error_fails_what_was_running_and_nothing_later(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    limits = dataclasses.replace(scheduler.limits)
+    running = [scheduler.submit(request) for request in mixed()[:5]]
+    scheduler.step()
+    with failing(model.network.text, at_calls(1), lambda: RuntimeError("device-side assert")):
+        scheduler.step()
+    assert all(isinstance(job.result, ErrorResult) and "device-side" in str(job.result.error) for job in running)
+    assert scheduler.limits == limits
+    later = [scheduler.submit(request) for request in mixed()]
+    finish(scheduler)
+    assert_alone(model, later)
+
+
+@pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("device-side assert")])
+def test_an_error_result_holds_no_device_memory(model: LocalModel, error: Failure) -> None:
+    request = Caption(model.encode_image(FIRST), "short", SHORT)
+
+    def caches() -> int:
+        gc.collect()
+        return sum(type(thing) is SharedCache for thing in gc.get_objects())
+
+    before = caches()
+    with failing(model.network.text, lambda _x: True, error):
+        results = model.run([request])
+    assert isinstance(results[0], ErrorResult)
+    assert caches() == before
+
+
+class OutOfMemoryAt(TorchFunctionMode):
+    """Raises at the n-th call of torch that computes something; not where a tensor is only asked or written into."""
+
+    def __init__(self, number: int, scheduler: Scheduler) -> None:
+        super().__init__()
+        self.number, self.scheduler = number, scheduler
+        self.calls, self.running = 0, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("__get__", "__setitem__"):
+            self.calls += 1
+            if self.calls == self.number:
+                self.running = self.scheduler._running
+                raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_running_out_of_memory_anywhere_loses_nothing(model: LocalModel, start: int) -> None:
+    """A prime stride, so that the faults of several runs fall on different operations."""
+    images = [model.encode_image(image) for image in (FIRST, SECOND)]
+    requests = mixed(*images)
+    before = [alone(model, request) for request in requests]
+    number, last = 5 + 53 * start, False
+    while not last:
+        model.limits = Limits()
+        scheduler = model.scheduler()
+        jobs = [scheduler.submit(request) for request in requests]
+        with OutOfMemoryAt(number, scheduler) as mode:
+            finish(scheduler)
+        last = mode.calls < number
+        for request, expected, job in zip(requests, before, jobs, strict=True):
+            assert job.result is not None, number
+            if isinstance(job.result, ErrorResult) and mode.running <= 1:
+                assert "out of memory" in str(job.result.error), number
+            else:
+                assert_same(model, request, expected, job.result)
+        number += 4 * 53
+
+
+# --- Numbers that overflow ------------------------------------------------------------------------------------------
+
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("skill", ["detect", "query", "sampled"])
+def test_an_image_without_numbers_fails_by_itself(model: LocalModel, skill: str, order: int) -> None:
+    broken = not_a_number(model.encode_image(FIRST))
+    ask: dict[str, list[Request]] = {
+        "detect": [Detect(broken, "dog", SHORT), Point(broken, "a very long name of a thing", SHORT)],
+        "query": [Query(broken, "What?", settings=SHORT), Query(broken, "What is it, and why?", True, settings=SHORT)],
+        "sampled": [Query(broken, "What?", settings=SAMPLED), Caption(broken, "short", SAMPLED)],
+    }
+    good: list[Request] = [
+        Caption(SECOND, "short", SHORT),
+        Detect(SECOND, "dog", SHORT),
+        Query(SMALL, "What is it?", settings=SAMPLED),
+        Query(None, "What?", settings=SHORT),
+    ]
+    requests = [*ask[skill], *good][::order]
+    for request, result in zip(requests, model.run(requests), strict=True):
+        if any(request is one for one in good):
+            assert_same(model, request, alone(model, request), result)
+        else:
+            assert isinstance(result, ErrorResult)
+            assert "numbers overflowed" in str(result.error)
+
+
+def test_images_that_come_after_one_without_numbers_are_unharmed(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    stays = scheduler.submit(Caption(SECOND, "short", SAMPLED))
+    scheduler.step()
+    broken = scheduler.submit(Query(not_a_number(model.encode_image(FIRST)), "What?", settings=SHORT))
+    while not broken.done:
+        scheduler.step()
+    comes = scheduler.submit(Caption(SMALL, "short", SHORT))
+    finish(scheduler)
+    assert isinstance(broken.result, ErrorResult)
+    assert_alone(model, [stays, comes])
+
+
+def test_a_temperature_next_to_zero_takes_the_likeliest(model: LocalModel) -> None:
+    cold = Query(FIRST, "What?", settings=Settings(temperature=1e-40, max_tokens=6))
+    other = Caption(SECOND, "short", SHORT)
+    result, beside = model.run([cold, other])
+    assert_same(model, other, alone(model, other), beside)
+    greedy = alone(model, Query(FIRST, "What?", settings=SHORT))
+    assert isinstance(result, QueryResult)
+    assert isinstance(greedy, QueryResult)
+    assert result.answer == greedy.answer
