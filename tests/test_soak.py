@@ -1,0 +1,156 @@
+"""Many mixed requests leave nothing behind: a fiftieth of them here, all of them with `make soak`."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moondream_cv import load
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.scheduler import Scheduler
+from moondream_cv.errors import RequestCancelled
+from moondream_cv.requests import Caption, Detect, ErrorResult, Gaze, Point, Query, Request, Settings
+from moondream_cv.scenes.render import render_scene
+
+MIXED = 10_000
+PER_ROUND = 50
+PLAIN = np.full((120, 160, 3), 90, np.uint8)
+ALLOWED_GROWTH = 48 << 20  # bytes of the process between the first fifth and the end: the allocator's own business
+
+
+def some_requests(count: int, rng: random.Random) -> list[Request]:
+    """Of all skills, on new images of several sizes and on none; some cannot be read, some are cut short."""
+    images = []
+    for _ in range(3):
+        size = rng.choice([(320, 240), (640, 480), (200, 300)])
+        images.append(render_scene(rng.randrange(1 << 30), resolution_wh=size).image[..., ::-1])
+    requests: list[Request] = []
+    for _ in range(count):
+        image = rng.choice(images)
+        settings = Settings(
+            temperature=rng.choice([0.0, 0.5, 1.2]),
+            max_tokens=rng.choice([3, 8, 16]),
+            max_objects=rng.choice([1, 3, 8]),
+            max_crops=rng.choice([None, 2]),
+            seed=rng.randrange(1000),
+        )
+        name = rng.choice(["circle", "red square", "dog", "object"])
+        requests.append(
+            rng.choice(
+                [
+                    Detect(image, name, settings),
+                    Point(image, name, settings),
+                    Query(image, f"How many {name}s are there?", settings=settings),
+                    Query(None, "What is a circle?", settings=settings),
+                    Caption(image, "short", settings),
+                    Gaze(image, (rng.random(), rng.random())),
+                    Detect(b"no picture", name, settings),
+                ]
+            )
+        )
+    return requests
+
+
+def one_round(model: LocalModel, scheduler: Scheduler, rng: random.Random) -> int:
+    """Serve `PER_ROUND` requests in all the ways there are; give back how many were answered."""
+    requests = some_requests(PER_ROUND, rng)
+    answered = 0
+    jobs = [scheduler.submit(request) for request in requests[:30]]
+    steps = itertools.count()
+    while scheduler.step():
+        if next(steps) == 2:
+            for job in jobs[::5]:
+                scheduler.cancel(job)
+        for job in jobs:
+            job.take()
+    done = scheduler.results()
+    assert len(done) == len(jobs)
+    cancelled = [j for j in done if isinstance(j.result, ErrorResult) and isinstance(j.result.error, RequestCancelled)]
+    assert cancelled
+    answered += sum(not isinstance(job.result, ErrorResult) for job in done)
+    answered += sum(not isinstance(result, ErrorResult) for result in model.run(requests[30:]))
+    next(model.stream(Caption(PLAIN, "short")))  # left in the middle
+    return answered
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that are alive, storages counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def resident_bytes() -> int:
+    """Memory of this process in use, as Linux counts it."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096
+
+
+def serve(count: int) -> tuple[list[int], list[int]]:
+    """Serve mixed requests; held and resident bytes after each round."""
+    held, resident = [], []
+    rng = random.Random(0)
+    with load("tiny", device="cpu", dtype="float32", cache_images=4) as model:
+        scheduler = model.scheduler()
+        answered = 0
+        for _ in range(count // PER_ROUND):
+            answered += one_round(model, scheduler, rng)
+            assert model.image_cache is not None
+            model.image_cache.clear()
+            held.append(held_bytes())
+            if sys.platform == "linux":
+                resident.append(resident_bytes())
+        assert answered > count // 2
+    return held, resident
+
+
+@pytest.mark.slow
+def test_a_fiftieth_leaves_no_tensor_behind() -> None:
+    before = held_bytes()
+    held, _ = serve(MIXED // 50)
+    assert len(set(held)) == 1, [later - held[0] for later in held]
+    assert held_bytes() <= before  # with the model closed, its weights are gone as well
+
+
+@pytest.mark.soak
+def test_ten_thousand_do_not_grow() -> None:
+    held, resident = serve(MIXED)
+    assert len(set(held)) == 1, [later - held[0] for later in held]
+    if not resident:
+        pytest.skip("how much memory this process takes is read from /proc, which only Linux has; no tensor is left")
+    settled = max(resident[: len(resident) // 5])
+    grown = max(resident[-10:]) - settled
+    print(f"{MIXED} requests: {settled / 1e6:.0f} MB after a fifth, {grown / 1e6:+.1f} MB at the end")
+    assert grown <= ALLOWED_GROWTH
+
+
+def test_what_is_left_behind_would_be_seen() -> None:
+    before = held_bytes()
+    kept = [torch.zeros(1000) for _ in range(3)]
+    assert held_bytes() - before == 3 * 4000
+    shares = kept[0][:10]
+    assert held_bytes() - before == 3 * 4000
+    del kept, shares
+    assert held_bytes() == before
+
+
+def test_encoded_images_are_what_is_kept_on_request() -> None:
+    with load("tiny", device="cpu", dtype="float32", cache_images=2) as model:
+        image = np.zeros((120, 160, 3), np.uint8)
+        model.run([Caption(image, "short", {"max_tokens": 2})])
+        before = held_bytes()
+        assert model.image_cache is not None
+        kept = model.image_cache.nbytes
+        model.image_cache.clear()
+        assert 0 < before - held_bytes() <= kept
