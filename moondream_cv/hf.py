@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from moondream_cv.engine.calibration import FILE_NAME, Calibration
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError
@@ -94,6 +95,7 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
     Attributes:
         model: The weights, under the published key names.
         tokenizer: None in a model that was made from a config alone.
+        calibration: What turns scores into probabilities; with other weights it is no longer right, and None is.
     """
 
     config_class = MoondreamHfConfig
@@ -109,6 +111,7 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         if self.model.device.type != "meta":
             self.model.initialize()
         self.tokenizer: Tokenizer | None = None
+        self.calibration: Calibration | None = None
         self._engine: LocalModel | None = None
         self._engine_on: tuple[torch.device, torch.dtype] | None = None
         self.post_init()
@@ -159,16 +162,19 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         with torch.device("meta"):
             model = cls(config)
         model.model, model.tokenizer = network, tokenizer
+        model.calibration = Calibration.beside(source.folder)
         model.eval()
         info: dict[str, Any] = {k: set() for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a folder that `from_pretrained` and `moondream_cv.load` read, with the tokenizer."""
+        """Write a folder that `from_pretrained` and `moondream_cv.load` read, tokenizer and calibration with it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.tokenizer.save(str(folder / "tokenizer.json"))
+        if self.calibration is not None:
+            self.calibration.write(folder / FILE_NAME)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
@@ -185,6 +191,7 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
             tokenizer = prepare_tokenizer(self.tokenizer, self.model.config)
             self._engine = LocalModel(self.model, tokenizer, name=self.config.name_or_path)
             self._engine_on = now
+        self._engine.calibration = self.calibration
         return self._engine
 
     @property

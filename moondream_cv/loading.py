@@ -69,8 +69,7 @@ def load(
     tokenizer = source.tokenizer()
     network = load_network(source.weights, source.config, target, chosen)
     lora = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
-    file = source.folder / "calibration.json"
-    calibration = Calibration.read(file) if file.is_file() else None
+    calibration = Calibration.beside(source.folder)
     model = LocalModel(network, tokenizer, adapter=lora, calibration=calibration, name=os.fspath(name))
     if cache_images:
         model.image_cache = ImageCache(cache_images, cache_bytes)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moondream_cv import hf
+from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.errors import CheckpointError
 from moondream_cv.loading import load
 from moondream_cv.vision_model import VisionModel
@@ -105,6 +106,18 @@ def test_saved_and_loaded_again(published: Path, picture: Image.Image, tmp_path:
         assert answers(again, picture) == expected
         assert answers(load(folder, device="cpu"), picture) == expected
         assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
+def test_a_calibration_comes_and_goes_with_the_weights(picture: Image.Image, tmp_path: Path) -> None:
+    write_small(tmp_path / "checkpoint")
+    Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))}).write(tmp_path / "checkpoint" / "calibration.json")
+    expected = load(tmp_path / "checkpoint", device="cpu").point(picture, "dog")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", device_map="cpu")
+    assert model.point(picture, "dog") == expected
+    model.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again", device="cpu").point(picture, "dog") == expected
+    model.calibration = None
+    assert model.point(picture, "dog") != expected
 
 
 def test_copies_answer_too(published: Path, picture: Image.Image) -> None:

@@ -6,16 +6,19 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from moondream_cv import loading
+from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.errors import CheckpointError
 from moondream_cv.loading import choose_device, choose_dtype, download, load
 from moondream_cv.model.adapters import load_adapter
 from moondream_cv.model.releases import MOONDREAM_2B, RELEASES
 from moondream_cv.model.sources import local_source
+from moondream_cv.requests import Detect, Point, Settings
 from tests.small_checkpoint import byte_tokenizer, small_config, write_small
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -212,3 +215,35 @@ def test_straight_to_the_gpu(folder: Path) -> None:
     assert model.device.type == "cuda"
     assert model.dtype in (torch.bfloat16, torch.float16)
     assert load(folder, device="cuda:0", dtype="float32").network.device == torch.device("cuda:0")
+
+
+def test_a_calibration_beside_the_weights(folder: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    plain = load(folder, device="cpu")
+    assert not plain.calibrated
+    Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))}).write(folder / "calibration.json")
+    model = load(folder, device="cpu")
+    assert model.calibrated
+    for kind, list_of in ((Point, "points"), (Detect, "objects")):
+        (before,), (after,) = (m.run([kind(image, "dog", Settings(max_objects=3))]) for m in (plain, model))
+        scores = [item.confidence for item in getattr(before, list_of)]
+        expected = [0.25 + score / 2 for score in scores] if kind is Point else scores
+        assert [item.confidence for item in getattr(after, list_of)] == pytest.approx(expected)
+    (folder / "calibration.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"calibration\.json is no calibration"):
+        load(folder, device="cpu")
+
+
+def test_an_adapter_is_not_what_was_calibrated() -> None:
+    adapter = GOLDEN / "mha" / "adapter.pt"
+    model = load(GOLDEN / "mha", device="cpu")
+    model.calibration = Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))})
+    image = GOLDEN / "mha" / "images" / "1_640x480.png"
+    requests = [Point(image, "dog", Settings(max_objects=2, variant=v)) for v in (None, str(adapter))]
+    with_it, without = model.run(requests)
+    assert min(p.confidence for p in with_it.points) >= 0.25  # type: ignore[union-attr]
+    other = load(GOLDEN / "mha", device="cpu", adapter=adapter)
+    other.calibration = model.calibration
+    assert not other.calibrated
+    (expected,) = other.run([Point(image, "dog", Settings(max_objects=2))])
+    assert [p.confidence for p in without.points] == pytest.approx([p.confidence for p in expected.points])  # type: ignore[union-attr]

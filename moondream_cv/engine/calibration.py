@@ -106,6 +106,16 @@ class Calibration:
         except ValueError as error:
             raise CheckpointError(f"{path} is no calibration: {error}") from error
 
+    @classmethod
+    def beside(cls, folder: Path) -> Calibration | None:
+        """What a checkpoint's folder carries, or None.
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        file = folder / FILE_NAME
+        return cls.read(file) if file.is_file() else None
+
 
 def _curves(content: Any) -> dict[str, Curve]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or isinstance(content["schema"], bool):

@@ -35,7 +35,7 @@ class EncodedImage:
     Attributes:
         size: (width, height) of the image in pixels.
         tiling: (rows, columns) of local crops.
-        max_crops: The setting that it was encoded with.
+        max_crops: Local crops at the most that it was encoded with.
         variant: The adapter that it was encoded with; None is the one that the model was loaded with.
         model_key: Identifies the model.
         crops: [1 + rows · columns, crop_size, crop_size, 3] uint8 RGB: the global crop and the local ones row by row,
@@ -47,7 +47,7 @@ class EncodedImage:
 
     size: tuple[int, int]
     tiling: tuple[int, int]
-    max_crops: int | None
+    max_crops: int
     variant: str | None
     model_key: int
     crops: np.ndarray
@@ -104,7 +104,8 @@ def encode_images(
     """
     if not frames:
         return []
-    cut = cut_all(frames, network.config.vision, max_crops, torch.get_num_threads())
+    limit = network.config.vision.max_crops if max_crops is None else max_crops
+    cut = cut_all(frames, network.config.vision, limit, torch.get_num_threads())
     distinct = [crops.pixels[:1] if crops.tiling == (1, 1) else crops.pixels for crops in cut]
     tilings = [crops.tiling for crops in cut]
     with torch.inference_mode():
@@ -115,7 +116,7 @@ def encode_images(
         embeddings, prefixes = _read(network, features, tilings, lora)
     sizes = [(rgb.shape[1], rgb.shape[0]) for rgb in frames]
     return [
-        EncodedImage(size, crops.tiling, max_crops, variant, model_key, crops.pixels, *tensors)
+        EncodedImage(size, crops.tiling, limit, variant, model_key, crops.pixels, *tensors)
         for size, crops, *tensors in zip(sizes, cut, features, embeddings, prefixes, strict=True)
     ]
 

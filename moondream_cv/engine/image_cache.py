@@ -20,12 +20,12 @@ class ImageKey(NamedTuple):
 
     Attributes:
         digest: Of the pixels and of their shape.
-        max_crops: The setting.
+        max_crops: Local crops at the most.
         variant: The adapter's name.
     """
 
     digest: bytes
-    max_crops: int | None
+    max_crops: int
     variant: str | None
 
 
@@ -68,12 +68,12 @@ class ImageCache:
         return self._nbytes
 
     @staticmethod
-    def key(rgb: np.ndarray, max_crops: int | None, variant: str | None) -> ImageKey:
+    def key(rgb: np.ndarray, max_crops: int, variant: str | None) -> ImageKey:
         """Name an image by its content.
 
         Args:
             rgb: [H, W, 3] uint8 RGB.
-            max_crops: The setting that it is or would be encoded with.
+            max_crops: Local crops at the most that it is or would be encoded with.
             variant: The adapter that it is or would be encoded with.
         """
         digest = hashlib.blake2b(repr(rgb.shape).encode(), digest_size=32)  # 2×3 and 3×2 pixels may be the same bytes

@@ -196,12 +196,16 @@ class LocalModel(PublishedMethods):
                 self._variants[variant] = load_adapter(variant, self.config, device=self.device, dtype=self.dtype)
             return self._variants[variant].layers
 
+    def max_crops(self, settings: Settings) -> int:
+        """Local crops of an image at the most; without a setting, as many as the model was trained with."""
+        return settings.max_crops or self.config.vision.max_crops
+
     def encode_arrays(self, frames: Sequence[np.ndarray], settings: Settings) -> list[EncodedImage]:
         """Encode [H, W, 3] uint8 RGB arrays with the same settings, but for those that are cached."""
         cache = self.image_cache
         if cache is None:
             return encode_images(self.network, frames, **self._encoding(settings))
-        keys = [cache.key(frame, settings.max_crops, settings.variant) for frame in frames]
+        keys = [cache.key(frame, self.max_crops(settings), settings.variant) for frame in frames]
         found = {key: cache.get(key) for key in keys}
         missing = {key: frame for key, frame in zip(keys, frames, strict=True) if found[key] is None}
         encoded = encode_images(self.network, list(missing.values()), **self._encoding(settings))

@@ -249,7 +249,7 @@ class Scheduler:
             key: Any = (id(source), settings.variant)
         else:
             path = isinstance(source, str | os.PathLike)
-            key = (os.fspath(source) if path else id(source), settings.max_crops, settings.variant)
+            key = (os.fspath(source) if path else id(source), self._model.max_crops(settings), settings.variant)
         encoded = source if isinstance(source, EncodedImage) else None
         return self._open.get(key) or _Image(key, source, settings, encoded=encoded)
 
@@ -313,7 +313,7 @@ class Scheduler:
         Returns:
             Whether memory was short.
         """
-        alike: dict[tuple[int | None, str | None], list[_Image]] = {}
+        alike: dict[tuple[int, str | None], list[_Image]] = {}
         short = False
         for image in images:
             if image.ready:
@@ -323,7 +323,7 @@ class Scheduler:
             except Exception as error:  # whatever a file, a server or a picture library can raise
                 self._fail(image.waiting, error)
                 continue
-            alike.setdefault((image.settings.max_crops, image.settings.variant), []).append(image)
+            alike.setdefault((self._model.max_crops(image.settings), image.settings.variant), []).append(image)
         for group in alike.values():
             try:
                 frames = [image.rgb for image in group if image.rgb is not None]

@@ -277,7 +277,7 @@ def test_a_frame_of_another_size_is_encoded_in_full(model: LocalModel, frame: np
     ("different", "message"),
     [
         ({"model_key": 8}, "encoded by another model"),
-        ({"max_crops": 3}, "max_crops=None, not 3"),
+        ({"max_crops": 3}, "max_crops=4, not 3"),
         ({"variant": "other"}, "adapter None, not 'other'"),
     ],
 )

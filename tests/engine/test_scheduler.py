@@ -408,6 +408,9 @@ def test_the_cache_knows_images_by_content() -> None:
         encoded = model.encode_image(frame.copy())
         assert sum(crops) == once
         assert alone(model, Caption(encoded, "short", SHORT)) == first
+        limit = model.config.vision.max_crops  # what None stands for
+        model.run([Caption(frame, "short", dataclasses.replace(SHORT, max_crops=limit))])
+        assert sum(crops) == once
         model.run([Caption(frame, "short", dataclasses.replace(SHORT, max_crops=1))])
         assert sum(crops) == once + 1
         model.run([Caption(frame.copy(), "short", dataclasses.replace(SHORT, max_crops=1))])
@@ -446,6 +449,9 @@ def test_a_frame_is_encoded_from_the_one_before(model: LocalModel) -> None:
     request = Caption(moved, "short", SHORT)
     assert_same(model, request, alone(model, request), alone(model, dataclasses.replace(request, image=encoded)))
     assert model.encode_image(moved, previous=previous, tolerance=255) is previous
+    coarse = model.encode_image(frame, {"max_crops": 1})
+    assert model.encode_image(frame.copy(), previous=coarse) is coarse
+    assert model.encode_image(moved, previous=coarse).max_crops == 1
     with pytest.raises(ValueError, match="tolerance must be 0 or more"):
         model.encode_image(moved, previous=previous, tolerance=-1)
     with pytest.raises(ValueError, match="another model"):
