@@ -190,7 +190,10 @@ class Scheduler:
             self._cancelled.append(job)
 
     def results(self) -> list[Job]:
-        """The requests that have been done since the last call, in the order in which they were."""
+        """The requests that have been done since the last call, in the order in which they were.
+
+        They are kept until then: a program that goes on for long has to ask.
+        """
         with self._lock:
             finished, self._finished = self._finished, []
         return finished
@@ -380,8 +383,9 @@ class Scheduler:
         if not is_out_of_memory(error):
             self._fail(entries, error)
             return
+        alone = running == 1 and len(entries) == 1
         spared = self._forget()
-        if running == 1 and (entries[0].alone or not spared):
+        if alone and (entries[0].alone or not spared):
             self._fail(entries, self._never_fits(error))
             return
         try:
@@ -392,7 +396,7 @@ class Scheduler:
             return
         feeds = {arrival.row.key: (arrival.feed, arrival.readings) for arrival in evicted}
         for entry in reversed(entries):
-            entry.alone = running == 1
+            entry.alone = alone
             entry.feed, entry.readings = feeds.get(entry.row.key, (entry.feed, entry.readings))
             entry.image.waiting.appendleft(entry)
         self._queue = dict.fromkeys([entry.image for entry in entries]) | self._queue
