@@ -12,14 +12,14 @@ from moondream_cv.training.tiny import tiny_config, tiny_templates
 from moondream_cv.training.tokenizer import build_tokenizer
 
 
-def random_model(seed: int = 0) -> LocalModel:
+def random_model(seed: int = 0, device: str = "cpu") -> LocalModel:
     """A model of the tiny sizes with random weights that end neither at once nor never."""
     tokenizer = build_tokenizer()
     network = MoondreamNetwork(tiny_config("small", tokenizer.get_vocab_size(), tiny_templates(tokenizer)))
     network.initialize(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         network.text.lm_head.weight.normal_(0, 1.0, generator=torch.Generator().manual_seed(seed + 1))
-    return LocalModel(network, tokenizer, name="random")
+    return LocalModel(network.to(device), tokenizer, name="random")
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from moondream_cv import Detect, Settings, load
+from moondream_cv import load
+from moondream_cv.engine.scheduler import Limits
 from moondream_cv.evaluation.scenes import held_out_scenes
-from moondream_cv.requests import DetectResult
+from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Point, Query, Request, Settings
+from tests.company import assert_same
+from tests.conftest import random_model
+
+SHORT = Settings(temperature=0, max_tokens=8, max_objects=3)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,6 +33,49 @@ def test_float32_boxes_are_those_of_the_cpu() -> None:
                 total += 1
                 agreed += [(o.x_min, o.y_max) for o in mine.objects] == [(o.x_min, o.y_max) for o in theirs.objects]
         assert agreed / total > 0.97  # another order of summation may move a bin
+
+
+def mixed(count: int) -> list[Request]:
+    requests: list[Request] = []
+    for seed in range(count // 4):
+        frame = np.random.default_rng(seed).integers(0, 256, (240, 320, 3), np.uint8)
+        requests += [
+            Detect(frame, "dog", SHORT),
+            Point(frame, "red circle", SHORT),
+            Caption(frame, "short", SHORT),
+            Query(frame, "How many dogs are there?", settings=Settings(max_tokens=8, seed=seed)),
+        ]
+    return requests
+
+
+def test_the_same_answers_in_any_company() -> None:
+    model = random_model(device="cuda")
+    requests = mixed(24)
+    for request, together in zip(requests, model.run(requests), strict=True):
+        assert_same(model, request, model.run([request])[0], together)
+
+
+def test_a_device_that_is_full_goes_on_with_less() -> None:
+    """Memory is taken away until the batch does not fit; the answers stay."""
+    with load("tiny", device="cuda", dtype="float32") as model:
+        requests = mixed(64)
+        model.run(requests[:4])
+        torch.cuda.empty_cache()
+        base = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        before = model.run(requests)
+        peak = torch.cuda.max_memory_reserved()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        try:
+            torch.cuda.set_per_process_memory_fraction((base + (peak - base) * 0.5) / total)
+            after = model.run(requests)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert model.limits != Limits()
+        for request, expected, result in zip(requests, before, after, strict=True):
+            assert not isinstance(result, ErrorResult), result.error
+            assert_same(model, request, expected, result)
 
 
 def test_closing_frees_the_memory() -> None:
