@@ -104,7 +104,7 @@ bench: $(DEV) ## Run the benchmarks that need nothing but a CPU
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
 
 soak: $(DEV) ## Run the long tests
-	$(PY) -m pytest -m soak $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 && echo "There is no soak test yet."; }
+	$(PY) -m pytest -m soak $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 && echo "No soak test was selected."; }
 
 train-tiny: $(BASE) ## Train the tiny model (hours on 2 cores; resumes; TRAIN_ARGS="..." is passed on)
 	$(PY) -m moondream_cv.training.tiny $(TRAIN_ARGS)
