@@ -27,3 +27,7 @@ class UnsupportedSkill(MoondreamError):
 
 class RequestCancelled(MoondreamError):
     """A request that was cancelled before it was complete."""
+
+
+class VideoError(MoondreamError):
+    """A video that cannot be opened, read on or written; the message names the source or the target."""
