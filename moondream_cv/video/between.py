@@ -1,0 +1,93 @@
+"""Boxes on the frames between keyframes: interpolated where what comes is known, predicted where it is not.
+
+A box that is interpolated moves in a straight line from one sighting to the next, be it that one keyframe in between
+has missed it. Before its first sighting an object is shown if it comes in over the frame's edge, after its last one if
+it goes out.
+A box that is predicted goes on as it went, until a second keyframe has missed it or it has left the frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import supervision as sv
+
+from moondream_cv.video.tracks import Box, Track, within
+
+BRIDGE = 2.2  # intervals between two sightings that are bridged: one keyframe may have missed the object
+
+
+class Seen(NamedTuple):
+    """Where a track is on a frame."""
+
+    track: Track
+    box: Box
+    confidence: float
+
+
+def interpolated(tracks: Iterable[Track], time: float, interval: float, resolution_wh: tuple[int, int]) -> list[Seen]:
+    """Where tracks are at a time for which the keyframes around it, and the next one, have been looked at.
+
+    Args:
+        interval: Seconds between keyframes there.
+        resolution_wh: Of the frame.
+    """
+    seen = []
+    for track in tracks:
+        box = _interpolated(track, time, interval, resolution_wh)
+        if box is not None:
+            seen.append(box)
+    return seen
+
+
+def predicted(tracks: Iterable[Track], time: float, interval: float, resolution_wh: tuple[int, int]) -> list[Seen]:
+    """Where tracks are at a time after the last keyframe.
+
+    Args:
+        interval: Seconds between keyframes.
+        resolution_wh: Of the frame.
+    """
+    seen = []
+    for track in tracks:
+        if time - track.last.time <= BRIDGE * interval or time == track.last.time:
+            box = track.moved(time)
+            if within(box, resolution_wh):
+                seen.append(Seen(track, box, track.last.confidence))
+    return seen
+
+
+def as_detections(seen: Sequence[Seen], classes: Sequence[str], resolution_wh: tuple[int, int]) -> sv.Detections:
+    """Boxes, clipped to the frame, as a `Detector` gives them, with `tracker_id`."""
+    limits = np.array(resolution_wh * 2, np.float64)
+    boxes = np.array([np.clip(s.box, 0, limits) for s in seen], np.float32).reshape(-1, 4)
+    class_id = np.array([s.track.class_id for s in seen], int)
+    return sv.Detections(
+        xyxy=boxes,
+        confidence=np.array([s.confidence for s in seen], np.float32),
+        class_id=class_id,
+        tracker_id=np.array([s.track.tracker_id for s in seen], int),
+        data={"class_name": np.array([classes[i] for i in class_id], dtype=str)},
+    )
+
+
+def _interpolated(track: Track, time: float, interval: float, resolution_wh: tuple[int, int]) -> Seen | None:
+    before, after = track.around(time)
+    if before is not None and after is not None:
+        first, second = track.sightings[before], track.sightings[after]
+        gap = second.time - first.time
+        if gap == 0:
+            return Seen(track, first.box, first.confidence)
+        if gap <= BRIDGE * interval:
+            share = (time - first.time) / gap
+            confidence = first.confidence + share * (second.confidence - first.confidence)
+            return Seen(track, first.box + share * (second.box - first.box), confidence)
+    for at, direction in ((before, 1), (after, -1)):
+        if at is None:
+            continue
+        sighting, box = track.sightings[at], track.moved(time, at)
+        passes = not within(track.moved(sighting.time + direction * interval, at), resolution_wh)
+        if abs(time - sighting.time) < interval and passes and within(box, resolution_wh):
+            return Seen(track, box, sighting.confidence)
+    return None
