@@ -1,6 +1,63 @@
 """Video: sources of frames, detection now and then, tracking in between, drawing and writing.
 
-    from moondream_cv.video import track, annotate_video
+    from moondream_cv.video import annotate_video, track
+
+    for frame, detections in track("in.mp4", ["dog", "person"], model="moondream2", every=5):
+        ...
+    annotate_video("in.mp4", "out.mp4", ["face"], annotate="blur")
 
 Names are imported when they are first used.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .annotation import Annotator
+    from .frame import Frame
+    from .pipeline import Summary, annotate_video
+    from .sources import Source, open_source
+    from .watching import Tracked, Tracking, track, watch
+    from .zones import Zones
+
+__all__ = [
+    "Annotator",
+    "Frame",
+    "Source",
+    "Summary",
+    "Tracked",
+    "Tracking",
+    "Zones",
+    "annotate_video",
+    "open_source",
+    "track",
+    "watch",
+]
+
+_HOMES = {
+    "Annotator": "annotation",
+    "Frame": "frame",
+    "Source": "sources",
+    "Summary": "pipeline",
+    "Tracked": "watching",
+    "Tracking": "watching",
+    "Zones": "zones",
+    "annotate_video": "pipeline",
+    "open_source": "sources",
+    "track": "watching",
+    "watch": "watching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

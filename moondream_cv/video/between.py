@@ -58,17 +58,31 @@ def predicted(tracks: Iterable[Track], time: float, interval: float, resolution_
     return seen
 
 
-def as_detections(seen: Sequence[Seen], classes: Sequence[str], resolution_wh: tuple[int, int]) -> sv.Detections:
-    """Boxes, clipped to the frame, as a `Detector` gives them, with `tracker_id`."""
+def as_detections(
+    seen: Sequence[Seen],
+    classes: Sequence[str],
+    resolution_wh: tuple[int, int],
+    looked: sv.Detections | None = None,
+) -> sv.Detections:
+    """Boxes as a `Detector` gives them, clipped to the frame, with `tracker_id`.
+
+    Args:
+        classes: Names by class id.
+        looked: What was found on this very frame: what of it is not tracked is added, with the number -1.
+    """
     limits = np.array(resolution_wh * 2, np.float64)
-    boxes = np.array([np.clip(s.box, 0, limits) for s in seen], np.float32).reshape(-1, 4)
-    class_id = np.array([s.track.class_id for s in seen], int)
+    rows = [(s.box, s.confidence, s.track.class_id, s.track.tracker_id) for s in seen]
+    if looked is not None and looked.tracker_id is not None:
+        for row in np.flatnonzero(looked.tracker_id == -1):
+            confidence = 1.0 if looked.confidence is None else float(looked.confidence[row])
+            class_id = 0 if looked.class_id is None else int(looked.class_id[row])
+            rows.append((np.asarray(looked.xyxy[row], np.float64), confidence, class_id, -1))
     return sv.Detections(
-        xyxy=boxes,
-        confidence=np.array([s.confidence for s in seen], np.float32),
-        class_id=class_id,
-        tracker_id=np.array([s.track.tracker_id for s in seen], int),
-        data={"class_name": np.array([classes[i] for i in class_id], dtype=str)},
+        xyxy=np.array([np.clip(row[0], 0, limits) for row in rows], np.float32).reshape(-1, 4),
+        confidence=np.array([row[1] for row in rows], np.float32),
+        class_id=np.array([row[2] for row in rows], int),
+        tracker_id=np.array([row[3] for row in rows], int),
+        data={"class_name": np.array([classes[row[2]] for row in rows], dtype=str)},
     )
 
 

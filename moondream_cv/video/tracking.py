@@ -82,6 +82,17 @@ class Tracker:
         self.tracks: dict[int, Track] = {}
         self.interval = 0.0
 
+    @property
+    def time(self) -> float | None:
+        """Of the last keyframe; None before the first."""
+        return None if self._before is None else self._before.time
+
+    def anew(self) -> Tracker:
+        """One that has seen nothing yet, and gives numbers that this one has not given."""
+        tracker = Tracker(self._make, memory=self._memory)
+        tracker._next_id = self._next_id
+        return tracker
+
     def update(self, detections: sv.Detections, frame: Frame) -> sv.Detections:
         """Take in what was found on a keyframe.
 
