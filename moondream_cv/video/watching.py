@@ -173,6 +173,7 @@ class Watch:
 
     Attributes:
         sources: That are watched.
+        classes: What is looked for.
         worker: Looks at keyframes; knows how many, how fast, and how often that failed.
     """
 
@@ -192,7 +193,7 @@ class Watch:
             ahead: For each source whether it may be decoded ahead, in a thread of its own.
             owns: Whether the detector is to be closed at the end.
         """
-        self.sources = list(sources)
+        self.sources, self.classes = list(sources), list(classes)
         self._detector = detector if owns and isinstance(detector, Detector) else None
         self._closed = False
         self.worker = DetectionWorker(detector, classes)

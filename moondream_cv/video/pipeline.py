@@ -1,0 +1,218 @@
+"""`annotate_video`: a video in, the names of things in, an annotated and tracked video out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+import supervision as sv
+
+from moondream_cv.video.annotation import Annotator
+from moondream_cv.video.json_lines import JsonLinesWriter
+from moondream_cv.video.mot import MotWriter
+from moondream_cv.video.schedule import Every
+from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.watching import Tracked, Tracking, Watch, watch
+from moondream_cv.video.window import Window
+from moondream_cv.video.writers import Writer
+from moondream_cv.video.zones import Zones
+
+
+@dataclass
+class ClassSummary:
+    """What was seen of a class.
+
+    Attributes:
+        objects: How many different ones.
+        frames: On how many frames there was one.
+        most: How many there were at a time.
+        confidence: Mean over all their boxes.
+    """
+
+    objects: int = 0
+    frames: int = 0
+    most: int = 0
+    confidence: float = float("nan")
+
+
+@dataclass
+class Summary:
+    """How far a video has come, and what was on it.
+
+    Attributes:
+        frames: That came out.
+        frame_count: How many there will be, as far as the source says; it may be wrong.
+        seconds: Of the source.
+        elapsed: Seconds that it took.
+        looked: Frames that the detector has looked at.
+        failed: Frames on which the detector raised.
+        problems: Frames that could not be decoded.
+        classes: What was seen of each.
+        zones: `Zones.counts` at the end; None without zones.
+    """
+
+    frames: int = 0
+    frame_count: int | None = None
+    seconds: float = 0.0
+    elapsed: float = 0.0
+    looked: int = 0
+    failed: int = 0
+    problems: int = 0
+    classes: dict[str, ClassSummary] = field(default_factory=dict)
+    zones: dict[str, Any] | None = None
+
+    @property
+    def fps(self) -> float:
+        """Frames a second that came out."""
+        return self.frames / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def looked_fps(self) -> float:
+        """Frames a second that were looked at."""
+        return self.looked / self.elapsed if self.elapsed > 0 else 0.0
+
+
+def annotate_video(
+    source: Any,
+    target: str | os.PathLike[str] | None,
+    classes: str | Sequence[str],
+    *,
+    annotate: str | Sequence[str] = ("box", "label"),
+    model: Any = "moondream2",
+    every: Every = "auto",
+    confidence: float = 0.0,
+    tracking: Tracking | None = None,
+    zones: Zones | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    panel: bool = False,
+    colour_by: Literal["class", "id"] = "class",
+    json: str | Path | TextIO | None = None,
+    mot: str | Path | TextIO | None = None,
+    show: bool = False,
+    audio: bool = True,
+    device: str | None = None,
+    on_frame: Callable[[Summary], None] | None = None,
+) -> Summary:
+    """Track what the names mean through a video, and write it with the boxes drawn.
+
+        annotate_video("in.mp4", "out.mp4", ["face", "license plate"], annotate="blur")
+
+    Whatever ends it, Ctrl-C and exceptions among them, what was written so far plays.
+
+    Args:
+        source: As for `track`.
+        target: An .mp4, .mov or .mkv file (H.264); None writes no video.
+        classes: Names, as for a `Detector`.
+        annotate: Out of box, label, trace, dot, blur and pixelate, or "none".
+        model: As for `track`, as are `every`, `confidence`, `tracking` and `device`.
+        zones: Lines and zones to count at: `Zones`, a dict like its file, or the path of one.
+        panel: Put a table of counts beside the picture.
+        colour_by: Whether things of a class or with an id share a colour.
+        json: Where to write JSON lines, one a frame.
+        mot: Where to write a MOT challenge text.
+        show: Show the frames in a window as well; closing it ends the video.
+        audio: Copy the sound of a video file.
+        on_frame: Called after each frame with what there is so far; always the same object.
+
+    Returns:
+        What came out.
+
+    Raises:
+        VideoError: The source cannot be read, or a target not be written; names it.
+        ValueError: An argument is out of range.
+    """
+    counted = _zones(zones)
+    watched = watch(
+        [source], classes, model=model, every=every, confidence=confidence, tracking=tracking, device=device
+    )
+    with watched, ExitStack() as writers:
+        opened = watched.sources[0]
+        summary = Summary(frame_count=opened.frame_count)
+        tally = _Tally(watched.classes, summary)
+        annotator = Annotator(annotate, watched.classes, colour_by=colour_by, zones=counted, panel=panel)
+        pictures: list[Writer] = []
+        texts: list[Writer] = []
+        if json is not None:
+            texts.append(writers.enter_context(JsonLinesWriter(json)))
+        if mot is not None:
+            texts.append(writers.enter_context(MotWriter(mot)))
+        if target is not None:
+            sound = _file(source) if audio else None
+            pictures.append(writers.enter_context(VideoWriter(Path(target), fps=opened.fps, audio_from=sound)))
+        window = writers.enter_context(Window(f"moondream_cv: {opened.name}")) if show else None
+        if window is not None:
+            pictures.append(window)
+        for tracked in watched:
+            _write(tracked, annotator, counted, pictures, texts)
+            tally.add(tracked, watched, counted)
+            if on_frame is not None:
+                on_frame(summary)
+            if window is not None and window.closed:
+                break
+    return summary
+
+
+def _write(
+    tracked: Tracked, annotator: Annotator, zones: Zones | None, pictures: Sequence[Writer], texts: Sequence[Writer]
+) -> None:
+    frame, detections = tracked.frame, tracked.detections
+    if zones is not None:
+        zones.update(detections, (frame.image.shape[1], frame.image.shape[0]))
+    for text in texts:
+        text.write(frame, detections)
+    if pictures:
+        drawn = replace(frame, image=annotator(frame.image, detections, frame.time))
+        for picture in pictures:
+            picture.write(drawn, detections)
+
+
+class _Tally:
+    """Counts into a summary."""
+
+    def __init__(self, classes: Sequence[str], summary: Summary) -> None:
+        self._summary = summary
+        self._started = time.perf_counter()
+        self._ids: dict[str, set[int]] = {name: set() for name in classes}
+        self._scores = dict.fromkeys(classes, (0.0, 0))  # sum and number
+        summary.classes = {name: ClassSummary() for name in classes}
+
+    def add(self, tracked: Tracked, watched: Watch, zones: Zones | None) -> None:
+        summary = self._summary
+        summary.frames += 1
+        summary.seconds, summary.elapsed = tracked.frame.time, time.perf_counter() - self._started
+        summary.looked, summary.failed = watched.worker.looked, watched.worker.failed
+        summary.problems = watched.sources[0].problems
+        for name, seen in summary.classes.items():
+            self._add_class(name, seen, tracked.detections)
+        if zones is not None:
+            summary.zones = zones.counts()
+
+    def _add_class(self, name: str, seen: ClassSummary, detections: sv.Detections) -> None:
+        rows: list[int] = np.flatnonzero(np.asarray(detections.data["class_name"]) == name).tolist()
+        if not len(rows) or detections.tracker_id is None or detections.confidence is None:
+            return
+        self._ids[name].update(i for i in detections.tracker_id[rows].tolist() if i >= 0)
+        total, number = self._scores[name]
+        self._scores[name] = total + float(detections.confidence[rows].sum()), number + len(rows)
+        seen.objects, seen.frames = len(self._ids[name]), seen.frames + 1
+        seen.most = max(seen.most, len(rows))
+        seen.confidence = self._scores[name][0] / self._scores[name][1]
+
+
+def _file(source: Any) -> Path | None:
+    """The path of a source that is a file."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source).expanduser()
+    return path if path.is_file() else None
+
+
+def _zones(zones: Zones | Mapping[str, Any] | str | os.PathLike[str] | None) -> Zones | None:
+    if zones is None or isinstance(zones, Zones):
+        return zones
+    return Zones.from_dict(zones) if isinstance(zones, Mapping) else Zones.read(zones)
