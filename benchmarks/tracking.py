@@ -1,0 +1,156 @@
+"""How well objects keep their numbers when a detector looks at some frames only, beside other ways to do it.
+
+    python benchmarks/tracking.py              # a perfect detector that misses 10 %, and the tiny model: minutes
+    python benchmarks/tracking.py --perfect    # the first alone: half a minute
+
+Eight rendered clips of 300 frames, 6 to 10 objects of 3 classes each, which move, cross, leave and come back; in two of
+them the camera moves. HOTA by the `trackers` package; switches per clip; coverage of the true boxes at an IoU of 0.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import supervision as sv
+import trackers
+
+from moondream_cv import Detector, load
+from moondream_cv.evaluation.tracks import (
+    CLIPS,
+    PerfectDetector,
+    TrackScores,
+    numbered_frames,
+    score_tracks,
+    tracking_clip,
+    truth_of,
+)
+from moondream_cv.scenes.clips import Clip, TrackedObject
+from moondream_cv.video import Tracking, watch
+from moondream_cv.video.frame import Frame
+
+EVERY = (1, 3, 5, 10, 15)
+FPS = 30.0
+
+Truth = list[list[TrackedObject]]
+Run = Callable[[Clip, Truth, Any, int], Iterator[sv.Detections]]
+
+
+def frames_of(clip: Clip, detector: Any) -> Iterator[np.ndarray]:
+    """What the detector needs to see: its number, or the picture."""
+    if isinstance(detector, PerfectDetector):
+        return numbered_frames(len(clip), clip.resolution_wh)
+    return (np.ascontiguousarray(image[..., ::-1]) for image, _ in clip.frames())
+
+
+def ours(clip: Clip, truth: Truth, detector: Any, every: int, **options: Any) -> Iterator[sv.Detections]:
+    source = frames_of(clip, detector)
+    for tracked in watch([source], clip.class_names, model=detector, every=every, tracking=Tracking(**options)):
+        yield tracked.detections
+
+
+def ours_live(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
+    """As in `watch` of a live source, but the model takes no time."""
+    from moondream_cv.video.between import as_detections, predicted
+    from moondream_cv.video.tracking import Tracker
+
+    tracker = Tracker()
+    for index, image in enumerate(frames_of(clip, detector)):
+        frame = Frame(image, index, index / FPS)
+        if index % every == 0:
+            tracker.update(detector(image, clip.class_names), frame)
+        seen = predicted(tracker.tracks.values(), frame.time, every / FPS, clip.resolution_wh)
+        yield as_detections(seen, clip.class_names, clip.resolution_wh)
+
+
+def trackers_alone(make: Callable[[], Any], timed: bool = False) -> Run:
+    """A tracker for each class, updated with nothing on the frames in between, and the boxes that it predicts there."""
+
+    def run(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
+        each = [make() for _ in clip.class_names]
+        for index, image in enumerate(frames_of(clip, detector)):
+            looked = index % every == 0
+            found = detector(image, clip.class_names) if looked else sv.Detections.empty()
+            found.confidence = np.ones(len(found), np.float32)  # constant scores below 0.7 give no tracks at all
+            boxes, ids = [], []
+            for class_id, tracker in enumerate(each):
+                part = found[found.class_id == class_id] if len(found) else found
+                if looked or not timed:
+                    tracker.update(part, **({"timestamp": index / FPS} if timed else {}))
+                tracked = tracker.tracked_objects
+                boxes += tracked.xyxy.tolist()
+                ids += [1000 * class_id + i for i in tracked.tracker_id.tolist()]
+            yield sv.Detections(xyxy=np.array(boxes, np.float32).reshape(-1, 4), tracker_id=np.array(ids, int))
+
+    return run
+
+
+def held(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
+    """No tracking: boxes stand still until the next keyframe, where each is a new one."""
+    found, given = sv.Detections.empty(), 0
+    for index, image in enumerate(frames_of(clip, detector)):
+        if index % every == 0:
+            found = detector(image, clip.class_names)
+            found.tracker_id = np.arange(given, given + len(found))
+            given += len(found)
+        yield found
+
+
+def rows() -> dict[str, Run]:
+    sort = trackers.SORTTracker
+    table: dict[str, Run] = {
+        "file (interpolated)": ours,
+        "live (predicted)": ours_live,
+        "file, OC-SORT": lambda *a: ours(*a, tracker="ocsort"),
+        "ByteTrack, empty updates": trackers_alone(trackers.ByteTrackTracker),
+        "SORT, its defaults": trackers_alone(sort),
+        "no tracking": held,
+    }
+    if "iou" in inspect.signature(sort).parameters:
+        from trackers.utils.iou import GIoU
+
+        best = {"minimum_consecutive_frames": 1, "minimum_iou_threshold": -0.5}
+        table["SORT with GIoU, from facts"] = trackers_alone(lambda: sort(iou=GIoU(), **best))
+    return table
+
+
+def measure(detector_of: Callable[[Truth, int], Any], names: Sequence[str] | None = None) -> None:
+    clips = [tracking_clip(number) for number in range(CLIPS)]
+    truths = [truth_of(clip) for clip in clips]
+    print(f"{'':28} {'every':>5} {'HOTA':>7} {'boxes':>7} {'numbers':>7} {'coverage':>8} {'switches':>8}  per clip")
+    for name, run in rows().items():
+        if names is not None and name not in names:
+            continue
+        for every in EVERY:
+            scores = []
+            for number, (clip, truth) in enumerate(zip(clips, truths, strict=True)):
+                scores.append(score_tracks(truth, run(clip, truth, detector_of(truth, number), every)))
+            mean, switches = TrackScores.mean(scores), [int(s.switches) for s in scores]
+            print(
+                f"{name:28} {every:5} {mean.hota:7.3f} {mean.detection:7.3f} {mean.association:7.3f} "
+                f"{mean.coverage:8.3f} {mean.switches:8.2f}  {switches}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--perfect", action="store_true", help="only the perfect detector")
+    parser.add_argument("--confidence", type=float, default=0.5, help="threshold of the tiny model's detections")
+    arguments = parser.parse_args()
+    print(f"trackers {version('trackers')}\n\nA perfect detector that misses 10 %")
+    measure(lambda truth, number: PerfectDetector(truth, 0.1, number))
+    if arguments.perfect:
+        return
+    print(f"\nThe tiny model, from a confidence of {arguments.confidence} on")
+    with load("tiny", device="cpu") as model:
+        detector = Detector(model, confidence=arguments.confidence)
+        measure(lambda truth, number: detector, ("file (interpolated)", "live (predicted)", "no tracking"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Webcams and streams: the newest frame counts, what is lost comes back. Run with `pytest tests/video/test_live.py`."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from moondream_cv.errors import VideoError
+from moondream_cv.video import live
+from moondream_cv.video.live import LiveReader
+from moondream_cv.video.sources import open_source
+from tests.clips import Reply, deadline, number_of, numbered, serving
+
+TIMES = {"open_timeout": 2.0, "read_timeout": 0.4}
+
+
+@pytest.fixture(autouse=True)
+def _in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(live, "FIRST_PAUSE", 0.05)
+    with deadline(10):
+        yield
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+class Camera:
+    """Images that the test pushes; `gone` makes the connection end, and opening fail."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Condition()
+        self.images: list[np.ndarray | None] = []
+        self.opened = self.released = 0
+        self.gone = False
+
+    def push(self, *images: np.ndarray | None) -> None:
+        """Show images; None ends the connection."""
+        with self.ready:
+            self.images += images
+            self.ready.notify_all()
+
+    def __call__(self, reader: LiveReader) -> Iterator[np.ndarray]:
+        if self.gone:
+            raise VideoError("the camera is gone")
+        self.opened += 1
+        reader.fps = 12.5
+        try:
+            while True:
+                with self.ready:
+                    self.ready.wait_for(lambda: self.images, 5)
+                    image = self.images.pop(0)
+                if image is None:
+                    return
+                yield image
+        finally:
+            self.released += 1
+
+
+def numbers(images: int) -> list[np.ndarray]:
+    return [numbered(number) for number in range(images)]
+
+
+# The reader itself -------------------------------------------------------------------------------------------------
+
+
+def test_a_slow_consumer_gets_the_newest_frame() -> None:
+    camera = Camera()
+    camera.push(numbered(0))
+    with LiveReader(camera, name="camera", **TIMES) as reader:
+        assert (reader.live, reader.fps, reader.frame_count, reader.resolution_wh) == (True, 12.5, None, (128, 64))
+        first = next(reader)
+        assert (number_of(first.image), first.index, first.time, reader.waiting) == (0, 0, 0.0, 0)
+        camera.push(*numbers(10)[1:])
+        until(lambda: reader.dropped == 8)
+        assert reader.waiting == 1
+        second = next(reader)
+        assert (number_of(second.image), second.index, reader.waiting, reader.dropped) == (9, 1, 0, 8)
+        assert second.time > 0
+        camera.push(None, numbered(77))  # the thread waits for an image otherwise
+    assert not reader._thread.is_alive()
+
+
+def test_a_fast_consumer_waits_and_gets_every_frame() -> None:
+    camera = Camera()
+    camera.push(numbered(0))
+    with LiveReader(camera, name="camera", **TIMES) as reader:
+        times = []
+        for number in range(5):
+            frame = next(reader)
+            assert (number_of(frame.image), frame.index) == (number, number)
+            times.append(frame.time)
+            threading.Timer(0.02, camera.push, [numbered(number + 1)]).start()
+        assert times == sorted(times)
+        assert reader.dropped == 0
+        assert times[-1] >= 0.06
+
+
+def test_a_lost_source_is_opened_again(caplog: pytest.LogCaptureFixture) -> None:
+    camera = Camera()
+    camera.push(numbered(0), None)
+    with LiveReader(camera, name="the camera at the door", **TIMES) as reader:
+        assert number_of(next(reader).image) == 0
+        until(lambda: camera.opened == 2)
+        camera.push(numbered(1), None)
+        frame = next(reader)
+        assert (number_of(frame.image), frame.index) == (1, 1)
+        camera.push(numbered(2))
+        assert number_of(next(reader).image) == 2
+        camera.push(None)
+        warnings = [record.message for record in caplog.records if "was lost" in record.message]
+        assert len(warnings) >= 2
+        assert "the camera at the door" in warnings[0]
+
+
+def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LONGEST_PAUSE", 0.2)
+    camera, attempts = Camera(), []
+    camera.push(numbered(0), None)
+
+    def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
+        attempts.append(time.monotonic())
+        return camera(reader)
+
+    reader = LiveReader(open_frames, name="camera", reconnect_for=1.0, **TIMES)
+    camera.gone = True
+    assert number_of(next(reader).image) == 0
+    with pytest.raises(VideoError, match=r"camera is gone, although it was tried again for 1 s: the camera is gone"):
+        next(reader)
+    assert list(reader) == []
+    pauses = np.diff(attempts)
+    assert 5 <= len(pauses) <= 7
+    assert (pauses[:4] > np.array([0.05, 0.1, 0.2, 0.2]) - 0.01).all()
+    assert 0.9 < sum(pauses) < 1.5
+    assert (camera.opened, camera.released) == (1, 1)
+
+
+def test_the_waiting_frame_comes_before_the_error() -> None:
+    reader = LiveReader(lambda _: iter(numbers(3)), name="short", reconnect_for=0, **TIMES)
+    until(lambda: not reader._thread.is_alive())
+    assert number_of(next(reader).image) == 2
+    with pytest.raises(VideoError, match="short is gone: short ended"):
+        next(reader)
+    reader.close()
+
+
+def test_the_first_attempt_is_not_repeated() -> None:
+    camera = Camera()
+    camera.gone = True
+    start = time.monotonic()
+    with pytest.raises(VideoError, match=r"^the camera is gone$"):
+        LiveReader(camera, name="camera", **TIMES)
+    with pytest.raises(VideoError, match=r"^camera ended$"):
+        LiveReader(lambda _: iter([]), name="camera", **TIMES)
+    assert time.monotonic() - start < 0.5
+
+
+def test_errors_of_a_driver_are_wrapped() -> None:
+    def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
+        raise OSError("no such device")
+
+    with pytest.raises(VideoError, match="camera failed: OSError: no such device") as raised:
+        LiveReader(open_frames, name="camera", **TIMES)
+    assert isinstance(raised.value.__cause__, OSError)
+
+
+def test_a_driver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "CLOSING_SECONDS", 0.1)
+    hang = threading.Event()
+
+    def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
+        yield numbered(0)
+        hang.wait(8)
+
+    start = time.monotonic()
+    reader = LiveReader(open_frames, name="camera", reconnect_for=0.1, open_timeout=0.2, read_timeout=0.2)
+    assert number_of(next(reader).image) == 0
+    with pytest.raises(VideoError, match=r"camera is gone: no frame for 1\.3 s"):
+        next(reader)
+    assert time.monotonic() - start < 2
+    reader.close()
+
+    def never(reader: LiveReader) -> Iterator[np.ndarray]:
+        hang.wait(8)
+        return iter(())
+
+    with pytest.raises(VideoError, match=r"camera gave no frame within 0\.3 s"):
+        LiveReader(never, name="camera", open_timeout=0.2, read_timeout=0.1)
+    hang.set()
+
+
+def test_closing_from_another_thread_ends_the_wait() -> None:
+    camera = Camera()
+    camera.push(numbered(0))
+    reader = LiveReader(camera, name="camera", open_timeout=2, read_timeout=8)
+    next(reader)
+    ended = []
+    consumer = threading.Thread(target=lambda: ended.append(list(reader)))
+    consumer.start()
+    time.sleep(0.05)
+    start = time.monotonic()
+    threading.Timer(0.1, camera.push, [None]).start()  # lets the thread out of the camera
+    reader.close()
+    consumer.join(2)
+    assert ended == [[]]
+    assert not reader._thread.is_alive()
+    assert time.monotonic() - start < 1
+    assert camera.released == 1
+    reader.close()
+    assert list(reader) == []
+
+
+def test_closing_while_waiting_to_connect_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "FIRST_PAUSE", 8.0)
+    reader = LiveReader(lambda _: iter(numbers(1)), name="camera", **TIMES)
+    until(lambda: reader._received == 1)
+    start = time.monotonic()
+    reader.close()
+    assert time.monotonic() - start < 0.5
+    assert not reader._thread.is_alive()
+
+
+# Webcams -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [97, "97", np.int64(97), "/dev/video97"])
+def test_a_webcam_that_is_not_there(source: object) -> None:
+    with pytest.raises(VideoError, match=r"webcam 97 cannot be opened; is it plugged in"):
+        open_source(source)  # type: ignore[arg-type]
+
+
+# Streams over HTTP -------------------------------------------------------------------------------------------------
+
+
+def endless(reply: Reply, first: int = 0, pause: float = 0.02) -> None:
+    number = first
+    while not reply.stopping.is_set():
+        reply.send_jpeg(numbered(number % 256), pause)
+        number += 1
+
+
+def mjpeg(reply: Reply) -> None:
+    reply.start_mjpeg()
+    endless(reply)
+
+
+def test_an_mjpeg_stream() -> None:
+    with serving(mjpeg) as address, open_source(f"{address}/cam?token=abc", **TIMES) as source:
+        assert source.live
+        assert source.name == f"{address}/cam?token=..."
+        assert (source.fps, source.frame_count, source.resolution_wh) == (None, None, (128, 64))
+        frames = list(islice(source, 5))
+        found = [number_of(frame.image) for frame in frames]
+        assert found == sorted(set(found))
+        assert [frame.index for frame in frames] == list(range(5))
+        time.sleep(0.3)
+        next(source)  # waited
+        late = next(source)
+        assert number_of(late.image) >= found[-1] + 10
+        assert source.problems == 0
+
+
+@pytest.mark.parametrize("failure", ["stalls", "dies", "refuses"])
+def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCaptureFixture) -> None:
+    requests: list[float] = []
+
+    def answer(reply: Reply) -> None:
+        requests.append(time.monotonic())
+        if len(requests) == 2 and failure == "refuses":
+            reply.start("text/plain", 503)
+            return
+        reply.start_mjpeg()
+        if len(requests) > 1:
+            endless(reply, first=100)
+        for number in range(5):
+            reply.send_jpeg(numbered(number), 0.02)
+        if failure == "stalls":
+            reply.stopping.wait(5)
+
+    with serving(answer) as address, open_source(address, reconnect_for=5, **TIMES) as source:
+        before = next(source)
+        frame = next(frame for frame in source if number_of(frame.image) >= 100)
+        assert frame.time > before.time
+        assert len(requests) == (3 if failure == "refuses" else 2)
+        assert f"{address} was lost" in caplog.text
+
+
+def test_a_stream_that_ends_for_good() -> None:
+    requests: list[int] = []
+
+    def answer(reply: Reply) -> None:
+        requests.append(1)
+        if len(requests) > 1:
+            reply.start("text/plain", 410)
+            return
+        reply.start_mjpeg()
+        for number in range(5):
+            reply.send_jpeg(numbered(number), 0.05)
+
+    with serving(answer) as address, open_source(address, reconnect_for=0.5, **TIMES) as source:
+        found: list[int] = []
+        start = time.monotonic()
+        with pytest.raises(VideoError, match=rf"^{address} is gone, although it was tried again for 0\.5 s: "):
+            found.extend(number_of(frame.image) for frame in source)
+        assert found[-1] == 4
+        assert time.monotonic() - start < 3
+        assert len(requests) >= 3
+
+
+def test_closing_a_stream_that_stalls() -> None:
+    def answer(reply: Reply) -> None:
+        reply.start_mjpeg()
+        for number in range(5):
+            reply.send_jpeg(numbered(number), 0.02)
+        reply.stopping.wait(8)
+
+    with serving(answer) as address:
+        source = open_source(address, open_timeout=2, read_timeout=1)
+        next(source)
+        threading.Timer(0.3, source.close).start()
+        start = time.monotonic()
+        rest = list(source)
+        assert time.monotonic() - start < 0.8
+        assert len(rest) <= 4
+        source.close()
+        assert isinstance(source, LiveReader)
+        assert not source._thread.is_alive()
+
+
+def test_a_damaged_picture_in_a_stream_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    def answer(reply: Reply) -> None:
+        reply.start_mjpeg()
+        for number in range(5):
+            reply.send_jpeg(numbered(number), 0.02)
+        reply.handler.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: 9\r\n\r\nno image.\r\n")
+        endless(reply, first=100)
+
+    with serving(answer) as address, open_source(address, **TIMES) as source:
+        next(frame for frame in source if number_of(frame.image) >= 102)
+        assert source.problems == 1
+        assert "a frame was skipped" in caplog.text
+        assert "was lost" not in caplog.text
+
+
+@pytest.mark.parametrize("scheme", ["rtsp", "rtmp", "http"])
+def test_nobody_answers(scheme: str) -> None:
+    with pytest.raises(VideoError, match=rf"^{scheme}://127\.0\.0\.1:9/live cannot be opened as a video: ") as raised:
+        open_source(f"{scheme}://me:secret@127.0.0.1:9/live", **TIMES)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_says_nothing() -> None:
+    start = time.monotonic()
+    with (
+        serving(lambda reply: reply.stopping.wait(8) and None) as address,
+        pytest.raises(VideoError, match="cannot be opened as a video: no answer in time"),
+    ):
+        open_source(address, open_timeout=0.4, read_timeout=0.4)
+    assert time.monotonic() - start < 2
+
+
+def test_h264_over_udp() -> None:
+    import av
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stop = threading.Event()
+
+    def send() -> None:
+        with av.open(f"udp://127.0.0.1:{port}?pkt_size=1316", "w", format="mpegts") as container:
+            stream = container.add_stream("libx264", rate=50, options={"tune": "zerolatency", "g": "5"})
+            stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
+            for number in range(500):
+                frame = av.VideoFrame.from_ndarray(numbered(number % 256), format="bgr24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+                if stop.wait(0.02):
+                    return
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    try:
+        with open_source(f"udp://127.0.0.1:{port}", open_timeout=6, read_timeout=1) as source:
+            found = [number_of(frame.image) for frame in islice(source, 20)]
+            assert found == sorted(set(found))
+            assert source.live
+            assert source.resolution_wh == (128, 64)
+            stop.set()
+    finally:
+        stop.set()
+        sender.join(5)
+
+
+def test_a_udp_stream_without_a_sender() -> None:
+    with pytest.raises(VideoError, match=r"udp://127\.0\.0\.1:\d+ (cannot be opened|gave no frame)"):
+        open_source("udp://127.0.0.1:19731", open_timeout=0.3, read_timeout=0.3)
