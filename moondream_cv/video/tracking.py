@@ -132,17 +132,23 @@ class Tracker:
             self._trackers[class_id] = self._make()
         tracker = self._trackers[class_id]
         grown = np.array([_grown(box, 1 + GROWTH * steps) for box in boxes], np.float32).reshape(-1, 4)
-        known = {id(tracklet) for tracklet in tracker.tracks}
+        before = list(tracker.tracks)  # held, so that nothing new gets the id() of what is dropped meanwhile
         extra: dict[str, Any] = {"frame": frame.image} if getattr(tracker, "enable_cmc", False) else {}
         if "timestamp" in inspect.signature(tracker.update).parameters:  # not in trackers 2.4
             extra["timestamp"] = self._clock / RATE
         else:
             for _ in range(steps - 1):
                 tracker.update(sv.Detections.empty())
-        found = tracker.update(sv.Detections(xyxy=grown), **extra)
-        ids = np.full(len(boxes), -1) if found.tracker_id is None else found.tracker_id
+        rows = np.arange(len(boxes))  # some trackers give them back in another order, or not all of them
+        found = tracker.update(
+            sv.Detections(xyxy=grown, confidence=np.ones(len(boxes), np.float32), data={"row": rows}), **extra
+        )
+        ids = np.full(len(boxes), -1)
+        if len(found) and found.tracker_id is not None:
+            ids[found.data["row"]] = found.tracker_id
         by_id = {t.tracker_id: t for t in tracker.tracks if t.tracker_id >= 0}
         # An object that is new has no number yet. Its box says which it is.
+        known = set(map(id, before))
         new = {id(t): t for t in tracker.tracks if id(t) not in known}
         tracklets: list[Any | None] = []
         for box, tracklet_id in zip(grown, ids.tolist(), strict=True):
