@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from moondream_cv.video.tracks import Box, Track, centre
 
-HIDDEN = 1.5  # seconds for which an object within the frame is expected back
+HIDDEN = 3.0  # seconds for which an object within the frame is expected back
 DRIFT = 0.08  # of the frame's diagonal in a second: how fast an object strays from its way, beside its own speed
 WAY = 1.0  # seconds for which a lost object is taken to have gone straight on
 ALONG = 0.5  # of a side's length: how far from where it left an object may come back
