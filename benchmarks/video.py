@@ -2,9 +2,9 @@
 
     python benchmarks/video.py
 
-Ratios within one run: the output beside the clip's own 30 frames a second, and everything but the model beside loops that
-only decode and encode, with the same codec and settings: one has each frame as a BGR array, as whatever draws needs it,
-the other leaves the pictures as they are coded.
+Ratios within one run: the output beside the clip's own 30 frames a second, and everything but the model beside loops
+that only decode and encode, with the same codec and settings: one has each frame as a BGR array, as whatever draws
+needs it, the other leaves the pictures as they are coded.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ for which there was no time are left out. Looking happens in a thread of its own
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -229,9 +230,10 @@ class Watch:
             return
         self._closed = True
         self.worker.close()
+        with contextlib.suppress(ValueError):  # it is running in another thread, and ends with its source
+            self._frames.close()
         for source in self.sources:
             source.close()
-        self._frames.close()
         if self._detector is not None:
             self._detector.close()
 
