@@ -240,7 +240,7 @@ class _Encoder:
         from av.video.reformatter import ColorRange, Colorspace
 
         picture = self._reformatter.reformat(
-            av.VideoFrame.from_ndarray(image, format="bgr24"),
+            av.VideoFrame.from_numpy_buffer(image, format="bgr24"),  # no copy: it is only read
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             src_color_range=ColorRange.JPEG,
