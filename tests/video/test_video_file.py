@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import supervision as sv
@@ -19,8 +24,6 @@ import supervision as sv
 from moondream_cv.errors import VideoError
 from moondream_cv.video.frame import Frame
 from moondream_cv.video.video_file import VideoWriter, _Clock
-
-av = pytest.importorskip("av")
 
 NOTHING = sv.Detections.empty()
 RED = (0, 0, 255)  # BGR
@@ -405,19 +408,46 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["device.mp4", "file", "folder.mp4"]
 
 
-def test_a_folder_or_file_without_permission(tmp_path: Path) -> None:
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    (tmp_path / "a.mp4").write_text("kept")
-    (tmp_path / "a.mp4").chmod(0o444)
-    with pytest.raises(VideoError, match=r"a\.mp4 cannot be written: it is write-protected"):
-        VideoWriter(tmp_path / "a.mp4")
-    tmp_path.chmod(0o555)
-    try:
+def as_nobody(check: Callable[[], None], folder: Path) -> None:
+    """Run a check, in a child without root's permissions if there are any."""
+    if os.geteuid() != 0:
+        check()
+        return
+    os.chown(folder, 65534, 65534)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            check()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are those of POSIX")
+def test_a_folder_or_file_without_permission() -> None:
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders cannot be entered by others
+
+    def check() -> None:
+        (folder / "a.mp4").write_text("kept")
+        (folder / "a.mp4").chmod(0o444)
+        with pytest.raises(VideoError, match=r"a\.mp4 cannot be written: it is write-protected"):
+            VideoWriter(folder / "a.mp4")
+        folder.chmod(0o555)
         with pytest.raises(VideoError, match=r"b\.mp4 cannot be written: Permission denied"):
-            VideoWriter(tmp_path / "b.mp4")
+            VideoWriter(folder / "b.mp4")
+
+    try:
+        as_nobody(check, folder)
     finally:
-        tmp_path.chmod(0o755)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
