@@ -1,7 +1,7 @@
 """`moondream-cv demo`: the embedded tiny model on rendered scenes, with what is true beside what it says.
 
-The scenes are fixed, so the demo is the same every time. Mistakes are shown like everything else. What is asked, and
-what counts as right, stands in `moondream_cv.cli.demo_scenes`.
+The scenes and the clip are fixed, so the demo is the same every time. Mistakes are shown like everything else. What is
+asked, and what counts as right, stands in `moondream_cv.cli.demo_scenes` and `moondream_cv.cli.demo_clip`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .demo_clip import SHOWN, Followed, follow, shown_frames
 from .demo_scenes import PLANS, Check, Score, Shown, look
 from .models import opened_model
 from .output import Report, shown
@@ -29,7 +30,7 @@ def demo(
     device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what the package does, on four rendered scenes, without any download.
+    """Show what the package does, on four rendered scenes and a clip, without any download.
 
     The embedded tiny model knows coloured shapes and a few dozen icons, and nothing of photographs.
 
@@ -44,7 +45,7 @@ def demo(
         raise ValueError(f"--output {output} is a file; the demo needs a folder")
     started = time.perf_counter()
     report, score = Report("demo", as_json, model=model), Score()
-    report.print(Text(f"moondream-cv demo: {len(PLANS)} rendered scenes, the model {model!r}", style="bold"))
+    report.print(Text(f"moondream-cv demo: {len(PLANS)} rendered scenes and a clip, the model {model!r}", style="bold"))
     with opened_model(model, device, {"detect", "point", "query", "caption"}, report) as vision_model:
         from moondream_cv.detector import Detector, Pointer
 
@@ -54,27 +55,31 @@ def demo(
             with report.working(f"Scene {number} of {len(PLANS)}: {plan.title}"):
                 result = look(plan, vision_model, detector, pointer, score)
             scenes.append(result)
-            _print_scene(report, result)
-    saved = _save_pictures(output, scenes, score, model)
-    report.notice(f"Saved {len(saved)} pictures in {shown(str(output))}")
+            _print_checks(report, f"Scene: {plan.title}", result.checks)
+        saved = _save_pictures(output, scenes, score, model)
+        with report.working("Clip"):
+            clip = follow(detector, output)
+            _save_sheet(clip, model)
+        _print_checks(report, f"Clip: {clip.frames} frames", clip.checks)
+    report.notice(f"Saved {len(saved) + 1} pictures and 2 videos in {shown(str(output))}")
     for result in scenes:
         report.add(_as_dict(result, output))
-    report.put(score=asdict(score))
-    _print_ending(report, score, output, time.perf_counter() - started)
+    report.put(score=asdict(score), clip=clip.to_dict())
+    _print_ending(report, score, clip, output, time.perf_counter() - started)
     report.finish()
 
 
-def _print_scene(report: Report, result: Shown) -> None:
+def _print_checks(report: Report, title: str, checks: Sequence[Check]) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
-        title=f"Scene: {result.plan.title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False
+        title=Text(shown(title), "italic"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False
     )
     for header in ("asked", "the model says", "the truth", ""):
         table.add_column(header)
-    for check in result.checks:
+    for check in checks:
         verdict = Text("right", "green") if check.right else Text("wrong", "bold red")
         table.add_row(check.asked, Text(shown(check.said)), Text(check.truth), verdict)
     report.print(table)
@@ -106,6 +111,19 @@ def _save_pictures(output: Path, scenes: Sequence[Shown], score: Score, model: s
     return [*saved, output / "overview.png"]
 
 
+def _save_sheet(clip: Followed, model: str) -> None:
+    from .montage import GREY, Panel, make_montage
+
+    frames = shown_frames(clip.target, SHOWN)
+    sheet = make_montage(
+        "moondream-cv: name it, and follow it",
+        f"{clip.target.name}, the model {model!r}: {clip.sentence}",
+        [Panel(image, [[(f"{seconds:.1f} s", GREY)]]) for seconds, image in frames],
+        panel_width=frames[0][1].width,
+    )
+    save(sheet, clip.sheet)
+
+
 def _pieces(check: Check) -> list[tuple[str, tuple[int, int, int]]]:
     from .montage import GREY, RED
     from .pictures import BLACK
@@ -119,15 +137,18 @@ def _as_dict(result: Shown, output: Path) -> dict[str, Any]:
     return {"image": str(output / f"{stem}.png"), "checks": [asdict(check) for check in result.checks]}
 
 
-def _print_ending(report: Report, score: Score, output: Path, seconds: float) -> None:
+def _print_ending(report: Report, score: Score, clip: Followed, output: Path, seconds: float) -> None:
     scene = output / "1-toys.png"
     report.print(
         f"Found {score.found} of {score.objects} objects, {score.wrong} wrong; {score.right} of {score.questions} "
         f"other answers right; {seconds:.0f} s."
     )
-    report.print(f"Look at {shown(str(output / 'overview.png'))}, then go on:")
+    report.print(f"Tracked through the clip: {clip.sentence}.")
+    pictures = f"{shown(str(output / 'overview.png'))} and {shown(str(output / 'tracked.mp4'))}"
+    report.print(f"Look at {pictures}, then go on:")
     report.print(f'  moondream-cv detect {scene} -c dog -c "red circle" -m tiny -o found.png')
     report.print(f'  moondream-cv query {scene} -q "How many red circles are there?" -m tiny')
+    report.print(f'  moondream-cv video {output / "clip.mp4"} dog "red circle" -m tiny -o out.mp4')
     report.print("  moondream-cv detect photo.jpg -c person -o found.png     # the real model: fetches 3.7 GB once")
     report.print("In Python:")
     report.print("  from moondream_cv import Detector")

@@ -1,0 +1,344 @@
+"""`moondream-cv video`, on pictures in a folder with exact patches, and on clips. Run with `pytest tests/cli`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import moondream_cv
+import moondream_cv.video
+from moondream_cv.cli import app
+from moondream_cv.scenes.clips import render_clip
+from tests.clips import write_clip
+from tests.colour_model import ColourModel, picture
+
+Run = Callable[..., Any]
+
+TINY = ("--model", "tiny", "--device", "cpu")
+FRAMES = 20
+ZONES = {
+    "lines": [{"name": "door", "start": [40, 60], "end": [40, 0]}],
+    "zones": [{"name": "left", "polygon": [[0, 0], [40, 0], [40, 60], [0, 60]]}],
+}
+
+
+@pytest.fixture
+def frames(folder: Path) -> Path:
+    """A folder of 10 pictures: red goes from left to right; green is there twice in the last four of them."""
+    (folder / "frames").mkdir()
+    for number in range(10):
+        green = [("green", (2, 2, 12, 12)), ("green", (66, 2, 76, 12))] if number >= 6 else []
+        red = ("red", (2 + 6 * number, 20, 22 + 6 * number, 40))
+        cv2.imwrite(f"frames/{number}.png", picture(red, *green))
+    (folder / "zones.json").write_text(json.dumps(ZONES))
+    return folder / "frames"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video that the tiny model knows."""
+    scene = render_clip(1, num_frames=FRAMES, names=("red circle", "dog", "car"), resolution_wh=(320, 180))
+    images = [np.ascontiguousarray(image[..., ::-1]) for image, _ in scene]
+    return write_clip(tmp_path_factory.mktemp("clip") / "in.mp4", images)
+
+
+def pictures_of(path: Path | str) -> list[tuple[int, int]]:
+    """Width and height of every picture of a video, all of which are decoded."""
+    with av.open(str(path)) as container:
+        return [(frame.width, frame.height) for frame in container.decode(video=0)]
+
+
+def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS")}
+    environment = {
+        **kept, "COLUMNS": "100", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(moondream_cv.__file__).parents[1]),
+    }  # fmt: skip
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, "-m", "moondream_cv", "video", *arguments], env=environment, **settings)
+
+
+@pytest.fixture
+def ending() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that are ended with the test, however that ends."""
+    running: list[subprocess.Popen[str]] = []
+    yield running
+    for each in running:
+        each.kill()
+        each.communicate()
+
+
+def wait_for_lines(path: Path, count: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert time.monotonic() < end, f"{path} never had {count} lines"
+        time.sleep(0.05)
+
+
+# What is written
+
+
+def test_a_video_and_what_is_on_it(clip: Path, tmp_path: Path) -> None:
+    target, lines, tracks = (tmp_path / name for name in ("out.mp4", "out.jsonl", "tracks.txt"))
+    result = CliRunner().invoke(
+        app,
+        ["video", str(clip), "dog", "red circle", *TINY, "-o", str(target), "--json", str(lines), "--mot", str(tracks),
+         "--every", "4", "--panel", "--annotate", "box,label,trace", "--colour-by", "id"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    sizes = pictures_of(target)
+    assert len(sizes) == FRAMES
+    assert sizes[0][0] > 320
+    assert sizes[0][1] == 180
+    documents = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [document["frame"] for document in documents] == list(range(FRAMES))
+    found = [row for document in documents for row in document["detections"]]
+    assert {row["class_name"] for row in found} == {"dog", "red circle"}
+    assert set(found[0]) == {"xyxy", "class_name", "class_id", "confidence", "tracker_id"}
+    assert len(tracks.read_text().splitlines()) == len(found)
+    *counts, last = result.stdout.splitlines()
+    assert counts[0].startswith("dog         1 object, on ")
+    assert counts[1].startswith("red circle  1 object, on ")
+    assert last.startswith(f"{FRAMES} frames in ")
+    assert " 6 looked at " in last
+    assert last.endswith(f"; saved {target}, {lines}, {tracks}")
+    assert "━" not in result.stderr  # no bar where there is no terminal
+
+
+def test_lines_alone_on_standard_output(clip: Path) -> None:
+    result = CliRunner().invoke(app, ["video", str(clip), "dog", *TINY, "--json", "-"])
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line)["frame"] for line in result.stdout.splitlines()] == list(range(FRAMES))
+    assert "dog  1 object" in result.stderr
+    assert "saved" not in result.stderr
+
+
+def test_the_summary_is_exact(run: Run, frames: Path) -> None:
+    result = run("video", "frames", "red", "green,blue", "--every", 1, "--zone", "zones.json", "-o", "out.mp4")
+    assert result.exit_code == 0, result.stderr
+    *counts, last = result.stdout.splitlines()
+    assert counts == [
+        "red          1 object, on 10 frames, 1 at a time at the most, mean confidence 1.00",
+        "green        2 objects, on 4 frames, 2 at a time at the most, mean confidence 1.00",
+        "blue         nothing found",
+        "door (line)  0 in, 1 out (1 red)",
+        "left (zone)  2 so far, 1 at the end (1 green)",
+    ]
+    assert last.startswith("10 frames in ")
+    assert " 10 looked at " in last
+    assert last.endswith("; saved out.mp4")
+    assert pictures_of("out.mp4") == [(80, 60)] * 10
+    assert result.stderr == ""
+
+
+def test_a_glob_and_classes_as_options(run: Run, frames: Path) -> None:
+    result = run("video", "frames/*.png", "red", "-c", "green,blue", "--mot", "-")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith("1,1,2.00,20.00,20.00,20.00,1.0000,")
+    assert [line.split()[0] for line in result.stderr.splitlines()[:3]] == ["red", "green", "blue"]
+
+
+def test_a_model_without_scores(run: Run, frames: Path, model: ColourModel) -> None:
+    model.has_scores = False
+    result = run("video", "frames", "red", "--json", "out.jsonl")
+    assert result.stdout.splitlines()[0] == "red  1 object, on 10 frames, 1 at a time at the most"
+
+
+def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(moondream_cv.video, "annotate_video", lambda *_, **options: asked.update(options))
+    options = "--annotate blur --panel --colour-by id --no-audio --scene-change --tracker ocsort --confidence 0.5"
+    assert run("video", "frames", "red", "-o", "out.mp4", *options.split()).exit_code == 0
+    assert {name: asked[name] for name in ("annotate", "panel", "colour_by", "audio", "show", "every")} == {
+        "annotate": "blur",
+        "panel": True,
+        "colour_by": "id",
+        "audio": False,
+        "show": False,
+        "every": "auto",
+    }
+    assert asked["tracking"].scene_change
+    assert asked["tracking"].tracker == "ocsort"
+    assert asked["model"].confidence == 0.5
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("frames -o out.mp4", 2, "nothing to look for; name it after the source"),
+        ("frames red", 2, "nothing to write; add -o out.mp4"),
+        ("frames red red -o out.mp4", 2, "classes must differ"),
+        ("one.png two.jpg red -o out.mp4", 2, "'two.jpg' is a file"),
+        ("missing.mp4 red -o out.mp4", 1, "'missing.mp4': no such file or folder"),
+        ("broken.mp4 red -o out.mp4", 1, "broken.mp4"),
+        ("frames red -o out.mp4 --annotate boks", 2, "'boks' is unknown; known are box, label"),
+        ("frames red -o out.mp4 --every 0", 2, "a number of frames from 1 on, not 0"),
+        ("frames red -o out.mp4 --every often", 2, "not 'often'"),
+        ("frames red -o out.mp4 --tracker magic", 2, "not 'magic'"),
+        ("frames red -o out.mp4 --colour-by size", 2, "not 'size'"),
+        ("frames red -o nowhere/out.mp4", 1, "nowhere/out.mp4 cannot be written: there is no folder"),
+        ("frames red -o out.avi", 1, "name it out.mp4"),
+        ("frames red -o .", 1, ". is a folder"),
+        ("frames red --json nowhere/out.jsonl", 1, "nowhere/out.jsonl cannot be written: there is no folder"),
+        ("frames red --mot frames", 1, "frames is a folder"),
+        ("frames red --json=", 2, "--json needs the name of a file"),
+        ("frames red --json - --mot -", 2, "--json writes to - already"),
+        ("frames red --json out --mot ./out", 2, "choose another file for --mot"),
+        ("one.png red --json one.png", 2, "--json one.png would overwrite the original"),
+        ("frames red --mot zones.json --zone zones.json", 2, "zones.json would overwrite the original"),
+        ("frames red -o out.mp4 --zone broken.json", 1, "broken.json is not JSON"),
+        ("frames red -o out.mp4 --zone empty.json", 2, 'empty.json names neither "lines" nor "zones"'),
+        ("frames red -o out.mp4 --model other", 1, "there is no model 'other'"),
+        ("frames red -o out.mp4 --device tpu", 2, "there is no device 'tpu'"),
+    ],
+)
+def test_what_is_wrong_ends_with_one_line_before_anything_is_written(
+    arguments: str, status: int, message: str, run: Run, frames: Path, model: ColourModel
+) -> None:
+    for name in ("broken.mp4", "broken.json"):
+        Path(name).write_text('{"lines":')
+    Path("empty.json").write_text("{}")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    result = run("video", *arguments.split())
+    assert result.exit_code == status
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    assert model.runs == []
+
+
+def test_a_video_is_not_written_over(run: Run, clip: Path) -> None:
+    content = clip.read_bytes()
+    result = run("video", clip, "red", "-o", clip)
+    assert result.exit_code == 2
+    assert f"--output {clip} would overwrite the original" in result.stderr
+    assert clip.read_bytes() == content
+
+
+def test_a_zone_outside_the_frames(run: Run, frames: Path) -> None:
+    zones = {"lines": [{"name": "far", "start": [500, 0], "end": [500, 9]}]}
+    Path("zones.json").write_text(json.dumps(zones))
+    result = run("video", "frames", "red", "--zone", "zones.json", "-o", "out.mp4")
+    assert result.exit_code == 2
+    assert 'zones.json: line "far"' in result.stderr
+    assert not Path("out.mp4").exists()
+
+
+def test_frames_that_cannot_be_read_are_told(run: Run, frames: Path) -> None:
+    (frames / "5.png").write_bytes(b"junk")
+    result = run("video", "frames", "red", "--json", "-")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 9
+    assert "Warning: 1 frame could not be decoded and was left out" in result.stderr
+
+
+def test_frames_on_which_the_model_fails_are_told(run: Run, frames: Path) -> None:
+    cv2.imwrite("frames/5.png", picture(("magenta", (0, 0, 80, 60))))
+    result = run("video", "frames", "red", "--every", 1, "--json", "out.jsonl")
+    assert result.exit_code == 0
+    assert "Warning: the model failed on 1 of 10 frames" in result.stderr
+    assert len(Path("out.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_model_that_fails_on_every_frame(run: Run, frames: Path) -> None:
+    for path in frames.iterdir():
+        cv2.imwrite(str(path), picture(("magenta", (0, 0, 80, 60))))
+    result = run("video", "frames", "red", "--every", 1, "--json", "out.jsonl")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[0] == "red  nothing found"
+    assert "Warning: the model failed on every frame" in result.stderr
+
+
+# In a process of its own
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom moondream_cv.cli import main\nsys.argv = ['moondream-cv', 'video', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'cv2', 'supervision', 'PIL', 'numpy', 'av'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "$ moondream-cv video" in result.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_interrupting_leaves_what_was_written(tmp_path: Path, ending: list[subprocess.Popen[str]]) -> None:
+    write_clip(tmp_path / "long.mp4", [np.full((96, 160, 3), number % 250, np.uint8) for number in range(3000)])
+    restored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell may ignore it
+    arguments = ("long.mp4", "dog", *TINY, "-o", "out.mp4", "--json", "out.jsonl", "--every", "1")
+    running = process(*arguments, cwd=tmp_path, **restored)
+    ending.append(running)
+    wait_for_lines(tmp_path / "out.jsonl", 20)
+    running.send_signal(signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert stdout.splitlines()[0] == "dog  nothing found"
+    assert stdout.splitlines()[1].startswith("Stopped after ")
+    assert "saved out.mp4, out.jsonl" in stdout
+    frames = int(stdout.splitlines()[1].split()[2])
+    assert 20 <= frames < 3000
+    # What was written when the signal came may not have been counted any more.
+    assert 0 <= len(pictures_of(tmp_path / "out.mp4")) - frames <= 1
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert 0 <= len(lines) - frames <= 1
+    assert [json.loads(line)["frame"] for line in lines] == list(range(len(lines)))
+    assert {path.name for path in tmp_path.iterdir()} == {"long.mp4", "out.mp4", "out.jsonl"}
+
+
+def test_whoever_reads_along_may_stop(tmp_path: Path, clip: Path, ending: list[subprocess.Popen[str]]) -> None:
+    running = process(str(clip), "dog", *TINY, "--every", "1", "--json", "-")
+    ending.append(running)
+    assert running.stdout is not None
+    assert json.loads(running.stdout.readline())["frame"] == 0
+    running.stdout.close()
+    assert running.stderr is not None
+    stderr = running.stderr.read()
+    assert running.wait(60) == 1
+    assert "Traceback" not in stderr
+    assert "Error" not in stderr
+    assert "Exception ignored" not in stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_terminal_gets_a_bar(tmp_path: Path, clip: Path, ending: list[subprocess.Popen[str]]) -> None:
+    import pty
+
+    master, slave = pty.openpty()
+    running = process(str(clip), "dog", *TINY, "--json", "-", stderr=slave)
+    ending.append(running)
+    os.close(slave)
+    stdout = running.communicate(timeout=60)[0]
+    seen = b""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:  # Linux's way of saying that the other end is closed
+            break
+        if not piece:
+            break
+        seen += piece
+    os.close(master)
+    assert running.returncode == 0
+    assert f"{FRAMES}/{FRAMES}" in seen.decode()
+    assert "looked at" in seen.decode()
+    assert [json.loads(line)["frame"] for line in stdout.splitlines()] == list(range(FRAMES))
