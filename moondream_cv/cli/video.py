@@ -1,39 +1,30 @@
 """`moondream-cv video`: tracks what is named through a video, draws and writes it, and sums up what was there.
 
-The work is done by `moondream_cv.video.annotate_video`. Here are its options, what can be checked before a model is
-loaded, the bar that shows how far it has come, and the summary in words.
+The work is done by `moondream_cv.video.annotate_video`. Here are its options, and what can be checked before a model is
+loaded.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
-import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from . import options
 from .locating import split_classes
 from .models import opened_model
-from .output import Report, shown
+from .output import Report
+from .video_bar import Bar, few_of_a_kind
+from .video_summary import STDOUT, sum_up
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    from moondream_cv.video import Source, Summary
-    from moondream_cv.video.pipeline import ClassSummary
-
-STDOUT = "-"
-_DETECTION_THREAD = "moondream_cv detection"
-_FRAME_BY_FRAME = ("moondream_cv.detector", "moondream_cv.video.detecting")  # what logs about single frames
-_LINES_OF_A_KIND = 3
+    from moondream_cv.video import Source
 
 
 def video(
@@ -129,7 +120,7 @@ def video(
     _keep_apart(targets, [source, *([] if zone is None else [str(zone)])])
     report = Report("video", as_json=STDOUT in (json, mot))  # as_json keeps standard output clean
     with ExitStack() as opened:
-        opened.enter_context(_few_of_a_kind())
+        opened.enter_context(few_of_a_kind())
         # Whatever is wrong ends the command before a model is loaded.
         with report.working("Starting"):
             from moondream_cv.video import Annotator, Tracking, Zones, annotate_video
@@ -148,7 +139,7 @@ def video(
         from moondream_cv.detector import Detector
 
         detector = Detector(vision_model, confidence=confidence)
-        bar = _Bar(url_name(source) if "://" in source else source, wanted=not (report.as_json and sys.stdout.isatty()))
+        bar = Bar(url_name(source) if "://" in source else source, wanted=not (report.as_json and sys.stdout.isatty()))
         try:
             with bar:
                 annotate_video(
@@ -170,16 +161,14 @@ def video(
                 )
         except BaseException as error:
             if bar.summary is not None:
-                _sum_up(report, bar.summary, targets.values(), vision_model.has_scores, stopped=True)
+                sum_up(report, bar.summary, targets.values(), vision_model.has_scores, stopped=True)
             if isinstance(error.__cause__, BrokenPipeError):
                 raise error.__cause__ from None  # whoever reads along has had enough, as `head` has
             if isinstance(error, KeyboardInterrupt) and bar.summary is not None:
                 raise typer.Exit(130) from None
             raise
-        finally:
-            _let_the_model_finish(report)
         if bar.summary is not None:
-            _sum_up(report, bar.summary, targets.values(), vision_model.has_scores)
+            sum_up(report, bar.summary, targets.values(), vision_model.has_scores)
 
 
 def _class_names(names: Sequence[str]) -> list[str]:
@@ -251,159 +240,3 @@ def _check_targets(targets: Mapping[str, str]) -> None:
             raise VideoError(f"{target} {cannot_be_written(Path(target))}")
     if "--output" in targets:
         VideoWriter(targets["--output"]).close()  # without a frame it leaves no file
-
-
-class _Bar:
-    """Shows on a terminal how far a video has come.
-
-    Attributes:
-        summary: The latest that it was told; None before the first frame.
-    """
-
-    def __init__(self, name: str, *, wanted: bool) -> None:
-        """Make a bar that is not shown yet.
-
-        Args:
-            name: Of the source.
-            wanted: Whether a terminal, if there is one, has room for a bar.
-        """
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.summary: Summary | None = None
-        console = Console(stderr=True)
-        self._visible = wanted and console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self._visible,
-            transient=True,
-            redirect_stdout=False,  # JSON lines are for whoever reads them
-            expand=True,
-        )
-        short = shown(name if len(name) <= 24 else f"...{name[-21:]}")
-        self._task = self._progress.add_task(short, total=None, rates="")
-        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        if self._visible:  # log lines go above the bar, instead of through it
-            for handler in logging.getLogger("moondream_cv").handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    self._streams.append((handler, handler.setStream(sys.stderr)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handler, stream in self._streams:
-            if stream is not None:
-                handler.setStream(stream)
-        self._progress.stop()
-
-    def update(self, summary: Summary) -> None:
-        """Show how far it is."""
-        self.summary = summary
-        total = None if summary.frame_count is None else max(summary.frame_count, summary.frames)
-        rates = f"{summary.fps:.1f} fps, {summary.looked_fps:.1f} looked at"
-        self._progress.update(self._task, completed=summary.frames, total=total, rates=rates)
-
-
-def _let_the_model_finish(report: Report) -> None:
-    """Wait for a look that is under way in its thread: PyTorch aborts a process that ends in the midst of one.
-
-    Another Ctrl-C ends the process at once.
-    """
-    try:
-        for thread in [thread for thread in threading.enumerate() if thread.name == _DETECTION_THREAD]:
-            thread.join(1.0)
-            if thread.is_alive():
-                report.notice("The model finishes its last look; Ctrl-C ends it at once")
-                thread.join()
-    except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(130)
-
-
-@contextmanager
-def _few_of_a_kind() -> Iterator[None]:
-    """Give a context in which the lines that every frame could give are logged a few times, and never twice."""
-    lines: set[str] = set()
-    kinds: Counter[str] = Counter()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        if record.name not in _FRAME_BY_FRAME:
-            return True
-        line, kind = record.getMessage(), str(record.msg)
-        if line in lines or kinds[kind] >= _LINES_OF_A_KIND:
-            return False
-        lines.add(line)
-        kinds[kind] += 1
-        return True
-
-    handlers = logging.getLogger("moondream_cv").handlers
-    for handler in handlers:
-        handler.addFilter(is_new)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(is_new)
-
-
-def _sum_up(report: Report, summary: Summary, targets: Iterable[str], has_scores: bool, stopped: bool = False) -> None:
-    """Say what was seen, what went wrong, and where it all is.
-
-    Raises:
-        typer.Exit: With status 1 if the model failed on every frame that it was shown.
-    """
-    say = report.notice if report.as_json else report.print
-    counts = {name: _class_text(seen, has_scores) for name, seen in summary.classes.items()}
-    if summary.zones is not None:
-        counts |= {f"{name} (line)": _line_text(line) for name, line in summary.zones["lines"].items()}
-        counts |= {f"{name} (zone)": _zone_text(zone) for name, zone in summary.zones["zones"].items()}
-    width = max(map(len, counts))
-    for name, text in counts.items():
-        say(f"{shown(name):{width}}  {text}")
-    if summary.problems:
-        were = "was" if summary.problems == 1 else "were"
-        report.notice(f"Warning: {_number(summary.problems, 'frame')} could not be decoded and {were} left out")
-    if summary.failed:
-        which = f"{summary.failed} of {summary.looked + summary.failed} frames" if summary.looked else "every frame"
-        report.notice(f"Warning: the model failed on {which}")
-    files = [shown(target) for target in targets if target != STDOUT and os.path.exists(os.path.expanduser(target))]
-    say(
-        f"{'Stopped after ' if stopped else ''}{_number(summary.frames, 'frame')} in {summary.elapsed:.1f} s "
-        f"({summary.fps:.1f} fps), {summary.looked} looked at ({summary.looked_fps:.1f} fps)"
-        + (f"; saved {', '.join(files)}" if files else "")
-    )
-    if summary.failed and not summary.looked and not stopped:
-        raise typer.Exit(1)
-
-
-def _class_text(seen: ClassSummary, has_scores: bool) -> str:
-    if not seen.frames:
-        return "nothing found"
-    text = f"{_number(seen.objects, 'object')}, on {_number(seen.frames, 'frame')}, {seen.most} at a time at the most"
-    return f"{text}, mean confidence {seen.confidence:.2f}" if has_scores else text
-
-
-def _line_text(line: Mapping[str, Any]) -> str:
-    ways = []
-    for way in ("in", "out"):
-        names = ", ".join(f"{count[way]} {shown(name)}" for name, count in line["classes"].items() if count[way])
-        ways.append(f"{line[way]} {way}" + (f" ({names})" if names else ""))
-    return ", ".join(ways)
-
-
-def _zone_text(zone: Mapping[str, Any]) -> str:
-    names = ", ".join(f"{count} {shown(name)}" for name, count in zone["classes"].items())
-    return f"{zone['ids']} so far, {zone['now']} at the end" + (f" ({names})" if names else "")
-
-
-def _number(count: int, of: str) -> str:
-    return f"{count} {of}{'s' * (count != 1)}"

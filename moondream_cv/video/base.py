@@ -51,9 +51,11 @@ class Source(ABC):
         frame_count: Estimate of the container, which may be wrong; None where there is none.
         resolution_wh: Width and height of the first frame, upright. Later frames may differ.
         problems: Frames that could not be decoded and were skipped.
+        ahead: Whether frames may be fetched ahead in another thread: not those of an iterable, which is its owner's.
     """
 
     live = False
+    ahead = True
 
     def __init__(self, name: str) -> None:
         """Start with nothing known but the name."""

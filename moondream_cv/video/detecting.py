@@ -20,6 +20,7 @@ from moondream_cv.video.frame import Frame
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 8  # keyframes in one call
+CLOSING_SECONDS = 10.0
 SMOOTHING = 0.3  # weight of the latest call in `seconds`
 
 Image = npt.NDArray[np.uint8]
@@ -82,11 +83,12 @@ class DetectionWorker:
         with self._changed:
             return len(self._waiting) + self._busy
 
-    def close(self, wait: float = 0.0) -> None:
-        """Take no more frames and cancel those that wait.
+    def close(self, wait: float = CLOSING_SECONDS) -> bool:
+        """Take no more frames, cancel those that wait, and see whether the thread has ended.
 
         Args:
-            wait: Seconds to wait at the most for a call that is under way; a thread cannot be stopped from outside.
+            wait: Seconds to wait at the most for a call that is under way. A thread cannot be stopped from outside, and
+                PyTorch aborts a process that ends in the midst of a call.
         """
         with self._changed:
             self._closed = True
@@ -94,8 +96,9 @@ class DetectionWorker:
                 waiting.found.cancel()
             self._waiting.clear()
             self._changed.notify()
-        if wait:
+        if self._thread is not threading.current_thread():
             self._thread.join(wait)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

@@ -68,6 +68,7 @@ def open_iterable(frames: Iterable[Any]) -> FiniteSource:
         VideoError: There is no image among them.
     """
     source = FiniteSource(lambda source: _converted(frames, source), name=f"the {type(frames).__name__} of frames")
+    source.ahead = False
     if isinstance(frames, (list, tuple)):
         source.frame_count = len(frames)
     return source

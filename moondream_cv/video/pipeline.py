@@ -13,10 +13,12 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import supervision as sv
 
+from moondream_cv.detector import check_classes
 from moondream_cv.video.annotation import Annotator
 from moondream_cv.video.json_lines import JsonLinesWriter
 from moondream_cv.video.mot import MotWriter
 from moondream_cv.video.schedule import Every
+from moondream_cv.video.sources import open_source
 from moondream_cv.video.video_file import VideoWriter
 from moondream_cv.video.watching import Tracked, Tracking, Watch, watch
 from moondream_cv.video.window import Window
@@ -126,15 +128,11 @@ def annotate_video(
         VideoError: The source cannot be read, or a target not be written; names it.
         ValueError: An argument is out of range.
     """
-    counted = _zones(zones)
-    watched = watch(
-        [source], classes, model=model, every=every, confidence=confidence, tracking=tracking, device=device
-    )
-    with watched, ExitStack() as writers:
-        opened = watched.sources[0]
-        summary = Summary(frame_count=opened.frame_count)
-        tally = _Tally(watched.classes, summary)
-        annotator = Annotator(annotate, watched.classes, colour_by=colour_by, zones=counted, panel=panel)
+    names, counted = check_classes(classes), _zones(zones)
+    annotator = Annotator(annotate, names, colour_by=colour_by, zones=counted, panel=panel)
+    with ExitStack() as opened:
+        video = opened.enter_context(open_source(source))
+        writers = opened.enter_context(ExitStack())
         pictures: list[Writer] = []
         texts: list[Writer] = []
         if json is not None:
@@ -143,17 +141,23 @@ def annotate_video(
             texts.append(writers.enter_context(MotWriter(mot)))
         if target is not None:
             sound = _file(source) if audio else None
-            pictures.append(writers.enter_context(VideoWriter(Path(target), fps=opened.fps, audio_from=sound)))
-        window = writers.enter_context(Window(f"moondream_cv: {opened.name}")) if show else None
+            pictures.append(writers.enter_context(VideoWriter(Path(target), fps=video.fps, audio_from=sound)))
+        window = writers.enter_context(Window(f"moondream_cv: {video.name}")) if show else None
         if window is not None:
             pictures.append(window)
-        for tracked in watched:
-            _write(tracked, annotator, counted, pictures, texts)
-            tally.add(tracked, watched, counted)
-            if on_frame is not None:
-                on_frame(summary)
-            if window is not None and window.closed:
-                break
+        watched = opened.enter_context(
+            watch([video], names, model=model, every=every, confidence=confidence, tracking=tracking, device=device)
+        )
+        summary = Summary(frame_count=video.frame_count)
+        tally = _Tally(names, summary)
+        with writers:  # they close first: a model may take its time
+            for tracked in watched:
+                _write(tracked, annotator, counted, pictures, texts)
+                tally.add(tracked, watched, counted)
+                if on_frame is not None:
+                    on_frame(summary)
+                if window is not None and window.closed:
+                    break
     return summary
 
 

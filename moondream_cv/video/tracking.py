@@ -14,6 +14,7 @@ Scores never reach a tracker: their thresholds stand for detectors of another ki
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +198,9 @@ def _grown(box: Box, factor: float) -> Box:
 
 
 def _maker(name: str, options: dict[str, Any]) -> Callable[[], BaseTracker]:
-    import trackers  # takes a second to import
+    with warnings.catch_warnings():  # that of trackers 2.4 about another package is nothing to its users
+        warnings.simplefilter("ignore", FutureWarning)
+        import trackers  # takes a second to import
 
     there = {key: value for key, value in TRACKERS.items() if hasattr(trackers, value)}
     if name not in there:

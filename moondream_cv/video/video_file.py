@@ -302,7 +302,8 @@ class _Clock:
 def _checked_target(path: Path) -> Path:
     """Return the file that a path leads to, if an H.264 file can stand there."""
     if path.suffix.lower() not in _FORMATS:
-        raise VideoError(f"{path} must end in {', '.join(_FORMATS)}; name it {path.with_suffix('.mp4')}")
+        better = path.with_suffix(".mp4") if path.name else "out.mp4"
+        raise VideoError(f"{path} must end in {', '.join(_FORMATS)}; name it {better}")
     try:
         target = path.expanduser().resolve()  # so that a link stays one
         if target.is_dir() or (target.exists() and not (target.is_file() and os.access(target, os.W_OK))):

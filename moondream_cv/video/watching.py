@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -165,8 +164,7 @@ def watch(
         for source in opened:
             source.close()
         raise
-    ahead = [isinstance(source, str | os.PathLike) for source in sources]
-    return Watch(opened, detector, names, every, tracking, ahead, owns=not own)
+    return Watch(opened, detector, names, every, tracking, owns=not own)
 
 
 class Watch:
@@ -185,13 +183,11 @@ class Watch:
         classes: Sequence[str],
         every: Every,
         tracking: Tracking,
-        ahead: Sequence[bool],
         owns: bool,
     ) -> None:
         """Start watching.
 
         Args:
-            ahead: For each source whether it may be decoded ahead, in a thread of its own.
             owns: Whether the detector is to be closed at the end.
         """
         self.sources, self.classes = list(sources), list(classes)
@@ -199,9 +195,9 @@ class Watch:
         self._closed = False
         self.worker = DetectionWorker(detector, classes)
         streams = []
-        for number, (source, prefetch) in enumerate(zip(self.sources, ahead, strict=True)):
+        for number, source in enumerate(self.sources):
             job = _Job(source, number, classes, self.worker, every, tracking, HELD_BYTES // len(self.sources))
-            streams.append(_live(job) if source.live else _filed(job, prefetch))
+            streams.append(_live(job) if source.live else _filed(job))
         self._frames = streams[0] if len(streams) == 1 else _together(streams, self.sources)
 
     def __iter__(self) -> Watch:
@@ -229,12 +225,12 @@ class Watch:
         if self._closed:
             return
         self._closed = True
-        self.worker.close()
         with contextlib.suppress(ValueError):  # it is running in another thread, and ends with its source
             self._frames.close()
         for source in self.sources:
             source.close()
-        if self._detector is not None:
+        idle = self.worker.close()
+        if self._detector is not None and idle:
             self._detector.close()
 
 
@@ -254,13 +250,13 @@ class _Job:
         return Schedule(every, self.source.fps or ASSUMED_FPS)
 
 
-def _filed(job: _Job, prefetch: bool) -> Generator[Tracked, None, None]:
+def _filed(job: _Job) -> Generator[Tracked, None, None]:
     """Every frame of a source that waits, with interpolated boxes."""
     schedule = job.schedule(job.every)
     is_cut = SceneChange() if job.tracking.scene_change else None
     part = _Part(job, job.tracking.start(), schedule)
     last: Frame | None = None
-    for frame in _prefetched(job.source) if prefetch else job.source:
+    for frame in _prefetched(job.source) if job.source.ahead else job.source:
         resized = last is not None and frame.image.shape != last.image.shape
         if (is_cut is not None and is_cut(frame.image)) or resized:
             yield from part.finish()
@@ -301,8 +297,7 @@ class _Part:
         """All frames that are left; the last of them is looked at, so that the way to it is known."""
         if self._frames:
             last = self._frames[-1]
-            known = [frame for frame, _ in (*self._asked, *self._looked)]
-            if last not in known:
+            if last.index not in (*self._passed, *(frame.index for frame, _ in self._asked)):
                 self._ask(last)
         while self._asked:
             yield from self._take_in()
