@@ -1,4 +1,4 @@
-"""Detection beside everything else: one thread that looks at keyframes, those of several sources together."""
+"""Detection beside everything else: one thread that looks at keyframes, those of several sources in one call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,8 @@ Found = Future["sv.Detections | None"]
 DetectOne = Callable[[Image, Sequence[str]], sv.Detections]
 
 
-class _Waiting(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Waiting:
     frame: Frame
     source: str
     found: Found
@@ -64,15 +66,12 @@ class DetectionWorker:
         self._thread.start()
 
     def submit(self, frame: Frame, source: str) -> Found:
-        """Have a frame looked at; the result is None where that failed.
-
-        Raises:
-            RuntimeError: The worker is closed.
-        """
+        """Have a frame looked at; the result is None where that failed, and cancelled once the worker is closed."""
         found: Found = Future()
         with self._changed:
             if self._closed:
-                raise RuntimeError("the detection worker is closed")
+                found.cancel()
+                return found
             self._waiting.append(_Waiting(frame, source, found))
             self._changed.notify()
         return found
@@ -106,7 +105,7 @@ class DetectionWorker:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+                batch = self._take()
                 self._busy = len(batch)
             start = time.perf_counter()
             results = self._look(batch)
@@ -119,6 +118,20 @@ class DetectionWorker:
                 self.failed += result is None
                 waiting.found.set_result(result)
 
+    def _take(self) -> list[_Waiting]:
+        """Take the first frame of each source: while they are drawn, the next ones are looked at.
+
+        A detector that takes one frame at a time gets one, so that none waits for another's result.
+        """
+        several = isinstance(self._detector, Detector)
+        batch: dict[str, _Waiting] = {}
+        for waiting in self._waiting:
+            if len(batch) < (MAX_BATCH if several else 1):
+                batch.setdefault(waiting.source, waiting)
+        for waiting in batch.values():
+            self._waiting.remove(waiting)
+        return list(batch.values())
+
     def _look(self, batch: Sequence[_Waiting]) -> list[sv.Detections | None]:
         if isinstance(self._detector, Detector) and len(batch) > 1:
             try:
@@ -129,12 +142,29 @@ class DetectionWorker:
 
     def _look_at(self, waiting: _Waiting) -> sv.Detections | None:
         try:
-            found: Any = self._detector(waiting.frame.image, self._classes)
-            if not isinstance(found, sv.Detections):
-                raise TypeError(f"it gave a {type(found).__name__} and no sv.Detections")
-            if found.class_id is not None and len(found) and not 0 <= found.class_id.max() < len(self._classes):
-                raise ValueError(f"it gave the class_id {found.class_id.max()}, and there are {len(self._classes)}")
-        except Exception as error:  # whatever a model, a server or a user's own detector can raise
-            logger.warning("%s: the detector failed on frame %d: %s", waiting.source, waiting.frame.index, error)
+            return _checked(self._detector(waiting.frame.image, self._classes), waiting.frame, len(self._classes))
+        except BaseException as error:  # whatever a model, a server or a user's own detector can raise, sys.exit() too
+            text = str(error) or type(error).__name__
+            logger.warning("%s: the detector failed on frame %d: %s", waiting.source, waiting.frame.index, text)
             return None
+
+
+def _checked(found: Any, frame: Frame, classes: int) -> sv.Detections:
+    """Detections that can be tracked: those of a user's own detector may be anything.
+
+    Raises:
+        TypeError: They are no `sv.Detections`.
+        ValueError: A box or a class is impossible. What lies outside the frame is just left out.
+    """
+    if not isinstance(found, sv.Detections):
+        raise TypeError(f"it gave {type(found).__name__} instead of sv.Detections")
+    if not len(found):
         return found
+    if found.class_id is not None and not (found.class_id.min() >= 0 and found.class_id.max() < classes):
+        raise ValueError(f"it gave class_id {found.class_id.tolist()}, and there are {classes} classes, from 0 on")
+    x_min, y_min, x_max, y_max = np.asarray(found.xyxy, np.float64).T
+    if not np.isfinite(found.xyxy).all() or (x_min > x_max).any() or (y_min > y_max).any():
+        raise ValueError(f"it gave boxes {found.xyxy.tolist()}, which must be x_min, y_min, x_max, y_max in pixels")
+    height, width = frame.image.shape[:2]
+    within = (x_min < width) & (y_min < height) & (x_max > 0) & (y_max > 0)
+    return found if within.all() else cast(sv.Detections, found[within])

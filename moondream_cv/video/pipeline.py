@@ -132,16 +132,18 @@ def annotate_video(
     annotator = Annotator(annotate, names, colour_by=colour_by, zones=counted, panel=panel)
     with ExitStack() as opened:
         video = opened.enter_context(open_source(source))
+        if counted is not None and video.resolution_wh is not None:
+            counted.shapes(video.resolution_wh)  # what lies outside is told now
         writers = opened.enter_context(ExitStack())
         pictures: list[Writer] = []
         texts: list[Writer] = []
+        if target is not None:
+            sound = _file(source) if audio else None
+            pictures.append(writers.enter_context(VideoWriter(Path(target), fps=video.fps, audio_from=sound)))
         if json is not None:
             texts.append(writers.enter_context(JsonLinesWriter(json)))
         if mot is not None:
             texts.append(writers.enter_context(MotWriter(mot)))
-        if target is not None:
-            sound = _file(source) if audio else None
-            pictures.append(writers.enter_context(VideoWriter(Path(target), fps=video.fps, audio_from=sound)))
         window = writers.enter_context(Window(f"moondream_cv: {video.name}")) if show else None
         if window is not None:
             pictures.append(window)

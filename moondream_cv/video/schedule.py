@@ -12,6 +12,7 @@ import numpy.typing as npt
 Every = int | Literal["auto"]
 
 SHARE = 0.9  # of the time between keyframes that looking may take: the rest is for decoding and drawing
+LEAST_SHARE = 0.05  # of the source's time that looking takes at the least
 SLOWEST = 300  # frames from one keyframe to the next at the most
 EASING = 0.9  # how fast a schedule that was too cautious comes back
 CUT = 0.35  # mean difference of two small grey pictures, after their brightness, beyond which it is another scene
@@ -66,10 +67,11 @@ class Schedule:
         """
         if self._fixed is not None:
             return
-        least = max(1, math.ceil(seconds * self._fps / SHARE))
-        eased = math.floor(self.interval * EASING)
-        slowed = math.ceil(self.interval * min(lag, 4.0)) if lag > 1.0 else eased
-        self.interval = min(SLOWEST, max(least, slowed))
+        least = math.ceil(seconds * self._fps / SHARE)
+        most = math.ceil(seconds * self._fps / LEAST_SHARE)  # beyond that, it is not the model that takes the time
+        slowed = self.interval * (min(lag, 4.0) if lag > 1.0 else EASING)
+        wanted = math.ceil(slowed) if lag > 1.0 else math.floor(slowed)
+        self.interval = max(1, min(SLOWEST, most, max(least, wanted)))
 
 
 class SceneChange:

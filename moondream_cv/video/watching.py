@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AHEAD = 2  # keyframes after a frame that are looked at before it comes out
+ASKED = 3  # keyframes that wait for the model at a time, so that it is never idle
 PREFETCHED = 4  # frames of a file that are decoded ahead
 HELD_BYTES = 2**30  # frames that wait for a keyframe; those beyond come out with what is known
 UNKNOWN_INTERVAL = 1.0  # seconds for which an object is shown after the first keyframe of a live source, at the least
@@ -76,6 +78,10 @@ class Tracking:
     memory: float = 10.0
     scene_change: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.memory >= 0:  # also true of NaN
+            raise ValueError(f"memory must be 0 or more seconds, not {self.memory!r}")
+
     def start(self) -> Tracker:
         return Tracker(self.tracker, self.options, self.memory)
 
@@ -103,7 +109,7 @@ def track(
             `sv.Detections`.
         every: Look at every so many frames; "auto": as often as the model can while the output keeps up with the
             source. With 1, every frame of a live source waits for the model.
-        confidence: What a detection must reach; for a model that is given by name or as such.
+        confidence: What a detection must reach, for a model that is given by name or as such; a `Detector` has its own.
         tracking: How objects get their numbers.
         device: For a model that is given by name.
 
@@ -159,6 +165,8 @@ def watch(
         for source in sources:
             opened.append(open_source(source))
         own = isinstance(model, Detector) or (callable(model) and not hasattr(model, "run"))
+        if own and confidence:
+            raise ValueError(f"confidence={confidence!r} is for a model; a detector has its own threshold")
         detector = model if own else Detector(model, confidence=confidence, device=device)
     except BaseException:
         for source in opened:
@@ -204,8 +212,12 @@ class Watch:
         return self
 
     def __next__(self) -> Tracked:
+        if self._closed:
+            raise StopIteration
         try:
             return next(self._frames)
+        except CancelledError:  # closed in another thread
+            raise StopIteration from None
         except BaseException:
             self.close()
             raise
@@ -255,8 +267,17 @@ def _filed(job: _Job) -> Generator[Tracked, None, None]:
     schedule = job.schedule(job.every)
     is_cut = SceneChange() if job.tracking.scene_change else None
     part = _Part(job, job.tracking.start(), schedule)
+    frames = iter(_prefetched(job.source) if job.source.ahead else job.source)
     last: Frame | None = None
-    for frame in _prefetched(job.source) if job.source.ahead else job.source:
+    broken: Exception | None = None
+    while True:
+        try:
+            frame = next(frames, None)
+        except Exception as error:  # what came before it comes out first
+            broken = error
+            break
+        if frame is None:
+            break
         resized = last is not None and frame.image.shape != last.image.shape
         if (is_cut is not None and is_cut(frame.image)) or resized:
             yield from part.finish()
@@ -266,6 +287,8 @@ def _filed(job: _Job) -> Generator[Tracked, None, None]:
         yield from part.ready()
         last = frame
     yield from part.finish()
+    if broken is not None:
+        raise broken
 
 
 class _Part:
@@ -288,7 +311,7 @@ class _Part:
 
     def ready(self) -> Iterator[Tracked]:
         """The frames that can come out by now, after waiting for the model where too many are held."""
-        while self._asked and (self._asked[0][1].done() or len(self._asked) > AHEAD or self._full):
+        while self._asked and (self._asked[0][1].done() or len(self._asked) > ASKED or self._full):
             yield from self._take_in()
         while self._full:
             yield self._next()
@@ -350,19 +373,19 @@ def _live(job: _Job) -> Generator[Tracked, None, None]:
     schedule = job.schedule(1 if job.every == "auto" else job.every)
     tracker = job.tracking.start()
     is_cut = SceneChange() if job.tracking.scene_change else None
-    asked: tuple[Frame, Found] | None = None
+    asked: tuple[Frame, Found, Tracker] | None = None
     last: Frame | None = None
     for frame in job.source:
         resized = last is not None and frame.image.shape != last.image.shape
         if (is_cut is not None and is_cut(frame.image)) or resized:
-            tracker, asked = tracker.anew(), None
+            tracker = tracker.anew()
             schedule.restart()
         if asked is None and schedule.wants(frame.index):
-            asked = (frame, job.worker.submit(frame, job.source.name))
+            asked = (frame, job.worker.submit(frame, job.source.name), tracker)
         looked = None
         if asked is not None and (at_once or asked[1].done()):
             found = asked[1].result()
-            if found is not None:
+            if found is not None and asked[2] is tracker:  # else it is of a scene that is over
                 looked = tracker.update(found, asked[0])
             asked = None
         resolution_wh = (frame.image.shape[1], frame.image.shape[0])
