@@ -33,6 +33,7 @@ DetectOne = Callable[[Image, Sequence[str]], sv.Detections]
 class _Waiting:
     frame: Frame
     source: str
+    number: int
     found: Found
 
 
@@ -65,14 +66,19 @@ class DetectionWorker:
         self._thread = threading.Thread(target=self._run, name="moondream_cv detection", daemon=True)
         self._thread.start()
 
-    def submit(self, frame: Frame, source: str) -> Found:
-        """Have a frame looked at; the result is None where that failed, and cancelled once the worker is closed."""
+    def submit(self, frame: Frame, source: str, number: int = 0) -> Found:
+        """Have a frame looked at; the result is None where that failed, and cancelled once the worker is closed.
+
+        Args:
+            source: Its name, for messages.
+            number: Tells it from others, which may have the same name.
+        """
         found: Found = Future()
         with self._changed:
             if self._closed:
                 found.cancel()
                 return found
-            self._waiting.append(_Waiting(frame, source, found))
+            self._waiting.append(_Waiting(frame, source, number, found))
             self._changed.notify()
         return found
 
@@ -124,10 +130,10 @@ class DetectionWorker:
         A detector that takes one frame at a time gets one, so that none waits for another's result.
         """
         several = isinstance(self._detector, Detector)
-        batch: dict[str, _Waiting] = {}
+        batch: dict[int, _Waiting] = {}
         for waiting in self._waiting:
             if len(batch) < (MAX_BATCH if several else 1):
-                batch.setdefault(waiting.source, waiting)
+                batch.setdefault(waiting.number, waiting)
         for waiting in batch.values():
             self._waiting.remove(waiting)
         return list(batch.values())

@@ -58,19 +58,23 @@ class Schedule:
         """Look at the next frame, whatever its number."""
         self._last = None
 
-    def learn(self, seconds: float, lag: float) -> None:
+    def learn(self, seconds: float, lag: float, interval: int | None = None) -> None:
         """Take in how it went since the keyframe before.
 
         Args:
             seconds: What a call of the model has taken lately.
             lag: Seconds that passed, for each second of the source.
+            interval: Frames since the keyframe before, which may have been chosen before the last change; None: as many
+                as now.
         """
         if self._fixed is not None:
             return
         least = math.ceil(seconds * self._fps / SHARE)
         most = math.ceil(seconds * self._fps / LEAST_SHARE)  # beyond that, it is not the model that takes the time
-        slowed = self.interval * (min(lag, 4.0) if lag > 1.0 else EASING)
-        wanted = math.ceil(slowed) if lag > 1.0 else math.floor(slowed)
+        if lag > 1.0:
+            wanted = math.ceil((self.interval if interval is None else interval) * min(lag, 4.0))
+        else:
+            wanted = math.floor(self.interval * EASING)
         self.interval = max(1, min(SLOWEST, most, max(least, wanted)))
 
 

@@ -258,6 +258,9 @@ class _Job:
     tracking: Tracking
     held_bytes: int
 
+    def submit(self, frame: Frame) -> Found:
+        return self.worker.submit(frame, self.source.name, self.number)
+
     def schedule(self, every: Every) -> Schedule:
         return Schedule(every, self.source.fps or ASSUMED_FPS)
 
@@ -332,7 +335,7 @@ class _Part:
         return self._held > self._job.held_bytes and len(self._frames) > 1
 
     def _ask(self, frame: Frame) -> None:
-        self._asked.append((frame, self._job.worker.submit(frame, self._job.source.name)))
+        self._asked.append((frame, self._job.submit(frame)))
 
     def _take_in(self) -> Iterator[Tracked]:
         """Wait for the detections of a keyframe, and let the frames out for which that was enough."""
@@ -340,10 +343,12 @@ class _Part:
         found = waiting.result()
         self._passed.append(frame.index)
         if found is not None:
+            before = self._looked[-1][0].index if self._looked else frame.index
             self._looked.append((frame, self.tracker.update(found, frame)))
             now = time.perf_counter()
             if self.tracker.interval > 0:
-                self._schedule.learn(self._job.worker.seconds, (now - self._wall) / self.tracker.interval)
+                lag = (now - self._wall) / self.tracker.interval
+                self._schedule.learn(self._job.worker.seconds, lag, frame.index - before)
             self._wall = now
         if len(self._passed) == AHEAD:
             while self._frames and self._frames[0].index < self._passed[0]:
@@ -381,7 +386,7 @@ def _live(job: _Job) -> Generator[Tracked, None, None]:
             tracker = tracker.anew()
             schedule.restart()
         if asked is None and schedule.wants(frame.index):
-            asked = (frame, job.worker.submit(frame, job.source.name), tracker)
+            asked = (frame, job.submit(frame), tracker)
         looked = None
         if asked is not None and (at_once or asked[1].done()):
             found = asked[1].result()
