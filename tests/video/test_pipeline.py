@@ -1,0 +1,548 @@
+"""`annotate_video`: from a file to an annotated one. Run with `pytest tests/video/test_pipeline.py`."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import pytest
+import supervision as sv
+
+from moondream_cv import loading
+from moondream_cv.errors import VideoError
+from moondream_cv.scenes.clips import render_clip
+from moondream_cv.video import Summary, Tracking, Zones, annotate_video, track
+from moondream_cv.video.live import LiveReader
+from tests.clips import cut, deadline, number_of, numbered, write_clip
+from tests.colour_model import ColourModel
+
+SIZE = (320, 192)
+CLASSES = ["dog", "cat", "horse"]
+FRAMES = 48
+FPS = 25
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    with deadline(25):
+        yield
+
+
+class Thing(NamedTuple):
+    """Moves in a straight line below the stripes that tell a frame's number."""
+
+    name: str
+    centre: tuple[float, float]
+    speed: tuple[float, float] = (0.0, 0.0)
+    seen: range = range(256)
+    confidence: float = 0.5
+
+    def box(self, number: int) -> np.ndarray:
+        middle = np.array(self.centre) + number * np.array(self.speed)
+        return np.concatenate((middle - 15, middle + 15))
+
+
+# Seen at every=5 on 48 frames, on 21 (10 to 30) and on 21 (20 to 40).
+THINGS = (
+    Thing("dog", (40, 150), (4, 0)),
+    Thing("dog", (260, 120), (-1, 0), range(8, 33), 0.75),
+    Thing("cat", (160, 120), (0, 0), range(20, 41)),
+)
+
+
+class Known:
+    """A detector that knows what is on each frame of `numbered`.
+
+    Attributes:
+        looked: The numbers of the frames that it was shown.
+    """
+
+    def __init__(self, *things: Thing, seconds: float = 0.0) -> None:
+        self.things, self.seconds = things, seconds
+        self.looked: list[int] = []
+
+    def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        number = number_of(image)
+        self.looked.append(number)
+        time.sleep(self.seconds)
+        seen = [thing for thing in self.things if number in thing.seen]
+        return sv.Detections(
+            xyxy=np.array([thing.box(number) for thing in seen], np.float32).reshape(-1, 4),
+            confidence=np.array([thing.confidence for thing in seen], np.float32),
+            class_id=np.array([classes.index(thing.name) for thing in seen], int),
+        )
+
+
+def with_sound(path: Path, images: Sequence[np.ndarray]) -> Path:
+    """A clip with a tone of its length."""
+    rate, done = 48_000, 0
+    with av.open(str(path), "w") as output:
+        sound = output.add_stream("aac", rate=rate)
+        sound.layout = "mono"
+        stream = output.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = images[0].shape[1], images[0].shape[0], "yuv420p"
+        for index, image in enumerate(images):
+            picture = av.VideoFrame.from_ndarray(image, format="bgr24")
+            picture.pts, picture.time_base = index, Fraction(1, FPS)
+            output.mux(stream.encode(picture))
+        output.mux(stream.encode(None))
+        tone = np.sin(np.arange(1024) * 0.1).astype(np.float32)[None] / 2
+        while done < len(images) / FPS * rate:
+            samples = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            samples.sample_rate, samples.time_base, samples.pts = rate, Fraction(1, rate), done
+            done += 1024
+            output.mux(sound.encode(samples))
+        output.mux(sound.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = [numbered(number, SIZE) for number in range(FRAMES)]
+    return with_sound(tmp_path_factory.mktemp("clips") / "street.mp4", images)
+
+
+def images_of(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as opened:
+        return [picture.to_ndarray(format="bgr24") for picture in opened.decode(video=0)]
+
+
+def numbers_of(path: Path) -> list[int]:
+    return [number_of(image[: SIZE[1], : SIZE[0]]) for image in images_of(path)]
+
+
+def times_of(path: Path) -> list[float]:
+    with av.open(str(path)) as opened:
+        return [float(picture.time or 0.0) for picture in opened.decode(video=0)]
+
+
+def sound_of(path: Path) -> list[bytes]:
+    with av.open(str(path)) as opened:
+        return [bytes(packet) for packet in opened.demux(audio=0) if packet.size] if opened.streams.audio else []
+
+
+def only(folder: Path, *names: str) -> bool:
+    """Whether a folder holds these files and nothing else: no parts either."""
+    return sorted(os.listdir(folder)) == sorted(names)
+
+
+# What comes out ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 5, 1000, "auto"])
+@pytest.mark.compat
+def test_every_frame_with_its_sound(every: Any, clip: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.mp4"
+    summary = annotate_video(clip, target, CLASSES, model=Known(*THINGS), every=every)
+    assert numbers_of(target) == list(range(FRAMES))
+    np.testing.assert_allclose(times_of(target), np.arange(FRAMES) / FPS, atol=1e-3)
+    assert sound_of(target) == sound_of(clip)
+    assert images_of(target)[0].shape == (SIZE[1], SIZE[0], 3)
+    assert (summary.frames, summary.frame_count) == (FRAMES, FRAMES)
+    assert only(tmp_path, "out.mp4")
+
+
+def test_boxes_are_drawn_where_things_are(clip: Path, tmp_path: Path) -> None:
+    annotate_video(clip, tmp_path / "none.mp4", CLASSES, model=Known(*THINGS), every=5, annotate="none")
+    annotate_video(clip, tmp_path / "blur.mp4", CLASSES, model=Known(*THINGS), every=5, annotate="blur")
+    originals, plain = images_of(clip), images_of(tmp_path / "none.mp4")
+    for number, blurred in enumerate(images_of(tmp_path / "blur.mp4")):
+        left, top, right, bottom = THINGS[2].box(number).astype(int)
+        noise = [image[top + 4 : bottom - 4, left + 4 : right - 4].std() for image in (plain[number], blurred)]
+        assert (noise[1] < noise[0] / 2) == (number in THINGS[2].seen)
+        assert np.abs(plain[number].astype(int) - originals[number]).mean() < 8
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".mkv"])
+def test_other_containers(suffix: str, clip: Path, tmp_path: Path) -> None:
+    annotate_video(str(clip), str(tmp_path / f"out{suffix}"), "dog", model=Known(THINGS[0]), every=15)
+    assert numbers_of(tmp_path / f"out{suffix}") == list(range(FRAMES))
+    assert sound_of(tmp_path / f"out{suffix}")[-80:] == sound_of(clip)[-80:]
+
+
+def test_without_sound(clip: Path, tmp_path: Path) -> None:
+    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=15, audio=False)
+    assert sound_of(tmp_path / "out.mp4") == []
+    assert len(images_of(tmp_path / "out.mp4")) == FRAMES
+
+
+def test_odd_sizes(tmp_path: Path) -> None:
+    images = [numbered(number, (161, 97)) for number in range(13)]
+    summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=Known(), every=5)
+    found = images_of(tmp_path / "out.mp4")
+    assert [number_of(image) for image in found] == list(range(13))
+    assert found[0].shape == (98, 162, 3)
+    assert (summary.frames, summary.frame_count) == (13, 13)
+
+
+def test_sizes_that_change(tmp_path: Path) -> None:
+    images = [numbered(n, SIZE if n % 20 < 10 else (160, 96)) for n in range(40)]
+    summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=Known(), every=5, panel=True)
+    assert summary.frames == len(images_of(tmp_path / "out.mp4")) == 40
+
+
+def test_a_panel_makes_it_wider(clip: Path, tmp_path: Path) -> None:
+    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, panel=True, colour_by="id")
+    found = images_of(tmp_path / "out.mp4")
+    assert found[0].shape[0] == SIZE[1]
+    assert found[0].shape[1] > SIZE[0]
+    assert numbers_of(tmp_path / "out.mp4") == list(range(FRAMES))
+
+
+def test_one_frame(tmp_path: Path) -> None:
+    write_clip(tmp_path / "one.mp4", [numbered(7, SIZE)])
+    summary = annotate_video(tmp_path / "one.mp4", tmp_path / "out.mp4", CLASSES, model=Known(THINGS[0]))
+    assert numbers_of(tmp_path / "out.mp4") == [7]
+    assert (summary.frames, summary.looked, summary.classes["dog"].objects) == (1, 1, 1)
+
+
+def test_the_source_may_be_the_target(clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "same.mp4"
+    path.write_bytes(clip.read_bytes())
+    annotate_video(path, path, CLASSES, model=Known(*THINGS), every=5)
+    assert numbers_of(path) == list(range(FRAMES))
+    assert sound_of(path) == sound_of(clip)
+    assert path.read_bytes() != clip.read_bytes()
+    assert only(tmp_path, "same.mp4")
+
+
+def test_the_tiny_model(tmp_path: Path) -> None:
+    scene = render_clip(3, num_frames=8, num_objects=3, num_classes=2, resolution_wh=(240, 160))
+    pictures = [image[..., ::-1] for image, _ in scene.frames()]
+    summary = annotate_video(
+        pictures, tmp_path / "out.mp4", scene.class_names, model="tiny", device="cpu", every=3, confidence=0.1
+    )
+    assert summary.frames == len(images_of(tmp_path / "out.mp4")) == 8
+    assert summary.looked == 4  # 0, 3, 6 and the last one
+
+
+# Texts and figures -------------------------------------------------------------------------------------------------
+
+
+def test_json_and_mot_say_what_track_gives(clip: Path, tmp_path: Path) -> None:
+    expected = [d for _, d in track(clip, CLASSES, model=Known(*THINGS), every=5)]
+    stream = io.StringIO()
+    annotate_video(
+        clip, None, CLASSES, model=Known(*THINGS), every=5, json=tmp_path / "out.jsonl", mot=stream, audio=False
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(FRAMES))
+    np.testing.assert_allclose([line["time"] for line in lines], np.arange(FRAMES) / FPS, atol=1e-3)
+    rows: dict[int, list[list[float]]] = {number: [] for number in range(1, FRAMES + 1)}
+    for text in stream.getvalue().splitlines():
+        frame, *row = map(float, text.split(","))
+        rows[int(frame)].append(row)
+    for number, (line, detections) in enumerate(zip(lines, expected, strict=True), 1):
+        assert detections.tracker_id is not None
+        assert detections.class_id is not None
+        described = line["detections"]
+        assert [d["tracker_id"] for d in described] == detections.tracker_id.tolist()
+        assert [d["class_id"] for d in described] == detections.class_id.tolist()
+        assert [d["class_name"] for d in described] == [CLASSES[i] for i in detections.class_id]
+        np.testing.assert_allclose([d["xyxy"] for d in described], detections.xyxy, atol=0.01)
+        assert [row[0] for row in rows[number]] == detections.tracker_id.tolist()
+        left_top_wh = np.concatenate((detections.xyxy[:, :2], detections.xyxy[:, 2:] - detections.xyxy[:, :2]), 1)
+        np.testing.assert_allclose([row[1:5] for row in rows[number]], left_top_wh, atol=0.01)
+    assert only(tmp_path, "out.jsonl")
+
+
+def test_the_summary_of_a_case_made_by_hand(clip: Path) -> None:
+    detector = Known(*THINGS)
+    summary = annotate_video(clip, None, CLASSES, model=detector, every=5)
+    assert list(summary.classes) == CLASSES
+    dog, cat, horse = summary.classes.values()
+    assert (dog.objects, dog.frames, dog.most) == (2, 48, 2)
+    assert dog.confidence == pytest.approx((48 * 0.5 + 21 * 0.75) / 69)
+    assert (cat.objects, cat.frames, cat.most) == (1, 21, 1)
+    assert cat.confidence == pytest.approx(0.5)
+    assert (horse.objects, horse.frames, horse.most) == (0, 0, 0)
+    assert math.isnan(horse.confidence)
+    assert (summary.frames, summary.looked, summary.failed, summary.problems) == (48, 11, 0, 0)
+    assert summary.seconds == pytest.approx(47 / FPS, abs=1e-3)
+    assert summary.zones is None
+    assert 0 < summary.elapsed < 20
+    assert summary.fps == pytest.approx(48 / summary.elapsed)
+    assert summary.looked_fps == pytest.approx(11 / summary.elapsed)
+    assert (Summary().fps, Summary().looked_fps) == (0.0, 0.0)
+
+
+def test_frames_that_failed_are_counted(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def detector(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        if number_of(image) in (10, 15):
+            raise RuntimeError("too much")
+        return Known(*THINGS)(image, classes)
+
+    summary = annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=detector, every=5)
+    assert (summary.frames, summary.looked, summary.failed) == (48, 9, 2)
+    assert numbers_of(tmp_path / "out.mp4") == list(range(FRAMES))
+    assert "street.mp4" in caplog.text
+    assert summary.classes["dog"].objects == 2
+
+
+# The first dog's feet are at (40 + 4 n, 165): from left to right over x = 100 after frame 15, in the area at 15 to 27.
+ZONES = {
+    "lines": [{"name": "door", "start": [100, 190], "end": [100, 110]}],
+    "zones": [{"name": "yard", "polygon": [[98, 150], [152, 150], [152, 180], [98, 180]]}],
+}
+
+
+@pytest.mark.parametrize("kind", ["dict", "file", "object"])
+def test_zones(kind: str, clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "zones.json"
+    path.write_text(json.dumps(ZONES))
+    zones: Any = {"dict": ZONES, "file": path, "object": Zones.from_dict(ZONES)}[kind]
+    inside: list[int] = []
+
+    def note(summary: Summary) -> None:
+        assert summary.zones is not None
+        inside.append(summary.zones["zones"]["yard"]["now"])
+
+    summary = annotate_video(
+        clip, tmp_path / "out.mp4", CLASSES, model=Known(THINGS[0]), every=5, zones=zones, on_frame=note
+    )
+    assert summary.zones is not None
+    assert summary.zones["lines"]["door"] == {"in": 0, "out": 1, "classes": {"dog": {"in": 0, "out": 1}}}
+    assert summary.zones["zones"]["yard"] == {"now": 0, "ids": 1, "classes": {}}
+    assert inside == [int(15 <= number <= 28) for number in range(FRAMES)]
+    assert numbers_of(tmp_path / "out.mp4") == list(range(FRAMES))
+
+
+def test_on_frame_gets_the_same_object_after_each_frame(clip: Path) -> None:
+    seen: list[tuple[int, float, int]] = []
+    objects: set[int] = set()
+
+    def note(summary: Summary) -> None:
+        objects.add(id(summary))
+        seen.append((summary.frames, summary.seconds, summary.looked))
+
+    summary = annotate_video(clip, None, CLASSES, model=Known(*THINGS), every=5, on_frame=note)
+    assert objects == {id(summary)}
+    assert [frames for frames, _, _ in seen] == list(range(1, FRAMES + 1))
+    assert [s for _, s, _ in seen] == pytest.approx([n / FPS for n in range(FRAMES)], abs=1e-3)
+    assert [looked for *_, looked in seen] == sorted(looked for *_, looked in seen)
+
+
+# What goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("in the middle"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 7, 30])
+def test_on_frame_raises(error: BaseException, at: int, clip: Path, tmp_path: Path) -> None:
+    def stop(summary: Summary) -> None:
+        if summary.frames == at:
+            raise error
+
+    with pytest.raises(type(error)):
+        annotate_video(
+            clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, json=tmp_path / "out.jsonl",
+            on_frame=stop,
+        )  # fmt: skip
+    assert numbers_of(tmp_path / "out.mp4") == list(range(at))
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == at
+    assert 0 < len(sound_of(tmp_path / "out.mp4")) < len(sound_of(clip)) or at == 1
+    assert only(tmp_path, "out.mp4", "out.jsonl")
+
+
+def test_an_exception_leaves_no_half_source(clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "same.mp4"
+    path.write_bytes(clip.read_bytes())
+
+    def stop(summary: Summary) -> None:
+        raise RuntimeError("at once")
+
+    with pytest.raises(RuntimeError, match="at once"):
+        annotate_video(path, path, CLASSES, model=Known(*THINGS), every=5, on_frame=stop)
+    assert numbers_of(path)[:1] == [0]  # plays, be it the source or what was made of it
+    assert only(tmp_path, "same.mp4")
+
+
+CTRL_C = """
+import sys, time, numpy as np, supervision as sv
+from moondream_cv.video import annotate_video
+def detect(image, classes):
+    time.sleep(0.02)
+    return sv.Detections(np.array([[10, 10, 50, 50]], np.float32), class_id=np.array([0]))
+def say(summary):
+    if summary.frames % 10 == 0:
+        print(summary.frames, flush=True)
+rng = np.random.default_rng(0)
+image = rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+frames = (np.roll(image, i, 1) for i in range(100_000))
+annotate_video(frames, sys.argv[1], ["dog"], model=detect, every=5, on_frame=say)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to another process")
+def test_ctrl_c(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    process = subprocess.Popen(
+        [sys.executable, "-c", CTRL_C, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        while int(process.stdout.readline()) < 60:
+            pass
+        process.send_signal(signal.SIGINT)
+        said, error = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert error.rstrip().endswith("KeyboardInterrupt")
+    written = max([60, *map(int, said.split())])
+    assert written <= len(images_of(path)) <= written + 10
+    assert only(tmp_path, "out.mp4")
+
+
+def test_a_source_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [numbered(number, SIZE) for number in range(FRAMES)]
+    source = cut(write_clip(tmp_path / "in.mkv", images), 0.6)
+    summary = annotate_video(source, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5)
+    numbers = numbers_of(tmp_path / "out.mp4")
+    assert numbers == list(range(summary.frames))
+    assert 10 < summary.frames < FRAMES
+    assert "cut off" in caplog.text or "damaged" in caplog.text
+
+
+def breaking() -> Iterator[np.ndarray]:
+    yield from (numbered(number, SIZE) for number in range(23))
+    raise OSError("the disk is gone")
+
+
+def test_a_source_that_breaks_off_leaves_a_file_that_plays(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5)
+    numbers = numbers_of(tmp_path / "out.mp4")
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) >= 10
+    assert only(tmp_path, "out.mp4")
+
+
+@pytest.mark.parametrize("every", [5, 100])
+def test_all_frames_before_a_source_breaks_off_are_written(every: int, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=every)
+    assert numbers_of(tmp_path / "out.mp4") == list(range(23))
+
+
+def test_a_live_source_that_dies(tmp_path: Path) -> None:
+    def camera(reader: LiveReader) -> Iterator[np.ndarray]:
+        for number in range(20):
+            yield numbered(number, SIZE)
+            time.sleep(0.03)
+
+    live = LiveReader(camera, name="the camera", open_timeout=2, read_timeout=1, reconnect_for=0)
+    with pytest.raises(VideoError, match="the camera is gone"):
+        annotate_video(live, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=1)
+    numbers = numbers_of(tmp_path / "out.mp4")
+    assert numbers[0] == 0
+    assert numbers[-1] == 19
+    assert numbers == sorted(set(numbers))
+
+
+OUTSIDE = {"zones": [{"name": "far", "polygon": [[900, 900], [990, 900], [990, 990]]}]}
+
+
+def test_a_zone_outside_the_frame(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").write_bytes(b"an earlier one")
+    with pytest.raises(ValueError, match=r'zone "far" .* lies outside a frame of 320x192'):
+        annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, zones=OUTSIDE)
+    assert (tmp_path / "out.mp4").read_bytes() == b"an earlier one"
+    assert only(tmp_path, "out.mp4")
+
+
+def test_a_zone_outside_the_frame_is_told_first(clip: Path) -> None:
+    detector = Known(*THINGS)
+    with pytest.raises(ValueError, match='zone "far"'):
+        annotate_video(clip, None, CLASSES, model=detector, every=5, zones=OUTSIDE)
+    assert detector.looked == []
+
+
+def test_a_zone_outside_smaller_frames_that_come_later(tmp_path: Path) -> None:
+    images = [numbered(n, SIZE if n < 20 else (64, 48)) for n in range(40)]
+    with pytest.raises(ValueError, match=r'line "door" .* lies outside a frame of 64x48'):
+        annotate_video(images, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, zones=ZONES)
+    assert numbers_of(tmp_path / "out.mp4") == list(range(20))
+
+
+UNWRITABLE = [
+    ("nowhere/out.mp4", "no folder"),
+    ("out.avi", "must end in"),
+    ("folder.mp4", "is a folder"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), UNWRITABLE)
+def test_a_target_that_cannot_be_written(name: str, message: str, clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    detector = Known(*THINGS)
+    for options in ({"target": tmp_path / name}, {"target": None, "json": tmp_path / "folder.mp4"}):
+        with pytest.raises(VideoError, match=message if options["target"] else "is a folder"):
+            annotate_video(clip, classes=CLASSES, model=detector, every=5, **options)
+    time.sleep(0.05)
+    assert detector.looked == []
+    assert only(tmp_path, "folder.mp4")
+
+
+def test_a_target_that_cannot_be_written_leaves_the_texts_alone(clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_text("an earlier one")
+    with pytest.raises(VideoError, match="must end in"):
+        annotate_video(clip, tmp_path / "out.avi", CLASSES, model=Known(), json=tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "an earlier one"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"target": "nowhere/out.mp4"}, VideoError, "no folder"),
+        ({"target": "out.avi"}, VideoError, "must end in"),
+        ({"annotate": "circles"}, ValueError, "circles"),
+        ({"colour_by": "size"}, ValueError, "colour_by"),
+    ],
+)
+def test_wrong_arguments_are_told_before_a_model_is_loaded(
+    wrong: dict[str, Any], error: type[Exception], message: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load_colours(name: str, device: str | None = None) -> ColourModel:
+        loaded.append(name)
+        return ColourModel()
+
+    monkeypatch.setattr(loading, "load", load_colours)
+    arguments = {"source": clip, "target": None, "classes": CLASSES, "model": "colours", **wrong}
+    with pytest.raises(error, match=message):
+        annotate_video(**arguments)
+    assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"every": 0}, "every must be"),
+        ({"classes": []}, "classes must name"),
+        ({"annotate": "circles"}, "circles"),
+        ({"colour_by": "size"}, "colour_by"),
+        ({"zones": {}}, "nothing to count"),
+        ({"tracking": Tracking("deepsort")}, "tracker must be one of"),
+    ],
+)
+def test_wrong_arguments(wrong: dict[str, Any], message: str, clip: Path, tmp_path: Path) -> None:
+    detector = Known(*THINGS)
+    arguments = {
+        "source": clip, "target": tmp_path / "out.mp4", "classes": CLASSES, "model": detector, **wrong,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        annotate_video(**arguments)
+    assert detector.looked == []
+    assert only(tmp_path)

@@ -1,0 +1,179 @@
+"""A long video leaves nothing behind: a fiftieth of it here, all of it with `make soak`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import supervision as sv
+
+from moondream_cv.video import Frame, Summary, Tracking, annotate_video, watch
+from moondream_cv.video.tracking import Tracker
+from moondream_cv.video.video_file import VideoWriter
+from tests.clips import deadline
+
+FRAMES = 20_000
+EVERY = 5
+FPS = 30
+SIZE = (160, 96)
+LANES, LIFE = 6, 50  # things at a time, and frames that each is there
+ALLOWED_GROWTH = 16 << 20  # bytes of the process between the first fifth and the end
+ZONES = {
+    "lines": [{"name": "middle", "start": [80, 96], "end": [80, 0]}],
+    "zones": [{"name": "left", "polygon": [[0, 0], [80, 0], [80, 96], [0, 96]]}],
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    with deadline(900):
+        yield
+
+
+def written(path: Path, count: int) -> Path:
+    """A clip of noise that moves."""
+    noise = np.random.default_rng(0).integers(60, 200, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
+    noise = np.repeat(np.repeat(noise[::8, ::8], 8, 0), 8, 1)
+    with VideoWriter(path, fps=FPS, preset="ultrafast") as writer:
+        for index in range(count):
+            writer.write(Frame(np.roll(noise, index, 1), index, index / FPS), sv.Detections.empty())
+    return path
+
+
+class Traffic:
+    """A detector of things that come and go: in each lane one after another, at a new place each time."""
+
+    def __init__(self) -> None:
+        self.looked = 0
+
+    def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        number, self.looked = self.looked * EVERY, self.looked + 1
+        boxes, class_ids = [], []
+        for lane in range(LANES):
+            life, age = divmod(number + lane * 8, LIFE)
+            left = 12 + (37 * life + 59 * lane) % 100 + 0.4 * age
+            boxes.append([left, 10 + 13 * lane, left + 11, 21 + 13 * lane])
+            class_ids.append((life + lane) % len(classes))
+        return sv.Detections(
+            np.array(boxes, np.float32), confidence=np.full(LANES, 0.5, np.float32), class_id=np.array(class_ids)
+        )
+
+
+@dataclass(frozen=True)
+class Watched(Tracking):
+    """A `Tracking` that keeps the trackers that it starts."""
+
+    started: list[Tracker] = field(default_factory=list)
+
+    def start(self) -> Tracker:
+        self.started.append(super().start())
+        return self.started[-1]
+
+
+def resident_bytes() -> int:
+    """Memory of this process in use, as Linux counts it."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096
+
+
+@dataclass
+class Course:
+    """How a run went.
+
+    Attributes:
+        resident: Bytes after each hundredth of the frames; nothing but on Linux.
+        tracks: That were remembered at the most.
+        tracklets: Of the trackers themselves, likewise.
+    """
+
+    resident: list[int] = field(default_factory=list)
+    tracks: int = 0
+    tracklets: int = 0
+
+
+def annotated(folder: Path, count: int) -> Course:
+    source, course, tracking = written(folder / "in.mp4", count), Course(), Watched()
+
+    def note(summary: Summary) -> None:
+        tracker = tracking.started[-1]
+        course.tracks = max(course.tracks, len(tracker.tracks))
+        own = sum(len(each.tracks) for each in list(tracker._trackers.values()))
+        course.tracklets = max(course.tracklets, own, len(tracker._tracklets))
+        if summary.frames % max(1, count // 100) == 0 and sys.platform == "linux":
+            course.resident.append(resident_bytes())
+
+    summary = annotate_video(
+        source,
+        folder / "out.mp4",
+        ["dog", "cat"],
+        model=Traffic(),
+        every=EVERY,
+        annotate=("box", "label", "trace"),
+        tracking=tracking,
+        zones=ZONES,
+        panel=True,
+        json=folder / "out.jsonl",
+        mot=folder / "out.txt",
+        on_frame=note,
+    )
+    assert summary.frames == count
+    assert sum(seen.objects for seen in summary.classes.values()) >= count * LANES / LIFE / 4
+    with av.open(str(folder / "out.mp4")) as opened:
+        assert opened.streams.video[0].frames == count
+    return course
+
+
+def check_bounds(course: Course) -> None:
+    remembered = LANES * (10.0 * FPS / LIFE + 2)  # ten seconds of things that have gone, and those that are there
+    assert course.tracks <= 1.5 * remembered
+    assert course.tracklets <= 1.5 * remembered
+
+
+def test_a_fiftieth_forgets_what_is_gone(tmp_path: Path) -> None:
+    before = threading.active_count()
+    check_bounds(annotated(tmp_path, FRAMES // 50))
+    assert threading.active_count() <= before
+
+
+@pytest.mark.soak
+def test_twenty_thousand_frames_do_not_grow(tmp_path: Path) -> None:
+    course = annotated(tmp_path, FRAMES)
+    check_bounds(course)
+    if not course.resident:
+        pytest.skip("how much memory this process takes is read from /proc, which only Linux has")
+    fifth = len(course.resident) // 5
+    settled = max(course.resident[:fifth])
+    grown = max(course.resident[-10:]) - settled
+    print(
+        f"{FRAMES} frames: {settled / 1e6:.0f} MB after a fifth, {grown / 1e6:+.1f} MB at the end, "
+        f"{course.tracks} tracks and {course.tracklets} tracklets at the most"
+    )
+    assert grown <= ALLOWED_GROWTH
+
+
+@pytest.mark.soak
+def test_frames_of_three_sources_leave_nothing_behind(tmp_path: Path) -> None:
+    """What Python and NumPy hold, since so many threads' allocators take tens of megabytes to settle."""
+    paths = [written(tmp_path / f"in{number}.mp4", FRAMES // 4) for number in range(3)]
+    traced, count = [], 0
+    tracemalloc.start()
+    try:
+        with watch(paths, ["dog", "cat"], model=Traffic(), every=EVERY) as watched:
+            for _ in watched:
+                count += 1
+                if count % 100 == 0:
+                    traced.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert count == 3 * (FRAMES // 4)
+    settled = max(traced[: len(traced) // 5])
+    grown = max(traced[-10:]) - settled
+    print(f"{count} frames of three sources: {settled / 1e6:.1f} MB after a fifth, {grown / 1e6:+.1f} MB at the end")
+    assert grown <= 2 << 20
