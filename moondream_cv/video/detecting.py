@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,12 +23,23 @@ from moondream_cv.video.frame import Frame
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 8  # keyframes in one call
-CLOSING_SECONDS = 10.0
+CLOSING_SECONDS = 1.0
+LAST_SECONDS = 10.0  # that a call may still take when the process ends
 SMOOTHING = 0.3  # weight of the latest call in `seconds`
 
 Image = npt.NDArray[np.uint8]
 Found = Future["sv.Detections | None"]
 DetectOne = Callable[[Image, Sequence[str]], sv.Detections]
+
+
+_running: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_them_finish() -> None:
+    """PyTorch aborts a process that ends in the midst of a call."""
+    for thread in list(_running):
+        thread.join(LAST_SECONDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +75,11 @@ class DetectionWorker:
         self._busy = 0
         self._changed = threading.Condition()
         self._closed = False
+        self._then: Callable[[], None] | None = None
         self.seconds, self.looked, self.failed = 0.0, 0, 0
-        self._thread = threading.Thread(target=self._run, name="moondream_cv detection", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="moondream_cv detection", daemon=True)
         self._thread.start()
+        _running.add(self._thread)
 
     def submit(self, frame: Frame, source: str, number: int = 0) -> Found:
         """Have a frame looked at; the result is None where that failed, and cancelled once the worker is closed.
@@ -88,22 +103,32 @@ class DetectionWorker:
         with self._changed:
             return len(self._waiting) + self._busy
 
-    def close(self, wait: float = CLOSING_SECONDS) -> bool:
+    def close(self, wait: float | None = None, then: Callable[[], None] | None = None) -> bool:
         """Take no more frames, cancel those that wait, and see whether the thread has ended.
 
         Args:
-            wait: Seconds to wait at the most for a call that is under way. A thread cannot be stopped from outside, and
-                PyTorch aborts a process that ends in the midst of a call.
+            wait: Seconds to wait at the most for a call that is under way; None: `CLOSING_SECONDS`. A thread cannot be
+                stopped from outside. At the end of the process it is waited for longer.
+            then: Called by the thread when it has ended.
         """
         with self._changed:
+            if not self._closed:
+                self._then = then
             self._closed = True
             for waiting in self._waiting:
                 waiting.found.cancel()
             self._waiting.clear()
             self._changed.notify()
         if self._thread is not threading.current_thread():
-            self._thread.join(wait)
+            self._thread.join(CLOSING_SECONDS if wait is None else wait)
         return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        try:
+            self._run()
+        finally:
+            if self._then is not None:
+                self._then()
 
     def _run(self) -> None:
         while True:

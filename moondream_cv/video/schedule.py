@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal
 
 import cv2
@@ -26,9 +27,9 @@ def check_every(every: object) -> Every:
     """
     if every == "auto":
         return "auto"
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, Integral) or every < 1:
         raise ValueError(f"every must be 'auto' or a number of frames from 1 on, not {every!r}")
-    return every
+    return int(every)
 
 
 class Schedule:

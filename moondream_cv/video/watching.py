@@ -23,6 +23,7 @@ import numpy.typing as npt
 import supervision as sv
 
 from moondream_cv.detector import Detector, check_classes
+from moondream_cv.errors import VideoError
 from moondream_cv.video.base import ASSUMED_FPS
 from moondream_cv.video.between import as_detections, interpolated, predicted
 from moondream_cv.video.detecting import DetectionWorker, DetectOne, Found
@@ -40,7 +41,7 @@ AHEAD = 2  # keyframes after a frame that are looked at before it comes out
 ASKED = 3  # keyframes that wait for the model at a time, so that it is never idle
 PREFETCHED = 4  # frames of a file that are decoded ahead
 HELD_BYTES = 2**30  # frames that wait for a keyframe; those beyond come out with what is known
-UNKNOWN_INTERVAL = 1.0  # seconds for which an object is shown after the first keyframe of a live source, at the least
+UNKNOWN_INTERVAL = 1.0  # seconds between keyframes as long as there has been one only, at the least
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,9 +242,7 @@ class Watch:
             self._frames.close()
         for source in self.sources:
             source.close()
-        idle = self.worker.close()
-        if self._detector is not None and idle:
-            self._detector.close()
+        self.worker.close(then=None if self._detector is None else self._detector.close)
 
 
 @dataclass(frozen=True)
@@ -366,7 +365,7 @@ class _Part:
             interval = max(np.diff(times[: 1 + AHEAD]), default=self.tracker.interval)
             seen = interpolated(tracks, frame.time, float(interval), resolution_wh)
         else:
-            seen = predicted(tracks, frame.time, self.tracker.interval, resolution_wh)
+            seen = predicted(tracks, frame.time, self.tracker.interval or UNKNOWN_INTERVAL, resolution_wh)
         looked = self._looked[0][1] if self._looked and self._looked[0][0] is frame else None
         detections = as_detections(seen, self._job.classes, resolution_wh, looked)
         return Tracked(frame, detections, looked is not None, self._job.number)
@@ -436,20 +435,23 @@ def _together(
     items: queue.Queue[Any] = queue.Queue(2 * len(streams))
     stopped = threading.Event()
 
-    def run(stream: Generator[Tracked, None, None]) -> None:
+    def run(stream: Generator[Tracked, None, None], source: Source) -> None:
         try:
             for tracked in stream:
                 _put(items, tracked, stopped)
                 if stopped.is_set():
                     break
             _put(items, _END, stopped)
+        except CancelledError:  # closed in another thread
+            _put(items, _END, stopped)
         except BaseException as error:
+            logger.error("%s", error if isinstance(error, VideoError) else f"{source.name}: {error!r}")
             _put(items, error, stopped)
         finally:
             stream.close()
 
     for stream, source in zip(streams, sources, strict=True):
-        threading.Thread(target=run, args=(stream,), name=f"moondream_cv {source.name}", daemon=True).start()
+        threading.Thread(target=run, args=(stream, source), name=f"moondream_cv {source.name}", daemon=True).start()
     running, failed = len(streams), None
     try:
         while running:
@@ -459,7 +461,6 @@ def _together(
                 continue
             running -= 1
             if isinstance(item, BaseException):
-                logger.error("%s", item)
                 failed = failed or item
         if failed is not None:
             raise failed
