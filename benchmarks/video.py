@@ -21,6 +21,7 @@ import av
 import numpy as np
 import supervision as sv
 import torch
+from av.video.frame import PictureType
 
 from moondream_cv import load
 from moondream_cv.scenes.clips import render_clip
@@ -55,6 +56,7 @@ def bare(source: Path, target: Path, through_bgr: bool) -> None:
         for index, frame in enumerate(reading.decode(stream)):
             if through_bgr:
                 frame = av.VideoFrame.from_ndarray(frame.to_ndarray(format="bgr24"), format="bgr24")
+            frame.pict_type = PictureType.NONE  # else the encoder is told what the last one decided
             frame.pts, frame.time_base = index, Fraction(1, FPS)
             writing.mux(out.encode(frame))
         writing.mux(out.encode(None))
