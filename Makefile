@@ -79,7 +79,7 @@ venv: $(DEV) ## Create the virtual environment with everything in it
 
 # --- Use ------------------------------------------------------------------------------------------------------------
 
-demo: $(BASE) ## Detect, point, ask and caption with the embedded tiny model; pictures in demo/
+demo: $(BASE) ## Detect, point, ask, caption and track with the embedded tiny model; pictures and a video in demo/
 	$(VENV)/bin/moondream-cv demo
 
 test: $(DEV) ## Run the tests

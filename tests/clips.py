@@ -1,17 +1,20 @@
-"""Small videos written for a test: frames that tell their number, files by PyAV, and an HTTP server for them."""
+"""Small videos written for a test: frames that tell their number, a detector that knows them, files, an HTTP server."""
 
 from __future__ import annotations
 
 import io
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import supervision as sv
 from PIL import Image
 
 BITS = 8
@@ -38,6 +41,64 @@ def number_of(image: np.ndarray) -> int:
     middles = [(2 * bit + 1) * width // (2 * BITS) for bit in range(BITS)]
     grey = [image[height // 8 : height // 3, middle - 1 : middle + 2].mean() for middle in middles]
     return sum(1 << bit for bit, value in enumerate(grey) if value > 128)
+
+
+class Thing(NamedTuple):
+    """Moves in a straight line.
+
+    Attributes:
+        centre: On frame 0.
+        speed: Pixels a frame.
+        seen: On which frames a detector sees it.
+        confidence: Of the detector.
+    """
+
+    name: str
+    centre: tuple[float, float]
+    speed: tuple[float, float] = (0.0, 0.0)
+    seen: range = range(256)
+    confidence: float = 0.5
+    side: float = 30.0
+
+    def box(self, number: int) -> np.ndarray:
+        middle = np.array(self.centre) + number * np.array(self.speed)
+        return np.concatenate((middle - self.side / 2, middle + self.side / 2))
+
+
+class Known:
+    """A detector that knows what is on each frame of `numbered`.
+
+    Attributes:
+        looked: The numbers of the frames that it was shown.
+        busy: Whether it is at it.
+    """
+
+    def __init__(
+        self,
+        *things: Thing,
+        seconds: float = 0.0,
+        fails: Callable[[int], bool] = lambda number: False,
+        tell: Callable[[np.ndarray], int] = number_of,
+    ) -> None:
+        self.things, self.seconds, self.fails, self.tell = things, seconds, fails, tell
+        self.looked: list[int] = []
+        self.busy = False
+
+    def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        number = self.tell(image)
+        self.looked.append(number)
+        self.busy = True
+        time.sleep(self.seconds)
+        self.busy = False
+        if self.fails(number):
+            raise RuntimeError(f"frame {number} is too much")
+        seen = [thing for thing in self.things if number in thing.seen]
+        return sv.Detections(
+            xyxy=np.array([thing.box(number) for thing in seen], np.float32).reshape(-1, 4),
+            confidence=np.array([thing.confidence for thing in seen], np.float32),
+            class_id=np.array([classes.index(thing.name) for thing in seen], int),
+            data={"class_name": np.array([thing.name for thing in seen], dtype=str)},
+        )
 
 
 def write_clip(

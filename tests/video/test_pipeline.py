@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -25,7 +25,7 @@ from moondream_cv.errors import VideoError
 from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Summary, Tracking, Zones, annotate_video, track
 from moondream_cv.video.live import LiveReader
-from tests.clips import cut, deadline, number_of, numbered, write_clip
+from tests.clips import Known, Thing, cut, deadline, number_of, numbered, write_clip
 from tests.colour_model import ColourModel
 
 SIZE = (320, 192)
@@ -40,49 +40,12 @@ def _in_time() -> Iterator[None]:
         yield
 
 
-class Thing(NamedTuple):
-    """Moves in a straight line below the stripes that tell a frame's number."""
-
-    name: str
-    centre: tuple[float, float]
-    speed: tuple[float, float] = (0.0, 0.0)
-    seen: range = range(256)
-    confidence: float = 0.5
-
-    def box(self, number: int) -> np.ndarray:
-        middle = np.array(self.centre) + number * np.array(self.speed)
-        return np.concatenate((middle - 15, middle + 15))
-
-
 # Seen at every=5 on 48 frames, on 21 (10 to 30) and on 21 (20 to 40).
 THINGS = (
     Thing("dog", (40, 150), (4, 0)),
     Thing("dog", (260, 120), (-1, 0), range(8, 33), 0.75),
     Thing("cat", (160, 120), (0, 0), range(20, 41)),
 )
-
-
-class Known:
-    """A detector that knows what is on each frame of `numbered`.
-
-    Attributes:
-        looked: The numbers of the frames that it was shown.
-    """
-
-    def __init__(self, *things: Thing, seconds: float = 0.0) -> None:
-        self.things, self.seconds = things, seconds
-        self.looked: list[int] = []
-
-    def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-        number = number_of(image)
-        self.looked.append(number)
-        time.sleep(self.seconds)
-        seen = [thing for thing in self.things if number in thing.seen]
-        return sv.Detections(
-            xyxy=np.array([thing.box(number) for thing in seen], np.float32).reshape(-1, 4),
-            confidence=np.array([thing.confidence for thing in seen], np.float32),
-            class_id=np.array([classes.index(thing.name) for thing in seen], int),
-        )
 
 
 def with_sound(path: Path, images: Sequence[np.ndarray]) -> Path:

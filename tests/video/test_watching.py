@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from moondream_cv.video import Tracked, Tracking, track, watch, watching
 from moondream_cv.video.frame import Frame
 from moondream_cv.video.live import LiveReader
 from moondream_cv.video.sources import open_source
-from tests.clips import Reply, deadline, number_of, numbered, serving, write_clip
+from tests.clips import Known, Reply, Thing, deadline, number_of, numbered, serving, write_clip
 from tests.colour_model import ColourModel
 
 SIZE = (320, 192)
@@ -48,63 +48,7 @@ def clip(images: list[np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> 
     return write_clip(tmp_path_factory.mktemp("clips") / "street.mp4", images[:48], fps=FPS)
 
 
-class Thing(NamedTuple):
-    """Moves in a straight line.
-
-    Attributes:
-        centre: On frame 0.
-        speed: Pixels a frame.
-        seen: On which frames a detector sees it.
-    """
-
-    name: str
-    centre: tuple[float, float]
-    speed: tuple[float, float] = (0.0, 0.0)
-    seen: range = range(256)
-    side: float = 30.0
-
-    def box(self, number: int) -> np.ndarray:
-        middle = np.array(self.centre) + number * np.array(self.speed)
-        return np.concatenate((middle - self.side / 2, middle + self.side / 2))
-
-
 WALKERS = (Thing("dog", (40, 40), (2.5, 0.5)), Thing("cat", (280, 100), (-3, 0)), Thing("dog", (60, 150), (1, -0.5)))
-
-
-class Known:
-    """A detector that knows what is on each frame of `numbered`.
-
-    Attributes:
-        looked: The numbers of the frames that it was shown.
-        busy: Whether it is at it.
-    """
-
-    def __init__(
-        self,
-        *things: Thing,
-        seconds: float = 0.0,
-        fails: Callable[[int], bool] = lambda number: False,
-        tell: Callable[[np.ndarray], int] = number_of,
-    ) -> None:
-        self.things, self.seconds, self.fails, self.tell = things, seconds, fails, tell
-        self.looked: list[int] = []
-        self.busy = False
-
-    def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-        number = self.tell(image)
-        self.looked.append(number)
-        self.busy = True
-        time.sleep(self.seconds)
-        self.busy = False
-        if self.fails(number):
-            raise RuntimeError(f"frame {number} is too much")
-        seen = [thing for thing in self.things if number in thing.seen]
-        return sv.Detections(
-            xyxy=np.array([thing.box(number) for thing in seen], np.float32).reshape(-1, 4),
-            confidence=np.full(len(seen), 0.5, np.float32),
-            class_id=np.array([classes.index(thing.name) for thing in seen], int),
-            data={"class_name": np.array([thing.name for thing in seen], dtype=str)},
-        )
 
 
 def check_contract(detections: sv.Detections, resolution_wh: tuple[int, int] = SIZE) -> None:
