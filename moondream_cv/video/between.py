@@ -27,16 +27,23 @@ class Seen(NamedTuple):
     confidence: float
 
 
-def interpolated(tracks: Iterable[Track], time: float, interval: float, resolution_wh: tuple[int, int]) -> list[Seen]:
+def interpolated(
+    tracks: Iterable[Track],
+    time: float,
+    interval: float,
+    resolution_wh: tuple[int, int],
+    cautious: bool = False,
+) -> list[Seen]:
     """Where tracks are at a time for which the keyframes around it, and the next one, have been looked at.
 
     Args:
         interval: Seconds between keyframes there.
         resolution_wh: Of the frame.
+        cautious: Show an object as far as the keyframes on which it was not seen, wherever it comes from or goes.
     """
     seen = []
     for track in tracks:
-        box = _interpolated(track, time, interval, resolution_wh)
+        box = _interpolated(track, time, interval, resolution_wh, cautious)
         if box is not None:
             seen.append(box)
     return seen
@@ -86,7 +93,9 @@ def as_detections(
     )
 
 
-def _interpolated(track: Track, time: float, interval: float, resolution_wh: tuple[int, int]) -> Seen | None:
+def _interpolated(
+    track: Track, time: float, interval: float, resolution_wh: tuple[int, int], cautious: bool
+) -> Seen | None:
     before, after = track.around(time)
     if before is not None and after is not None:
         first, second = track.sightings[before], track.sightings[after]
@@ -101,7 +110,7 @@ def _interpolated(track: Track, time: float, interval: float, resolution_wh: tup
         if at is None:
             continue
         sighting, box = track.sightings[at], track.moved(time, at)
-        passes = not within(track.moved(sighting.time + direction * interval, at), resolution_wh)
-        if abs(time - sighting.time) < interval and passes and within(box, resolution_wh):
+        passes = cautious or not within(track.moved(sighting.time + direction * interval, at), resolution_wh)
+        if abs(time - sighting.time) < interval * (1 - 1e-6) and passes and within(box, resolution_wh):
             return Seen(track, box, sighting.confidence)
     return None

@@ -110,7 +110,8 @@ def annotate_video(
         source: As for `track`.
         target: An .mp4, .mov or .mkv file (H.264); None writes no video.
         classes: Names, as for a `Detector`.
-        annotate: Out of box, label, trace, dot, blur and pixelate, or "none".
+        annotate: Out of box, label, trace, dot, blur and pixelate, or "none". The last two make the tracking cautious;
+            what no keyframe shows stays uncovered all the same, so look at every frame where that matters.
         model: As for `track`, as are `every`, `confidence`, `tracking` and `device`.
         zones: Lines and zones to count at: `Zones`, a dict like its file, or the path of one.
         panel: Put a table of counts beside the picture.
@@ -130,6 +131,8 @@ def annotate_video(
     """
     names, counted = check_classes(classes), _zones(zones)
     annotator = Annotator(annotate, names, colour_by=colour_by, zones=counted, panel=panel)
+    if annotator.what & {"blur", "pixelate"}:
+        tracking = replace(tracking or Tracking(), cautious=True)
     with ExitStack() as opened:
         video = opened.enter_context(open_source(source))
         if counted is not None and video.resolution_wh is not None:

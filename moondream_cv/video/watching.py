@@ -72,12 +72,15 @@ class Tracking:
         options: Arguments of that tracker.
         memory: Seconds for which an object that is gone keeps its number.
         scene_change: Look for cuts: another scene is looked at at once, and nothing is carried over into it.
+        cautious: In files, show an object from the keyframe before the first one that found it, and up to the one after
+            the last: for what must be covered, rather too much than too little.
     """
 
     tracker: str | Callable[[], BaseTracker] = "sort"
     options: Mapping[str, Any] = field(default_factory=dict)
     memory: float = 10.0
     scene_change: bool = False
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         if not self.memory >= 0:  # also true of NaN
@@ -363,7 +366,7 @@ class _Part:
         tracks = self.tracker.tracks.values()
         if times and times[-1] >= frame.time:
             interval = max(np.diff(times[: 1 + AHEAD]), default=self.tracker.interval)
-            seen = interpolated(tracks, frame.time, float(interval), resolution_wh)
+            seen = interpolated(tracks, frame.time, float(interval), resolution_wh, self._job.tracking.cautious)
         else:
             seen = predicted(tracks, frame.time, self.tracker.interval or UNKNOWN_INTERVAL, resolution_wh)
         looked = self._looked[0][1] if self._looked and self._looked[0][0] is frame else None

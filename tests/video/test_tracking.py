@@ -322,6 +322,15 @@ def test_what_comes_in_and_goes_out_is_shown_as_far_as_the_edge() -> None:
     np.testing.assert_allclose(going.box, box((620, 100)))
 
 
+def test_caution_covers_the_way_to_the_next_keyframe() -> None:
+    once = track_of((1.0, (300, 100), 0.8))
+    twice = track_of((1.0, (300, 100), 0.8), (1.5, (320, 100), 0.8), tracker_id=2)
+    for time, seen_once, seen_twice in ((0.4, 0, 0), (0.6, 1, 1), (1.0, 1, 1), (1.4, 1, 1), (1.9, 0, 1), (2.1, 0, 0)):
+        assert len(interpolated([once], time, 0.5, SIZE, cautious=True)) == seen_once, time
+        assert len(interpolated([twice], time, 0.5, SIZE, cautious=True)) == seen_twice, time
+    assert interpolated([once, twice], 0.6, 0.5, SIZE) == []
+
+
 def test_boxes_are_predicted_until_a_second_keyframe_missed_them() -> None:
     track = track_of((0.0, (100, 100), 0.8), (0.2, (120, 110), 0.6))
     (seen,) = predicted([track], 0.3, 0.2, SIZE)
