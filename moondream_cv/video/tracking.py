@@ -14,6 +14,7 @@ Scores never reach a tracker: their thresholds stand for detectors of another ki
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ TRACKERS = {
 }
 MAX_STEPS = 10
 GROWTH = 0.2  # of a box's size for each step of the clock; benchmarks/tracking.py compares
+LEAST_SIDE = 0.03  # of a frame's diagonal: points have no area, and tiny boxes hardly any
 RATE = 30.0  # steps of the clock in a second of it
 MEMORY = 10.0  # seconds for which an object that is gone may come back
 
@@ -132,7 +134,8 @@ class Tracker:
         if class_id not in self._trackers:
             self._trackers[class_id] = self._make()
         tracker = self._trackers[class_id]
-        grown = np.array([_grown(box, 1 + GROWTH * steps) for box in boxes], np.float32).reshape(-1, 4)
+        least = LEAST_SIDE * math.hypot(*frame.image.shape[:2])
+        grown = np.array([_grown(box, 1 + GROWTH * steps, least) for box in boxes], np.float32).reshape(-1, 4)
         before = list(tracker.tracks)  # held, so that nothing new gets the id() of what is dropped meanwhile
         extra: dict[str, Any] = {"frame": frame.image} if getattr(tracker, "enable_cmc", False) else {}
         if "timestamp" in inspect.signature(tracker.update).parameters:  # not in trackers 2.4
@@ -191,9 +194,10 @@ class Tracker:
         return tracks
 
 
-def _grown(box: Box, factor: float) -> Box:
-    """A box of `factor` times the size about the same centre."""
-    margin = (box[2:] - box[:2]) * (factor - 1) / 2
+def _grown(box: Box, factor: float, least: float) -> Box:
+    """A box about the same centre, of `factor` times the size; sides below `least` count as that long."""
+    size = box[2:] - box[:2]
+    margin = (np.maximum(size, least) * factor - size) / 2
     return np.concatenate((box[:2] - margin, box[2:] + margin))
 
 

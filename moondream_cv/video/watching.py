@@ -109,8 +109,8 @@ def track(
         source: A file, a folder or glob of images, a webcam's number, the URL of a stream, an iterable of frames, or
             an open `Source`.
         classes: Names, as for a `Detector`.
-        model: A name for `load`, a model, a `Detector`, or anything that takes a BGR frame and the classes and gives
-            `sv.Detections`.
+        model: A name for `load`, a model, a `Detector` or `Pointer`, or anything that takes a BGR frame and the classes
+            and gives `sv.Detections`.
         every: Look at every so many frames; "auto": as often as the model can while the output keeps up with the
             source. With 1, every frame of a live source waits for the model.
         confidence: What a detection must reach, for a model that is given by name or as such; a `Detector` has its own.

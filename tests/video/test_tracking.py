@@ -163,6 +163,15 @@ def test_a_thing_that_moves_by_more_than_its_size_keeps_its_number(every: int) -
     assert set(map(tuple, numbers)) == {(1,)}
 
 
+@pytest.mark.parametrize("size", [0.0, 1.0, 6.0])
+def test_points_and_tiny_things_keep_their_numbers(size: float) -> None:
+    tracker = Tracker()
+    for index in range(0, 90, 5):
+        places = [(100 + 2 * index, 100.0), (500 - 2 * index, 250.0)]
+        tracked = tracker.update(found(*places, size=size), frame(index))
+        assert ids(tracked) == [1, 2], index
+
+
 def test_things_of_a_class_that_cross_do_not_change_numbers() -> None:
     numbers = follow(Tracker(), lambda i: [(100 + 3 * i, 100 + i), (400 - 3 * i, 200 - i)], 5, 100)
     assert set(map(tuple, numbers)) == {(1, 2)}
