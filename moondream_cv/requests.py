@@ -1,7 +1,7 @@
 """What can be asked of a model and what it replies: plain frozen values that know nothing of how they are computed.
 
 Coordinates are fractions of the image's width and height, from its top left corner. Every result's `to_dict()` is the
-dict that the published model's method of that name returns; `confidence` and `truncated` are extra keys.
+dict that the published model's method of that name returns; `confidence`, `truncated` and `logprob` are extra keys.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class QueryResult:
 
     def to_dict(self) -> dict[str, Any]:
         thoughts = {} if self.reasoning is None else {"reasoning": self.reasoning.to_dict()}
-        return {**thoughts, "answer": self.answer, "truncated": self.truncated}
+        return {**thoughts, "answer": self.answer, "truncated": self.truncated, **_score(self.logprob)}
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class CaptionResult:
     logprob: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"caption": self.caption, "truncated": self.truncated}
+        return {"caption": self.caption, "truncated": self.truncated, **_score(self.logprob)}
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,10 @@ class ErrorResult:
 
 
 Result = Union[DetectResult, PointResult, QueryResult, CaptionResult, GazeResult, ErrorResult]  # noqa: UP007
+
+
+def _score(logprob: float | None) -> dict[str, float]:
+    return {} if logprob is None else {"logprob": logprob}
 
 
 def _check_request(request: Any, text: str | None, what: str, image_required: bool = True) -> None:

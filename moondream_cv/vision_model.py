@@ -73,6 +73,8 @@ class PublishedMethods:
     ) -> dict[str, Any]:
         """Describe an image: `{"caption": str}`, or an iterator of its pieces with `stream`.
 
+        Unstreamed, `logprob` is there as well, the mean log-probability of a token, where the model gives one.
+
         Args:
             image: Anything that `moondream_cv.images.to_rgb` takes, or an encoded image.
             length: "short", "normal" or "long".
@@ -94,6 +96,8 @@ class PublishedMethods:
         settings: SettingsLike = None,
     ) -> dict[str, Any]:
         """Answer a question: `{"answer": str}`, with `"reasoning": {"text", "grounding"}` where asked for.
+
+        Unstreamed, `logprob` is there as well, the mean log-probability of the answer's tokens.
 
         Args:
             image: As in `caption`; None asks without an image.

@@ -92,6 +92,21 @@ def test_objects_are_streamed_as_they_are_found(model: LocalModel, frame: np.nda
     assert next(stream).confidence > 0  # long before ten thousand
 
 
+def test_texts_have_a_mean_log_probability(model: LocalModel, frame: np.ndarray) -> None:
+    """Against the model's own distributions, step by step."""
+    logits: list[torch.Tensor] = []
+    hook = model.network.text.lm_head.register_forward_hook(lambda _module, _args, output: logits.append(output[0]))
+    reply = model.caption(frame, "short", settings={"temperature": 0, "max_tokens": 5})
+    hook.remove()
+    banned = [model.config.tokenizer.answer_id]
+    steps = [logits[0], *(row.index_fill(0, torch.tensor(banned), -torch.inf) for row in logits[1:5])]
+    best = [float(row.log_softmax(-1).max()) for row in steps]
+    assert reply["truncated"]
+    assert reply["logprob"] == pytest.approx(sum(best) / 5, abs=1e-4)
+    assert model.query(frame, "What?", settings=GREEDY)["logprob"] < 0
+    assert "logprob" not in model.detect(frame, "dog", settings={"max_objects": 1})
+
+
 def test_max_objects_truncates(model: LocalModel, frame: np.ndarray) -> None:
     reply = model.detect(frame, "dog", settings={"max_objects": 2})
     assert len(reply["objects"]) == 2
