@@ -33,6 +33,9 @@ ImageInput: TypeAlias = (
 DEFAULT_MAX_PIXELS = 178_956_970
 """512 MiB of RGB, more than any camera's sensor gives; above it Pillow with its own defaults refuses a file too."""
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""By which a folder's images are told from its other files; whatever Pillow reads can be given by name."""
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
 
 _LONGEST_PATH = 4096  # PATH_MAX of Linux; longer text is the picture itself, in base64

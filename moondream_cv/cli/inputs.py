@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STDIN = "-"
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ def _expand_one(argument: str) -> list[str]:
     if path.is_dir():
         found = sorted(os.path.join(argument, item.name) for item in path.iterdir() if _looks_like_image(item))
         if not found:
+            from moondream_cv.images import IMAGE_SUFFIXES
+
             raise ValueError(f"the folder {argument} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         return found
     if glob.has_magic(argument):  # a name that matches nothing is reported as missing, like any other
@@ -83,6 +84,8 @@ def _expand_one(argument: str) -> list[str]:
 
 
 def _looks_like_image(path: Path) -> bool:
+    from moondream_cv.images import IMAGE_SUFFIXES
+
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 

@@ -155,11 +155,6 @@ class Batch:
         """How many contexts there are."""
         return len(self._contexts)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the caches."""
-        return sum(cache.nbytes for cache in self._caches.values())
-
     def holds(self, image: object) -> bool:
         """Whether rows are decoding on an image, so that its prefix is here."""
         return any(context.image is image for context in self._contexts)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moondream_cv.errors import ImageError, VideoError
+from moondream_cv.images import IMAGE_SUFFIXES
 from moondream_cv.video.base import FiniteSource, Source, TimedImage, to_bgr
 from moondream_cv.video.frame import Frame
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def images_of(path: Path) -> list[Path] | None:

@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from moondream_cv.video.frame import Frame
-from moondream_cv.video.writers import TextTarget, Writer
+from moondream_cv.video.writers import TextWriter
 
 if TYPE_CHECKING:
     import supervision as sv
 
 
-class JsonLinesWriter(Writer):
+class JsonLinesWriter(TextWriter):
     """Writes one line a frame, which is flushed at once.
 
     A line is `{"frame": 0, "time": 0.0, "detections": [...]}`: the frame's number from 0 and its time in seconds. A
     detection is `{"xyxy": [x1, y1, x2, y2], "class_name": "dog", "class_id": 0, "confidence": 0.9, "tracker_id": 1}`,
     in pixels with 2 decimals, the confidence with 4. What is not known is null: the tracker's id too where it is −1.
     """
-
-    def __init__(self, target: str | Path | TextIO) -> None:
-        """Open the target; an existing file is written anew.
-
-        Args:
-            target: A path, "-" for standard output, or a text stream, which is flushed but not closed.
-
-        Raises:
-            VideoError: The file cannot be written.
-        """
-        self._target = TextTarget(target)
-
-    def __repr__(self) -> str:
-        return f"JsonLinesWriter({self._target.name!r})"
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         """Write one line; the image is not looked at.
@@ -48,14 +33,6 @@ class JsonLinesWriter(Writer):
             "detections": [_described(detections, row) for row in range(len(detections))],
         }
         self._target.write(json.dumps(line, allow_nan=False) + "\n")
-
-    def close(self) -> None:
-        """Close the file. A second call does nothing.
-
-        Raises:
-            VideoError: The file cannot be completed, and no `write` failed before.
-        """
-        self._target.close()
 
 
 def _described(detections: sv.Detections, row: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from moondream_cv.video.frame import Frame
-from moondream_cv.video.writers import TextTarget, Writer
+from moondream_cv.video.writers import TextWriter
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class MotWriter(Writer):
+class MotWriter(TextWriter):
     """Writes `frame,id,left,top,width,height,confidence,-1,-1,-1`, one line a tracked object.
 
     Frames count from 1, boxes are in pixels with 2 decimals, the confidence has 4 and is 1 where there is none. Rows
@@ -24,19 +24,8 @@ class MotWriter(Writer):
     """
 
     def __init__(self, target: str | Path | TextIO) -> None:
-        """Open the target; an existing file is written anew.
-
-        Args:
-            target: A path, "-" for standard output, or a text stream, which is flushed but not closed.
-
-        Raises:
-            VideoError: The file cannot be written.
-        """
-        self._target = TextTarget(target)
+        super().__init__(target)
         self._rows = self._rows_without_id = 0
-
-    def __repr__(self) -> str:
-        return f"MotWriter({self._target.name!r})"
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
         """Write the rows of one frame; the image is not looked at.
@@ -58,12 +47,7 @@ class MotWriter(Writer):
         self._rows_without_id += len(detections) - len(lines)
 
     def close(self) -> None:
-        """Close the file. A second call does nothing.
-
-        Raises:
-            VideoError: The file cannot be completed, and no `write` failed before.
-        """
         if self._rows_without_id and not self._rows:
             logger.warning("%s is empty: no detection had a tracker's id; track before writing", self._target.name)
             self._rows_without_id = 0
-        self._target.close()
+        super().close()

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moondream_cv.errors import VideoError
+from moondream_cv.images import IMAGE_SUFFIXES
 from moondream_cv.video.base import ASSUMED_FPS, Source
 from moondream_cv.video.container import open_file, open_finite
-from moondream_cv.video.images_folder import IMAGE_SUFFIXES, images_of, open_images, open_iterable
+from moondream_cv.video.images_folder import images_of, open_images, open_iterable
 from moondream_cv.video.live import LiveReader, check_times, open_stream, stream_frames, webcam_frames
 
 __all__ = ["ASSUMED_FPS", "Source", "SourceInput", "open_source", "url_name"]

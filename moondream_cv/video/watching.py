@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -30,6 +28,7 @@ from moondream_cv.video.detecting import DetectionWorker, DetectOne, Found
 from moondream_cv.video.frame import Frame
 from moondream_cv.video.schedule import Every, SceneChange, Schedule, check_every
 from moondream_cv.video.sources import Source, open_source
+from moondream_cv.video.threads import in_threads
 from moondream_cv.video.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -210,7 +209,8 @@ class Watch:
         for number, source in enumerate(self.sources):
             job = _Job(source, number, classes, self.worker, every, tracking, HELD_BYTES // len(self.sources))
             streams.append(_live(job) if source.live else _filed(job))
-        self._frames = streams[0] if len(streams) == 1 else _together(streams, self.sources)
+        names = [source.name for source in self.sources]
+        self._frames = streams[0] if len(streams) == 1 else in_threads(streams, names, 2 * len(streams), _tell)
 
     def __iter__(self) -> Watch:
         return self
@@ -270,10 +270,10 @@ class _Job:
 def _filed(job: _Job) -> Generator[Tracked, None, None]:
     """Every frame of a source that waits, with interpolated boxes."""
     schedule = job.schedule(job.every)
-    is_cut = SceneChange() if job.tracking.scene_change else None
+    breaks = _Breaks(job.tracking.scene_change)
     part = _Part(job, job.tracking.start(), schedule)
-    frames = iter(_prefetched(job.source) if job.source.ahead else job.source)
-    last: Frame | None = None
+    source = job.source
+    frames = iter(in_threads([source], [source.name], PREFETCHED) if source.ahead else source)
     broken: Exception | None = None
     while True:
         try:
@@ -283,14 +283,12 @@ def _filed(job: _Job) -> Generator[Tracked, None, None]:
             break
         if frame is None:
             break
-        resized = last is not None and frame.image.shape != last.image.shape
-        if (is_cut is not None and is_cut(frame.image)) or resized:
+        if breaks(frame.image):
             yield from part.finish()
             part = _Part(job, part.tracker.anew(), schedule)
             schedule.restart()
         part.add(frame, schedule.wants(frame.index))
         yield from part.ready()
-        last = frame
     yield from part.finish()
     if broken is not None:
         raise broken
@@ -379,12 +377,10 @@ def _live(job: _Job) -> Generator[Tracked, None, None]:
     at_once = job.every == 1
     schedule = job.schedule(1 if job.every == "auto" else job.every)
     tracker = job.tracking.start()
-    is_cut = SceneChange() if job.tracking.scene_change else None
+    breaks = _Breaks(job.tracking.scene_change)
     asked: tuple[Frame, Found, Tracker] | None = None
-    last: Frame | None = None
     for frame in job.source:
-        resized = last is not None and frame.image.shape != last.image.shape
-        if (is_cut is not None and is_cut(frame.image)) or resized:
+        if breaks(frame.image):
             tracker = tracker.anew()
             schedule.restart()
         if asked is None and schedule.wants(frame.index):
@@ -400,82 +396,20 @@ def _live(job: _Job) -> Generator[Tracked, None, None]:
         seen = predicted(tracker.tracks.values(), frame.time, interval, resolution_wh)
         of_this = looked if at_once else None
         yield Tracked(frame, as_detections(seen, job.classes, resolution_wh, of_this), of_this is not None, job.number)
-        last = frame
 
 
-_END = object()
+class _Breaks:
+    """Tells where nothing may be carried over: where the size changes, and at cuts if those are looked for."""
+
+    def __init__(self, cuts: bool) -> None:
+        self._is_cut = SceneChange() if cuts else None
+        self._shape: tuple[int, ...] | None = None
+
+    def __call__(self, image: npt.NDArray[np.uint8]) -> bool:
+        before, self._shape = self._shape, image.shape
+        cut = self._is_cut is not None and self._is_cut(image)
+        return cut or (before is not None and image.shape != before)
 
 
-def _prefetched(source: Source) -> Iterator[Frame]:
-    """The frames of a source, some of them decoded ahead in another thread."""
-    frames: queue.Queue[Any] = queue.Queue(PREFETCHED)
-    stopped = threading.Event()
-
-    def read() -> None:
-        try:
-            for frame in source:
-                _put(frames, frame, stopped)
-                if stopped.is_set():
-                    return
-            _put(frames, _END, stopped)
-        except BaseException as error:
-            _put(frames, error, stopped)
-
-    threading.Thread(target=read, name=f"moondream_cv {source.name}", daemon=True).start()
-    try:
-        while (item := frames.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-
-
-def _together(
-    streams: Sequence[Generator[Tracked, None, None]], sources: Sequence[Source]
-) -> Generator[Tracked, None, None]:
-    """What several streams give, as it comes; each runs in a thread of its own."""
-    items: queue.Queue[Any] = queue.Queue(2 * len(streams))
-    stopped = threading.Event()
-
-    def run(stream: Generator[Tracked, None, None], source: Source) -> None:
-        try:
-            for tracked in stream:
-                _put(items, tracked, stopped)
-                if stopped.is_set():
-                    break
-            _put(items, _END, stopped)
-        except CancelledError:  # closed in another thread
-            _put(items, _END, stopped)
-        except BaseException as error:
-            logger.error("%s", error if isinstance(error, VideoError) else f"{source.name}: {error!r}")
-            _put(items, error, stopped)
-        finally:
-            stream.close()
-
-    for stream, source in zip(streams, sources, strict=True):
-        threading.Thread(target=run, args=(stream, source), name=f"moondream_cv {source.name}", daemon=True).start()
-    running, failed = len(streams), None
-    try:
-        while running:
-            item = items.get()
-            if isinstance(item, Tracked):
-                yield item
-                continue
-            running -= 1
-            if isinstance(item, BaseException):
-                failed = failed or item
-        if failed is not None:
-            raise failed
-    finally:
-        stopped.set()
-
-
-def _put(items: queue.Queue[Any], item: Any, stopped: threading.Event) -> None:
-    """Put an item where there is room for it, unless nobody takes any more."""
-    while not stopped.is_set():
-        try:
-            items.put(item, timeout=0.2)
-            return
-        except queue.Full:
-            continue
+def _tell(name: str, error: BaseException) -> None:
+    logger.error("%s", error if isinstance(error, VideoError) else f"{name}: {error!r}")

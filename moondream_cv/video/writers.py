@@ -122,6 +122,32 @@ class TextTarget:
                 raise VideoError(f"{self.name} cannot be completed: {reason(error)}") from error
 
 
+class TextWriter(Writer):
+    """A writer of lines of text."""
+
+    def __init__(self, target: str | Path | TextIO) -> None:
+        """Open the target; an existing file is written anew.
+
+        Args:
+            target: A path, "-" for standard output, or a text stream, which is flushed but not closed.
+
+        Raises:
+            VideoError: The file cannot be written.
+        """
+        self._target = TextTarget(target)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._target.name!r})"
+
+    def close(self) -> None:
+        """Close the file. A second call does nothing.
+
+        Raises:
+            VideoError: The file cannot be completed, and no `write` failed before.
+        """
+        self._target.close()
+
+
 def cannot_be_written(path: Path, error: Exception | None = None) -> str:
     """Say why a file cannot be written at a path, and the way out; to follow the file's name in a message."""
     full = os.path.expanduser(path)  # os.path: Path's own methods raise where a name is too long
