@@ -3,7 +3,9 @@
 `submit` and `cancel` may be called from any thread; one thread calls `step` until nothing is left:
 
     job = scheduler.submit(Detect(frame, "dog"))
-    while scheduler.step():
+    going_on = True
+    while going_on:
+        going_on = scheduler.step()
         for piece in job.take():
             ...  # an object as soon as it is complete; text word by word
     job.result
