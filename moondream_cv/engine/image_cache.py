@@ -34,6 +34,10 @@ class ImageCache:
 
     Calls from several threads are safe. Two threads that miss the same image at once both encode it, and the later one
     is kept.
+
+    Attributes:
+        hits: How often an image was found.
+        misses: How often it was not.
     """
 
     def __init__(self, max_images: int, max_bytes: int) -> None:
@@ -53,6 +57,7 @@ class ImageCache:
         self.max_images, self.max_bytes = max_images, max_bytes
         self._images: OrderedDict[ImageKey, EncodedImage] = OrderedDict()  # the one used last stands last
         self._nbytes = 0
+        self.hits = self.misses = 0
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -84,7 +89,10 @@ class ImageCache:
         """Return what is kept under a key, which counts as using it, or None."""
         with self._lock:
             encoded = self._images.get(key)
-            if encoded is not None:
+            if encoded is None:
+                self.misses += 1
+            else:
+                self.hits += 1
                 self._images.move_to_end(key)
             return encoded
 

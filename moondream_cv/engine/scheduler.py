@@ -66,17 +66,24 @@ class Job:
         request: What was asked.
         result: The reply; None until it is complete.
         row: What it has come to so far; None until it decodes.
+        prompt_tokens: Positions of the context that image and prompt take, once the request has been looked at.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.result: Result | None = None
         self.row: Row | None = None
+        self.prompt_tokens = 0
         self._taken = 0
 
     @property
     def done(self) -> bool:
         return self.result is not None
+
+    @property
+    def written_tokens(self) -> int:
+        """Positions that the reply takes so far: tokens of a text; two of a point, three of a box."""
+        return 0 if self.row is None else max(0, self.row.length - self.prompt_tokens)
 
     def take(self) -> list[Any]:
         """What the reply has come to since the last call.
@@ -242,6 +249,7 @@ class Scheduler:
         except Exception as error:  # whatever is wrong with a request is its own affair
             self._finish(job, ErrorResult(error))
             return
+        job.prompt_tokens = length + len(prompt.ids)
         image.waiting.append(_Entry(job, image, row, prompt))
         self._open[image.key] = image
         self._queue[image] = None
@@ -282,9 +290,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting requests join as long as there is room, those on the same image together."""
-        if self._crowded is not None and self._running >= self._crowded:
+        if self._crowded is not None and self.running >= self._crowded:
             return
-        room = self.limits.rows - self._running
+        room = self.limits.rows - self.running
         images = self.limits.images - self._decoding
         tokens = PROMPT_TOKENS
         chosen: dict[_Image, int] = {}
@@ -310,7 +318,7 @@ class Scheduler:
             self._join(variant, entries)
         for image in chosen:
             self._tidy(image)
-        self._crowded = (self._running or None) if short else None
+        self._crowded = (self.running or None) if short else None
 
     def _encode(self, images: list[_Image]) -> bool:
         """Encode images; those that cannot be read fail, and where memory is short some are left for a later step.
@@ -341,7 +349,7 @@ class Scheduler:
                 short = True
                 if len(group) > 1:
                     self._limit(images=self._decoding + len(group) // 2)
-                elif not self._running and not any(image.ready for image in images) and not self._forget():
+                elif not self.running and not any(image.ready for image in images) and not self._forget():
                     self._fail(group[0].waiting, self._never_fits(error))
                 continue
             for image, one in zip(group, encoded, strict=True):
@@ -379,7 +387,7 @@ class Scheduler:
 
     def _recover(self, lane: _Lane, error: Exception) -> None:
         """Go on after an error in a lane: with half of the rows if memory was short, else without all of them."""
-        running, entries, batch = self._running, list(lane.entries.values()), lane.batch
+        running, entries, batch = self.running, list(lane.entries.values()), lane.batch
         lane.entries, lane.batch = {}, None
         free_after(error, self._model.device)
         if not is_out_of_memory(error):
@@ -426,8 +434,14 @@ class Scheduler:
             self._finished.append(job)
 
     @property
-    def _running(self) -> int:
+    def running(self) -> int:
+        """Requests that decode. For the thread that calls `step`, as `waiting`."""
         return sum(len(lane.entries) for lane in self._lanes.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have been looked at and wait for room."""
+        return sum(len(image.waiting) for image in self._queue)
 
     @property
     def _decoding(self) -> int:

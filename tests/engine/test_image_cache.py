@@ -47,8 +47,10 @@ def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
     assert cache.get(cache.key(frame.copy(), None, None)) is encoded
     assert (len(cache), cache.nbytes) == (1, encoded.nbytes)
     assert repr(cache) == f"ImageCache(1 of 4 images, {encoded.nbytes:,} of 10,000,000 bytes)"
+    assert (cache.hits, cache.misses) == (1, 1)
     cache.clear()
     assert (len(cache), cache.nbytes, cache.get(key)) == (0, 0, None)
+    assert (cache.hits, cache.misses) == (1, 2)
 
 
 def test_keys_differ_by_content_shape_and_settings() -> None:

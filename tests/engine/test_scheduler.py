@@ -325,10 +325,31 @@ def test_rows_of_an_image_share_a_context(model: LocalModel) -> None:
     assert contexts(scheduler) == 2
     jobs.append(scheduler.submit(Detect(encoded, "dog", SHORT)))
     scheduler.step()
-    assert scheduler._running == 5
+    assert scheduler.running == 5
     assert contexts(scheduler) == 2
     finish(scheduler)
     assert_alone(model, jobs)
+
+
+def test_jobs_tell_what_they_take_of_the_context(model: LocalModel) -> None:
+    scheduler = model.scheduler()
+    requests = [
+        Query(None, "Why?", settings=dataclasses.replace(SHORT, max_tokens=4)),
+        Query(FIRST, "Why?", settings=dataclasses.replace(SHORT, max_tokens=5)),
+        Detect(FIRST, "dog", dataclasses.replace(SHORT, max_objects=2)),
+        Detect(FIRST, "dog " * 10_000, SHORT),
+    ]
+    jobs = [scheduler.submit(request) for request in requests]
+    assert [(job.prompt_tokens, job.written_tokens) for job in jobs] == [(0, 0)] * 4
+    finish(scheduler)
+    alone, on_image, detection, too_long = jobs
+    # Without an image, its tokens are not there but for the one that text begins with.
+    assert on_image.prompt_tokens - alone.prompt_tokens == model.config.prefix_length - 1
+    assert (alone.written_tokens, on_image.written_tokens) == (4, 5)
+    assert isinstance(detection.result, DetectResult)
+    assert detection.written_tokens == 3 * len(detection.result.objects) > 0
+    assert isinstance(too_long.result, ErrorResult)
+    assert (too_long.prompt_tokens, too_long.written_tokens) == (0, 0)
 
 
 def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
@@ -469,7 +490,7 @@ def test_limits_change_no_result(model: LocalModel, rows: int, images: int) -> N
     scheduler.limits = Limits(rows, images)
     jobs = [scheduler.submit(request) for request in requests]
     while scheduler.step():
-        assert scheduler._running <= rows
+        assert scheduler.running <= rows
         assert sum(lane.batch.images for lane in scheduler._lanes.values()) <= images
     assert_alone(model, jobs)
 
@@ -799,7 +820,7 @@ class OutOfMemoryAt(TorchFunctionMode):
         if func.__name__ not in ("__get__", "__setitem__", "__len__"):
             self.calls += 1
             if self.calls == self.number:
-                self.running = self.scheduler._running
+                self.running = self.scheduler.running
                 raise torch.OutOfMemoryError("out of memory")
         return func(*args, **(kwargs or {}))
 
