@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
+VENV_ROBOFLOW ?= .venv-roboflow
 TORCH_INDEX ?=
 
 PYTEST_WORKERS ?= auto
@@ -21,17 +22,20 @@ PY := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 NEWEST := $(VENV_NEWEST)/.installed
+ROBOFLOW := $(VENV_ROBOFLOW)/.installed
+NPM := tests/npm/node_modules/.package-lock.json
 
 # One torch thread per pytest worker: more would fight over the cores. A file's tests stay in one worker.
 PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile
 
 comma := ,
 
-.PHONY: help venv demo test test-newest lint format bench soak resolve constraints train-tiny clean
+.PHONY: help venv venv-roboflow demo test test-package test-newest test-roboflow lint format bench soak resolve constraints \
+  train-tiny clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
 	@echo "On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA libraries."
@@ -64,31 +68,58 @@ $(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,$(PY),constraints.txt,-e .)
 	@touch $@
 
+# Moondream's own client comes without its requirements, an inference engine among them: over HTTP it needs none of them.
 $(DEV): $(BASE)
-	$(call install,$(PY),constraints.txt,-e ".[all$(comma)dev$(comma)notebooks]")
+	$(call install,$(PY),constraints.txt,-e ".[all$(comma)clients$(comma)dev$(comma)notebooks]")
+	$(PY) -m pip install --no-deps moondream==2.6.1
 	@touch $@
+
+# JavaScript clients, where there is Node to run them; the tests that drive them skip elsewhere and say so.
+$(NPM): tests/npm/package.json tests/npm/package-lock.json
+	@if command -v npm >/dev/null; then cd tests/npm && npm ci --no-audit --no-fund --loglevel=error && touch -c ../../$@; \
+	  else echo "No npm here: the tests of JavaScript clients will skip."; fi
 
 $(VENV_NEWEST)/bin/python:
 	$(call create,$(VENV_NEWEST))
 
 $(NEWEST): pyproject.toml constraints-newest.txt | $(VENV_NEWEST)/bin/python
-	$(call install,$(VENV_NEWEST)/bin/python,constraints-newest.txt,-e ".[dev]")
+	$(call install,$(VENV_NEWEST)/bin/python,constraints-newest.txt,-e ".[server$(comma)dev]")
+	@touch $@
+
+$(VENV_ROBOFLOW)/bin/python:
+	$(call create,$(VENV_ROBOFLOW))
+
+$(ROBOFLOW): pyproject.toml constraints-roboflow.in constraints-roboflow.txt | $(VENV_ROBOFLOW)/bin/python
+	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints-roboflow.txt,-e ".[roboflow$(comma)server$(comma)dev]" \
+	  -r constraints-roboflow.in)
 	@touch $@
 
 venv: $(DEV) ## Create the virtual environment with everything in it
+
+venv-roboflow: $(ROBOFLOW) ## Create an environment with Roboflow's inference server (3 GB)
 
 # --- Use ------------------------------------------------------------------------------------------------------------
 
 demo: $(BASE) ## Detect, point, ask, caption and track with the embedded tiny model; pictures and a video in demo/
 	$(VENV)/bin/moondream-cv demo
 
-test: $(DEV) ## Run the tests
+test: test-package test-roboflow ## Run the tests
+
+test-package: $(DEV) $(NPM) ## Run the tests but for those that need Roboflow's own server
 	$(call PYTEST,$(PY)) $(PYTEST_ARGS)
 
+# HTTP touches neither supervision nor transformers, and its tests take clients that are not installed there.
 test-newest: $(NEWEST) ## Run the tests marked compat with the newest supervision and transformers
 	@$(VENV_NEWEST)/bin/python -c 'from importlib.metadata import version as v; \
 	  print(*(f"{n} {v(n)}" for n in ("supervision", "transformers", "torch", "numpy", "opencv-python")), sep=", ")'
-	$(call PYTEST,$(VENV_NEWEST)/bin/python) -m "compat and not download and not soak" $(PYTEST_ARGS)
+	$(call PYTEST,$(VENV_NEWEST)/bin/python) -m "compat and not download and not soak" \
+	  --ignore=tests/server --ignore=tests/backends --ignore=tests/roboflow $(PYTEST_ARGS)
+
+# Only their folder: other tests import what torchvision breaks there (tests/roboflow_app.py says why). The server warns
+# by the thousand, hence --disable-warnings.
+test-roboflow: $(ROBOFLOW) ## Run the tests marked roboflow, with Roboflow's own inference server
+	$(call PYTEST,$(VENV_ROBOFLOW)/bin/python) -m "roboflow and not download and not soak" --disable-warnings \
+	  $(PYTEST_ARGS) tests/roboflow
 
 lint: $(DEV) ## Check style, formatting and types
 	$(PY) -m ruff check .
@@ -113,6 +144,7 @@ train-tiny: $(BASE) ## Train the tiny model (hours on 2 cores; resumes; TRAIN_AR
 
 UV = $(PY) -m uv --quiet pip compile --no-header --no-annotate
 EXTRAS = --extra all --extra dev --extra notebooks
+WITH_CLIENTS = $(EXTRAS) --extra clients
 
 # A dry run for each Python and platform. uv resolves for interpreters that are not installed (pip evaluates markers for
 # its own), and reads metadata only: torch's CUDA libraries are resolved and left out of the count, never fetched.
@@ -123,7 +155,7 @@ CUDA_ONLY := ^(cuda-|nvidia-|triton)
 
 resolve: $(DEV) ## Show that the constraints resolve on Python 3.10 to 3.13 (a dry run)
 	@set -e; for python in $(RESOLVE_PYTHONS); do for platform in $(RESOLVE_PLATFORMS); do \
-	  found=$$(MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) $(EXTRAS) --only-binary :all: --python-version $$python --python-platform $$platform \
+	  found=$$(MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) $(WITH_CLIENTS) --only-binary :all: --python-version $$python --python-platform $$platform \
 	    -c constraints.txt pyproject.toml); \
 	  loose=$$(echo "$$found" | grep -vE '$(CUDA_ONLY)' | while read -r pin; do \
 	    grep -q "^$$pin\( \|$$\)" constraints.txt || echo "$$pin"; done); \
@@ -136,19 +168,25 @@ CONSTRAINTS_HEADER = \# Exact versions for Python 3.10 to 3.13. Written by \`mak
 WITHOUT_CUDA = grep -vE '$(CUDA_ONLY)'
 
 # Two passes for constraints.txt: the first resolves the package together with constraints.in, the second keeps what the
-# package itself needs. The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
-constraints: $(DEV) ## Write constraints.txt and constraints-newest.txt anew
+# package itself needs, together with the clients of the tests: Roboflow's engine holds openai below 2, and is not there.
+# The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
+constraints: $(DEV) ## Write constraints.txt, constraints-newest.txt and constraints-roboflow.txt anew
 	@mkdir -p build
 	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints.in -o build/with-engine.txt >/dev/null
-	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml -c build/with-engine.txt -o build/pinned.txt >/dev/null
+	sed -i.old /^openai==/d build/with-engine.txt
+	$(UV) $(WITH_CLIENTS) --universal --python-version 3.10 pyproject.toml -c build/with-engine.txt -o build/pinned.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml and constraints.in."; \
 	  $(WITHOUT_CUDA) build/pinned.txt; } > constraints.txt
 	echo "supervision>=0.31" > build/newest.in
 	grep '^torch==' constraints.in >> build/newest.in
-	$(UV) --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
+	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
 	  $(WITHOUT_CUDA) build/newest.txt; } > constraints-newest.txt
+	$(UV) --extra roboflow --extra server --extra dev --universal --python-version 3.10 \
+	  pyproject.toml constraints.in constraints-roboflow.in -o build/roboflow.txt >/dev/null
+	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints.in and constraints-roboflow.in."; \
+	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints-roboflow.txt
 
 clean: ## Remove environments, caches and what was built
-	rm -rf $(VENV) $(VENV_NEWEST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_ROBOFLOW) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backends import connect
     from .detector import Detector, Pointer
     from .errors import BackendError, CheckpointError, ImageError, MoondreamError, UnsupportedSkill
     from .loading import download, load
@@ -37,6 +38,7 @@ __all__ = [
     "UnsupportedSkill",
     "VisionModel",
     "__version__",
+    "connect",
     "download",
     "load",
 ]
@@ -56,6 +58,7 @@ _HOMES = {
     "Settings": "requests",
     "UnsupportedSkill": "errors",
     "VisionModel": "vision_model",
+    "connect": "backends",
     "download": "loading",
     "load": "loading",
 }

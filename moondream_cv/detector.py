@@ -394,14 +394,14 @@ def check_classes(classes: str | Sequence[str]) -> list[str]:
 
 def _open_model(model: str | os.PathLike[str] | VisionModel, device: str | None) -> VisionModel:
     if isinstance(model, (str, os.PathLike)):
-        from moondream_cv.loading import load
+        from moondream_cv.loading import open_model
 
-        return cast(VisionModel, load(os.fspath(model), device=device))
+        return open_model(os.fspath(model), device)
     if device is not None:
         raise ValueError(f"device={device!r} is for a model that is given by name; {type(model).__name__} has its own")
     if isinstance(model, type) or not isinstance(model, VisionModel):
         raise ValueError(
-            f"model must be a name such as 'moondream2', a folder, or a model from load(), "
+            f"model must be a name such as 'moondream2', a folder, a server's URL, or an open model, "
             f"not {type(model).__name__}: {model!r:.100}"
         )
     return model

@@ -1,4 +1,7 @@
-"""Names → models: `load("moondream2")`, `load("tiny")`, `load("./folder")`, `load("repo/name@revision")`."""
+"""Names → models: `load("moondream2")`, `load("tiny")`, `load("./folder")`, `load("repo/name@revision")`.
+
+A server's URL is a name too for `open_model`, which hands it to `connect`; then torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,29 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from moondream_cv.engine.calibration import Calibration
-from moondream_cv.engine.image_cache import ImageCache
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.backends.addresses import is_url, shown_url
+from moondream_cv.backends.connecting import connect
 from moondream_cv.errors import CheckpointError
-from moondream_cv.model.adapters import load_adapter
-from moondream_cv.model.checkpoints import load_network
-from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.hub import hub_cache
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION, find_release, known_releases
-from moondream_cv.model.sources import Source, hub_source, local_source
+
+if TYPE_CHECKING:
+    import torch
+
+    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.model.config import MoondreamConfig
+    from moondream_cv.model.sources import Source
+    from moondream_cv.vision_model import VisionModel
+
+__all__ = ["choose_device", "choose_dtype", "connect", "download", "find_source", "is_url", "load", "open_model"]
 
 logger = logging.getLogger(__name__)
 
 ALIASES = {"moondream2": f"{DEFAULT_REPO}@{DEFAULT_REVISION}"}
 TINY = "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _SMALL_WIDTH = 512  # decoders up to this width run in float32 on a CPU
 _told_about_tiny = False
@@ -61,6 +68,12 @@ def load(
             not fit, or cannot be fetched.
         ValueError: The device is not there, or an argument is out of range.
     """
+    from moondream_cv.engine.calibration import Calibration
+    from moondream_cv.engine.image_cache import ImageCache
+    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.model.adapters import load_adapter
+    from moondream_cv.model.checkpoints import load_network
+
     if quantize is not None:
         raise ValueError(f"quantize must be None, not {quantize!r}: no quantised mode exists yet")
     target = choose_device(device)
@@ -74,6 +87,24 @@ def load(
     if cache_images:
         model.image_cache = ImageCache(cache_images, cache_bytes)
     return model
+
+
+def open_model(name: str | os.PathLike[str], device: str | None = None) -> VisionModel:
+    """Load a model by name, or use the one behind a server's URL.
+
+    Args:
+        name: What `load` or `connect` takes.
+        device: Where to load it; None is the best there is.
+
+    Raises:
+        MoondreamError: It cannot be loaded, or the server cannot be used.
+        ValueError: The device is not there, or is given for a server.
+    """
+    if not is_url(name):
+        return load(name, device=device)
+    if device is not None:
+        raise ValueError(f"device={device!r} is for a model on this machine; a server's URL chooses none")
+    return connect(os.fspath(name))
 
 
 def download(name: str) -> Path:
@@ -97,11 +128,16 @@ def find_source(name: str | os.PathLike[str]) -> Source:
         CheckpointError: The name is unknown, or what it names cannot be used.
         ValueError: It is a server's URL.
     """
+    from moondream_cv.model.sources import hub_source
+
     text = os.fspath(name)
     if not isinstance(text, str) or not text.strip():
         raise CheckpointError(f"the name of a model must say something, not {text!r}; {_accepted()}")
-    if re.match(r"[a-z]+://", text, re.IGNORECASE):
-        raise ValueError(f"{text!r} is a URL, and models are loaded from a folder or from the hub: give repo@revision")
+    if is_url(text):
+        raise ValueError(
+            f"{shown_url(text)!r} is a URL, and models are loaded from a folder or from the hub: give "
+            "repo@revision. A server's model is used with connect(url)"
+        )
     if isinstance(name, str) and name == TINY:
         return _tiny()
     alias, _, revision = text.partition("@")
@@ -128,6 +164,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     Raises:
         ValueError: It is not there.
     """
+    import torch
+
     found = _devices()
     if device is None:
         return torch.device(found[0])
@@ -149,19 +187,26 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: 
     """
     if dtype is None:
         return _best_dtype(device, config)
-    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
-    if chosen is None:
+    import torch
+
+    chosen = str(dtype).removeprefix("torch.")
+    if chosen not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    return chosen
+    found: torch.dtype = getattr(torch, chosen)
+    return found
 
 
 def _devices() -> list[str]:
     """What there is, the best first."""
+    import torch
+
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
     return [*cuda, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
 def _best_dtype(device: torch.device, config: MoondreamConfig) -> torch.dtype:
+    import torch
+
     if device.type == "cpu":
         return torch.float32 if config.text.dim <= _SMALL_WIDTH else torch.bfloat16
     if device.type == "cuda":
@@ -177,6 +222,8 @@ def _best_dtype(device: torch.device, config: MoondreamConfig) -> torch.dtype:
 
 def _tiny() -> Source:
     global _told_about_tiny
+    from moondream_cv.model.sources import local_source
+
     folder = Path(str(resources.files("moondream_cv") / "tiny"))
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"the embedded model is missing from {folder}; install moondream-cv again")
@@ -188,6 +235,8 @@ def _tiny() -> Source:
 
 def _local(text: str) -> Source | None:
     """The folder or file of this name, perhaps with the release that it is of; None if there is none."""
+    from moondream_cv.model.sources import local_source
+
     path = _existing(text)
     if path is not None:
         return local_source(path)

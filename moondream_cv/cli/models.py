@@ -19,7 +19,7 @@ def opened_model(name: str, device: str | None, skills: set[str], report: Report
     """Load a model, and close it afterwards.
 
     Args:
-        name: What `moondream_cv.load` takes.
+        name: What `moondream_cv.load` or `moondream_cv.connect` takes.
         device: Where to; None is the best there is.
         skills: What it has to be able to do.
 
@@ -31,8 +31,11 @@ def opened_model(name: str, device: str | None, skills: set[str], report: Report
     try:
         missing = sorted(skills - model.skills)
         if missing:
+            from moondream_cv.backends.addresses import is_url, shown_url
+
+            shown = shown_url(name) if is_url(name) else name
             raise UnsupportedSkill(
-                f"the model {name} cannot {', '.join(missing)}, only {', '.join(sorted(model.skills))}; "
+                f"the model {shown} cannot {', '.join(missing)}, only {', '.join(sorted(model.skills))}; "
                 "try --model moondream2"
             )
         yield model
@@ -41,7 +44,12 @@ def opened_model(name: str, device: str | None, skills: set[str], report: Report
 
 
 def load_model(name: str, device: str | None, report: Report) -> VisionModel:
-    """Load a model by name."""
+    """Load a model by name, or use the one behind a server's URL."""
+    from moondream_cv.loading import is_url, open_model
+
+    if is_url(name):
+        with report.working("Connecting"):
+            return open_model(name, device)
     with report.working("Starting PyTorch"):
-        from moondream_cv.loading import load
-    return load(name, device=device)  # shows its own progress where it downloads
+        import torch  # noqa: F401
+    return open_model(name, device)  # shows its own progress where it downloads

@@ -1,0 +1,251 @@
+"""Moondream's dialect, against answers as its cloud, Moondream Station and this project's server give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moondream_cv.backends import MoondreamAPI
+from moondream_cv.errors import BackendError
+from moondream_cv.requests import Caption, Query, Reasoning
+from tests.remote_server import Answer, RemoteServer, streamed
+
+BOX = {"x_min": -0.01, "y_min": 0.2, "x_max": 0.5, "y_max": 1}
+THOUGHTS = {"text": "Two cats.", "grounding": [{"start_idx": 0, "end_idx": 8, "points": [[0.5, 0.25]]}]}
+DONE = {"completed": True}
+
+
+@pytest.fixture
+def model(server: RemoteServer) -> Any:
+    with MoondreamAPI(server.url, retries=0, has_scores=True) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1//"])
+def test_the_url_with_and_without_version(server: RemoteServer, picture: np.ndarray, path: str) -> None:
+    server.on("/v1/caption", Answer({"caption": "a patch"}))
+    with MoondreamAPI(server.url + path) as model:
+        assert model.caption(picture)["caption"] == "a patch"
+        assert repr(model) == f"MoondreamAPI('{server.url}/v1')"
+
+
+@pytest.mark.parametrize("key", ["secret", None])
+def test_the_key_goes_into_a_header(
+    server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    monkeypatch.setenv("MOONDREAM_API_KEY", "from-environment")
+    server.on("/v1/caption", Answer({"caption": "a patch"}))
+    with MoondreamAPI(server.url, api_key=key) as model:
+        model.caption(picture)
+    with MoondreamAPI(server.url, api_key="") as model:
+        model.caption(picture)
+    headers = [asked.headers for asked in server.asked]
+    assert headers[0]["x-moondream-auth"] == (key or "from-environment")
+    assert "x-moondream-auth" not in headers[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "sent", "reply", "result"),
+    [
+        ("caption", {}, {"length": "normal"}, {"caption": "a"}, {"caption": "a", "truncated": False}),
+        (
+            "caption",
+            {"length": "long", "settings": {"temperature": 0, "max_tokens": 5, "top_p": 0.3}},
+            {"length": "long", "settings": {"temperature": 0, "max_tokens": 5}},
+            {"caption": "a", "truncated": True, "logprob": -0.5, "request_id": "x", "_stats": {}},
+            {"caption": "a", "truncated": True, "logprob": -0.5},
+        ),
+        ("caption", {}, {"length": "normal"}, {"caption": "", "finish_reason": "length"}, {"truncated": True}),
+        ("query", {"question": "q"}, {"question": "q"}, {"answer": "a"}, {"answer": "a"}),
+        (
+            "query",
+            {"question": "q", "reasoning": True, "spatial_refs": [(0.5, 0.5), (0, 0, 1, 1)]},
+            {"question": "q", "reasoning": True, "spatial_refs": [[0.5, 0.5], [0, 0, 1, 1]]},
+            {"answer": "a", "reasoning": THOUGHTS},
+            {
+                "answer": "a",
+                "reasoning": {**THOUGHTS, "grounding": [{**THOUGHTS["grounding"][0], "points": [(0.5, 0.25)]}]},
+            },
+        ),
+        (
+            "detect",
+            {"object": "cat", "settings": {"max_objects": 2, "variant": "mine@3"}},
+            {"object": "cat", "settings": {"max_objects": 2}, "model": "mine@3"},
+            {"objects": [BOX, {**BOX, "confidence": 0.25}]},
+            {"objects": [{**BOX, "confidence": 1.0}, {**BOX, "confidence": 0.25}], "truncated": True},
+        ),
+        ("detect", {"object": "cat"}, {"object": "cat"}, {"objects": []}, {"objects": [], "truncated": False}),
+        (
+            "detect",
+            {"object": "cat", "settings": {"max_objects": 1}},
+            {"object": "cat", "settings": {"max_objects": 1}},
+            {"objects": [BOX, BOX, BOX], "truncated": False},
+            {"objects": [{**BOX, "confidence": 1.0}], "truncated": True},
+        ),
+        (
+            "point",
+            {"object": "cat"},
+            {"object": "cat"},
+            {"points": [{"x": 0.5, "y": 0, "confidence": 0.75}], "count": 1, "truncated": False},
+            {"points": [{"x": 0.5, "y": 0, "confidence": 0.75}], "truncated": False},
+        ),
+    ],
+)
+def test_what_is_sent_and_what_comes_back(
+    server: RemoteServer,
+    model: MoondreamAPI,
+    picture: np.ndarray,
+    method: str,
+    arguments: dict[str, Any],
+    sent: dict[str, Any],
+    reply: dict[str, Any],
+    result: dict[str, Any],
+) -> None:  # fmt: skip
+    server.on(f"/v1/{method}", Answer(reply))
+    got = getattr(model, method)(picture, **arguments)
+    assert {key: got[key] for key in result} == result
+    (asked,) = server.asked
+    assert asked.body.pop("image_url").startswith("data:image/jpeg;base64,/9j/")
+    assert asked.body == sent
+
+
+def test_a_question_without_an_image(server: RemoteServer, model: MoondreamAPI) -> None:
+    server.on("/v1/query", Answer({"answer": "4"}))
+    assert model.query(question="2 + 2?")["answer"] == "4"
+    assert server.asked[0].body == {"question": "2 + 2?"}
+
+
+def test_the_model_that_was_chosen_comes_before_a_variant(server: RemoteServer, picture: np.ndarray) -> None:
+    server.on("/v1/caption", Answer({"caption": "a"}))
+    with MoondreamAPI(server.url, model="moondream3-preview") as model:
+        model.caption(picture, settings={"variant": "mine"})
+    assert server.asked[0].body["model"] == "moondream3-preview"
+    assert server.asked[0].body["settings"] == {"variant": "mine"}
+
+
+def test_confidences_of_a_server_without_scores_are_one(server: RemoteServer, picture: np.ndarray) -> None:
+    server.on("/v1/detect", Answer({"objects": [{**BOX, "confidence": 0.25}]}))
+    with MoondreamAPI(server.url) as model:  # its list of models is a 404
+        assert model.detect(picture, "cat")["objects"] == [{**BOX, "confidence": 1.0}]
+        assert model.has_scores is False
+
+
+@pytest.mark.parametrize(
+    ("method", "reply", "says"),
+    [
+        ("detect", {"points": []}, "no 'objects' that is a list"),
+        ("detect", {"objects": {"x_min": 1}}, "no 'objects' that is a list"),
+        ("detect", {"objects": [3]}, "answered 3 among its objects"),
+        ("detect", {"objects": [{**BOX, "x_max": None}]}, "answered None as x_max, where a number belongs"),
+        ("detect", {"objects": [{"x_min": 1}]}, "answered None as y_min"),
+        ("detect", {"objects": [{**BOX, "x_max": "0.5"}]}, "answered '0.5' as x_max"),
+        ("detect", {"objects": [{**BOX, "x_max": True}]}, "answered True as x_max"),
+        ("detect", {"objects": [{**BOX, "x_max": float("nan")}]}, "answered nan as x_max"),
+        ("detect", {"objects": [{**BOX, "x_max": float("inf")}]}, "answered inf as x_max"),
+        ("detect", {"objects": [{**BOX, "x_max": 10**400}]}, "answered inf as x_max"),
+        ("detect", {"objects": [{**BOX, "confidence": 1.5}]}, "confidence of 1.5, which is not in 0..1"),
+        ("detect", {"objects": [{**BOX, "confidence": "high"}]}, "answered 'high' as confidence"),
+        ("point", {"points": None}, "no 'points' that is a list"),
+        ("point", {"points": [[0.5, 0.5]]}, r"answered \[0.5, 0.5\] among its points"),
+        ("query", {"answer": ["a"]}, "no 'answer' that is a text"),
+        ("query", {"answer": "a", "reasoning": 5}, "a reasoning that is 5"),
+        ("query", {"answer": "a", "reasoning": {"grounding": []}}, "no 'text' that is a text"),
+        ("query", {"answer": "a", "reasoning": {"text": "t", "grounding": "x"}}, "a grounding that is 'x'"),
+        ("query", {"answer": "a", "reasoning": {"text": "t", "grounding": [{}]}}, "a grounding with {}"),
+        (
+            "query",
+            {"answer": "a", "reasoning": {"text": "t", "grounding": [{"points": [[1, 2, 3]]}]}},
+            r"the point \[1, 2, 3\]",
+        ),
+        ("query", {"answer": "a", "logprob": float("nan")}, "answered nan as logprob"),
+    ],
+)
+def test_rubbish_is_an_error(
+    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, method: str, reply: Any, says: str
+) -> None:
+    server.on(f"/v1/{method}", Answer(reply))
+    with pytest.raises(BackendError, match=says) as caught:
+        getattr(model, method)(picture, "cat")
+    assert str(caught.value).startswith(f"{server.url}/v1/{method} answered")
+
+
+@pytest.mark.parametrize(
+    ("answer", "pieces"),
+    [
+        (streamed({"chunk": "a "}, {"chunk": "cat"}, DONE), ["a ", "cat"]),
+        (streamed({"chunk": "a"}, {"stats": {}}, {"chunk": ""}, {"chunk": "b", "completed": True}), ["a", "b"]),
+        (streamed({"chunk": "a"}, done=True), ["a"]),
+        (streamed(b": hello", b"event: x", b'data:{"chunk": "a"}\r', DONE), ["a"]),
+        (streamed('{"chunk": "a\u2028b\x85"}'.join(["data: ", ""]).encode(), DONE), ["a\u2028b\x85"]),
+        (streamed(DONE), []),
+        (Answer({"caption": "all at once"}), ["all at once"]),
+    ],
+)  # fmt: skip
+def test_streams_of_text(
+    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, pieces: list[str]
+) -> None:
+    server.on("/v1/caption", answer)
+    assert list(model.caption(picture, stream=True)["caption"]) == pieces
+    assert server.asked[0].body["stream"] is True
+
+
+@pytest.mark.parametrize(
+    ("answer", "before", "says"),
+    [
+        (streamed({"chunk": "a"}), ["a"], "broke off: the stream ended before the text was complete"),
+        (streamed({"chunk": "a"}, {"error": {"message": "out of memory"}}), ["a"], "an error: out of memory"),
+        (streamed({"chunk": "a"}, b"data: {"), ["a"], "streamed what is no JSON: {"),
+        (streamed({"chunk": "a"}, [1]), ["a"], "streamed no JSON object"),
+        (streamed({"chunk": "a"}, {"chunk": 5}), ["a"], "streamed 5 where a text belongs"),
+    ],
+)
+def test_streams_that_fail(
+    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, before: list[str], says: str
+) -> None:
+    server.on("/v1/caption", answer)
+    pieces = model.stream(Caption(picture))
+    assert [next(pieces) for _ in before] == before
+    with pytest.raises(BackendError, match=says):
+        next(pieces)
+
+
+def test_a_stream_that_is_cut(server: RemoteServer, model: MoondreamAPI, picture: np.ndarray) -> None:
+    half = streamed({"chunk": "a"}).body
+    server.on("/v1/caption", Answer(half, kind="text/event-stream", fault="cut"))
+    with pytest.raises(BackendError, match="broke off"):
+        list(model.stream(Caption(picture)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (Answer({"error": {"message": "no"}}, 400), "answered 400: no"),
+        (Answer({"error": "Model not loaded"}), "answered an error: Model not loaded"),
+        (streamed({"error": "no"}), "answered an error: no"),
+        (Answer(fault="reset"), "broke off"),
+    ],
+)
+def test_errors_before_the_first_piece_are_raised_at_the_call(
+    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, says: str
+) -> None:
+    server.on("/v1/caption", answer)
+    with pytest.raises(BackendError, match=says):
+        model.stream(Caption(picture))
+
+
+def test_the_opening_of_a_stream_is_tried_again(server: RemoteServer, picture: np.ndarray) -> None:
+    server.on("/v1/caption", Answer({}, 503), Answer(fault="reset"), streamed({"chunk": "a"}, DONE))
+    with MoondreamAPI(server.url, backoff=0.001) as model:
+        assert list(model.stream(Caption(picture))) == ["a"]
+    assert len(server.asked) == 3
+
+
+def test_thoughts_come_first_in_a_stream(server: RemoteServer, model: MoondreamAPI, picture: np.ndarray) -> None:
+    server.on("/v1/query", streamed({"reasoning": THOUGHTS}, {"chunk": "2"}, DONE), streamed({"chunk": "2"}, DONE))
+    reply = model.query(picture, "How many?", reasoning=True, stream=True)
+    assert reply["reasoning"]["text"] == "Two cats."
+    assert list(reply["answer"]) == ["2"]
+    # A server that keeps its thoughts to itself.
+    assert list(model.stream(Query(picture, "How many?", reasoning=True))) == [Reasoning(""), "2"]

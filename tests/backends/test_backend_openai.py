@@ -1,0 +1,234 @@
+"""The OpenAI dialect, against answers of servers that know our boxes and of servers that do not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moondream_cv.backends import OpenAICompatible
+from moondream_cv.errors import BackendError, UnsupportedSkill
+from moondream_cv.requests import Query, Reasoning
+from tests.remote_server import Answer, RemoteServer, streamed
+
+CHAT = "/v1/chat/completions"
+BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0, "confidence": 0.25}
+
+
+def completion(content: Any, finish_reason: str = "stop", **choice: Any) -> Answer:
+    """What a server answers; content that is no text goes as JSON."""
+    text = content if content is None or isinstance(content, str) else json.dumps(content)
+    message = {"role": "assistant", "content": text, **choice.pop("message", {})}
+    first = {"index": 0, "message": message, "finish_reason": finish_reason, **choice}
+    return Answer({"id": "1", "object": "chat.completion", "model": "m", "error": None, "choices": [first]})
+
+
+def chunk(text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
+    delta = {} if text is None else {"content": text}
+    return {"object": "chat.completion.chunk", "choices": [{"delta": delta, "finish_reason": finish_reason}]}
+
+
+@pytest.fixture
+def model(server: RemoteServer) -> Any:
+    with OpenAICompatible(server.url, retries=0, has_scores=True, model="m", api_key="secret") as connected:
+        yield connected
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("", CHAT), ("/", CHAT), ("/v1/", CHAT), ("/v1beta/openai", "/v1beta/openai/chat/completions")],
+)
+def test_the_url(server: RemoteServer, path: str, asked: str) -> None:
+    server.on(asked, completion("4"))
+    with OpenAICompatible(server.url + path, model="m") as model:
+        assert model.query(question="2 + 2?")["answer"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "text", "extras"),
+    [
+        ("query", {"question": "How many?"}, "How many?", {}),
+        ("query", {"question": "q", "settings": {"temperature": 0, "max_tokens": 9, "seed": 1}}, "q",
+         {"temperature": 0, "max_tokens": 9, "seed": 1}),
+        ("caption", {}, "Describe this image.", {}),
+        ("caption", {"length": "short"}, "Describe this image in one short sentence.", {}),
+        ("caption", {"length": "long"}, "Describe this image at length and in detail.", {}),
+        ("caption", {"settings": {"variant": "mine", "max_crops": 2}}, "Describe this image.",
+         {"variant": "mine", "max_crops": 2}),
+    ],
+)  # fmt: skip
+def test_what_is_sent_for_texts(
+    server: RemoteServer,
+    model: OpenAICompatible,
+    picture: np.ndarray,
+    method: str,
+    arguments: dict[str, Any],
+    text: str,
+    extras: dict[str, Any],
+) -> None:
+    server.on(CHAT, completion("It is blue.", "length"))
+    reply = getattr(model, method)(picture, **arguments)
+    assert reply == {"answer" if method == "query" else "caption": "It is blue.", "truncated": True}
+    (asked,) = server.asked
+    assert asked.headers["authorization"] == "Bearer secret"
+    (message,) = asked.body.pop("messages")
+    image, words = message["content"]
+    assert message["role"] == "user"
+    assert image["type"] == "image_url"
+    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+    assert words == {"type": "text", "text": text}
+    assert asked.body == {"model": "m", **extras}
+
+
+def test_a_question_without_an_image(server: RemoteServer, model: OpenAICompatible) -> None:
+    tokens = {"logprobs": {"content": [{"token": "4", "logprob": -0.5}, {"token": "!", "logprob": -1.5}]}}
+    server.on(CHAT, completion("4!", **tokens))
+    assert model.query(question="2 + 2?") == {"answer": "4!", "truncated": False, "logprob": -1.0}
+    assert server.asked[0].body["messages"] == [{"role": "user", "content": "2 + 2?"}]
+
+
+@pytest.mark.parametrize(
+    ("models", "used"),
+    [
+        (Answer({"object": "list", "data": [{"id": "first"}, {"id": "second"}]}), "first"),
+        (Answer({"data": [{"name": "no id"}, {"id": 5}, {"id": "third"}]}), "third"),
+        (Answer({"data": []}), "moondream2"),
+        (Answer({}, 404), "moondream2"),
+        (Answer({}, fault="reset"), "moondream2"),
+    ],
+)
+def test_which_model_is_used(server: RemoteServer, models: Answer, used: str) -> None:
+    server.on(CHAT, completion("4")).on("/v1/models", models)
+    with OpenAICompatible(server.url) as model:
+        model.run([Query(None, "?"), Query(None, "?", settings={"variant": "mine"})])  # type: ignore[arg-type]
+    assert {asked.body["model"] for asked in server.to(CHAT)} == {used, "mine"}
+    assert len(server.to("/v1/models")) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "thoughts"),
+    [
+        ({"reasoning": {"text": "Hm.", "grounding": []}}, {"text": "Hm.", "grounding": []}),
+        ({"reasoning": "Hm."}, {"text": "Hm.", "grounding": []}),
+    ],
+)
+def test_thoughts(
+    server: RemoteServer, model: OpenAICompatible, picture: np.ndarray, message: dict[str, Any], thoughts: Any
+) -> None:
+    server.on(CHAT, completion("4", message=message))
+    assert model.query(picture, "?", reasoning=True)["reasoning"] == thoughts
+    assert server.asked[0].body["reasoning"] is True
+    assert list(model.stream(Query(picture, "?", reasoning=True))) == [Reasoning("Hm."), "4"]
+
+
+def test_what_a_server_cannot_do_is_said(server: RemoteServer, model: OpenAICompatible, picture: np.ndarray) -> None:
+    server.on(CHAT, completion("4"))
+    with pytest.raises(UnsupportedSkill, match="cannot reason on this server.*MoondreamAPI can"):  # noqa: RUF043
+        model.query(picture, "?", reasoning=True)
+    with pytest.raises(UnsupportedSkill, match="cannot take spatial_refs; MoondreamAPI can"):
+        model.query(picture, "?", spatial_refs=[(0.5, 0.5)])
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "names", "item"),
+    [
+        ("detect", "objects", ["x_min", "y_min", "x_max", "y_max", "confidence"], BOX),
+        ("point", "points", ["x", "y", "confidence"], {"x": 0.5, "y": 0.25, "confidence": 0.75}),
+    ],
+)
+@pytest.mark.parametrize("most", [50, 1])
+def test_boxes_and_points_of_a_server_that_knows_them(
+    server: RemoteServer,
+    model: OpenAICompatible,
+    picture: np.ndarray,
+    method: str,
+    key: str,
+    names: list[str],
+    item: dict[str, float],
+    most: int,
+) -> None:
+    server.on(CHAT, completion({key: [item, item], "truncated": False}))
+    reply = getattr(model, method)(picture, "red car", settings={"max_objects": most})
+    assert reply == {key: [item] * min(most, 2), "truncated": most == 1}
+    (asked,) = server.asked
+    assert asked.body["messages"][0]["content"][1] == {"type": "text", "text": "red car"}
+    form = asked.body["response_format"]
+    assert (form["type"], form["json_schema"]["name"]) == ("json_schema", f"moondream_{method}")
+    schema = form["json_schema"]["schema"]
+    items = schema["properties"][key]
+    assert form["json_schema"]["strict"] is True
+    assert schema["required"] == [key, "truncated"]
+    assert items["items"]["required"] == list(items["items"]["properties"]) == names
+    assert asked.body.get("max_objects") == (1 if most == 1 else None)
+
+
+@pytest.mark.parametrize("content", ["I see a car at the left.", "", None, "[1, 2]", "{}", '{"points"', "[" * 100_000])
+def test_a_server_of_text_only(
+    server: RemoteServer, model: OpenAICompatible, picture: np.ndarray, content: str | None
+) -> None:
+    server.on(CHAT, completion(content))
+    with pytest.raises(UnsupportedSkill, match=r"answers text only.*MoondreamAPI and a model from moondream_cv.load"):
+        model.detect(picture, "car")
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (
+            Answer({"error": {"message": "no such model", "type": "x", "code": None}}, 404),
+            "answered 404: no such model",
+        ),
+        (Answer({"error": {"message": "boom"}}), "answered an error: boom"),
+        (Answer({"choices": []}), "answered no choices"),
+        (Answer({"choices": None}), "answered no choices"),
+        (Answer({"choices": ["a"]}), "answered no choices"),
+        (Answer({"choices": [{"text": "a"}]}), "a choice without a message"),
+        (completion(None), "no 'content' that is a text"),
+    ],
+)
+def test_rubbish_is_an_error(server: RemoteServer, model: OpenAICompatible, answer: Answer, says: str) -> None:
+    server.on(CHAT, answer)
+    with pytest.raises(BackendError, match=says):
+        model.query(question="?")
+
+
+def test_rubbish_among_boxes_is_an_error(server: RemoteServer, model: OpenAICompatible, picture: np.ndarray) -> None:
+    server.on(CHAT, completion({"objects": [{**BOX, "x_min": float("nan")}]}))
+    with pytest.raises(BackendError, match="answered nan as x_min"):
+        model.detect(picture, "car")
+
+
+@pytest.mark.parametrize(
+    ("answer", "pieces"),
+    [
+        (streamed(chunk(""), chunk("a "), chunk("cat"), chunk(None, "stop"), done=True), ["a ", "cat"]),
+        (streamed(chunk("a"), chunk(None, "stop")), ["a"]),
+        (streamed(chunk("a"), done=True), ["a"]),
+        (streamed(chunk("a"), chunk(None, "stop"), {"choices": [], "usage": {}}, done=True), ["a"]),
+        (completion("all at once"), ["all at once"]),
+    ],
+)
+def test_streams(server: RemoteServer, model: OpenAICompatible, answer: Answer, pieces: list[str]) -> None:
+    server.on(CHAT, answer)
+    assert list(model.query(question="?", stream=True)["answer"]) == pieces
+    assert server.asked[0].body["stream"] is True
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (streamed(chunk("a")), "the stream ended before the text was complete"),
+        (streamed(chunk("a"), {"error": {"message": "boom"}}), "answered an error: boom"),
+        (streamed(chunk("a"), {"x": 1}), "answered no choices"),
+        (streamed(chunk("a"), {"choices": [{"delta": {"content": 5}}]}), "streamed 5 where a text belongs"),
+    ],
+)
+def test_streams_that_fail(server: RemoteServer, model: OpenAICompatible, answer: Answer, says: str) -> None:
+    server.on(CHAT, answer)
+    pieces = model.stream(Query(None, "?"))
+    assert next(pieces) == "a"
+    with pytest.raises(BackendError, match=says):
+        next(pieces)

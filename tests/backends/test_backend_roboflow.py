@@ -1,0 +1,251 @@
+"""Roboflow Inference through inference-sdk, against answers as a Roboflow server gives them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+import sys
+import threading
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moondream_cv import Detector
+from moondream_cv.backends import RoboflowInference
+from moondream_cv.errors import BackendError, UnsupportedSkill
+from moondream_cv.requests import Detect, DetectResult
+from tests.remote_server import Answer, Asked, RemoteServer
+
+pytest.importorskip("inference_sdk")
+
+PATH = "/infer/lmm"
+
+
+def prediction(x: Any, y: float, width: float, height: float, **more: Any) -> dict[str, Any]:
+    extras = {"confidence": 1.0, "class": "cat", "class_id": 0, "detection_id": "d"}
+    return {"x": x, "y": y, "width": width, "height": height, **extras, **more}
+
+
+def found(*predictions: Any, **more: Any) -> Answer:
+    image = {"width": 50, "height": 40}
+    return Answer({"inference_id": "i", "time": 0.1, "image": image, "predictions": list(predictions), **more})
+
+
+@pytest.fixture
+def model(server: RemoteServer) -> Any:
+    with RoboflowInference(server.url, has_scores=False, backoff=0.001) as connected:
+        yield connected
+
+
+def test_boxes_come_as_fractions(server: RemoteServer, model: RoboflowInference, picture: np.ndarray) -> None:
+    server.on(PATH, found(prediction(15, 20, 20, 20), prediction(0, 0, 10, 8, confidence=0.25)))
+    assert model.detect(picture, "cat") == {
+        "objects": [
+            {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 1.0},
+            {"x_min": -0.1, "y_min": -0.1, "x_max": 0.1, "y_max": 0.1, "confidence": 1.0},
+        ],
+        "truncated": False,
+    }
+    (asked,) = server.asked
+    image = asked.body.pop("image")
+    assert image["type"] == "base64"
+    assert Image.open(io.BytesIO(base64.b64decode(image["value"], validate=True))).size == (50, 40)
+    assert asked.body == {"api_key": None, "model_id": "moondream2/moondream2_2b_jul24", "prompt": "cat"}
+
+
+def test_several_classes_are_parallel_requests(server: RemoteServer, picture: np.ndarray) -> None:
+    together = threading.Barrier(3)
+
+    def answer(asked: Asked) -> Answer:
+        together.wait(10)
+        return found(prediction(15, 20, 20, 20)) if asked.body["prompt"] == "cat" else found()
+
+    server.on(PATH, answer)
+    with RoboflowInference(server.url, max_in_flight=3, model_id="moondream2") as model:
+        for _ in range(2):
+            detections = Detector(model)(picture, ["dog", "cat", "red car"])
+            assert detections.xyxy.tolist() == [[5, 10, 25, 30]]
+            assert detections.class_id is not None
+            assert detections.class_id.tolist() == [1]
+    asked = server.to(PATH)
+    assert {a.body["model_id"] for a in asked} == {"moondream2"}
+    assert len(asked) == 6
+    assert len({a.connection for a in asked}) == 3  # used again by the second call
+
+
+@pytest.mark.parametrize("form", ["array", "pil", "rgba", "file object", "bytes", "floats"])
+def test_any_kind_of_image(server: RemoteServer, model: RoboflowInference, picture: np.ndarray, form: str) -> None:
+    server.on(PATH, found())
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    file.seek(0)
+    forms: dict[str, Any] = {
+        "array": picture,
+        "pil": Image.fromarray(picture),
+        "rgba": Image.fromarray(picture).convert("RGBA"),
+        "file object": file,
+        "bytes": file.getvalue(),
+        "floats": picture / 255,
+    }
+    assert model.detect(forms[form], "cat")["objects"] == []
+    image = base64.b64decode(server.asked[0].body["image"]["value"], validate=True)
+    assert Image.open(io.BytesIO(image)).size == (50, 40)
+
+
+def test_the_key_goes_into_the_body(server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBOFLOW_API_KEY", "from-environment")
+    server.on(PATH, found())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with RoboflowInference(server.url) as model:
+            model.detect(picture, "cat")
+        with RoboflowInference(server.url, api_key="given") as model:
+            model.detect(picture, "cat")
+    assert [asked.body["api_key"] for asked in server.to(PATH)] == ["from-environment", "given"]
+    assert not [asked for asked in server.asked if "given" in asked.path or "from-environment" in asked.path]
+
+
+def test_at_roboflows_hosts_the_key_goes_into_a_header() -> None:
+    from inference_sdk.http.entities import ApiKeyTransport
+
+    for url, transport in [
+        ("https://serverless.roboflow.com", ApiKeyTransport.HEADER),
+        ("http://localhost:9001", ApiKeyTransport.LEGACY),
+    ]:
+        with RoboflowInference(url, api_key="secret") as model:
+            assert model._client().inference_configuration.api_key_transport is transport
+
+
+def test_max_objects_ends_the_list_here(server: RemoteServer, model: RoboflowInference, picture: np.ndarray) -> None:
+    server.on(PATH, found(prediction(15, 20, 20, 20), prediction(5, 5, 2, 2)))
+    for most, truncated in [(1, True), (2, False), (3, False)]:
+        reply = model.detect(picture, "cat", settings={"max_objects": most})
+        assert len(reply["objects"]) == min(most, 2)
+        assert reply["truncated"] is truncated
+
+
+@pytest.mark.parametrize(
+    ("info", "scores"),
+    [
+        ({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"}, False),
+        ({"name": "moondream-cv", "version": "0.2", "uuid": "u", "has_scores": True}, True),
+    ],
+)
+def test_whether_there_are_scores(
+    server: RemoteServer, picture: np.ndarray, info: dict[str, Any], scores: bool
+) -> None:
+    server.on(PATH, found(prediction(15, 20, 20, 20, confidence=0.25))).on("/info", Answer(info))
+    with RoboflowInference(server.url) as model:
+        results = model.run([Detect(picture, "cat"), Detect(picture, "dog")])
+        assert model.has_scores is scores
+    for result in results:
+        assert isinstance(result, DetectResult)
+        assert result.objects[0].confidence == (0.25 if scores else 1.0)
+    assert len(server.to("/info")) == 1
+
+
+@pytest.mark.parametrize("failure", [Answer({"message": "boom"}, 500), Answer({"message": "boom"}, 502)])
+def test_failures_are_tried_again(
+    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, failure: Answer
+) -> None:
+    server.on(PATH, failure, failure, found())
+    assert model.detect(picture, "cat")["objects"] == []
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize("failure", [Answer({"message": "busy"}, 503), Answer(fault="reset")])
+def test_the_clients_own_tries_are_not_multiplied(
+    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, failure: Answer
+) -> None:
+    server.on(PATH, failure)
+    with pytest.raises(BackendError, match=r"answered 503: busy|is not reachable"):
+        model.detect(picture, "cat")
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (Answer({"message": "Bad image"}, 400), "answered 400: Bad image"),
+        (Answer({"message": "who?"}, 401), "answered 401: who.*pass api_key= or set ROBOFLOW_API_KEY"),
+        (Answer(b"<html>no</html>", 404, kind="text/html"), "answered 404"),
+        (Answer(["no"], 400), "answered what inference-sdk cannot read"),
+        (Answer(b"<html>hello</html>", kind="text/html"), "answered what inference-sdk cannot read"),
+        (Answer(b""), "answered what inference-sdk cannot read"),
+        (Answer([1, 2]), r"answered no JSON object but \[1, 2\]"),
+        (Answer({"response": "a cat", "image": {"width": 1, "height": 1}}), "answered text, no boxes: 'a cat'"),
+        (Answer({"predictions": None}), "no 'predictions' that is a list"),
+        (found("cat"), "answered 'cat' among its predictions"),
+        (found(prediction("1", 1, 1, 1)), "answered '1' as x"),
+        (found(prediction(float("nan"), 1, 1, 1)), "answered nan as x"),
+        (found(prediction(1, 1, 1, 1), image={"width": 0, "height": 4}), "an image that is 0 wide and 4 high"),
+        (found(prediction(1, 1, 1, 1), image={"width": "5", "height": 4}), "answered '5' as width"),
+    ],
+)
+def test_rubbish_is_an_error(
+    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, answer: Answer, says: str
+) -> None:
+    server.on(PATH, answer)
+    with pytest.raises(BackendError, match=says) as caught:
+        model.detect(picture, "cat")
+    assert str(caught.value).startswith(f"{server.url}{PATH} ")
+    assert len(server.asked) == 1
+
+
+def test_without_the_size_of_the_image_the_own_counts(
+    server: RemoteServer, model: RoboflowInference, picture: np.ndarray
+) -> None:
+    server.on(PATH, found(prediction(25, 20, 50, 40), image=None))
+    box = model.detect(picture, "cat")["objects"][0]
+    assert [box[name] for name in ("x_min", "y_min", "x_max", "y_max")] == [0, 0, 1, 1]
+
+
+def test_a_server_that_never_answers(server: RemoteServer, picture: np.ndarray) -> None:
+    server.on(PATH, Answer(fault="hang"), found())
+    with RoboflowInference(server.url, timeout=0.3, has_scores=False) as model:
+        with pytest.raises(BackendError, match=r"did not answer within 0.3 s; allow more with timeout="):
+            model.detect(picture, "cat")
+        assert model.detect(picture, "cat")["objects"] == []
+
+
+def test_a_hanging_server_does_not_keep_the_program_from_ending(server: RemoteServer) -> None:
+    server.on(PATH, Answer(fault="hang"))
+    code = (
+        "from moondream_cv.backends import RoboflowInference\n"
+        "from moondream_cv import Detect\n"
+        "import numpy, sys\n"
+        f"model = RoboflowInference({server.url!r}, timeout=0.2)\n"
+        "(result,) = model.run([Detect(numpy.zeros((4, 4, 3), 'u1'), 'x')])\n"
+        "print(type(result.error).__name__)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert (ended.returncode, ended.stdout) == (0, "BackendError\n"), ended.stderr
+
+
+@pytest.mark.parametrize("call", [("caption",), ("query", "?"), ("point", "cat")])
+def test_it_can_only_detect(model: RoboflowInference, picture: np.ndarray, call: tuple[str, ...]) -> None:
+    says = rf"RoboflowInference cannot {call[0]}, only detect; MoondreamAPI can, and so can a model from"
+    with pytest.raises(UnsupportedSkill, match=says):
+        getattr(model, call[0])(picture, *call[1:])
+
+
+def test_without_the_client_the_extra_is_named() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['inference_sdk'] = None\n"
+        "from moondream_cv.backends import RoboflowInference\n"
+        "RoboflowInference('http://localhost:9001')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert 'MoondreamError: RoboflowInference needs inference-sdk; pip install "moondream-cv[roboflow]"' in ended.stderr
+
+
+@pytest.mark.parametrize("model_id", ["", " ", None, 5])
+def test_a_model_id_that_is_none(model_id: Any) -> None:
+    with pytest.raises(ValueError, match="model_id must be a name such as 'moondream2/moondream2_2b_jul24'"):
+        RoboflowInference(model_id=model_id)

@@ -1,0 +1,214 @@
+"""`connect`, and URLs in the place of model names."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moondream_cv import Detector, Pointer, connect, load
+from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowInference
+from moondream_cv.backends.base import RemoteModel
+from moondream_cv.errors import BackendError, UnsupportedSkill
+from tests.remote_server import Answer, RemoteServer
+
+OURS = Answer({"object": "list", "data": [{"id": "tiny"}], "models": [{"id": "tiny", "has_scores": True}]})
+STATION = Answer({"models": [{"id": "moondream-2", "name": "Moondream 2", "description": "", "version": "1"}]})
+OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
+INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "target"),
+    [
+        ("https://api.moondream.ai/v1", MoondreamAPI, "https://api.moondream.ai/v1"),
+        ("https://api.moondream.ai", MoondreamAPI, "https://api.moondream.ai/v1"),
+        ("https://serverless.roboflow.com", RoboflowInference, "https://serverless.roboflow.com"),
+        ("https://DETECT.roboflow.com/", RoboflowInference, "https://DETECT.roboflow.com"),
+        ("https://api.openai.com", OpenAICompatible, "https://api.openai.com/v1"),
+        ("https://fal.run", Fal, "https://fal.run/fal-ai/moondream2"),
+        ("https://fal.run/fal-ai/moondream2", Fal, "https://fal.run/fal-ai/moondream2"),
+        ("https://fal.ai/models/fal-ai/moondream2", Fal, "https://fal.run/fal-ai/moondream2"),
+        ("https://queue.fal.run/fal-ai/moondream2", Fal, "https://fal.run/fal-ai/moondream2"),
+    ],
+)
+def test_known_hosts_are_not_asked(url: str, kind: type[RemoteModel], target: str) -> None:
+    with connect(url) as model:  # this machine has no way to reach them
+        assert (type(model), model.url) == (kind, target)
+
+
+@pytest.mark.parametrize(
+    ("routes", "path", "kind", "target", "looks"),
+    [
+        ({"/v1/models": OURS, "/info": INFO}, "", MoondreamAPI, "/v1", 1),
+        ({"/v1/models": OURS}, "/v1", MoondreamAPI, "/v1", 1),
+        ({"/v1/models": STATION}, "/", MoondreamAPI, "/v1", 1),
+        ({"/v1/models": OPENAI}, "", OpenAICompatible, "/v1", 1),
+        ({"/v1/models": OPENAI}, "/v1/", OpenAICompatible, "/v1", 1),
+        ({"/vlm/v1/models": OPENAI}, "/vlm", OpenAICompatible, "/vlm/v1", 1),
+        ({"/vlm/v1/models": STATION}, "/vlm/", MoondreamAPI, "/vlm/v1", 1),
+        ({"/info": INFO}, "", RoboflowInference, "", 2),
+        ({"/v1/models": Answer(b"<html>", kind="text/html"), "/info": INFO}, "", RoboflowInference, "", 2),
+        ({"/v1/models": Answer({}, 500), "/info": INFO}, "", RoboflowInference, "", 2),
+    ],
+)
+def test_other_servers_are_asked_what_they_are(
+    server: RemoteServer, routes: dict[str, Answer], path: str, kind: type[RemoteModel], target: str, looks: int
+) -> None:
+    for route, answer in routes.items():
+        server.on(route, answer)
+    with connect(server.url + path) as model:
+        assert (type(model), model.url) == (kind, server.url + target)
+    assert len(server.asked) == looks
+
+
+@pytest.mark.parametrize(
+    ("dialect", "kind"),
+    [("roboflow", RoboflowInference), ("moondream", MoondreamAPI), ("openai", OpenAICompatible), ("fal", Fal)],
+)
+def test_a_named_dialect_is_not_asked_about(server: RemoteServer, dialect: str, kind: type[RemoteModel]) -> None:
+    with connect(server.url, dialect, max_in_flight=3, timeout=5) as model:
+        assert type(model) is kind
+        assert model.max_in_flight == 3
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("answer", [Answer({}), Answer([1]), Answer(b"<html>", kind="text/html"), Answer({}, 404)])
+def test_a_server_that_does_not_say_what_it_is(server: RemoteServer, answer: Answer) -> None:
+    server.on("/v1/models", answer).on("/info", answer)
+    says = r"does not say what it is; name its dialect: roboflow, moondream, openai, fal$"
+    with pytest.raises(BackendError, match=says) as caught:
+        connect(server.url)
+    assert str(caught.value).startswith(server.url)
+
+
+def test_a_server_that_wants_a_key(server: RemoteServer) -> None:
+    server.on("/v1/models", Answer({"error": "key?"}, 401), OURS)
+    with pytest.raises(BackendError, match="it wants a key: pass api_key="):
+        connect(server.url)
+    with connect(server.url, api_key="secret") as model:
+        assert isinstance(model, MoondreamAPI)
+    headers = server.to("/v1/models")[1].headers
+    assert (headers["x-moondream-auth"], headers["authorization"]) == ("secret", "Bearer secret")
+
+
+def test_keys_of_the_environment_are_not_shown_to_a_server_that_may_not_be_theirs(
+    server: RemoteServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("API_KEY", "FAL_KEY", "MOONDREAM_API_KEY", "OPENAI_API_KEY", "ROBOFLOW_API_KEY"):
+        monkeypatch.setenv(name, "from-environment")
+    server.on("/v1/models", OURS)
+    connect(server.url).close()
+    assert "from-environment" not in json.dumps([dict(asked.headers) for asked in server.asked])
+
+
+def test_no_server() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(BackendError, match=r"/v1/models is not reachable .* is the server running\?"):
+            connect(url)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("http://x", "grpc"), "dialect must be one of auto, roboflow, moondream, openai, fal, not 'grpc'"),
+        (("localhost:9001",), "'localhost:9001' is not a server's URL"),
+        (("moondream2",), "'moondream2' is not a server's URL"),
+    ],
+)
+def test_arguments_out_of_range(arguments: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        connect(*arguments)
+
+
+def test_an_option_that_a_dialect_lacks() -> None:
+    with pytest.raises(ValueError, match="the dialect fal has no such option: .*model_id"):  # noqa: RUF043
+        connect("https://fal.run", model_id="x")
+
+
+def test_a_url_in_the_place_of_a_models_name(server: RemoteServer, picture: np.ndarray) -> None:
+    server.on("/v1/models", OURS).on("/v1/detect", Answer({"objects": [BOX]})).on("/v1/point", Answer({"points": []}))
+    with Detector(server.url, confidence=0.4) as detector, Pointer(server.url) as pointer:
+        found = detector(picture, "patch")
+        assert found.xyxy.tolist() == [[5, 10, 25, 30]]
+        assert found.confidence is not None
+        assert found.confidence.tolist() == [0.5]
+        assert len(pointer(picture, "patch")) == 0
+    with pytest.raises(Exception, match="is closed"):
+        detector(picture, "patch")
+
+
+def test_a_device_is_none_of_a_servers_business(server: RemoteServer) -> None:
+    with pytest.raises(ValueError, match="device='cpu' is for a model on this machine"):
+        Detector(server.url, device="cpu")
+    assert server.asked == []
+
+
+def test_a_server_without_the_skill(server: RemoteServer) -> None:
+    server.on("/info", INFO)
+    with pytest.raises(UnsupportedSkill, match="Pointer needs a model that can point; RoboflowInference can detect"):
+        Pointer(server.url)
+
+
+def test_loading_a_url_names_connect() -> None:
+    with pytest.raises(ValueError, match=r"'http://host/v1' is a URL, .*used with connect\(url\)"):
+        load("http://anna:secret@host/v1?key=secret")
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, env=environment
+    )
+
+
+def test_a_detector_of_a_server_needs_no_torch(server: RemoteServer) -> None:
+    server.on("/v1/models", OURS).on("/v1/detect", Answer({"objects": [BOX]}))
+    ended = run(
+        "-c",
+        "import sys, numpy\n"
+        "from moondream_cv import Detector, connect\n"
+        f"found = Detector({server.url!r})(numpy.zeros((40, 50, 3), 'u1'), 'patch')\n"
+        f"connect({server.url!r})\n"
+        "assert len(found) == 1\n"
+        "heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n",
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "route", "reply", "shown"),
+    [
+        (("detect", "-c", "patch"), "/v1/detect", {"objects": [BOX]}, '"confidence": 0.5'),
+        (("query", "-q", "What is it?"), "/v1/query", {"answer": "a patch"}, '"answer": "a patch"'),
+        (("caption",), "/v1/caption", {"caption": "a patch"}, '"caption": "a patch"'),
+    ],
+)
+def test_the_command_line_takes_a_url(
+    server: RemoteServer, tmp_path: Path, command: tuple[str, ...], route: str, reply: dict[str, Any], shown: str
+) -> None:
+    server.on("/v1/models", OURS).on(route, Answer(reply))
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40)).save(file, "PNG")
+    (tmp_path / "a.png").write_bytes(file.getvalue())
+    arguments = ("-m", "moondream_cv", *command, "a.png", "--model", server.url)
+    ended = run(*arguments, "--json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert shown in ended.stdout
+    refused = run(*arguments, "--device", "cpu", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "a server's URL chooses none" in " ".join(refused.stderr.split())

@@ -1,0 +1,191 @@
+"""No key and no password in a repr, a log, an error, or anything that an error is chained to."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+
+from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowInference, connect
+from moondream_cv.backends.addresses import Address, find_key, is_url, redacted, shortened, shown_url
+from moondream_cv.errors import MoondreamError
+from moondream_cv.requests import Detect, ErrorResult
+from tests.remote_server import Answer, RemoteServer, streamed
+
+KEY = "kid-3f0a77:ksecret/5+e1"
+MODELS = {
+    "MOONDREAM_API_KEY": (MoondreamAPI, "/v1/detect"),
+    "OPENAI_API_KEY": (OpenAICompatible, "/v1/chat/completions"),
+    "FAL_KEY": (Fal, "/fal-ai/moondream2/object-detection"),
+    "ROBOFLOW_API_KEY": (RoboflowInference, "/infer/lmm"),
+}
+LEAKS: dict[str, Callable[[str], Answer]] = {
+    "json": lambda key: Answer({"error": {"message": f"the key {key} is unknown"}}, 401),
+    "quoted": lambda key: Answer({"message": f"no ?api_key={quote(key, safe='')}&x"}, 403),
+    "text": lambda key: Answer(f"denied: {key}".encode(), 400, kind="text/plain"),
+    "cut": lambda key: Answer({"detail": "x" * 295 + key}, 400),
+    "part": lambda key: Answer({"detail": f"wrong secret {key.split(':')[1]}"}, 400),
+    "rubbish": lambda key: Answer({"headers": {"Authorization": key}}),
+    "list": lambda key: Answer([key]),
+    "no json": lambda key: Answer(f"<p>{key}".encode(), kind="text/html"),
+    "a number": lambda key: Answer({"objects": [{"x_min": key}], "predictions": [{"x": key}]}),
+    "a choice": lambda key: Answer({"choices": [{"message": {"content": f"you sent {key}"}}]}),
+    "retried": lambda key: Answer({"message": f"busy with {key}"}, 500),
+}
+
+
+def parts_of(error: BaseException | None) -> list[str]:
+    """All texts of an error and of what it is chained to."""
+    found = []
+    while error is not None:
+        found += [str(error), repr(error)]
+        error = error.__cause__ or error.__context__
+    return found
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize("variable", MODELS)
+def test_keys_appear_nowhere(
+    server: RemoteServer,
+    picture: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    variable: str,
+    leak: str,
+) -> None:
+    monkeypatch.setenv(variable, KEY)
+    model_class, path = MODELS[variable]
+    if model_class is RoboflowInference:
+        pytest.importorskip("inference_sdk")
+    server.on(path, LEAKS[leak](KEY))
+    with caplog.at_level(logging.DEBUG), model_class(server.url, retries=1, backoff=0.001) as model:
+        (result,) = model.run([Detect(picture, "dog")])
+        shown = [repr(model), str(model), repr(model._http.address)]
+    assert isinstance(result, ErrorResult)
+    assert isinstance(result.error, MoondreamError)
+    assert KEY in json.dumps([[dict(a.headers), a.body] for a in server.to(path)])  # it was sent all the same
+    for text in [*parts_of(result.error), *shown, caplog.text]:
+        assert KEY not in text
+        assert "ksecret" not in text
+        assert quote(KEY, safe="") not in text
+
+
+def test_keys_do_not_appear_in_streams_that_fail(server: RemoteServer, picture: np.ndarray) -> None:
+    server.on("/v1/caption", streamed({"chunk": "a"}, {"error": {"message": f"quota of {KEY}"}}))
+    with MoondreamAPI(server.url, api_key=KEY) as model:
+        pieces = model.caption(picture, stream=True)["caption"]
+        assert next(pieces) == "a"
+        with pytest.raises(MoondreamError, match=r"quota of \*\*\*") as caught:
+            next(pieces)
+    assert not [text for text in parts_of(caught.value) if KEY in text]
+
+
+@pytest.mark.parametrize("secret", ["s3cret-word", "p%40ss:word"])
+def test_passwords_of_urls_are_sent_and_not_shown(
+    server: RemoteServer, picture: np.ndarray, caplog: pytest.LogCaptureFixture, secret: str
+) -> None:
+    server.on("/v1/caption", Answer({"detail": "no"}, 403)).on("/v1/models", Answer({"models": []}))
+    url = server.url.replace("://", f"://anna:{secret}@")
+    with (
+        caplog.at_level(logging.DEBUG),
+        connect(url) as model,
+        pytest.raises(MoondreamError, match="answered 403") as caught,
+    ):
+        model.caption(picture)
+    assert all(asked.headers["authorization"].startswith("Basic ") for asked in server.asked)
+    for text in [*parts_of(caught.value), repr(model), caplog.text]:
+        assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        ("nothing", "nothing"),
+        (f"a {KEY} b", "a *** b"),
+        ("kid-3f0a77 alone", "*** alone"),
+        (shortened(f"a {KEY}", 10), "a ***..."),
+        (shortened(f"a {KEY}", 5), "a kid..."),
+        (json.dumps({"key": KEY}), '{"key": "***"}'),
+    ],
+)
+def test_redacting(text: str, result: str) -> None:
+    assert redacted(text, (KEY, None, "")) == result
+
+
+def test_escaped_keys_are_redacted() -> None:
+    key = 'back\\slash"quote'
+    assert redacted(json.dumps(key) + repr(key), [key]) == "\"***\"'***'"
+
+
+def test_which_key_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_key(None, "ROBOFLOW_API_KEY", "API_KEY") is None
+    monkeypatch.setenv("API_KEY", "second")
+    assert find_key(None, "ROBOFLOW_API_KEY", "API_KEY") == "second"
+    monkeypatch.setenv("ROBOFLOW_API_KEY", "first\n")
+    assert find_key(None, "ROBOFLOW_API_KEY", "API_KEY") == "first"
+    assert find_key("given", "ROBOFLOW_API_KEY", "API_KEY") == "given"
+    assert find_key("", "ROBOFLOW_API_KEY", "API_KEY") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "clean"),
+    [
+        ("http://localhost:2020", "http://localhost:2020"),
+        (" https://Host/v1/// ", "https://Host/v1"),
+        ("http://anna:pw@host:1/x", "http://host:1/x"),
+        ("http://[::1]:9001/", "http://[::1]:9001"),
+    ],
+)
+def test_addresses(url: str, clean: str) -> None:
+    assert Address.of(url).url == clean
+    assert "pw" not in repr(Address.of(url))
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("localhost:2020", "'localhost:2020' is not a server's URL; write it with its scheme"),
+        ("", "is not a server's URL"),
+        ("ftp://host/x", "'ftp://host/x' is neither http nor https"),
+        ("http://", "has no valid host and port"),
+        ("http://:80", "has no valid host and port"),
+        ("http://host:port", "has no valid host and port"),
+        ("http://host:99999", "has no valid host and port"),
+        ("http://[::1", "has no valid host and port"),
+        ("http://a b/", "has no valid host and port"),
+        ("http://anna:secret@host:port", "'http://host:port' has no valid host"),
+        ("http://host?api_key=secret", "'http://host' is followed by a query or a fragment; .*pass a key as api_key="),
+        ("http://host#secret", "'http://host' is followed by a query"),
+        (5, "a server's URL is a string such as"),
+    ],
+)
+def test_what_is_no_address(url: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        Address.of(url)
+    assert not [text for text in parts_of(caught.value) if "secret" in text]
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("http://x", True),
+        (" HTTPS://x", True),
+        ("moondream2", False),
+        ("C://x", False),
+        ("a/b@c", False),
+        (None, False),
+    ],
+)
+def test_what_is_a_url(name: object, url: bool) -> None:
+    assert is_url(name) is url
+
+
+def test_urls_as_they_are_shown() -> None:
+    assert shown_url("http://anna:pw@host/p?key=1#x") == "http://host/p"
+    assert shown_url("anna:pw@host") == "host"
+    assert len(shown_url("http://" + "x" * 1000)) == 200

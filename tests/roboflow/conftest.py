@@ -1,0 +1,44 @@
+"""The tiny model, and Roboflow's real server with it: one of each for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moondream_cv import load
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.scenes import Scene, render_scene
+from tests.roboflow_app import MODEL_ID, encoded, serve
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LocalModel:
+    return load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def url(tiny: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of the server."""
+    with serve(tiny, tmp_path_factory.mktemp("roboflow")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def scene() -> Scene:
+    """One object of each name, all of which the tiny model finds."""
+    return render_scene(5, resolution_wh=(320, 240), names=["dog", "red circle", "blue star", "bus"], style="plain")
+
+
+@pytest.fixture(scope="session")
+def bgr(scene: Scene) -> np.ndarray:
+    """[240, 320, 3]: the scene as OpenCV would read it."""
+    return np.ascontiguousarray(scene.image[..., ::-1])
+
+
+@pytest.fixture(scope="session")
+def body(scene: Scene) -> dict[str, Any]:
+    """A request that is answered."""
+    return {"model_id": MODEL_ID, "prompt": "dog", "image": {"type": "base64", "value": encoded(scene.image)}}
