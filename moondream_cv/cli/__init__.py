@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from moondream_cv import __version__
 from moondream_cv.errors import MoondreamError
 
-from . import caption, demo, detect, download, point, query, video
+from . import caption, demo, detect, download, point, query, serve, video
 from .output import error_text
 
 
@@ -64,7 +64,16 @@ def _root(
     """
 
 
-for _command in (demo.demo, detect.detect, point.point, query.query, caption.caption, video.video, download.download):
+for _command in (
+    demo.demo,
+    detect.detect,
+    point.point,
+    query.query,
+    caption.caption,
+    video.video,
+    serve.serve,
+    download.download,
+):
     app.command()(_command)
 
 

@@ -1,0 +1,170 @@
+"""`moondream-cv serve`: the model over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from . import options
+
+if TYPE_CHECKING:
+    from moondream_cv.vision_model import VisionModel
+
+KEYS_VARIABLE = "MOONDREAM_CV_API_KEYS"
+
+
+def serve(
+    model: options.Model = "moondream2",
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; 0.0.0.0 is every network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, metavar="N")] = 2020,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="What clients know the model as.", show_default=False),
+    ] = None,
+    device: options.Device = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="FILE", help="An adapter for all requests.", show_default=False)
+    ] = None,
+    cache_images: Annotated[
+        int, typer.Option("--cache-images", min=0, metavar="N", help="Encoded images to keep; some 160 MB each.")
+    ] = 8,
+    api_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar=KEYS_VARIABLE,
+            metavar="KEY",
+            help="What opens the server; repeatable. The variable keeps keys out of the list of processes.",
+            show_default=False,
+        ),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, metavar="N", help="Requests at a time; one more is answered with 429.")
+    ] = 256,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Then a request is answered with 504.")
+    ] = 120,
+    drain: Annotated[
+        float, typer.Option("--drain", min=0.1, metavar="SECONDS", help="How long a shutdown waits for requests.")
+    ] = 30,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, metavar="MIB", help="Size of a request.")] = 32,
+    max_pixels: Annotated[
+        int, typer.Option("--max-pixels", min=1, metavar="N", help="Pixels of an image.")
+    ] = 50_000_000,
+    private_urls: Annotated[
+        bool,
+        typer.Option("--allow-private-urls", help="Fetch image URLs also from loopback and private addresses."),
+    ] = False,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", metavar="ORIGIN", help="Let pages of this origin call; repeatable.", show_default=False),
+    ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="The playground at /.")] = True,
+    certificate: Annotated[
+        Path | None, typer.Option("--tls-cert", metavar="FILE", help="PEM, for https.", show_default=False)
+    ] = None,
+    certificate_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="FILE", help="PEM, its private key.", show_default=False)
+    ] = None,
+    log_format: Annotated[
+        Literal["auto", "json", "text"],
+        typer.Option("--log-format", metavar="json|text", help="[dim]\\[default: text on a terminal][/]"),
+    ] = "auto",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option("--log-level", metavar="LEVEL")
+    ] = "info",
+) -> None:
+    """Serve the model over HTTP, to the clients of Moondream, Roboflow Inference, OpenAI and fal.
+
+    The page at / is a playground. /health and /ready are for orchestrators, /metrics for Prometheus. SIGTERM finishes
+    what is running.
+
+    \b
+    [bold]Examples[/]
+    $ moondream-cv serve --model tiny
+    $ MOONDREAM_CV_API_KEYS="first second" moondream-cv serve --host 0.0.0.0
+    $ moondream-cv detect street.jpg -c person --model http://localhost:2020
+    """
+    check_installed()
+    from moondream_cv.server.app import create_app
+    from moondream_cv.server.logs import set_up_logging
+    from moondream_cv.server.options import MIB, ServerOptions
+    from moondream_cv.server.running import run_server
+
+    if "://" in model and (device or adapter):
+        raise ValueError(f"--device and --adapter are for a model that is loaded here, and {model} is a server")
+    if (certificate is None) != (certificate_key is None):
+        raise ValueError("--tls-cert and --tls-key go together")
+    for file in (certificate, certificate_key):
+        if file is not None and not file.is_file():
+            raise ValueError(f"there is no file {str(file)!r}")
+    chosen = ServerOptions(
+        api_keys=tuple(api_keys or ()),
+        queue=queue,
+        timeout=timeout,
+        drain=drain,
+        max_body=max_body * MIB,
+        max_pixels=max_pixels,
+        private_urls=private_urls,
+        cors_origins=tuple(cors or ()),
+        page=page,
+    )
+    set_up_logging(log_level, log_format == "json" or (log_format == "auto" and not sys.stderr.isatty()))
+
+    def load_model() -> VisionModel:
+        return open_model(model, device, adapter, cache_images)
+
+    app = create_app(load_model, name=name or public_name(model), options=chosen)
+    scheme = "http" if certificate is None else "https"
+    typer.echo(f"Serving {model} at {scheme}://{'localhost' if host == '127.0.0.1' else host}:{port}", err=True)
+    if not chosen.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"Warning: everyone who reaches {host} may use it; {KEYS_VARIABLE} asks for a key", err=True)
+    files = (None if file is None else str(file) for file in (certificate, certificate_key))
+    run_server(app, host, port, **dict(zip(("certificate", "certificate_key"), files, strict=True)))
+
+
+def check_installed() -> None:
+    """Say how to install what serving takes.
+
+    Raises:
+        ValueError: It is missing.
+    """
+    try:
+        import aiohttp  # noqa: F401
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import pythonjsonlogger  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'serving takes {error.name}; pip install "moondream-cv[server]"') from error
+
+
+def open_model(name: str, device: str | None, adapter: Path | None, cache_images: int) -> VisionModel:
+    """Load what is served, or connect to what answers in its place.
+
+    Raises:
+        MoondreamError: It cannot be loaded, or the server cannot be reached.
+        ValueError: The device is not there.
+    """
+    from moondream_cv.backends.addresses import is_url
+
+    if is_url(name):
+        from moondream_cv.backends import connect
+
+        return connect(name)
+    from moondream_cv.loading import load
+
+    return load(name, device=device, adapter=adapter, cache_images=cache_images)
+
+
+def public_name(model: str) -> str:
+    """What clients know a model as: its name, but of a folder the last part alone, and of a server nothing."""
+    if "://" in model:
+        return "moondream2"
+    path = Path(model)
+    return path.resolve().name if path.exists() or path.is_absolute() else model

@@ -1,0 +1,284 @@
+"""Where the requests of a server are computed: one thread around a local model's scheduler, or threads around a remote
+one.
+
+Both take calls and report to the event loop. They know nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from moondream_cv.errors import MoondreamError, RequestCancelled, UnsupportedSkill
+from moondream_cv.requests import (
+    CaptionResult,
+    DetectResult,
+    ErrorResult,
+    PointResult,
+    QueryResult,
+    Reasoning,
+    Request,
+    Result,
+)
+
+from .metrics import Meters
+
+if TYPE_CHECKING:
+    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.scheduler import Job
+
+logger = logging.getLogger(__name__)
+
+REMOTE_THREADS = 32
+
+
+class Usage(NamedTuple):
+    """Positions of the context that a request took: image and prompt, and the reply."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Call:
+    """A request in an engine, as an event loop sees it.
+
+    Attributes:
+        request: What was asked.
+        streamed: Whether its pieces are wanted as they come.
+        done: Its result, once it is there.
+        pieces: Objects, points and text as they come, where wanted; None is the end.
+        usage: Complete when the result is.
+    """
+
+    def __init__(self, request: Request, streamed: bool = False) -> None:
+        self.request, self.streamed = request, streamed
+        self.loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[Result] = self.loop.create_future()
+        self.pieces: asyncio.Queue[Any] = asyncio.Queue()
+        self.usage = Usage()
+
+    def add(self, pieces: list[Any]) -> None:
+        for piece in pieces:
+            self.pieces.put_nowait(piece)
+
+    def finish(self, result: Result, usage: Usage) -> None:
+        if not self.done.done():
+            self.usage = usage
+            self.done.set_result(result)
+            self.pieces.put_nowait(None)
+
+
+class Engine(Protocol):
+    """What a server puts its calls to, from its event loop."""
+
+    def submit(self, call: Call) -> None:
+        """Take a call; it reports from now on."""
+
+    def cancel(self, call: Call) -> None:
+        """Let go of a call that nobody waits for."""
+
+    def stop(self) -> None:
+        """Finish what is running, and end. Blocks."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether calls have any prospect of an answer."""
+
+
+class LocalEngine:
+    """Drives the scheduler of a model on this machine, so that calls that arrive together decode together."""
+
+    def __init__(self, model: LocalModel, meters: Meters) -> None:
+        self._model, self._meters = model, meters
+        self._scheduler = model.scheduler()
+        self._calls: dict[Job, Call] = {}
+        self._jobs: dict[Call, Job] = {}
+        self._lock = threading.Lock()
+        self._work = threading.Event()
+        self._stopping = False
+        self._failure: Exception | None = None
+        self._seen = (0, 0)  # hits and misses of the image cache so far
+        self._thread = threading.Thread(target=self._run, name="moondream-cv engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._failure is None and self._thread.is_alive()
+
+    def submit(self, call: Call) -> None:
+        with self._lock:
+            if self._failure is not None or self._stopping:
+                call.finish(ErrorResult(self._failure or RequestCancelled("the engine is stopping")), Usage())
+                return
+            job = self._scheduler.submit(call.request)
+            self._calls[job], self._jobs[call] = call, job
+        self._work.set()
+
+    def cancel(self, call: Call) -> None:
+        with self._lock:
+            job = self._jobs.get(call)
+        if job is not None:
+            self._scheduler.cancel(job)
+            self._work.set()
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+        self._work.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            self._work.wait()
+            self._work.clear()
+            last = self._stopping  # read before the steps: nothing is submitted once it is set
+            going_on = True
+            while going_on:
+                try:
+                    going_on = self._scheduler.step()
+                    self._report()
+                except Exception as error:  # of the engine itself; a request's own errors are its results
+                    logger.exception("the engine has failed, and answers nothing any more")
+                    self._fail(error)
+                    return
+
+    def _report(self) -> None:
+        """Tell the event loops what the step has brought."""
+        self._measure()
+        news: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        with self._lock:
+            for job, call in self._calls.items():
+                pieces = job.take() if call.streamed else []
+                if pieces:
+                    news.setdefault(call.loop, []).append(_adding(call, pieces))
+            for job in self._scheduler.results():
+                call = self._calls.pop(job)
+                del self._jobs[call]
+                assert job.result is not None
+                usage = Usage(job.prompt_tokens, job.written_tokens)
+                self._meters.tokens.labels("prompt").inc(usage.prompt_tokens)
+                self._meters.tokens.labels("completion").inc(usage.completion_tokens)
+                news.setdefault(call.loop, []).append(_finishing(call, job.result, usage))
+        for loop, steps in news.items():
+            _tell(loop, steps)
+
+    def _measure(self) -> None:
+        if self._scheduler.running:
+            self._meters.rows.observe(self._scheduler.running)
+        self._meters.waiting.set(self._scheduler.waiting)
+        cache = self._model.image_cache
+        if cache is not None:
+            hits, misses = cache.hits, cache.misses
+            self._meters.image_cache.labels("hit").inc(hits - self._seen[0])
+            self._meters.image_cache.labels("miss").inc(misses - self._seen[1])
+            self._seen = hits, misses
+
+    def _fail(self, error: Exception) -> None:
+        failure = MoondreamError("the engine has failed; the server must be started again")
+        failure.__cause__ = error
+        with self._lock:
+            self._failure = failure
+            calls, self._calls, self._jobs = list(self._calls.values()), {}, {}
+        for call in calls:
+            _tell(call.loop, [_finishing(call, ErrorResult(failure), Usage())])
+
+
+class RemoteEngine:
+    """Passes calls on to a model that is elsewhere, each in a thread of its own."""
+
+    alive = True
+
+    def __init__(self, model: Any, meters: Meters) -> None:
+        self._model, self._meters = model, meters
+        self._pool = ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="moondream-cv remote")
+        self._cancelled: set[Call] = set()
+
+    def submit(self, call: Call) -> None:
+        self._pool.submit(self._run, call)
+
+    def cancel(self, call: Call) -> None:
+        if not call.done.done():
+            self._cancelled.add(call)
+
+    def stop(self) -> None:
+        self._pool.shutdown()
+
+    def _run(self, call: Call) -> None:
+        try:
+            if call in self._cancelled:
+                result: Result = ErrorResult(RequestCancelled("the request was cancelled"))
+            else:
+                result = self._stream(call) if call.streamed else self._model.run([call.request])[0]
+        except Exception as error:
+            result = ErrorResult(error)
+        self._cancelled.discard(call)
+        _tell(call.loop, [_finishing(call, result, Usage())])
+
+    def _stream(self, call: Call) -> Result:
+        """Pass on the pieces of a reply; of a model that does not stream, all of them at the end."""
+        stream = getattr(self._model, "stream", None)
+        try:
+            if stream is None:
+                raise UnsupportedSkill("it does not stream")
+            given = stream(call.request)
+        except UnsupportedSkill:
+            result = self._model.run([call.request])[0]
+            _tell(call.loop, [_adding(call, _pieces(result))])
+            return result
+        pieces = []
+        for piece in given:
+            if call in self._cancelled:
+                return ErrorResult(RequestCancelled("the request was cancelled"))
+            pieces.append(piece)
+            _tell(call.loop, [_adding(call, [piece])])
+        return _assemble(call.request, pieces)
+
+
+def _pieces(result: Result) -> list[Any]:
+    """What a stream of a reply would have given."""
+    if isinstance(result, DetectResult):
+        return list(result.objects)
+    if isinstance(result, PointResult):
+        return list(result.points)
+    if isinstance(result, CaptionResult):
+        return [result.caption]
+    if isinstance(result, QueryResult):
+        return [*([] if result.reasoning is None else [result.reasoning]), result.answer]
+    return []
+
+
+def _assemble(request: Request, pieces: list[Any]) -> Result:
+    """The result that a stream amounts to."""
+    if request.skill == "detect":
+        return DetectResult(tuple(pieces))
+    if request.skill == "point":
+        return PointResult(tuple(pieces))
+    reasoning = next((piece for piece in pieces if isinstance(piece, Reasoning)), None)
+    text = "".join(piece for piece in pieces if isinstance(piece, str))
+    return CaptionResult(text) if request.skill == "caption" else QueryResult(text, reasoning)
+
+
+def _adding(call: Call, pieces: list[Any]) -> Callable[[], None]:
+    return lambda: call.add(pieces)
+
+
+def _finishing(call: Call, result: Result, usage: Usage) -> Callable[[], None]:
+    return lambda: call.finish(result, usage)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, steps: list[Callable[[], None]]) -> None:
+    """Have a loop do something; one that is closed has nobody left who waits."""
+
+    def do_all() -> None:
+        for step in steps:
+            step()
+
+    try:
+        loop.call_soon_threadsafe(do_all)
+    except RuntimeError:
+        logger.debug("an answer came after its event loop was closed")

@@ -1,0 +1,101 @@
+"""fal's dialect: four apps of Moondream 2, answered at once, streamed, or through a queue.
+
+fal's clients put `fal.run` and `queue.fal.run` in front of the path of an app. Told `FAL_RUN_HOST=localhost:8000/run`
+and `FAL_QUEUE_RUN_HOST=localhost:8000/queue`, they come here; without a prefix, the apps are answered at once, too.
+What bodies look like is in `fal_wire`, the queue in `fal_queue_routes`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+
+from . import fal_queue_routes
+from .fal_queue_routes import Seconds
+from .fal_wire import (
+    APP,
+    REQUEST_ID,
+    Arguments,
+    CaptionArguments,
+    DetectArguments,
+    PointArguments,
+    QueryArguments,
+    open_stream,
+    run,
+    within,
+)
+from .fal_wire import DIALECT as DIALECT
+from .logs import request_id
+from .service import Exchange, open_exchange
+from .sse import event_stream
+
+
+class Answering:
+    """An exchange, and what all requests have beside their bodies."""
+
+    def __init__(
+        self, response: Response, exchange: Annotated[Exchange, Depends(open_exchange)], seconds: Seconds = None
+    ) -> None:
+        self._response, self._exchange, self._seconds = response, exchange, seconds
+
+    async def run(self, body: Arguments) -> dict[str, Any]:
+        """Answer a body at once."""
+        self._response.headers[REQUEST_ID] = request_id.get() or ""
+        return await within(self._seconds, run(body, self._exchange))
+
+    async def stream(self, body: Arguments) -> Response:
+        """Answer a body bit by bit; the client's time limit is one for the first of them."""
+        answer = event_stream(await within(self._seconds, open_stream(body, self._exchange)))
+        answer.headers[REQUEST_ID] = request_id.get() or ""
+        return answer
+
+
+apps = APIRouter(prefix=APP, tags=["fal"])
+Opened = Annotated[Answering, Depends()]
+
+
+@apps.post("", summary="Caption")
+async def caption(body: CaptionArguments, answering: Opened) -> dict[str, Any]:
+    return await answering.run(body)
+
+
+@apps.post("/stream", summary="Caption, streamed")
+async def caption_stream(body: CaptionArguments, answering: Opened) -> Response:
+    return await answering.stream(body)
+
+
+@apps.post("/visual-query", summary="Answer a question")
+async def visual_query(body: QueryArguments, answering: Opened) -> dict[str, Any]:
+    return await answering.run(body)
+
+
+@apps.post("/visual-query/stream", summary="Answer a question, streamed")
+async def visual_query_stream(body: QueryArguments, answering: Opened) -> Response:
+    return await answering.stream(body)
+
+
+@apps.post("/object-detection", summary="Detect objects")
+async def object_detection(body: DetectArguments, answering: Opened) -> dict[str, Any]:
+    return await answering.run(body)
+
+
+@apps.post("/object-detection/stream", summary="Detect objects, streamed")
+async def object_detection_stream(body: DetectArguments, answering: Opened) -> Response:
+    return await answering.stream(body)
+
+
+@apps.post("/point-object-detection", summary="Point at objects")
+async def point_object_detection(body: PointArguments, answering: Opened) -> dict[str, Any]:
+    return await answering.run(body)
+
+
+@apps.post("/point-object-detection/stream", summary="Point at objects, streamed")
+async def point_object_detection_stream(body: PointArguments, answering: Opened) -> Response:
+    return await answering.stream(body)
+
+
+router = APIRouter()
+router.include_router(apps)
+router.include_router(apps, prefix="/run")
+router.include_router(fal_queue_routes.router)

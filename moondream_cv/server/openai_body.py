@@ -1,0 +1,216 @@
+"""What the body of a chat completion asks of Moondream 2: one question, or one object's name, about one image.
+
+Moondream 2 answers single questions, and was not trained on dialogues. So of a conversation
+
+- the text of the last user message is the question;
+- system and developer messages stand above it, each on its own lines, because that is where applications put what the
+  answer should be like; those that say nothing about the answer are better left out;
+- the one image may be in any message, since clients send it once and go on asking;
+- earlier questions and answers are not passed on: the model would take them for part of the question.
+
+`response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points instead. The
+text is then the object's name, and system messages do not matter.
+
+It knows nothing of how answers look: that is `openai`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from moondream_cv.requests import Detect, Point, Query, Settings
+
+from .errors import ServerError
+from .service import wire_settings
+
+STRUCTURED: dict[str, type[Detect] | type[Point]] = {"moondream_detect": Detect, "moondream_point": Point}
+
+
+class ImageUrl(BaseModel):
+    url: str
+    detail: str | None = Field(None, description="Accepted and ignored: every image is looked at closely.")
+
+
+class Part(BaseModel):
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | str | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class ChatBody(BaseModel):
+    """As OpenAI's clients send it; unknown keys are ignored."""
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_objects: int | None = Field(None, description="Of boxes or points, at the most.")
+    max_crops: int | None = Field(None, description="Local crops of the image, at the most; fewer are faster.")
+    seed: int | None = None
+    reasoning: bool | dict[str, Any] | None = Field(None, description="true: think first; other values are ignored.")
+    response_format: dict[str, Any] | None = None
+    n: int | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body asks.
+
+    Attributes:
+        kind: `Query`, `Detect` or `Point`.
+        text: The question, or the object's name.
+        image_url: None: the question is asked without an image.
+        reasoning: Whether to think first.
+    """
+
+    kind: type[Query] | type[Detect] | type[Point]
+    text: str
+    image_url: str | None
+    reasoning: bool
+    settings: Settings
+
+    def request(self, image: Any) -> Query | Detect | Point:
+        """The request to the model.
+
+        Raises:
+            ValueError: The text says nothing, or an image is needed and is None.
+        """
+        if self.kind is Query:
+            return Query(image, self.text, self.reasoning, settings=self.settings)
+        return self.kind(image, self.text, settings=self.settings)
+
+
+def read_body(body: ChatBody) -> Asked:
+    """What a body asks.
+
+    Raises:
+        ServerError: It asks for something that Moondream 2 cannot do, or says nothing.
+    """
+    _refuse_unsupported(body)
+    skill = _structured(body.response_format)
+    users = [message for message in body.messages if message.role == "user"]
+    if not users:
+        raise ServerError(400, 'messages: none has the role "user", so nothing is asked', param="messages")
+    question = _text_of(users[-1])
+    if not question.strip():
+        raise ServerError(400, "messages: the last user message has no text, so nothing is asked", param="messages")
+    system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
+    text = question if skill else "\n".join([said for said in system if said.strip()] + [question])
+    return Asked(skill or Query, text, _image_url(body.messages), body.reasoning is True, _settings(body))
+
+
+def _refuse_unsupported(body: ChatBody) -> None:
+    """Say what cannot be had, rather than leave it out of an answer that somebody relies on."""
+    refused = {
+        "n": body.n not in (None, 1),
+        "tools": bool(body.tools),
+        "functions": bool(body.functions),
+        "logprobs": bool(body.logprobs),
+        "top_logprobs": bool(body.top_logprobs),
+        "modalities": not set(body.modalities or ()) <= {"text"},
+        "audio": body.audio is not None,
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            given = f"{getattr(body, name)!r:.100}"
+            raise ServerError(
+                400,
+                f"{name} is not supported here and was {given}: Moondream 2 gives one answer in text; leave {name} out",
+                kind="unsupported_parameter",
+                param=name,
+            )
+
+
+def _structured(response_format: dict[str, Any] | None) -> type[Detect] | type[Point] | None:
+    """The skill that a response format asks for; None: an answer in text."""
+    if response_format is None or response_format.get("type") == "text":
+        return None
+    schema = response_format.get("json_schema")
+    name = schema.get("name") if isinstance(schema, dict) else None
+    if response_format.get("type") == "json_schema" and isinstance(name, str) and name in STRUCTURED:
+        return STRUCTURED[name]
+    given = f"{response_format.get('type')!r:.60}" + (f" with the schema name {name!r:.60}" if name else "")
+    raise ServerError(
+        400,
+        f"response_format {given} is not supported; type json_schema with the name {' or '.join(STRUCTURED)} gives"
+        " boxes or points of the object that the text names",
+        kind="unsupported_response_format",
+        param="response_format",
+    )
+
+
+def _text_of(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text for part in message.content or () if part.type == "text" and part.text)
+
+
+def _image_url(messages: list[Message]) -> str | None:
+    """The image that a conversation is about; one that is sent again with every message counts once."""
+    urls = list(dict.fromkeys(url for message in messages for url in _image_urls(message)))
+    if len(urls) > 1:
+        raise ServerError(
+            400,
+            f"the messages hold {len(urls)} images, and Moondream 2 looks at one at a time; send one, and leave the"
+            " images of earlier messages out",
+            kind="multiple_images_not_supported",
+            param="messages",
+        )
+    return urls[0] if urls else None
+
+
+def _image_urls(message: Message) -> Iterator[str]:
+    if message.content is None or isinstance(message.content, str):
+        return
+    for part in message.content:
+        if part.type == "image_url":
+            if part.image_url is None:
+                raise ServerError(400, "messages: a part of type image_url has no image_url", param="messages")
+            yield part.image_url if isinstance(part.image_url, str) else part.image_url.url
+        elif part.type != "text" and message.role not in ("assistant", "tool", "function"):
+            raise ServerError(
+                400,
+                f"messages: a part of type {part.type!r:.60} is not supported; send text and image_url",
+                kind="unsupported_content",
+                param="messages",
+            )
+
+
+def _settings(body: ChatBody) -> Settings:
+    given = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "max_tokens": body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        "max_objects": body.max_objects,
+        "max_crops": body.max_crops,
+        "seed": body.seed,
+    }
+    for name, value in given.items():
+        try:
+            Settings.of({} if value is None else {name: value})
+        except ValueError as error:
+            raise ServerError(400, str(error), param=name) from error
+    return wire_settings(given)

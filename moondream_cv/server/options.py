@@ -1,0 +1,49 @@
+"""What an operator can choose about a server."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server behaves towards its clients.
+
+    Attributes:
+        api_keys: What opens the server; none: everyone may use it.
+        queue: Requests that are taken at a time, those that decode included; one more is answered with 429.
+        timeout: Seconds that a request may take, from when it is taken; then it is answered with 504.
+        drain: Seconds that a shutdown waits for what is running.
+        max_body: Bytes of a request's body at the most.
+        max_pixels: Pixels of an image at the most, judged before it is decoded.
+        max_download: Bytes that an image URL may give at the most.
+        private_urls: Whether image URLs may lead to loopback, private and link-local addresses.
+        cors_origins: Origins whose pages may call the server from a browser; "*" is every page.
+        page: Whether the playground is served at `/`.
+    """
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    queue: int = 256
+    timeout: float = 120.0
+    drain: float = 30.0
+    max_body: int = 32 * MIB
+    max_pixels: int = 50_000_000
+    max_download: int = 20 * MIB
+    private_urls: bool = False
+    cors_origins: tuple[str, ...] = ()
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "max_body", "max_pixels", "max_download"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        for name in ("timeout", "drain"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number of seconds above 0, not {value!r}")
+        if any(not key.strip() or not key.isascii() for key in self.api_keys):
+            raise ValueError("an API key must be ASCII text and not be blank")

@@ -1,0 +1,84 @@
+"""Images as clients send them: a data URI, bare base64, or a URL.
+
+Nothing that a client sends is ever taken for a path of this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from moondream_cv.errors import ImageError
+from moondream_cv.images import to_rgb
+
+from .fetching import Fetcher
+
+_DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}:[/\\]{2}", re.IGNORECASE)
+_SPACE = re.compile(r"\s+")
+
+
+class Pictures:
+    """Opens images in threads of its own, so that decoding holds up no other request."""
+
+    def __init__(self, fetcher: Fetcher, max_pixels: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            fetcher: For URLs.
+            max_pixels: Of an image at the most, judged before it is decoded.
+        """
+        self._fetcher, self._max_pixels = fetcher, max_pixels
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="moondream-cv decoding")
+
+    async def open(self, value: str) -> Image.Image:
+        """The image that a client sent, in RGB and upright.
+
+        Args:
+            value: A data URI, base64 text, or an http or https URL.
+
+        Raises:
+            ImageError: It is none of these, cannot be fetched or read, or has too many pixels.
+        """
+        text = value.strip()
+        if not text:
+            raise ImageError("the image is empty; send a data URI, base64 text or a URL")
+        loop = asyncio.get_running_loop()
+        if _URL.match(text):
+            encoded = await self._fetcher.fetch(text)
+            return await loop.run_in_executor(self._pool, self._decode, encoded)
+        return await loop.run_in_executor(self._pool, lambda: self._decode(decode_base64(text)))
+
+    async def open_bytes(self, encoded: bytes) -> Image.Image:
+        """The image that an encoded file holds; errors as in `open`."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._decode, encoded)
+
+    async def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        await self._fetcher.close()
+
+    def _decode(self, encoded: bytes) -> Image.Image:
+        return Image.fromarray(to_rgb(encoded, max_pixels=self._max_pixels))
+
+
+def decode_base64(text: str) -> bytes:
+    """The bytes of a data URI or of base64 text, with line breaks or without, in the usual or the URL-safe alphabet.
+
+    Raises:
+        ImageError: It is something else.
+    """
+    head = _DATA_URI.match(text)
+    if head is not None and ";base64" not in head[0].lower():
+        raise ImageError("a data URI must be in base64: data:image/jpeg;base64,...")
+    body = _SPACE.sub("", text[head.end() :] if head else text).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    try:
+        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        shown = text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
+        raise ImageError(f"{shown!r} is neither a data URI, base64 text nor an http(s) URL") from error

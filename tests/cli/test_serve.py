@@ -1,0 +1,117 @@
+"""`moondream-cv serve` as a process: starting, keys, signals, wrong arguments.
+
+Run with `pytest tests/cli/test_serve.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from moondream_cv.model.checkpoints import save_checkpoint
+from moondream_cv.scenes import render_scene
+from tests.conftest import endless_model
+from tests.serve_process import ServeProcess, serving
+from tests.served import data_uri
+
+KEY = "a-key-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def uri() -> str:
+    return data_uri(Image.fromarray(render_scene(5, names=("cat",), style="plain").image))
+
+
+def test_serves_logs_in_json_and_ends_well_with_sigterm(uri: str) -> None:
+    with serving("--model", "tiny", key=f"other {KEY}") as server:
+        headers = {"X-Moondream-Auth": KEY, "X-Request-Id": "one"}
+        body = {"image_url": uri, "object": "cat"}
+        assert httpx.post(f"{server.url}/v1/detect", json=body).status_code == 401
+        found = httpx.post(f"{server.url}/v1/detect?api_key={KEY}", json=body, headers=headers)
+        assert len(found.json()["objects"]) == 1
+        _, log = server.end()
+    assert "Serving tiny at http://localhost:" in log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert {"time", "level", "logger", "message"} <= lines[0].keys()
+    (answered,) = (line for line in lines if line.get("request_id") == "one")
+    assert (answered["message"], answered["status"]) == ("POST /v1/detect 200", 200)
+    assert KEY not in log
+    assert lines[-1]["message"].startswith("Finished server process")
+
+
+def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri: str) -> None:
+    model = endless_model()
+    save_checkpoint(model.network, model.config, model.tokenizer, tmp_path)
+    with serving("--model", str(tmp_path)) as server:
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert [entry["id"] for entry in listed] == [tmp_path.name]  # the folder above it is nobody's business
+        answers: list[httpx.Response] = []
+        body: dict[str, Any] = {"image_url": uri, "settings": {"temperature": 0, "max_tokens": 1500}}
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{server.url}/v1/caption", json=body, timeout=60))
+        )
+        thread.start()
+        while httpx.get(f"{server.url}/ready").json()["requests"] == 0:
+            time.sleep(0.01)
+        _, log = server.end()
+        thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].json()["truncated"]
+    assert "shutting down: 1 requests" in log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_ctrl_c_ends_it_as_well() -> None:
+    with serving("--model", "tiny", "--log-format", "text") as server:
+        status, log = server.end(signal.SIGINT)
+    assert status == 130
+    assert "Traceback" not in log
+    assert " INFO " in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--model", "tinny"], 1, "there is no model 'tinny'"),
+        (["--model", "tiny", "--device", "cuda:9"], 2, "there is no device 'cuda:9'"),
+        (["--model", "tiny", "--tls-cert", "cert.pem"], 2, "--tls-cert and --tls-key go together"),
+        (["--model", "tiny", "--tls-cert", "no.pem", "--tls-key", "no.pem"], 2, "there is no file 'no.pem'"),
+        (["--model", "tiny", "--api-key", " "], 2, "an API key must"),
+        (["--model", "tiny", "--queue", "0"], 2, "--queue"),
+        (["--model", "tiny", "--log-level", "loud"], 2, "--log-level"),
+        (["--model", "tiny", "--host", "256.1.1.1"], 1, "cannot listen at 256.1.1.1"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(arguments: list[str], status: int, said: str) -> None:
+    ended, log = ServeProcess(*arguments).finish()
+    assert ended == status, log
+    assert said in log
+    assert "Traceback" not in log
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        process = subprocess.run(
+            [sys.executable, "-m", "moondream_cv", "serve", "--model", "tiny", "-p", str(holder.getsockname()[1])],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert process.returncode == 1
+    assert "ddress already in use" in process.stderr
+    assert "name another --host or --port" in process.stderr
+    assert "Traceback" not in process.stderr

@@ -1,0 +1,72 @@
+"""`moondream-cv serve` in a process of its own, for tests that stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServeProcess:
+    """`moondream-cv serve` in a process of its own."""
+
+    def __init__(self, *arguments: str, key: str | None = None, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the process
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("MOONDREAM_CV_API_KEYS", None)
+        if key is not None:
+            environment["MOONDREAM_CV_API_KEYS"] = key
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "moondream_cv", "serve", "--port", str(self.port), *arguments],
+            stderr=self._log,  # a pipe that nobody reads would stop the server once it is full
+            stdout=subprocess.DEVNULL,
+            env=environment,
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.finish()[1]
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            time.sleep(0.05)
+        raise AssertionError("the server did not become ready")
+
+    def end(self, sig: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; give the exit status and what it wrote to standard error."""
+        self.process.send_signal(sig)
+        return self.finish()
+
+    def finish(self) -> tuple[int, str]:
+        """Wait until it ends by itself; likewise."""
+        status = self.process.wait(timeout=60)
+        self._log.seek(0)
+        return status, self._log.read().decode()
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, key: str | None = None) -> Iterator[ServeProcess]:
+    running = ServeProcess(*arguments, key=key)
+    try:
+        running.wait_until_ready()
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()

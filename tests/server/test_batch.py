@@ -1,0 +1,379 @@
+"""Batches: JSON lines in and out, mixed, partly wrong, long, left alone.
+
+Run with `pytest tests/server/test_batch.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from moondream_cv import scenes
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.requests import Caption, Detect, Point, Query
+from moondream_cv.server.batch import IN_FLIGHT, MAX_LINES, Batch
+from moondream_cv.server.moondream import described
+from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.service import Service
+from tests.conftest import endless_model
+from tests.served import Served, data_uri, served
+
+GREEDY = {"temperature": 0.0}
+ENDLESS = 100_000  # tokens: as many as the context allows, which takes many seconds
+
+
+@pytest.fixture(scope="module")
+def talker() -> LocalModel:
+    return endless_model()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Pictures that differ, in content and size."""
+    sizes = [(320, 240), (240, 320), (200, 200)]
+    return [
+        Image.fromarray(scenes.render_scene(seed, resolution_wh=size, names=("red circle", "cat"), style="plain").image)
+        for seed, size in enumerate(sizes)
+    ]
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for something that happens in another thread."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def written(lines: list[Any]) -> bytes:
+    return b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+
+
+def post(running: Served, lines: list[Any], **options: Any) -> list[dict[str, Any]]:
+    """The answers to lines, one for each."""
+    answer = running.client.post("/v1/batch", content=written(lines), **options)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("application/x-ndjson")
+    assert answer.text.endswith("\n")
+    answers = [json.loads(line) for line in answer.text.splitlines()]
+    assert [line["index"] for line in answers] == list(range(len(lines)))
+    return answers
+
+
+def caption(uri: str, max_tokens: int) -> dict[str, Any]:
+    return {"skill": "caption", "image_url": uri, "settings": {**GREEDY, "max_tokens": max_tokens}}
+
+
+def test_all_skills_on_several_images(server: Served, tiny: LocalModel, pictures: list[Image.Image]) -> None:
+    lines: list[dict[str, Any]] = []
+    asked: list[Any] = []
+    for picture in pictures:
+        sent = {"image_url": data_uri(picture), "settings": GREEDY}
+        refs = [[0.5, 0.5], [0.1, 0.1, 0.6, 0.6]]
+        lines += [
+            {**sent, "skill": "detect", "object": "red circle"},
+            {**sent, "skill": "point", "object": "cat"},
+            {**sent, "skill": "caption", "length": "short"},
+            {**sent, "skill": "query", "question": "How many cats are there?", "reasoning": True},
+            {**sent, "skill": "query", "question": "What is this?", "spatial_refs": refs},
+            {"skill": "query", "question": "What is this?", "settings": GREEDY},
+        ]
+        asked += [
+            Detect(picture, "red circle"),
+            Point(picture, "cat"),
+            Caption(picture, "short", GREEDY),
+            Query(picture, "How many cats are there?", True, (), GREEDY),
+            Query(picture, "What is this?", False, refs, GREEDY),
+            Query(None, "What is this?", settings=GREEDY),
+        ]
+    for answer, expected in zip(post(server, lines), tiny.run(asked), strict=True):
+        assert answer.keys() == {"index", "custom_id", "result"}
+        assert_alike(answer["result"], json.loads(json.dumps(described(expected))))
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Equal but for the last digits, in which rows that decode together may differ."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
+
+
+def test_more_lines_than_are_in_flight_keep_their_order(server: Served, pictures: list[Image.Image]) -> None:
+    uris = [data_uri(picture) for picture in pictures]
+    lines = [
+        {"custom_id": f"line {i}", **caption(uris[i % 3], 1 + i % 5)} if i % 2 else
+        {"custom_id": f"line {i}", "skill": "point", "object": "cat", "image_url": uris[i % 3]}
+        for i in range(3 * IN_FLIGHT)
+    ]  # fmt: skip
+    answers = post(server, lines)
+    assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
+    assert ["caption" in answer["result"] for answer in answers] == [bool(i % 2) for i in range(len(lines))]
+    until(lambda: server.service.taken == 0)
+
+
+WRONG: list[tuple[Any, int, str]] = [
+    (b"hello", 400, "not JSON"),
+    (b'{"skill": "detect"', 400, "not JSON"),
+    (b'{"skill": "query", "question": "' + b"\xff" + b'"}', 400, "not JSON"),
+    (b'{"skill": "query", "question": "What?", "settings": {"temperature": NaN}}', 400, "not JSON"),
+    (b"[" * 100_000, 400, "not JSON"),
+    (b'{"a":' * 100_000, 400, "not JSON"),
+    (b'[{"skill": "caption"}]', 400, "JSON object, not list"),
+    (b"null", 400, "JSON object, not NoneType"),
+    ({}, 400, "skill must be one of caption, query, detect, point, not None"),
+    ({"skill": "segment", "object": "cat"}, 400, "'segment'"),
+    ({"skill": ["detect"]}, 400, "skill"),
+    ({"skill": "detect", "object": "cat"}, 422, "image_url"),
+    ({"skill": "query"}, 422, "question"),
+    ({"skill": "query", "question": "What?", "stream": "yes"}, 422, "stream"),
+    ({"skill": "query", "question": "What?", "spatial_refs": [[0.5, 0.5]] * 65}, 422, "spatial_refs"),
+    ({"skill": "query", "question": "What?", "settings": {"max_tokens": 0}}, 400, "max_tokens"),
+    ({"skill": "query", "question": ""}, 400, "question"),
+    ({"skill": "query", "question": "What?", "model": "gpt-4o"}, 404, "gpt-4o"),
+    ({"skill": "caption", "image_url": "aGFsbG8="}, 400, "not an image"),
+    ({"skill": "caption", "image_url": "/etc/hostname"}, 400, "hostname"),
+    ({"skill": "caption", "image_url": "http://127.0.0.1/a.png"}, 400, "127.0.0.1"),
+    ({"skill": "query", "question": "What?", "custom_id": {"a": 1}}, 400, "custom_id"),
+    ({"skill": "query", "question": "What?", "custom_id": 2**60}, 400, "custom_id"),
+    ({"skill": "query", "question": "What?", "custom_id": True}, 400, "custom_id"),
+]  # fmt: skip
+
+
+def test_a_line_that_is_wrong_spoils_no_other(server: Served, uri: str) -> None:
+    right = {"skill": "detect", "object": "cat", "image_url": uri}
+    lines = [line for wrong, _, _ in WRONG for line in (wrong, right)]
+    answers = post(server, lines)
+    for (_, code, said), wrong, answer in zip(WRONG, answers[::2], answers[1::2], strict=True):
+        assert wrong.keys() == {"index", "custom_id", "error"}
+        assert wrong["error"]["code"] == code
+        assert re.search(said, wrong["error"]["message"])
+        assert len(wrong["error"]["message"]) < 500
+        assert len(answer["result"]["objects"]) == 1
+
+
+@pytest.mark.parametrize("own", ["a", "ä€🐈\u2028", "", 0, -7, 2**53, None])
+def test_own_ids_come_back(server: Served, own: Any) -> None:
+    asked = {"skill": "query", "question": "What is this?"}
+    answers = post(server, [{**asked, "custom_id": own}, {"skill": "wrong", "custom_id": own}, asked])
+    assert [answer["custom_id"] for answer in answers] == [own, own, None]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: b"\n\n" + b"\n  \n".join(lines) + b"\n\n",
+        lambda lines: b"\r\n".join(lines) + b"\r\n",
+        lambda lines: b"\n".join(lines),
+        lambda lines: b"\xef\xbb\xbf" + b"\n".join(lines),
+    ],
+    ids=["blank lines", "line ends of Windows", "no line end at the end", "byte order mark"],
+)
+@pytest.mark.parametrize("kind", ["application/x-ndjson", "application/jsonl", "text/plain; charset=utf-8", None])
+def test_what_lines_are(server: Served, change: Callable[[list[bytes]], bytes], kind: str | None) -> None:
+    lines = [json.dumps({"skill": "query", "question": "What?", "custom_id": i}).encode() for i in range(3)]
+    headers = {} if kind is None else {"Content-Type": kind}
+    answer = server.client.post("/v1/batch", content=change(lines), headers=headers)
+    assert answer.status_code == 200
+    answers = [json.loads(line) for line in answer.text.splitlines()]
+    assert [(line["index"], line["custom_id"]) for line in answers] == [(0, 0), (1, 1), (2, 2)]
+    assert all("answer" in line["result"] for line in answers)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [(b"", 400, "empty"), (b"\n \r\n", 400, "empty"), (b"{}\n" * (MAX_LINES + 1), 413, "10,001 lines.*10,000")],
+)
+def test_batches_that_are_refused(server: Served, body: bytes, status: int, said: str) -> None:
+    answer = server.client.post("/v1/batch", content=body)
+    assert answer.status_code == status
+    assert re.search(said, answer.json()["error"]["message"])
+    until(lambda: server.service.taken == 0)
+
+
+def test_as_many_lines_as_are_allowed(server: Served) -> None:
+    assert len(server.client.post("/v1/batch", content=b"{}\n" * MAX_LINES).text.splitlines()) == MAX_LINES
+
+
+def test_keys_and_sizes(tiny: LocalModel) -> None:
+    with served(tiny, api_keys=("batch-key",), max_body=100) as running:
+        line = written([{"skill": "query", "question": "What?"}])
+        assert running.client.post("/v1/batch", content=line).status_code == 401
+        with_key = {"X-Moondream-Auth": "batch-key"}
+        assert running.client.post("/v1/batch", content=line, headers=with_key).status_code == 200
+        assert running.client.post("/v1/batch", content=line * 10, headers=with_key).status_code == 413
+
+
+def test_an_image_is_opened_and_encoded_once(
+    tiny: LocalModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uris = [data_uri(picture) for picture in pictures]
+    with served(tiny) as running:
+        opened = counting(running.service, monkeypatch)
+        assert tiny.image_cache is not None
+        tiny.image_cache.clear()
+        misses = tiny.image_cache.misses
+        lines = [{"skill": "detect", "object": "cat", "image_url": uris[i % 3]} for i in range(4 * IN_FLIGHT)]
+        assert all("result" in answer for answer in post(running, lines))
+        assert opened == dict.fromkeys(uris, 1)
+        assert tiny.image_cache.misses - misses == 3
+
+
+def counting(service: Service, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each image is opened from now on."""
+    opened: Counter[str] = Counter()
+    really = service.pictures.open
+
+    async def open_and_count(value: str) -> Image.Image:
+        opened[value] += 1
+        return await really(value)
+
+    monkeypatch.setattr(service.pictures, "open", open_and_count)
+    return opened
+
+
+def test_one_place_is_enough(tiny: LocalModel, uri: str) -> None:
+    with served(tiny, queue=1) as running:
+        lines = [caption(uri, 3) if i % 3 else b"wrong" for i in range(2 * IN_FLIGHT)]
+        answers = post(running, lines)
+        assert ["result" in answer for answer in answers] == [bool(i % 3) for i in range(len(lines))]
+        until(lambda: running.service.taken == 0)
+
+
+def test_half_of_the_places_are_left_to_others(talker: LocalModel, uri: str) -> None:
+    with served(talker, queue=8) as running:
+        body = written([caption(uri, ENDLESS)] * 16)
+        with running.client.stream("POST", "/v1/batch", content=body) as answer:
+            assert answer.status_code == 200
+            until(lambda: running.service.taken == 4)
+            detected = running.post("/v1/detect", {"image_url": uri, "object": "cat", "settings": {"max_objects": 1}})
+            assert detected.status_code == 200
+            until(lambda: running.service.taken == 4)
+        until(lambda: running.service.taken == 0)
+
+
+def test_a_full_queue_takes_no_batch(talker: LocalModel, uri: str) -> None:
+    with served(talker, queue=1) as running, running.client.stream(
+        "POST", "/v1/batch", content=written([caption(uri, ENDLESS)])
+    ) as first:  # fmt: skip
+        assert first.status_code == 200
+        assert running.client.post("/v1/batch", content=b"{}").status_code == 429
+
+
+def test_answers_come_as_they_are_ready_and_whoever_leaves_ends_it(talker: LocalModel, uri: str) -> None:
+    lines = [caption(uri, 2), b"wrong", *[caption(uri, ENDLESS)] * 100]
+    with served(talker) as running:
+        engine: Any = running.service._engine
+        with running.client.stream("POST", "/v1/batch", content=written(lines)) as answer:
+            received = answer.iter_lines()
+            assert "caption" in json.loads(next(received))["result"]
+            assert json.loads(next(received))["error"]["code"] == 400
+            until(lambda: running.service.taken == len(engine._calls) == IN_FLIGHT)
+        until(lambda: running.service.taken == len(engine._calls) == 0)
+        assert 'skill="caption",outcome="cancelled"' in running.client.get("/metrics").text.replace(
+            'outcome="cancelled",skill="caption"', 'skill="caption",outcome="cancelled"'
+        )
+
+
+def test_a_client_that_leaves_while_it_sends(tiny: LocalModel) -> None:
+    with served(tiny) as running:
+
+        def half() -> Iterator[bytes]:
+            yield b'{"skill": "query"'
+            raise httpx.WriteError("the client is gone")
+
+        with pytest.raises(httpx.WriteError):
+            running.client.post("/v1/batch", content=half())
+        assert post(running, [{"skill": "query", "question": "What?"}])[0]["result"]
+        until(lambda: running.service.taken == 0)
+
+
+def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> None:
+    with served(talker, queue=1, timeout=2.0) as running:  # one at a time: together they take longer than the limit
+        lines = [caption(uri, 2), caption(uri, ENDLESS), caption(uri, ENDLESS), caption(uri, 2)]
+        answers = post(running, lines)
+        assert ["result" in answer for answer in answers] == [True, False, False, True]
+        assert [answer["error"]["code"] for answer in answers[1:3]] == [504, 504]
+        assert "2 seconds" in answers[1]["error"]["message"]
+        assert not running.service._engine._calls
+
+
+def test_a_client_that_does_not_read_holds_up_the_rest(tiny: LocalModel, uri: str) -> None:
+    async def run() -> float:
+        service = await started(tiny)
+        batch = Batch(iter([json.dumps(caption(uri, 1)).encode()] * 10 * IN_FLIGHT), service)
+        answers = batch.answers()
+        await anext(answers)
+        while not all(task.done() for task in batch._flight):
+            await asyncio.sleep(0.005)
+        done: float = service.meters.skills.labels("caption", "ok")._value.get()
+        batch.close()
+        await ended(service)
+        return done
+
+    assert asyncio.run(run()) == IN_FLIGHT
+
+
+def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 8 * IN_FLIGHT
+    uris = [data_uri(Image.new("RGB", (40 + i, 40), (i, 2 * i % 256, 0))) for i in range(count)]
+    seen: list[weakref.ref[Image.Image]] = []
+    most = 0
+
+    async def run() -> None:
+        nonlocal most
+        service = await started(tiny)
+        really = service.pictures.open
+
+        async def open_and_watch(value: str) -> Image.Image:
+            picture = await really(value)
+            seen.append(weakref.ref(picture))
+            return picture
+
+        monkeypatch.setattr(service.pictures, "open", open_and_watch)
+        batch = Batch((json.dumps(caption(uri, 1)).encode() for uri in uris), service)
+        async for answer in batch.answers():
+            assert b'"result"' in answer
+            most = max(most, sum(picture() is not None for picture in seen))
+        batch.close()
+        await ended(service)
+
+    asyncio.run(run())
+    assert len(seen) == count
+    assert 0 < most <= 3 * IN_FLIGHT
+
+
+async def started(model: LocalModel) -> Service:
+    """A service in this event loop, one place of which is taken."""
+    service = Service(model, "tiny", ServerOptions())
+    await service.start()
+    service.take_place()
+    return service
+
+
+async def ended(service: Service) -> None:
+    service.give_place_back()
+    await service.stop()
+
+
+def test_the_schema_says_what_a_batch_is(server: Served) -> None:
+    post = server.client.get("/openapi.json").json()["paths"]["/v1/batch"]["post"]
+    assert {"application/x-ndjson", "application/jsonl", "text/plain"} == post["requestBody"]["content"].keys()
+    assert {"200", "400", "401", "413", "429", "503"} <= post["responses"].keys()
+    assert post["responses"]["200"]["content"].keys() == {"application/x-ndjson"}

@@ -1,0 +1,299 @@
+"""The OpenAI dialect, through OpenAI's own client and Moondream's chat: answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+from pydantic import BaseModel
+
+from moondream_cv.engine.local import LocalModel
+from tests.held import held_server
+from tests.openai_client import (
+    GREEDY,
+    LONG,
+    QUESTION,
+    SOME,
+    ask,
+    assistant,
+    client_of,
+    image,
+    named,
+    openai,
+    text,
+    user,
+)
+from tests.served import Served, data_uri, served
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[Any]:
+    with client_of(server) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def talker(model: LocalModel) -> Iterator[Any]:
+    """A client of a model with random weights, whose answers are long, and other for every prompt."""
+    with served(model) as running, client_of(running) as opened:
+        yield opened
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer(client: Any, tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+    reply = ask(client, [user(text(QUESTION), image(uri))])
+    assert reply.choices[0].message.content == tiny.query(picture, QUESTION, settings=GREEDY)["answer"]
+    assert (reply.object, reply.model, reply.choices[0].finish_reason) == ("chat.completion", "tiny", "stop")
+    assert reply.choices[0].message.role == "assistant"
+    assert reply.id.startswith("chatcmpl-")
+    assert abs(reply.created - time.time()) < 600
+    assert reply.usage.prompt_tokens > reply.usage.completion_tokens > 0
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+CONVERSATIONS = {
+    "string without an image": (lambda uri: [user(QUESTION)], QUESTION, False),
+    "image first": (lambda uri: [user(image(uri), text(QUESTION))], QUESTION, True),
+    "several texts": (lambda uri: [user(text("How many"), text("cats?"), image(uri))], "How many\ncats?", True),
+    "detail": (
+        lambda uri: [user(text(QUESTION), {"type": "image_url", "image_url": {"url": uri, "detail": "low"}})],
+        QUESTION,
+        True,
+    ),
+    "image as a bare string": (
+        lambda uri: [user(text(QUESTION), {"type": "image_url", "image_url": uri})],
+        QUESTION,
+        True,
+    ),
+    "image in an earlier message": (
+        lambda uri: [user(text("What is this?"), image(uri)), assistant("A scene."), user(QUESTION)],
+        QUESTION,
+        True,
+    ),
+    "the same image again": (
+        lambda uri: [user(image(uri), text("A cat?")), assistant([text("Yes.")]), user(image(uri), text(QUESTION))],
+        QUESTION,
+        True,
+    ),
+    "system": (
+        lambda uri: [{"role": "system", "content": "Be brief."}, user(text(QUESTION), image(uri))],
+        f"Be brief.\n{QUESTION}",
+        True,
+    ),
+    "developer and an empty system message": (
+        lambda uri: [
+            {"role": "system", "content": ""},
+            {"role": "developer", "content": [text("Be brief.")]},
+            user(text(QUESTION), image(uri)),
+        ],
+        f"Be brief.\n{QUESTION}",
+        True,
+    ),
+    "assistant without content": (lambda uri: [user(image(uri)), assistant(None), user(QUESTION)], QUESTION, True),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_what_a_conversation_asks(talker: Any, model: LocalModel, picture: Image.Image, uri: str, name: str) -> None:
+    messages, question, with_image = CONVERSATIONS[name]
+    expected = model.query(picture if with_image else None, question, settings=SOME)
+    assert ask(talker, messages(uri), **SOME).choices[0].message.content == expected["answer"]
+
+
+def test_conversations_that_ask_other_things_have_other_answers(model: LocalModel, picture: Image.Image) -> None:
+    asked = {(question, with_image) for _, question, with_image in CONVERSATIONS.values()}
+    answers = [model.query(picture if seen else None, question, settings=SOME)["answer"] for question, seen in asked]
+    assert len(set(answers)) == len(asked) == 4
+
+
+def test_sampling(talker: Any, model: LocalModel, picture: Image.Image, uri: str) -> None:
+    sampled = [{**SOME, "seed": 1}, {**SOME, "seed": 2}, {**SOME, "temperature": 3.0}, {**SOME, "top_p": 0.1}]
+    replies = [ask(talker, [user(text(QUESTION), image(uri))], **settings).choices[0] for settings in sampled]
+    expected = [model.query(picture, QUESTION, settings=settings) for settings in sampled]
+    assert [reply.message.content for reply in replies] == [found["answer"] for found in expected]
+    assert [reply.finish_reason == "length" for reply in replies] == [found["truncated"] for found in expected]
+    assert len({found["answer"] for found in expected}) == 4
+
+
+def test_fewer_crops(talker: Any, model: LocalModel, picture: Image.Image) -> None:
+    large = picture.resize((1600, 1200))
+    answers = [model.query(large, QUESTION, settings={**SOME, "max_crops": most})["answer"] for most in (1, 12)]
+    asked = [user(text(QUESTION), image(data_uri(large)))]
+    crops = [ask(talker, asked, **SOME, extra_body={"max_crops": most}) for most in (1, 99)]
+    assert [reply.choices[0].message.content for reply in crops] == answers
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_truncated_answer(talker: Any, uri: str, key: str, stream: bool) -> None:
+    reply = ask(talker, [user(text(QUESTION), image(uri))], stream=stream, **{key: 2})
+    last = list(reply)[-1] if stream else reply
+    assert last.choices[0].finish_reason == "length"
+
+
+def test_the_newer_key_for_tokens_wins(talker: Any, uri: str) -> None:
+    reply = ask(talker, [user(text(QUESTION), image(uri))], max_tokens=100, max_completion_tokens=2)
+    assert reply.usage.completion_tokens == 2
+
+
+def test_reasoning(client: Any, tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+    expected = json.loads(json.dumps(tiny.query(picture, QUESTION, reasoning=True, settings=GREEDY)))
+    messages = [user(text(QUESTION), image(uri))]
+    message = ask(client, messages, extra_body={"reasoning": True}).choices[0].message
+    assert (message.content, message.reasoning) == (expected["answer"], expected["reasoning"])
+    chunks = list(ask(client, messages, stream=True, extra_body={"reasoning": True}))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert [delta.reasoning for delta in deltas if hasattr(delta, "reasoning")] == [expected["reasoning"]]
+    assert "".join(delta.content or "" for delta in deltas) == expected["answer"]
+
+
+def test_what_is_unknown_or_does_not_matter_is_ignored(client: Any, uri: str) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    ignored = {"user": "me", "stop": None, "n": 1, "tools": [], "logprobs": False, "response_format": {"type": "text"}}
+    more = {"modalities": ["text"], "reasoning": {"effort": "low"}, "unheard_of": [1]}
+    plain, full = ask(client, messages), ask(client, messages, **ignored, extra_body=more)
+    assert full.choices[0].message == plain.choices[0].message
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_a_streamed_answer(talker: Any, uri: str, with_usage: bool) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    whole = ask(talker, messages, **SOME)
+    options = {"stream_options": {"include_usage": True}} if with_usage else {}
+    chunks = list(ask(talker, messages, stream=True, **SOME, **options))
+    if with_usage:
+        last = chunks.pop()
+        assert (last.choices, last.usage) == ([], whole.usage)
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+    assert all(chunk.usage is None for chunk in chunks)
+    choices = [chunk.choices[0] for chunk in chunks]
+    assert choices[0].delta.role == "assistant"
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert [choice.finish_reason for choice in choices] == [None] * (len(choices) - 1) + [
+        whole.choices[0].finish_reason
+    ]
+    assert len(choices) > 3
+
+
+def test_a_stream_on_the_wire_ends_with_done(server: Served, uri: str) -> None:
+    body = {"messages": [user(text(QUESTION), image(uri))], "stream": True, **GREEDY}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_the_asynchronous_client(talker: Any, uri: str) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=talker.base_url, api_key="any", max_retries=0) as opened:
+            plain = ask(opened, messages, **SOME)
+            streamed = await ask(opened, messages, stream=True, **SOME)
+            pieces = [chunk.choices[0].delta.content or "" async for chunk in streamed]
+            return [(await plain).choices[0].message.content, "".join(pieces)]
+
+    assert asyncio.run(run()) == [ask(talker, messages, **SOME).choices[0].message.content] * 2
+
+
+def test_a_failure_in_the_middle_of_a_stream(uri: str) -> None:
+    with held_server(steps=40, then_fails=True) as (_, failing), client_of(failing) as client:
+        received: list[Any] = []
+        with pytest.raises(openai.APIError, match="must be started again") as caught:
+            received.extend(ask(client, [user(text(QUESTION), image(uri))], stream=True, **LONG))
+        assert len(received) > 1
+        assert caught.value.type == "service_unavailable"
+
+
+def test_a_stream_that_takes_too_long(uri: str) -> None:
+    with (
+        held_server(steps=40, timeout=2.0) as (_, slow),
+        client_of(slow) as client,
+        pytest.raises(openai.APIError, match="longer than 2 seconds"),
+    ):
+        list(ask(client, [user(text(QUESTION), image(uri))], stream=True, **LONG))
+
+
+# --- boxes and points -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("skill", "name", "options"),
+    [
+        ("detect", "blue square", {}),
+        ("point", "cat", {}),
+        ("detect", "green star", {}),  # which is not there
+        ("detect", "red circle", {"max_objects": 1}),
+        ("point", "red circle", {"max_objects": 1}),
+    ],
+)
+def test_structured_answers(
+    client: Any, tiny: LocalModel, picture: Image.Image, uri: str, skill: str, name: str, options: Any, stream: bool
+) -> None:
+    messages = [{"role": "system", "content": "You find things."}, user(text(name), image(uri))]
+    reply = ask(client, messages, response_format=named(f"moondream_{skill}"), stream=stream, extra_body=options)
+    if stream:
+        chunks = list(reply)
+        content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        chunks, content = [reply], reply.choices[0].message.content
+    assert json.loads(content) == getattr(tiny, skill)(picture, name, settings=options)
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_a_list_that_is_cut_says_so(talker: Any, uri: str) -> None:
+    options: dict[str, Any] = {"response_format": named("moondream_detect"), "extra_body": {"max_objects": 2}}
+    reply = ask(talker, [user(text("a"), image(uri))], **options)
+    chunks = list(ask(talker, [user(text("a"), image(uri))], stream=True, **options))
+    found = json.loads(reply.choices[0].message.content)
+    assert (len(found["objects"]), found["truncated"], reply.choices[0].finish_reason) == (2, True, "stop")
+    assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == found
+
+
+class Box(BaseModel):
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+    confidence: float
+
+
+class moondream_detect(BaseModel):  # the client sends the name of the class
+    objects: list[Box]
+    truncated: bool
+
+
+def test_the_clients_parser(client: Any, tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+    messages = [user(text("blue square"), image(uri))]
+    reply = client.chat.completions.parse(model="tiny", messages=messages, response_format=moondream_detect)
+    assert reply.choices[0].message.parsed.model_dump() == tiny.detect(picture, "blue square")
+
+
+# --- Moondream's own client -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reasoning", [None, False, True])
+def test_moondreams_chat(tiny: LocalModel, picture: Image.Image, uri: str, reasoning: bool | None) -> None:
+    md = pytest.importorskip("moondream")
+    expected = json.loads(json.dumps(tiny.query(picture, QUESTION, reasoning=bool(reasoning), settings=GREEDY)))
+    messages = [user(text(QUESTION), image(uri))]
+    settings = {"temperature": 0, "max_tokens": 50, "max_objects": 3}
+    with served(tiny, api_keys=("the-key",)) as locked:
+        client = md.vl(endpoint=f"{locked.url}/v1", api_key="the-key")
+        reply = client.chat(messages=messages, settings=settings, reasoning=reasoning)
+        pieces = client.chat(messages=messages, settings=settings, reasoning=reasoning, stream=True)["message"]
+        assert "".join(pieces) == expected["answer"]
+    assert (reply["message"]["content"], reply["finish_reason"]) == (expected["answer"], "stop")
+    assert reply["message"].get("reasoning") == expected.get("reasoning")

@@ -1,0 +1,371 @@
+"""Roboflow's dialect with Roboflow's own client, unmodified, and what that client cannot send, as plain HTTP.
+
+Run with `pytest tests/server/test_roboflow.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import pickle
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import supervision as sv
+from fastapi import FastAPI, Response
+from inference_sdk import InferenceConfiguration, InferenceHTTPClient
+from inference_sdk.http.errors import HTTPCallErrorError
+from PIL import Image
+
+from moondream_cv import __version__, scenes
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
+from moondream_cv.server.pictures import decode_base64
+from moondream_cv.server.roboflow import MAX_IMAGES
+from moondream_cv.vision_model import PublishedMethods
+from tests.served import Served, data_uri, served
+
+WIDTH, HEIGHT = 320, 240
+KEY = "rf-key-4711"
+NAME = "moondream2/moondream2_2b_jul24"
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Any:
+    return InferenceHTTPClient(api_url=server.url)
+
+
+@pytest.fixture(scope="module")
+def bgr(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture)[..., ::-1].copy()
+
+
+@pytest.fixture(scope="module")
+def other() -> Image.Image:
+    """Another picture, of another size."""
+    scene = scenes.render_scene(2, resolution_wh=(240, 240), names=("red circle",) * 3, style="plain")
+    return Image.fromarray(scene.image)
+
+
+def pixels(result: dict[str, Any], resolution_wh: tuple[int, int]) -> list[dict[str, Any]]:
+    """What the model gave, as this dialect should have it."""
+    width, height = resolution_wh
+    found = []
+    for box in result["objects"]:
+        left, right = box["x_min"] * width, box["x_max"] * width
+        top, bottom = box["y_min"] * height, box["y_max"] * height
+        middle = {"x": (left + right) / 2, "y": (top + bottom) / 2}
+        found.append({**middle, "width": right - left, "height": bottom - top, "confidence": box["confidence"]})
+    return found
+
+
+def assert_finds(answer: dict[str, Any], image: Image.Image, name: str, tiny: LocalModel, tolerance: float) -> None:
+    """Compare an answer with the model's own, to a tolerance in pixels."""
+    expected = pixels(tiny.detect(image, name), image.size)
+    assert answer["image"] == {"width": image.width, "height": image.height}
+    assert len(answer["predictions"]) == len(expected) > 0
+    for found, box in zip(answer["predictions"], expected, strict=True):
+        assert found.keys() == {*box, "class", "class_id", "detection_id"}
+        assert (found["class"], found["class_id"]) == (name, 0)
+        assert {key: found[key] for key in box} == pytest.approx(box, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ["cat", "red circle", "blue square"])
+@pytest.mark.parametrize("in_path", [True, False])
+def test_a_file_is_seen_as_it_is(
+    client: Any, tiny: LocalModel, picture: Any, tmp_path: Path, name: str, in_path: bool
+) -> None:
+    picture.save(tmp_path / "scene.png")
+    answer = client.infer_lmm(str(tmp_path / "scene.png"), NAME, prompt=name, model_id_in_path=in_path)
+    assert_finds(answer, picture, name, tiny, 1e-3)
+    assert answer["time"] > 0
+    assert answer["inference_id"]
+
+
+@pytest.mark.parametrize("how", ["array", "pil", "data URI", "base64"])
+def test_whatever_the_client_takes_for_an_image(
+    client: Any, tiny: LocalModel, picture: Any, bgr: np.ndarray, uri: str, how: str
+) -> None:
+    image = {"array": bgr, "pil": picture, "data URI": uri, "base64": uri.partition(",")[2]}[how]
+    answer = client.infer_lmm(image, NAME, prompt="cat")
+    assert_finds(answer, picture, "cat", tiny, 6.4 if how in ("array", "pil") else 1e-3)  # the client makes JPEGs
+
+
+def test_nothing_found_is_an_empty_list(client: Any, uri: str) -> None:
+    assert client.infer_lmm(uri, NAME, prompt="yellow star")["predictions"] == []
+
+
+def test_answers_are_what_supervision_reads(client: Any, picture: Any, uri: str, tiny: LocalModel) -> None:
+    detections = sv.Detections.from_inference(client.infer_lmm(uri, NAME, prompt="cat"))
+    (box,) = tiny.detect(picture, "cat")["objects"]
+    corners = [box["x_min"] * WIDTH, box["y_min"] * HEIGHT, box["x_max"] * WIDTH, box["y_max"] * HEIGHT]
+    assert detections.xyxy[0] == pytest.approx(corners, abs=1e-2)
+    assert detections.data["class_name"].tolist() == ["cat"]
+    assert detections.confidence[0] == pytest.approx(box["confidence"], abs=1e-4)
+    assert 0 < box["confidence"] < 1
+
+
+class Scripted(PublishedMethods):
+    """A model that finds the same on every image, and has no scores."""
+
+    skills = frozenset({"detect"})
+    has_scores = False
+
+    def __init__(self, *objects: DetectedObject) -> None:
+        self.objects = objects
+
+    def run(self, requests: Sequence[Request]) -> list[Result]:
+        return [DetectResult(self.objects) for _ in requests]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((0.25, 0.5, 0.75, 1.0), (160.0, 180.0, 160.0, 120.0)),
+        ((-0.25, -0.5, 0.5, 0.5), (80.0, 60.0, 160.0, 120.0)),  # Roboflow's older class moves such boxes
+        ((0.5, 0.5, 1.5, 1.25), (240.0, 180.0, 160.0, 120.0)),
+        ((-0.75, 0.25, -0.25, 0.75), (0.0, 120.0, 0.0, 120.0)),  # wholly outside: without an area, but there
+        ((0.001, 0.001, 0.002, 0.003), (0.48, 0.48, 0.32, 0.48)),  # smaller than a pixel: not rounded away
+    ],
+)
+def test_boxes_are_clipped_and_none_is_moved_rounded_or_lost(
+    uri: str, given: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    with served(Scripted(DetectedObject(*given, confidence=0.5))) as running:
+        client = InferenceHTTPClient(api_url=running.url)
+        (found,) = client.infer_lmm(uri, "moondream2", prompt="dog")["predictions"]
+        assert [found[key] for key in ("x", "y", "width", "height")] == pytest.approx(list(expected))
+        assert found["confidence"] == 0.5
+        assert running.client.get("/info").json()["has_scores"] is False
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_lists(server: Served, tiny: LocalModel, picture: Any, other: Any, most: int) -> None:
+    client = InferenceHTTPClient(api_url=server.url).configure(InferenceConfiguration(max_batch_size=most))
+    images = [picture, other, picture]
+    answers = client.infer_lmm([data_uri(image) for image in images], NAME, prompt="red circle")
+    if most == 2:  # the client makes two requests of it, and does not join the answers
+        answers = [*answers[0], answers[1]]
+    assert len(answers) == 3
+    for answer, image in zip(answers, images, strict=True):
+        assert_finds(answer, image, "red circle", tiny, 1e-3)
+    assert len({answer["inference_id"] for answer in answers}) == 3
+
+
+def test_a_list_of_one_is_answered_with_a_list(server: Served, uri: str) -> None:
+    body = {"model_id": NAME, "prompt": "cat", "image": [{"type": "base64", "value": uri}]}
+    answers = server.post("/infer/lmm", body).json()
+    assert [len(answer["predictions"]) for answer in answers] == [1]
+
+
+def test_an_image_of_a_list_that_cannot_be_read(server: Served, uri: str) -> None:
+    sent = [{"type": "base64", "value": uri}, {"type": "base64", "value": "aGFsbG8="}]
+    answer = server.post("/infer/lmm", {"model_id": NAME, "prompt": "cat", "image": sent})
+    assert answer.status_code == 400
+    assert answer.json()["message"].startswith("image 1: ")
+
+
+def test_there_is_an_end_to_lists(server: Served, uri: str) -> None:
+    body = {"model_id": NAME, "prompt": "cat", "image": [{"type": "base64", "value": uri}] * (MAX_IMAGES + 1)}
+    answer = server.post("/infer/lmm", body)
+    assert answer.status_code == 422
+    assert str(MAX_IMAGES) in answer.json()["message"]
+
+
+@pytest.mark.parametrize("in_path", [True, False])
+def test_the_asynchronous_client(client: Any, tiny: LocalModel, picture: Any, uri: str, in_path: bool) -> None:
+    asked = client.infer_lmm_async(uri, NAME, prompt="cat", model_id_in_path=in_path)
+    assert_finds(asyncio.run(asked), picture, "cat", tiny, 1e-3)
+
+
+def test_further_options_of_the_client(server: Served, uri: str) -> None:
+    options = InferenceConfiguration(source="tests", source_info="mine", count_inference=True, service_secret="s")
+    client = InferenceHTTPClient(api_url=f"{server.url}/").configure(options)
+    answer = client.infer_lmm(uri, NAME, prompt="cat", max_new_tokens=10, enable_thinking=True)
+    assert len(answer["predictions"]) == 1
+
+
+@pytest.mark.parametrize("path", ["//infer/lmm", "/infer//lmm", f"//infer/lmm/{NAME}"])
+def test_doubled_slashes(server: Served, uri: str, path: str) -> None:
+    body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
+    assert server.client.post(server.url + path, json=body).status_code == 200
+
+
+@pytest.mark.parametrize("model_id", ["moondream2", NAME, "moondream2/moondream2-2b", "Moondream-Next", "tiny"])
+def test_models_that_are_served(server: Served, uri: str, model_id: str) -> None:
+    body = {"prompt": "cat", "image": {"type": "base64", "value": uri}}
+    assert server.post("/infer/lmm", {**body, "model_id": model_id}).status_code == 200
+    assert server.post(f"/infer/lmm/{model_id}", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "said"),
+    [
+        (lambda c, i: c.infer_lmm(i, "florence-2-base", prompt="cat"), 404, "'florence-2-base'.*'tiny'"),
+        (lambda c, i: c.infer_lmm(i, "smolvlm2/2b", prompt="cat", model_id_in_path=True), 404, "'smolvlm2/2b'"),
+        (lambda c, i: c.infer_lmm(i, NAME), 400, "prompt.*None"),
+        (lambda c, i: c.infer_lmm(i, NAME, prompt=" "), 400, "prompt.*' '"),
+        (lambda c, i: c.infer_lmm("aGFsbG8=", NAME, prompt="cat"), 400, "not an image"),
+        (lambda c, i: c.infer_lmm("data:image/png;base64,?", NAME, prompt="cat"), 400, "data URI"),
+    ],
+)
+def test_errors_as_the_client_shows_them(
+    client: Any, uri: str, call: Callable[[Any, Any], Any], status: int, said: str
+) -> None:
+    with pytest.raises(HTTPCallErrorError) as caught:
+        call(client, uri)
+    assert caught.value.status_code == status
+    assert re.search(said, caught.value.api_message)
+
+
+def test_errors_as_the_asynchronous_client_shows_them(client: Any, uri: str) -> None:
+    with pytest.raises(HTTPCallErrorError) as caught:
+        asyncio.run(client.infer_lmm_async(uri, "florence-2-base", prompt="cat"))
+    assert caught.value.status_code == 404
+
+
+def test_the_client_tries_again_when_the_queue_was_full(tiny: LocalModel, uri: str) -> None:
+    with served(tiny, queue=1) as running, ThreadPoolExecutor(1) as pool:
+        client = InferenceHTTPClient(api_url=running.url)
+        running.service.take_place()
+        answer = pool.submit(client.infer_lmm, uri, NAME, prompt="cat")
+        while "moondream_cv_refused_total 0.0" in running.client.get("/metrics").text:
+            assert not answer.done()
+            time.sleep(0.01)
+        running.service.give_place_back()
+        assert len(answer.result(timeout=30)["predictions"]) == 1
+
+
+def test_a_server_that_shuts_down(tiny: LocalModel, uri: str) -> None:
+    with served(tiny) as running:
+        running.service.draining = True
+        body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
+        answer = running.post("/infer/lmm", body)
+        assert (answer.status_code, answer.json()["error_type"]) == (503, "service_unavailable")
+        assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_an_image_by_its_url(tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+    def with_picture(app: FastAPI) -> FastAPI:
+        app.add_api_route("/scene.png", lambda: Response(decode_base64(uri), media_type="image/png"))
+        return app
+
+    with served(tiny, wrap=with_picture, private_urls=True) as running:
+        url = f"{running.url}/scene.png"
+        body = {"model_id": NAME, "prompt": "cat", "image": {"type": "url", "value": url}}
+        assert_finds(running.post("/infer/lmm", body).json(), picture, "cat", tiny, 1e-3)
+        assert_finds(
+            InferenceHTTPClient(api_url=running.url).infer_lmm(url, NAME, prompt="cat"), picture, "cat", tiny, 1e-3
+        )
+
+
+def test_names_that_differ(server: Served, uri: str) -> None:
+    body = {"model_id": "moondream2", "prompt": "cat", "image": {"type": "base64", "value": uri}}
+    answer = server.post(f"/infer/lmm/{NAME}", body)
+    assert answer.status_code == 400
+    assert NAME in answer.json()["message"]
+
+
+def test_no_name_at_all(server: Served, uri: str) -> None:
+    answer = server.post("/infer/lmm", {"prompt": "cat", "image": {"type": "base64", "value": uri}})
+    assert answer.status_code == 400
+    assert "model_id" in answer.json()["message"]
+
+
+class Ran:
+    """Fails the test that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("a pickle that a client sent was opened",)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_pickles_are_never_opened(server: Served, several: bool) -> None:
+    value = base64.b64encode(pickle.dumps(Ran())).decode()
+    image = {"type": "numpy", "value": value}
+    answer = server.post("/infer/lmm", {"model_id": NAME, "prompt": "cat", "image": [image] if several else image})
+    assert answer.status_code == 400
+    assert "pickles" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("image", "status"),
+    [
+        ({"type": "file", "value": "/etc/hostname"}, 400),
+        ({"type": "base64", "value": "/etc/hostname"}, 400),
+        ({"type": "base64", "value": None}, 400),
+        ({"type": "url", "value": "http://127.0.0.1/a.png"}, 400),
+        ({"type": "url", "value": "file:///etc/hostname"}, 400),
+        ({"type": "base64"}, 422),
+        ("aGFsbG8=", 422),
+        ([], 422),
+        (None, 422),
+    ],
+)
+def test_images_that_are_refused(server: Served, image: Any, status: int) -> None:
+    answer = server.post("/infer/lmm", {"model_id": NAME, "prompt": "cat", "image": image})
+    assert answer.status_code == status
+    assert answer.json().keys() == {"message", "error_type"}
+
+
+@pytest.mark.parametrize("transport", ["legacy", "header", "both"])
+def test_keys(tiny: LocalModel, uri: str, transport: str) -> None:
+    with served(tiny, api_keys=(KEY,)) as running:
+        for key, status in ((KEY, None), ("another", 401), (None, 401)):
+            options = InferenceConfiguration(api_key_transport=transport)
+            client = InferenceHTTPClient(api_url=running.url, api_key=key).configure(options)
+            if status is None:
+                assert client.infer_lmm(uri, NAME, prompt="cat")["predictions"]
+                assert asyncio.run(client.infer_lmm_async(uri, NAME, prompt="cat"))["predictions"]
+                continue
+            with pytest.raises(HTTPCallErrorError) as caught:
+                client.infer_lmm(uri, NAME, prompt="cat")
+            assert caught.value.status_code == status
+            assert "API key" in caught.value.api_message
+            assert KEY not in caught.value.api_message
+
+
+def test_keys_elsewhere_and_none(tiny: LocalModel, uri: str) -> None:
+    body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
+    with served(tiny, api_keys=(KEY,)) as running:
+        assert running.post(f"/infer/lmm?api_key={KEY}", body).status_code == 200
+        for sent in (body, {**body, "api_key": None}, {**body, "api_key": [KEY]}, {"api_key": "another"}, [], "x"):
+            answer = running.post(f"/infer/lmm/{NAME}", sent)
+            assert answer.status_code == 401
+            assert KEY not in answer.text
+        assert running.post("/infer/lmm", {"api_key": KEY}).status_code == 422
+        assert running.service.taken == 0
+
+
+def test_what_the_server_says_it_is(tiny: LocalModel) -> None:
+    with served(tiny, api_keys=(KEY,)) as running:
+        info = InferenceHTTPClient(api_url=running.url, api_key=KEY).get_server_info()
+        assert (info.name, info.version) == ("moondream-cv", __version__)
+        answer = running.client.get("/info").json()
+        assert answer == {"name": info.name, "version": info.version, "uuid": info.uuid, "has_scores": True}
+
+
+def test_the_orientation_of_a_photograph_is_heeded(client: Any, picture: Any, tmp_path: Path) -> None:
+    turned, exif = picture.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # turn it clockwise to see it upright
+    turned.save(tmp_path / "photo.png", exif=exif)
+    answer = client.infer_lmm(str(tmp_path / "photo.png"), NAME, prompt="cat")
+    assert answer["image"] == {"width": WIDTH, "height": HEIGHT}
+    assert cv2.imread(str(tmp_path / "photo.png")).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_the_schema_says_what_is_answered(server: Served) -> None:
+    schema = server.client.get("/openapi.json").json()
+    for path in ("/infer/lmm", "/infer/lmm/{model_id}"):
+        assert {"200", "400", "401", "404", "422"} <= schema["paths"][path]["post"]["responses"].keys()
+    assert "class" in schema["components"]["schemas"]["Prediction"]["properties"]

@@ -1,0 +1,290 @@
+"""The queue, the time limit, clients that leave, loading and shutting down.
+
+Run with `pytest tests/server/test_service.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import CheckpointError, MoondreamError
+from moondream_cv.requests import CaptionResult, Query, Request, Result
+from moondream_cv.server.engines import Call, LocalEngine
+from moondream_cv.server.metrics import Meters
+from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.service import Exchange, Service
+from moondream_cv.vision_model import PublishedMethods
+from tests.conftest import endless_model, random_model
+from tests.served import Served, served, until
+
+LONG = 1_000  # tokens: about a second
+ENDLESS = 100_000  # as many as the context allows
+
+
+@pytest.fixture(scope="module")
+def talker() -> LocalModel:
+    return endless_model()
+
+
+@pytest.fixture(scope="module")
+def talking(talker: LocalModel) -> Iterator[Served]:
+    with served(talker) as running:
+        yield running
+
+
+def rows(running: Served) -> int:
+    """Requests that the engine decodes, or that wait for it."""
+    engine: Any = running.service._engine
+    return len(engine._calls)
+
+
+def caption(uri: str, max_tokens: int = ENDLESS) -> dict[str, Any]:
+    return {"image_url": uri, "settings": {"temperature": 0, "max_tokens": max_tokens}}
+
+
+def test_a_full_queue_is_answered_with_429_and_a_time_to_wait(talker: LocalModel, uri: str) -> None:
+    with served(talker, queue=2) as running, ThreadPoolExecutor() as pool:
+        busy = [pool.submit(running.post, "/v1/caption", caption(uri, LONG)) for _ in range(2)]
+        until(lambda: running.service.taken == 2)
+        refused = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert "queue is full" in refused.json()["error"]["message"]
+        assert [answer.result().status_code for answer in busy] == [200, 200]
+        assert running.post("/v1/detect", {"image_url": uri, "object": "dog"}).status_code == 200
+        assert "moondream_cv_refused_total 1.0" in running.client.get("/metrics").text
+
+
+def test_of_many_at_once_each_is_answered_or_refused(tiny: LocalModel, uri: str) -> None:
+    with served(tiny, queue=8) as running, ThreadPoolExecutor(60) as pool:
+        body = {"image_url": uri, "object": "cat"}
+        answers = list(pool.map(lambda _: running.post("/v1/detect", body), range(60)))
+        codes = {answer.status_code for answer in answers}
+        assert codes == {200, 429}
+        assert len({answer.text for answer in answers if answer.status_code == 200}) >= 1
+        assert running.service.taken == 0
+
+
+def test_a_request_that_takes_too_long_is_answered_with_504_and_leaves_the_engine(talker: LocalModel, uri: str) -> None:
+    with served(talker, timeout=0.3) as running:
+        late = running.post("/v1/caption", caption(uri))
+        assert late.status_code == 504
+        assert "0.3 seconds" in late.json()["error"]["message"]
+        until(lambda: rows(running) == 0)
+        assert running.service.taken == 0
+
+
+def test_a_stream_that_takes_too_long_says_so_and_ends(talker: LocalModel, uri: str) -> None:
+    with served(talker, timeout=0.5) as running:
+        with running.client.stream("POST", "/v1/caption", json=caption(uri) | {"stream": True}) as answer:
+            assert answer.status_code == 200
+            events = [json.loads(line[6:]) for line in answer.iter_lines() if line]
+        assert "chunk" in events[0]
+        assert "0.5 seconds" in json.dumps(events[-1]["error"])
+        until(lambda: rows(running) == 0)
+
+
+def test_streaming_begins_long_before_the_end(talking: Served, uri: str) -> None:
+    with talking.client.stream("POST", "/v1/caption", json=caption(uri) | {"stream": True}) as answer:
+        next(answer.iter_lines())
+        assert rows(talking) == 1
+    until(lambda: rows(talking) == 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_frees_its_place(talking: Served, uri: str, streamed: bool) -> None:
+    before = talking.service.taken
+    body = json.dumps(caption(uri) | {"stream": streamed}).encode()
+    host, port = talking.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: rows(talking) == 1)
+        assert talking.service.taken == before + 1
+    until(lambda: rows(talking) == 0 and talking.service.taken == before)
+
+
+def test_a_client_that_leaves_while_it_sends_costs_nothing(talking: Served) -> None:
+    host, port = talking.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+    assert talking.client.get("/health").status_code == 200
+    until(lambda: talking.service.taken == 0)
+
+
+def test_requests_that_arrive_together_decode_together(talking: Served, uri: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        slow = [pool.submit(talking.post, "/v1/caption", caption(uri, LONG)) for _ in range(3)]
+        until(lambda: rows(talking) == 3)
+        quick = talking.post("/v1/detect", {"image_url": uri, "object": "dog", "settings": {"max_objects": 1}})
+        assert quick.status_code == 200
+        assert not any(answer.done() for answer in slow)  # it has not waited for them
+        assert len({answer.result().json()["caption"] for answer in slow}) == 1
+    steps = _histogram(talking, "moondream_cv_batch_rows")
+    assert steps[-1] > steps[_edges(talking).index(2.0)]  # some steps had more than two rows
+
+
+def _edges(running: Served) -> list[float]:
+    lines = running.client.get("/metrics").text.splitlines()
+    found = [line.split('le="')[1].split('"')[0] for line in lines if line.startswith("moondream_cv_batch_rows_bucket")]
+    return [float(edge) for edge in found]
+
+
+def _histogram(running: Served, name: str) -> list[float]:
+    lines = running.client.get("/metrics").text.splitlines()
+    return [float(line.split()[-1]) for line in lines if line.startswith(f"{name}_bucket")]
+
+
+def test_until_the_model_is_loaded_requests_are_told_to_wait(tiny: LocalModel, uri: str) -> None:
+    released = threading.Event()
+
+    def load() -> LocalModel:
+        assert released.wait(30)
+        return random_model()
+
+    with served(load) as running:
+        assert running.client.get("/health").status_code == 200
+        assert running.client.get("/ready").status_code == 503
+        early = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
+        assert (early.status_code, early.headers["Retry-After"]) == (503, "5")
+        assert "loading" in early.json()["error"]["message"]
+        released.set()
+        until(lambda: running.client.get("/ready").status_code == 200)
+        assert running.post("/v1/detect", {"image_url": uri, "object": "dog"}).status_code == 200
+        model: Any = running.service.model
+    with pytest.raises(MoondreamError, match="closed"):  # the server has loaded it, so the server closes it
+        model.check_open()
+
+
+def test_a_model_that_cannot_be_loaded_is_a_failure_of_the_service() -> None:
+    def load() -> LocalModel:
+        raise CheckpointError("there is no such model")
+
+    with served(load) as running:
+        until(lambda: running.service.failure is not None)
+        assert running.client.get("/ready").status_code == 503
+
+
+def test_a_shutdown_finishes_what_is_running(talker: LocalModel, uri: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        with served(talker) as running:
+            answer = pool.submit(httpx.post, f"{running.url}/v1/caption", json=caption(uri, LONG), timeout=60)
+            until(lambda: rows(running) == 1)
+        assert answer.result().status_code == 200
+    assert answer.result().json()["truncated"]
+    assert not running.service.ready
+
+
+def test_what_was_passed_in_stays_open(talker: LocalModel) -> None:
+    with served(talker):
+        pass
+    talker.check_open()
+
+
+def test_an_engine_that_breaks_answers_everyone_and_is_not_ready(
+    uri: str,
+) -> None:
+    model = endless_model()
+    with served(model) as running, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(running.post, "/v1/caption", caption(uri))
+        until(lambda: rows(running) == 1)
+        model._closed = True  # under the engine's feet, with the weights still there: the next step notices it
+        assert waiting.result().status_code == 503
+        until(lambda: running.client.get("/ready").status_code == 503)
+        after = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
+        assert after.status_code == 503
+        assert "started again" in after.json()["error"]["message"]
+
+
+class Elsewhere(PublishedMethods):
+    """A model that has no scheduler: one request after another, and streams in two pieces."""
+
+    skills = frozenset({"caption"})
+    has_scores = False
+
+    def run(self, requests: list[Request]) -> list[Result]:  # type: ignore[override]
+        return [CaptionResult("two words") for _ in requests]
+
+    def stream(self, request: Request) -> Iterator[Any]:
+        yield from ("two ", "words")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_remote_model_is_served_as_well(uri: str) -> None:
+    with served(Elsewhere()) as running:
+        assert running.post("/v1/caption", {"image_url": uri}).json()["caption"] == "two words"
+        with running.client.stream("POST", "/v1/caption", json={"image_url": uri, "stream": True}) as answer:
+            events = [json.loads(line[6:]) for line in answer.iter_lines() if line]
+        assert [event.get("chunk") for event in events[:2]] == ["two ", "words"]
+
+
+def test_what_nobody_foresaw_is_a_500_that_tells_nothing(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Elsewhere):
+        def run(self, requests: list[Request]) -> list[Result]:  # type: ignore[override]
+            raise KeyError("/secret/path")
+
+    with served(Broken()) as running, caplog.at_level(logging.ERROR):
+        answer = running.post("/v1/caption", {"image_url": uri})
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+    assert "secret" in caplog.text  # the log has it
+
+
+def test_an_engine_that_stops_takes_nothing_more(talker: LocalModel) -> None:
+    async def go() -> Result:
+        engine = LocalEngine(talker, Meters())
+        await asyncio.to_thread(engine.stop)
+        call = Call(Query(None, "Why?"))
+        engine.submit(call)
+        return await asyncio.wait_for(call.done, 5)
+
+    result: Any = asyncio.run(go())
+    assert "stopping" in str(result.error)
+
+
+def test_cancelling_at_once_gives_the_place_back(tiny: LocalModel) -> None:
+    async def run() -> int:
+        service = Service(tiny, "tiny", ServerOptions())
+        await service.start()
+        try:
+            task = service.background(lambda exchange: asyncio.sleep(0))
+            task.cancel()
+            await asyncio.wait([task])
+            taken = service.taken
+            while service.taken:
+                service.give_place_back()
+            return taken
+        finally:
+            await service.stop()
+
+    assert asyncio.run(run()) == 0
+
+
+def test_a_stream_may_be_closed_after_its_exchange(tiny: LocalModel) -> None:
+    async def run() -> None:
+        service = Service(tiny, "tiny", ServerOptions())
+        await service.start()
+        try:
+            exchange = Exchange(service, None)
+            pieces = (await exchange.stream(Query(None, "What is in the image?"))).__aiter__()
+            await pieces.__anext__()
+            exchange.close()
+            await pieces.aclose()  # type: ignore[attr-defined]
+        finally:
+            await service.stop()
+
+    asyncio.run(run())
