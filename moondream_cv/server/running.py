@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from types import FrameType
 
 import uvicorn
@@ -51,6 +53,7 @@ def run_server(
         MoondreamError: The address is taken, or is none of this machine's.
         Exception: Whatever kept the model from being loaded.
     """
+    listening = listen(host, port)  # before the model is loaded, so that a taken address is known at once
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
@@ -65,10 +68,35 @@ def run_server(
         ssl_certfile=certificate,
         ssl_keyfile=certificate_key,
     )
-    try:
-        listening = config.bind_socket()  # before the model is loaded, so that a taken address is known at once
-    except SystemExit as error:  # uvicorn has logged why
-        raise MoondreamError(f"cannot listen at {host}, port {port}; name another --host or --port") from error
-    _Server(config, service).run(sockets=[listening])
+    _Server(config, service).run(sockets=listening)
     if service.failure is not None:
         raise service.failure
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets at every address that a host name stands for.
+
+    Raises:
+        MoondreamError: An address is taken, or is none of this machine's.
+    """
+    listening: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        ):
+            # With the protocol's number in it: asyncio turns Nagle's algorithm off only where it sees that, and with it
+            # on, an answer of two parts waits 40 ms for its second one.
+            opened = socket.socket(family, kind, protocol)
+            listening.append(opened)
+            if os.name == "posix":
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            opened.bind(address)
+    except OSError as error:
+        for opened in listening:
+            opened.close()
+        raise MoondreamError(
+            f"cannot listen at {host}, port {port}: {error.strerror}; name another --host or --port"
+        ) from error
+    return listening

@@ -112,6 +112,5 @@ def test_a_port_that_is_taken_is_said() -> None:
             timeout=60,
         )
     assert process.returncode == 1
-    assert "ddress already in use" in process.stderr
-    assert "name another --host or --port" in process.stderr
+    assert "Address already in use; name another --host or --port" in process.stderr
     assert "Traceback" not in process.stderr

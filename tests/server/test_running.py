@@ -1,0 +1,48 @@
+"""Where the server listens. Run with `pytest tests/server/test_running.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from moondream_cv.errors import MoondreamError
+from moondream_cv.server.running import listen
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_listens_at_every_address_and_answers_without_delay(host: str) -> None:
+    async def go() -> list[int]:
+        delays: list[int] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            delays.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        for listening in listen(host, 0):
+            server = await asyncio.start_server(answer, sock=listening)
+            address = listening.getsockname()
+            reader, writer = await asyncio.open_connection(*address[:2])
+            assert await reader.read() == b""
+            writer.close()
+            server.close()
+        return delays
+
+    delays = asyncio.run(go())
+    assert delays
+    assert all(delays)  # small answers are not held back for company
+
+
+def test_an_address_that_is_taken_or_elsewhere_is_refused() -> None:
+    (holder,) = listen("127.0.0.1", 0)
+    with holder:
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(MoondreamError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
+            listen("127.0.0.1", port)
+    with pytest.raises(MoondreamError, match="cannot listen at 203.0.113.1"):
+        listen("203.0.113.1", 0)
+    with pytest.raises(MoondreamError, match="cannot listen at no.such.host.invalid"):
+        listen("no.such.host.invalid", 0)
