@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -91,6 +92,8 @@ def serve(
     $ moondream-cv detect street.jpg -c person --model http://localhost:2020
     """
     check_installed()
+    # Threads of PyTorch that wait for work would else keep the cores busy that decode the next images.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moondream_cv.server.app import create_app
     from moondream_cv.server.logs import set_up_logging
     from moondream_cv.server.options import MIB, ServerOptions
@@ -136,6 +139,7 @@ def check_installed() -> None:
     """
     try:
         import aiohttp  # noqa: F401
+        import cachetools  # noqa: F401
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import pythonjsonlogger  # noqa: F401

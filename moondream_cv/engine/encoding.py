@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moondream_cv.engine.crops import cut_all, largest_differences, normalize
+from moondream_cv.engine.crops import Crops, cut_all, largest_differences, normalize
 from moondream_cv.engine.prefix import Prefix, encode_prefix
+from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 
@@ -80,7 +81,7 @@ class EncodedImage:
 
 def encode_images(
     network: MoondreamNetwork,
-    frames: Sequence[np.ndarray],
+    frames: Sequence[np.ndarray | PreparedImage],
     *,
     max_crops: int | None,
     variant: str | None,
@@ -90,7 +91,7 @@ def encode_images(
     """Cut, encode and prefill images of any sizes together.
 
     Args:
-        frames: Each [H, W, 3] uint8 RGB.
+        frames: Each [H, W, 3] uint8 RGB, or an image that is cut already.
         max_crops: Local crops of an image at the most; None: as many as the model was trained with.
         variant: The name of `lora`, for `EncodedImage.check`.
         model_key: Identifies the model, for `EncodedImage.check`.
@@ -105,7 +106,7 @@ def encode_images(
     if not frames:
         return []
     limit = network.config.vision.max_crops if max_crops is None else max_crops
-    cut = cut_all(frames, network.config.vision, limit, torch.get_num_threads())
+    cut = _cut(frames, network, limit)
     distinct = [crops.pixels[:1] if crops.tiling == (1, 1) else crops.pixels for crops in cut]
     tilings = [crops.tiling for crops in cut]
     with torch.inference_mode():
@@ -114,7 +115,7 @@ def encode_images(
         # A copy: a slice would keep the features of all frames alive.
         features = [f.expand(len(crops.pixels), -1, -1).clone() for f, crops in zip(split, cut, strict=True)]
         embeddings, prefixes = _read(network, features, tilings, lora)
-    sizes = [(rgb.shape[1], rgb.shape[0]) for rgb in frames]
+    sizes = [f.size if isinstance(f, PreparedImage) else (f.shape[1], f.shape[0]) for f in frames]
     return [
         EncodedImage(size, crops.tiling, limit, variant, model_key, crops.pixels, *tensors)
         for size, crops, *tensors in zip(sizes, cut, features, embeddings, prefixes, strict=True)
@@ -176,6 +177,13 @@ def reencode(
     return EncodedImage(
         previous.size, cut.tiling, previous.max_crops, variant, model_key, crops, features, embedding, prefix
     )
+
+
+def _cut(frames: Sequence[np.ndarray | PreparedImage], network: MoondreamNetwork, max_crops: int) -> list[Crops]:
+    """The crops of each frame."""
+    arrays = [frame for frame in frames if not isinstance(frame, PreparedImage)]
+    fresh = iter(cut_all(arrays, network.config.vision, max_crops, torch.get_num_threads()))
+    return [frame.crops(max_crops) if isinstance(frame, PreparedImage) else next(fresh) for frame in frames]
 
 
 def _changed(pixels: np.ndarray, before: np.ndarray, tolerance: float) -> np.ndarray:

@@ -5,7 +5,6 @@ It knows nothing of models: who asks computes what is missing and puts it in.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.prepared import digest_of
 
 
 class ImageKey(NamedTuple):
@@ -81,9 +81,7 @@ class ImageCache:
             max_crops: Local crops at the most that it is or would be encoded with.
             variant: The adapter that it is or would be encoded with.
         """
-        digest = hashlib.blake2b(repr(rgb.shape).encode(), digest_size=32)  # 2×3 and 3×2 pixels may be the same bytes
-        digest.update(np.ascontiguousarray(rgb).data)
-        return ImageKey(digest.digest(), max_crops, variant)
+        return ImageKey(digest_of(rgb), max_crops, variant)
 
     def get(self, key: ImageKey) -> EncodedImage | None:
         """Return what is kept under a key, which counts as using it, or None."""

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
-from moondream_cv.engine.image_cache import ImageCache
+from moondream_cv.engine.image_cache import ImageCache, ImageKey
+from moondream_cv.engine.prepared import PreparedImage, digest_of
 from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.errors import MoondreamError
 from moondream_cv.images import to_rgb
@@ -58,7 +59,9 @@ class LocalModel(PublishedMethods):
         self.adapter, self.calibration = adapter, calibration
         self.skills = frozenset({k for k, v in self.config.tokenizer.templates.items() if v is not None} | {"gaze"})
         self.key = next(_model_keys)
-        self.limits = Limits()
+        text = self.config.text
+        positions = self.config.prefix_length * text.n_layers * text.n_kv_heads * text.head_dim
+        self.limits = Limits.of(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
         self._variants: dict[str, Adapter] = {}
         self._lock = threading.Lock()
@@ -154,10 +157,32 @@ class LocalModel(PublishedMethods):
         if isinstance(image, EncodedImage):
             image.check(self.key, checked.max_crops, checked.variant)
             return image
-        frame = to_rgb(image)
+        if isinstance(image, PreparedImage) and previous is None:
+            return self.encode_arrays([image], checked)[0]
+        frame = image.rgb if isinstance(image, PreparedImage) else to_rgb(image)
         if previous is None:
             return self.encode_arrays([frame], checked)[0]
         return reencode(self.network, frame, previous, tolerance, **self._encoding(checked))
+
+    def prepare_image(self, image: Any, settings: SettingsLike = None) -> PreparedImage:
+        """Do for an image what takes no network, in any thread, so that the calls that follow have less to do.
+
+        Args:
+            image: As in `encode_image`; it may change afterwards.
+            settings: `max_crops` counts here.
+
+        Raises:
+            ImageError: The image cannot be read.
+            ValueError: The settings are out of range.
+        """
+        if isinstance(image, PreparedImage):
+            return image
+        return self.prepare_array(to_rgb(image), Settings.of(settings))
+
+    def prepare_array(self, rgb: np.ndarray, settings: Settings) -> PreparedImage:
+        """As `prepare_image`, of an [H, W, 3] uint8 RGB array that does not change afterwards."""
+        self.check_open()
+        return PreparedImage(rgb, self.config.vision, self.max_crops(settings))
 
     def compile(self) -> None:
         """Compile the vision encoder and the decoder with `torch.compile`; the first calls afterwards take longer."""
@@ -200,12 +225,13 @@ class LocalModel(PublishedMethods):
         """Local crops of an image at the most; without a setting, as many as the model was trained with."""
         return settings.max_crops or self.config.vision.max_crops
 
-    def encode_arrays(self, frames: Sequence[np.ndarray], settings: Settings) -> list[EncodedImage]:
-        """Encode [H, W, 3] uint8 RGB arrays with the same settings, but for those that are cached."""
+    def encode_arrays(self, frames: Sequence[np.ndarray | PreparedImage], settings: Settings) -> list[EncodedImage]:
+        """Encode [H, W, 3] uint8 RGB arrays or prepared images with the same settings, but for those that are kept."""
         cache = self.image_cache
         if cache is None:
             return encode_images(self.network, frames, **self._encoding(settings))
-        keys = [cache.key(frame, self.max_crops(settings), settings.variant) for frame in frames]
+        digests = [frame.digest if isinstance(frame, PreparedImage) else digest_of(frame) for frame in frames]
+        keys = [ImageKey(digest, self.max_crops(settings), settings.variant) for digest in digests]
         found = {key: cache.get(key) for key in keys}
         missing = {key: frame for key, frame in zip(keys, frames, strict=True) if found[key] is None}
         encoded = encode_images(self.network, list(missing.values()), **self._encoding(settings))

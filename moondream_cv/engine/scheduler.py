@@ -18,32 +18,27 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
-from moondream_cv.engine.batch import Arrival, Batch, Feed, feed_length
+from moondream_cv.engine.batch import Arrival, Batch
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.memory import free_after, is_out_of_memory
+from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.engine.prompts import write_prompt
-from moondream_cv.engine.rows import Row, make_row
+from moondream_cv.engine.rows import make_row
+from moondream_cv.engine.waiting import GATHER, Crowd, Entry, Job, WaitingImage, source_key
 from moondream_cv.errors import MoondreamError, RequestCancelled
 from moondream_cv.images import to_rgb
-from moondream_cv.requests import ErrorResult, Request, Result, Settings
+from moondream_cv.requests import ErrorResult, Request, Result
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
 
 logger = logging.getLogger(__name__)
-
-NO_IMAGE = object()  # what rows without an image share a context by
-PROMPT_TOKENS = 2048  # that are fed in one step, about: their attention mask grows with the square
 
 
 @dataclass
@@ -58,100 +53,14 @@ class Limits:
     rows: int = 64
     images: int = 16
 
+    @classmethod
+    def of(cls, prefix_bytes: int) -> Limits:
+        """What suits a model: 16 images, and more as long as what the decoder has read of them takes 2 GiB at the most.
 
-class Job:
-    """A request that a scheduler has taken.
-
-    Attributes:
-        request: What was asked.
-        result: The reply; None until it is complete.
-        row: What it has come to so far; None until it decodes.
-        prompt_tokens: Positions of the context that image and prompt take, once the request has been looked at.
-    """
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.result: Result | None = None
-        self.row: Row | None = None
-        self.prompt_tokens = 0
-        self._taken = 0
-
-    @property
-    def done(self) -> bool:
-        return self.result is not None
-
-    @property
-    def written_tokens(self) -> int:
-        """Positions that the reply takes so far: tokens of a text; two of a point, three of a box."""
-        return 0 if self.row is None else max(0, self.row.length - self.prompt_tokens)
-
-    def take(self) -> list[Any]:
-        """What the reply has come to since the last call.
-
-        Objects and points come one by one; text in words, of which reasoning comes as one `Reasoning`.
+        Args:
+            prefix_bytes: What that takes for one image.
         """
-        if self.row is None:
-            return []
-        new = self.row.pieces[self._taken :]
-        self._taken += len(new)
-        return new
-
-
-@dataclass(eq=False)
-class _Image:
-    """An image that requests wait for, and those requests in their order.
-
-    Attributes:
-        key: Under which others join them; until the first of them runs, since an array may have other contents by then,
-            and an image that is asked about all the time must not keep all others waiting.
-        source: What the requests gave; None for those without an image.
-        settings: `max_crops` and `variant` are the same for all of them.
-        rgb: Its pixels, from when they are first needed: rows that have to begin again go on with what they began with.
-        encoded: While requests wait for it.
-    """
-
-    key: Any
-    source: Any
-    settings: Settings
-    rgb: np.ndarray | None = None
-    encoded: EncodedImage | None = None
-    waiting: deque[_Entry] = field(default_factory=deque)
-
-    @property
-    def identity(self) -> object:
-        """What rows share a context by."""
-        if self.source is None:
-            return NO_IMAGE
-        return self.source if isinstance(self.source, EncodedImage) else self
-
-    @property
-    def ready(self) -> bool:
-        return self.source is None or self.encoded is not None
-
-    def forget(self) -> bool:
-        """Let go of the encoded image where it can be encoded again; say whether there was one."""
-        if self.encoded is None or self.encoded is self.source:
-            return False
-        self.encoded = None
-        return True
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A request on its image.
-
-    Attributes:
-        feed: What its row feeds first: the prompt; where it had to make room for others, everything up to where it was.
-        readings: Of the object that it had begun by then.
-        alone: Whether it has run out of memory alone.
-    """
-
-    job: Job
-    image: _Image
-    row: Row
-    feed: Feed
-    readings: Tensor | None = None
-    alone: bool = False
+        return cls(images=max(cls.images, min(cls.rows, 2 * 2**30 // prefix_bytes)))
 
 
 @dataclass
@@ -164,7 +73,7 @@ class _Lane:
     """
 
     batch: Batch | None = None
-    entries: dict[int, _Entry] = field(default_factory=dict)
+    entries: dict[int, Entry] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -180,10 +89,13 @@ class Scheduler:
         self._submitted: list[Job] = []
         self._cancelled: list[Job] = []
         self._finished: list[Job] = []
-        self._queue: dict[_Image, None] = {}  # those that requests wait for, in their order
-        self._open: dict[Any, _Image] = {}  # those of them that take more requests, by their keys
+        self._queue: dict[WaitingImage, None] = {}  # those that requests wait for, in their order
+        self._open: dict[Any, WaitingImage] = {}  # those of them that take more requests, by their keys
         self._lanes: dict[str | None, _Lane] = {}
         self._keys = itertools.count()
+        self._steps = 0
+        self._crowd = Crowd()
+        self._joined = 0
         self._crowded: int | None = None  # with so many rows there is no memory for another image
 
     def submit(self, request: Request) -> Job:
@@ -216,6 +128,7 @@ class Scheduler:
             MoondreamError: The model is closed.
         """
         self._model.check_open()
+        self._steps += 1
         with self._lock:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
@@ -250,21 +163,20 @@ class Scheduler:
             self._finish(job, ErrorResult(error))
             return
         job.prompt_tokens = length + len(prompt.ids)
-        image.waiting.append(_Entry(job, image, row, prompt))
+        image.entries.append(Entry(job, image, row, prompt))
         self._open[image.key] = image
         self._queue[image] = None
 
-    def _image(self, request: Request) -> _Image:
+    def _image(self, request: Request) -> WaitingImage:
         """The image of a request, the same for all that give the same object or path with the same settings."""
         settings, source = request.settings, request.image
         if isinstance(source, EncodedImage):
             source.check(self._model.key, settings.max_crops, settings.variant)
             key: Any = (id(source), settings.variant)
         else:
-            path = isinstance(source, str | os.PathLike)
-            key = (os.fspath(source) if path else id(source), self._model.max_crops(settings), settings.variant)
+            key = (source_key(source), self._model.max_crops(settings), settings.variant)
         encoded = source if isinstance(source, EncodedImage) else None
-        return self._open.get(key) or _Image(key, source, settings, encoded=encoded)
+        return self._open.get(key) or WaitingImage(key, source, settings, self._steps, encoded=encoded)
 
     def _drop(self, jobs: list[Job]) -> None:
         """Take cancelled requests out of wherever they are."""
@@ -292,71 +204,66 @@ class Scheduler:
         """Let waiting requests join as long as there is room, those on the same image together."""
         if self._crowded is not None and self.running >= self._crowded:
             return
-        room = self.limits.rows - self.running
-        images = self.limits.images - self._decoding
-        tokens = PROMPT_TOKENS
-        chosen: dict[_Image, int] = {}
-        for image in self._queue:
-            new = not self._holds(image)
-            if room <= 0 or tokens <= 0 or (new and images <= 0):
-                break
-            chosen[image], tokens = _fitting(image.waiting, room, tokens)
-            room -= chosen[image]
-            images -= new
-            if chosen[image] < len(image.waiting):
-                break
+        self._crowd.look(self._steps, (e for lane in self._lanes.values() for e in lane.entries.values()), self._queue)
+        if self.running and not self._crowd.hurries and self._steps - self._joined < GATHER:
+            return
+        rows, images = self.limits.rows - self.running, self.limits.images - self._decoding
+        chosen = self._crowd.choose(self._queue, self._holds, rows, images)
         for image in chosen:
             if self._open.get(image.key) is image:
                 del self._open[image.key]
         short = self._encode([image for image in chosen if not self._holds(image)])
-        joining: dict[str | None, list[_Entry]] = {}
+        joining: dict[str | None, list[Entry]] = {}
         for image, count in chosen.items():
-            if image.waiting and (image.ready or self._holds(image)):
-                entries = [image.waiting.popleft() for _ in range(count)]
+            if image.entries and (image.ready or self._holds(image)):
+                entries = [image.entries.popleft() for _ in range(count)]
                 joining.setdefault(image.settings.variant, []).extend(entries)
         for variant, entries in joining.items():
             self._join(variant, entries)
+            self._joined = self._steps
         for image in chosen:
             self._tidy(image)
         self._crowded = (self.running or None) if short else None
 
-    def _encode(self, images: list[_Image]) -> bool:
+    def _encode(self, images: list[WaitingImage]) -> bool:
         """Encode images; those that cannot be read fail, and where memory is short some are left for a later step.
 
         Returns:
             Whether memory was short.
         """
-        alike: dict[tuple[int, str | None], list[_Image]] = {}
+        alike: dict[tuple[int, str | None], list[WaitingImage]] = {}
         short = False
         for image in images:
             if image.ready:
                 continue
             try:
-                image.rgb = to_rgb(image.source) if image.rgb is None else image.rgb
+                if image.pixels is None:
+                    ready = isinstance(image.source, PreparedImage)
+                    image.pixels = image.source if ready else to_rgb(image.source)
             except Exception as error:  # whatever a file, a server or a picture library can raise
-                self._fail(image.waiting, error)
+                self._fail(image.entries, error)
                 continue
             alike.setdefault((self._model.max_crops(image.settings), image.settings.variant), []).append(image)
         for group in alike.values():
             try:
-                frames = [image.rgb for image in group if image.rgb is not None]
+                frames = [image.pixels for image in group if image.pixels is not None]
                 encoded = self._model.encode_arrays(frames, group[0].settings)
             except Exception as error:
                 free_after(error, self._model.device)
                 if not is_out_of_memory(error):
-                    self._fail([entry for image in group for entry in image.waiting], error)
+                    self._fail([entry for image in group for entry in image.entries], error)
                     continue
                 short = True
                 if len(group) > 1:
                     self._limit(images=self._decoding + len(group) // 2)
                 elif not self.running and not any(image.ready for image in images) and not self._forget():
-                    self._fail(group[0].waiting, self._never_fits(error))
+                    self._fail(group[0].entries, self._never_fits(error))
                 continue
             for image, one in zip(group, encoded, strict=True):
                 image.encoded = one
         return short
 
-    def _join(self, variant: str | None, entries: list[_Entry]) -> None:
+    def _join(self, variant: str | None, entries: list[Entry]) -> None:
         """Let requests of one adapter join its batch."""
         lane = self._lanes.setdefault(variant, _Lane())
         arrivals = []
@@ -408,7 +315,7 @@ class Scheduler:
         for entry in reversed(entries):
             entry.alone = alone
             entry.feed, entry.readings = feeds.get(entry.row.key, (entry.feed, entry.readings))
-            entry.image.waiting.appendleft(entry)
+            entry.image.entries.appendleft(entry)
         self._queue = dict.fromkeys([entry.image for entry in entries]) | self._queue
         self._limit(rows=running // 2)
 
@@ -422,7 +329,7 @@ class Scheduler:
             found = image.forget() or found
         return found
 
-    def _fail(self, entries: Iterable[_Entry], error: Exception) -> None:
+    def _fail(self, entries: Iterable[Entry], error: Exception) -> None:
         for entry in list(entries):
             self._finish(entry.job, ErrorResult(error))
 
@@ -441,21 +348,21 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests that have been looked at and wait for room."""
-        return sum(len(image.waiting) for image in self._queue)
+        return sum(len(image.entries) for image in self._queue)
 
     @property
     def _decoding(self) -> int:
         """Images that rows decode on."""
         return sum(lane.batch.images for lane in self._lanes.values() if lane.batch is not None)
 
-    def _holds(self, image: _Image) -> bool:
+    def _holds(self, image: WaitingImage) -> bool:
         lane = self._lanes.get(image.settings.variant)
         return lane is not None and lane.batch is not None and lane.batch.holds(image.identity)
 
-    def _tidy(self, image: _Image) -> None:
+    def _tidy(self, image: WaitingImage) -> None:
         """Let an encoded image go that no request waits for: the rows that decode on it have copied what they need."""
-        image.waiting = deque(entry for entry in image.waiting if not entry.job.done)
-        if image.waiting:
+        image.entries = deque(entry for entry in image.entries if not entry.job.done)
+        if image.entries:
             return
         image.forget()
         self._queue.pop(image, None)
@@ -482,13 +389,3 @@ class Scheduler:
         )
         described.__cause__ = error
         return described
-
-
-def _fitting(waiting: Iterable[_Entry], room: int, tokens: int) -> tuple[int, int]:
-    """How many requests may join, and how many tokens of prompts are left after them; one may always exceed those."""
-    count = 0
-    for entry in waiting:
-        if count == room or tokens <= 0:
-            break
-        count, tokens = count + 1, tokens - feed_length(entry.feed)
-    return count, tokens

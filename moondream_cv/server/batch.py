@@ -20,7 +20,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
-from PIL import Image
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
@@ -61,9 +60,9 @@ class Images:
 
     def __init__(self, service: Service, most: int = IN_FLIGHT) -> None:
         self._service, self._most = service, most
-        self._opened: OrderedDict[str, asyncio.Future[Image.Image]] = OrderedDict()
+        self._opened: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
 
-    async def open(self, value: str) -> Image.Image:
+    async def open(self, value: str) -> Any:
         """The image that a client sent; errors as in `Pictures.open`."""
         opening = self._opened.get(value)
         if opening is None:

@@ -29,7 +29,7 @@ from .metrics import Meters
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
-    from moondream_cv.engine.scheduler import Job
+    from moondream_cv.engine.waiting import Job
 
 logger = logging.getLogger(__name__)
 

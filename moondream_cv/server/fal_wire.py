@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
@@ -24,9 +24,6 @@ from .errors import ServerError
 from .logs import request_id
 from .service import Exchange, Stream, wire_settings
 from .sse import event
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 T = TypeVar("T")
 APP = "/fal-ai/moondream2"
@@ -62,7 +59,7 @@ class CaptionArguments(BaseModel):
     length: str = "normal"
     settings: dict[str, Any] | None = None
 
-    def request(self, image: Image.Image) -> Request:
+    def request(self, image: Any) -> Request:
         return Caption(image, self.length, wire_settings(self.settings))
 
 
@@ -71,7 +68,7 @@ class QueryArguments(BaseModel):
     prompt: str
     settings: dict[str, Any] | None = None
 
-    def request(self, image: Image.Image) -> Request:
+    def request(self, image: Any) -> Request:
         return Query(image, self.prompt, settings=wire_settings(self.settings))
 
 
@@ -80,7 +77,7 @@ class DetectArguments(BaseModel):
     object: str
     settings: dict[str, Any] | None = None
 
-    def request(self, image: Image.Image) -> Request:
+    def request(self, image: Any) -> Request:
         return Detect(image, self.object, wire_settings(self.settings))
 
 
@@ -89,7 +86,7 @@ class PointArguments(BaseModel):
     object: str
     settings: dict[str, Any] | None = None
 
-    def request(self, image: Image.Image) -> Request:
+    def request(self, image: Any) -> Request:
         return Point(image, self.object, wire_settings(self.settings))
 
 
@@ -118,7 +115,7 @@ async def open_stream(body: Arguments, exchange: Exchange) -> AsyncIterator[byte
     return _events(await exchange.stream(request), image)
 
 
-async def _events(stream: Stream, image: Image.Image) -> AsyncIterator[bytes]:
+async def _events(stream: Stream, image: Any) -> AsyncIterator[bytes]:
     """What there is so far, again and again, and at last all of it, with `partial` false, or the error."""
     text = ""
     items: list[dict[str, float]] = []
@@ -135,7 +132,7 @@ async def _events(stream: Stream, image: Image.Image) -> AsyncIterator[bytes]:
         yield event({**error_body(error), "partial": False})
 
 
-def _answer(result: Any, image: Image.Image) -> dict[str, Any]:
+def _answer(result: Any, image: Any) -> dict[str, Any]:
     """A whole answer."""
     if isinstance(result, DetectResult | PointResult):
         items = result.objects if isinstance(result, DetectResult) else result.points
@@ -144,8 +141,8 @@ def _answer(result: Any, image: Image.Image) -> dict[str, Any]:
     return {"output": found.pop("answer" if isinstance(result, QueryResult) else "caption"), **found}
 
 
-def _list_of(items: list[dict[str, float]], truncated: bool, image: Image.Image) -> dict[str, Any]:
-    return {"objects": items, "truncated": truncated, "image": {"width": image.width, "height": image.height}}
+def _list_of(items: list[dict[str, float]], truncated: bool, image: Any) -> dict[str, Any]:
+    return {"objects": items, "truncated": truncated, "image": dict(zip(("width", "height"), image.size, strict=True))}
 
 
 async def within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:

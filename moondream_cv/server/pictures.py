@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
+import contextlib
+import hashlib
 import os
 import re
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy as np
+from cachetools import LRUCache
 from PIL import Image
 
 from moondream_cv.errors import ImageError
@@ -25,20 +31,33 @@ _SPACE = re.compile(r"\s+")
 
 
 class Pictures:
-    """Opens images in threads of its own, so that decoding holds up no other request."""
+    """Opens images in threads of its own, so that decoding holds up no other request.
 
-    def __init__(self, fetcher: Fetcher, max_pixels: int) -> None:
+    Files that came last are kept decoded: clients ask several things about the same picture.
+    """
+
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        max_pixels: int,
+        prepare: Callable[[np.ndarray], Any] = Image.fromarray,
+        keep: int = 256 * 2**20,
+    ) -> None:
         """Start nothing yet.
 
         Args:
             fetcher: For URLs.
             max_pixels: Of an image at the most, judged before it is decoded.
+            prepare: Makes what the model takes of [H, W, 3] uint8 RGB; it is called in a thread.
+            keep: Bytes of decoded images to keep.
         """
-        self._fetcher, self._max_pixels = fetcher, max_pixels
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="moondream-cv decoding")
+        self._fetcher, self._max_pixels, self._prepare = fetcher, max_pixels, prepare
+        self._kept: LRUCache[bytes, Any] = LRUCache(keep, getsizeof=_nbytes)
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="moondream-cv decoding")
 
-    async def open(self, value: str) -> Image.Image:
-        """The image that a client sent, in RGB and upright.
+    async def open(self, value: str) -> Any:
+        """The image that a client sent, in RGB and upright, as the model takes it; `size` is its (width, height).
 
         Args:
             value: A data URI, base64 text, or an http or https URL.
@@ -55,16 +74,23 @@ class Pictures:
             return await loop.run_in_executor(self._pool, self._decode, encoded)
         return await loop.run_in_executor(self._pool, lambda: self._decode(decode_base64(text)))
 
-    async def open_bytes(self, encoded: bytes) -> Image.Image:
-        """The image that an encoded file holds; errors as in `open`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._decode, encoded)
-
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
         await self._fetcher.close()
 
-    def _decode(self, encoded: bytes) -> Image.Image:
-        return Image.fromarray(to_rgb(encoded, max_pixels=self._max_pixels))
+    def _decode(self, encoded: bytes) -> Any:
+        key = hashlib.blake2b(encoded, digest_size=32).digest()
+        with self._lock:
+            found = self._kept.get(key)
+        if found is None:
+            found = self._prepare(to_rgb(encoded, max_pixels=self._max_pixels))
+            with self._lock, contextlib.suppress(ValueError):  # one that is larger than all that may be kept
+                self._kept[key] = found
+        return found
+
+
+def _nbytes(picture: Any) -> int:
+    return int(getattr(picture, "nbytes", 3 * picture.size[0] * picture.size[1]))
 
 
 def decode_base64(text: str) -> bytes:
@@ -76,9 +102,13 @@ def decode_base64(text: str) -> bytes:
     head = _DATA_URI.match(text)
     if head is not None and ";base64" not in head[0].lower():
         raise ImageError("a data URI must be in base64: data:image/jpeg;base64,...")
-    body = _SPACE.sub("", text[head.end() :] if head else text).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    body = text[head.end() :] if head else text
     try:
-        return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
+        try:
+            return base64.b64decode(body, validate=True)
+        except ValueError:  # what most clients send is in order, and mending takes several times as long
+            body = _SPACE.sub("", body).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+            return base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
+    except ValueError as error:
         shown = text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
         raise ImageError(f"{shown!r} is neither a data URI, base64 text nor an http(s) URL") from error

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from moondream_cv import __version__
@@ -220,7 +219,7 @@ def _check_model(model_id: str | None, service: Service) -> None:
         raise ServerError(404, said, param="model_id")
 
 
-async def _pictures(sent: Sequence[ImageBody], exchange: Exchange) -> list[Image.Image]:
+async def _pictures(sent: Sequence[ImageBody], exchange: Exchange) -> list[Any]:
     """Open the images of a request together.
 
     Raises:
@@ -236,9 +235,8 @@ async def _pictures(sent: Sequence[ImageBody], exchange: Exchange) -> list[Image
     for index, picture in enumerate(opened):
         if isinstance(picture, ClientLeft):
             raise picture
-        if isinstance(picture, Exception):
+        if isinstance(picture, BaseException):
             raise _of_image(index, explain(picture)) from picture
-        assert isinstance(picture, Image.Image)
         pictures.append(picture)
     return pictures
 

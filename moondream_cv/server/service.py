@@ -18,7 +18,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from fastapi import Request as HttpRequest
+from PIL import Image
 
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 
@@ -30,8 +32,6 @@ from .options import ServerOptions
 from .pictures import Pictures
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from moondream_cv.vision_model import VisionModel
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,8 @@ class Service:
         self.model: VisionModel | None = None
         self.failure: Exception | None = None
         self.draining = False
-        self.pictures = Pictures(
-            Fetcher(max_bytes=options.max_download, allow_private=options.private_urls), options.max_pixels
-        )
+        fetcher = Fetcher(max_bytes=options.max_download, allow_private=options.private_urls)
+        self.pictures = Pictures(fetcher, options.max_pixels, self._prepare)
         self._engine: Engine | None = None
         self._taken = 0
         self._idle = asyncio.Event()
@@ -118,6 +117,11 @@ class Service:
         local = hasattr(model, "scheduler")
         self._engine = LocalEngine(model, self.meters) if local else RemoteEngine(model, self.meters)  # type: ignore[arg-type]
         logger.info("ready: %r", model)
+
+    def _prepare(self, rgb: np.ndarray) -> Any:
+        """What the model takes of an image, with as much done already as can be; called in a thread."""
+        prepare = getattr(self.model, "prepare_array", None)
+        return Image.fromarray(rgb) if prepare is None else prepare(rgb, Settings())
 
     def check_key(self, candidates: Sequence[str]) -> bool:
         """Whether one of the keys that a client sent opens the server, in constant time."""
@@ -209,7 +213,7 @@ class Exchange:
         self.service, self._http = service, http
         self._deadline = time.monotonic() + service.options.timeout
         self._calls: list[Call] = []
-        self._opened: dict[str, asyncio.Future[Image.Image]] = {}
+        self._opened: dict[str, asyncio.Future[Any]] = {}
         self._gone: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -224,8 +228,10 @@ class Exchange:
             self.let_go(call)
         self.service.give_place_back()
 
-    async def picture(self, value: str) -> Image.Image:
-        """An image that the client sent; the same text gives the same object, which the engine encodes once.
+    async def picture(self, value: str) -> Any:
+        """An image that the client sent, for a request to the model; `size` is its (width, height).
+
+        The same text gives the same object, which the engine encodes once.
 
         Raises:
             ImageError: It cannot be fetched or read, or is too large.

@@ -26,8 +26,9 @@ from moondream_cv import load
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.engine.prefix import Prefix
-from moondream_cv.engine.scheduler import Job, Limits, Scheduler
+from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.engine.shared_cache import SharedCache
+from moondream_cv.engine.waiting import GATHER, Job
 from moondream_cv.errors import CheckpointError, ImageError, MoondreamError, RequestCancelled, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
@@ -359,7 +360,8 @@ def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
     scheduler.step()
     frame[:] = blots(9)
     after = scheduler.submit(Caption(frame, "short", SHORT))
-    scheduler.step()
+    for _ in range(GATHER):
+        scheduler.step()
     assert contexts(scheduler) == 2
     finish(scheduler)
     for job, image in ((before, FIRST), (after, blots(9))):
