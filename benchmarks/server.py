@@ -70,7 +70,7 @@ def questions(images: int, per_image: int) -> list[list[Asked]]:
     asked = []
     for seed in range(images):
         file = io.BytesIO()
-        Image.fromarray(render_scene(seed, resolution_wh=(640, 480), names=NAMES).image).save(file, "JPEG", quality=95)
+        Image.fromarray(render_scene(seed, names=NAMES).image).save(file, "JPEG", quality=95)
         uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
         of_image: list[tuple[str, dict[str, Any]]] = [
             ("/v1/detect", {"object": "red circle"}),
@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--detections", type=int, default=200)
     arguments = parser.parse_args()
-    print(f"{arguments.clients} clients, {arguments.requests} requests of all skills, 640×480 in JPEG")
+    print(
+        f"{arguments.clients} clients, {arguments.requests} requests of all skills, scenes of 128 to 800 pixels in JPEG"
+    )
     for per_image, cached in ((5, 64), (1, 0)):
         print(f"{per_image} requests about each image, {cached} encoded images kept:", end=" ", flush=True)
         load(arguments.clients, arguments.requests, per_image, "--cache-images", str(cached))

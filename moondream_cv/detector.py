@@ -257,7 +257,7 @@ class Detector(_Finder):
         """Open a model, or use one that is open.
 
         Args:
-            model: A name or folder for `moondream_cv.load`, which may download it; or any `VisionModel`.
+            model: A name or folder for `moondream_cv.load`, which may download it; a server's URL; any `VisionModel`.
             confidence: Leave out what the model is less sure of. A model without scores gives 1.0 for everything.
             max_objects: Objects per frame and class at the most.
             nms: Of boxes of the same class whose intersection over union exceeds this, keep the most confident one.

@@ -32,7 +32,7 @@ MaxObjects = Annotated[
     int, typer.Option("--max-objects", min=1, metavar="N", help="Objects per image and class at the most.")
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME", help="A name, a hub repo@revision, a folder, or tiny.")
+    str, typer.Option("--model", "-m", metavar="NAME", help="A name, a hub repo@revision, a folder, a URL, or tiny.")
 ]
 Device = Annotated[
     str | None,

@@ -182,7 +182,10 @@ class LocalModel(PublishedMethods):
     def prepare_array(self, rgb: np.ndarray, settings: Settings) -> PreparedImage:
         """As `prepare_image`, of an [H, W, 3] uint8 RGB array that does not change afterwards."""
         self.check_open()
-        return PreparedImage(rgb, self.config.vision, self.max_crops(settings))
+        prepared = PreparedImage(rgb, self.config.vision, self.max_crops(settings))
+        if self.image_cache is not None:
+            prepared.digest  # noqa: B018 - so that it is there when the cache is looked into
+        return prepared
 
     def compile(self) -> None:
         """Compile the vision encoder and the decoder with `torch.compile`; the first calls afterwards take longer."""

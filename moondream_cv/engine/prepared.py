@@ -21,7 +21,6 @@ class PreparedImage:
     Attributes:
         rgb: [H, W, 3] uint8 RGB; it must not change.
         size: (width, height) in pixels.
-        digest: Of the pixels.
     """
 
     def __init__(self, rgb: np.ndarray, config: VisionConfig, max_crops: int) -> None:
@@ -35,8 +34,9 @@ class PreparedImage:
         Raises:
             ValueError: `max_crops` is not positive.
         """
-        self.rgb, self.size, self.digest = rgb, (rgb.shape[1], rgb.shape[0]), digest_of(rgb)
+        self.rgb, self.size = rgb, (rgb.shape[1], rgb.shape[0])
         self._config = config
+        self._digest: bytes | None = None
         self._lock = threading.Lock()
         self._cut = {max_crops: cut_crops(rgb, config, max_crops)}
 
@@ -47,6 +47,13 @@ class PreparedImage:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return self.rgb.nbytes + sum(crops.pixels.nbytes for crops in list(self._cut.values()))
+
+    @property
+    def digest(self) -> bytes:
+        """Of the pixels; made when it is first asked for."""
+        if self._digest is None:
+            self._digest = digest_of(self.rgb)
+        return self._digest
 
     def crops(self, max_crops: int) -> Crops:
         """The crops with at most so many local ones.
