@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -217,7 +218,8 @@ class Http:
 
     def _wait(self, state: RetryCallState) -> float:
         failure = state.outcome.exception() if state.outcome else None
-        return wait_seconds(state.attempt_number, self.backoff, getattr(failure, "after", None))
+        wait = wait_seconds(state.attempt_number, self.backoff, getattr(failure, "after", None))
+        return wait * random.uniform(1.0, 1.25)  # clients that failed together do not come again together
 
     def _tell(self, path: str, state: RetryCallState) -> None:
         failure = state.outcome.exception() if state.outcome else None
