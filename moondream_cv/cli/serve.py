@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +14,8 @@ import typer
 from . import options
 
 if TYPE_CHECKING:
+    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.server.engine_process import EngineProcess
     from moondream_cv.vision_model import VisionModel
 
 KEYS_VARIABLE = "MOONDREAM_CV_API_KEYS"
@@ -117,12 +121,14 @@ def serve(
         cors_origins=tuple(cors or ()),
         page=page,
     )
-    set_up_logging(log_level, log_format == "json" or (log_format == "auto" and not sys.stderr.isatty()))
-
-    def load_model() -> VisionModel:
-        return open_model(model, device, adapter, cache_images)
-
-    app = create_app(load_model, name=name or public_name(model), options=chosen)
+    as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
+    set_up = partial(set_up_logging, log_level, as_json)
+    set_up()
+    app = create_app(
+        partial(open_model, model, device, adapter, cache_images, set_up),
+        name=name or public_name(model),
+        options=chosen,
+    )
     scheme = "http" if certificate is None else "https"
     typer.echo(f"Serving {model} at {scheme}://{'localhost' if host == '127.0.0.1' else host}:{port}", err=True)
     if not chosen.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
@@ -148,8 +154,10 @@ def check_installed() -> None:
         raise ValueError(f'serving takes {error.name}; pip install "moondream-cv[server]"') from error
 
 
-def open_model(name: str, device: str | None, adapter: Path | None, cache_images: int) -> VisionModel:
-    """Load what is served, or connect to what answers in its place.
+def open_model(
+    name: str, device: str | None, adapter: Path | None, cache_images: int, set_up: Callable[[], None]
+) -> VisionModel | EngineProcess:
+    """Load what is served, in a process of its own, or connect to what answers in its place.
 
     Raises:
         MoondreamError: It cannot be loaded, or the server cannot be reached.
@@ -161,6 +169,13 @@ def open_model(name: str, device: str | None, adapter: Path | None, cache_images
         from moondream_cv.backends import connect
 
         return connect(name)
+    from moondream_cv.server.engine_process import EngineProcess
+
+    return EngineProcess(partial(load_model, name, device, adapter, cache_images), set_up)
+
+
+def load_model(name: str, device: str | None, adapter: Path | None, cache_images: int) -> LocalModel:
+    """Load a model onto this machine; called in the engine's process."""
     from moondream_cv.loading import load
 
     return load(name, device=device, adapter=adapter, cache_images=cache_images)

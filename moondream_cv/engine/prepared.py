@@ -39,6 +39,7 @@ class PreparedImage:
         self._digest: bytes | None = None
         self._lock = threading.Lock()
         self._cut = {max_crops: cut_crops(rgb, config, max_crops)}
+        self._max_crops = max_crops
 
     def __repr__(self) -> str:
         return f"PreparedImage({self.size[0]}x{self.size[1]})"
@@ -55,6 +56,10 @@ class PreparedImage:
             self._digest = digest_of(self.rgb)
         return self._digest
 
+    @property
+    def has_digest(self) -> bool:
+        return self._digest is not None
+
     def crops(self, max_crops: int) -> Crops:
         """The crops with at most so many local ones.
 
@@ -65,6 +70,25 @@ class PreparedImage:
             if max_crops not in self._cut:
                 self._cut[max_crops] = cut_crops(self.rgb, self._config, max_crops)
             return self._cut[max_crops]
+
+    def without_pixels(self, max_crops: int | None) -> PreparedImage:
+        """What of it goes to another process: the crops that are needed there; itself where it has to cut others.
+
+        Args:
+            max_crops: Local crops at the most that a request asks for; None: those that it was made with.
+        """
+        if max_crops not in (None, self._max_crops):
+            return self
+        light = object.__new__(PreparedImage)
+        light.__dict__ = self.__dict__ | {"rgb": self.rgb[:0], "_digest": self.digest}
+        light._cut = {self._max_crops: self._cut[self._max_crops]}
+        return light
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ = state | {"_lock": threading.Lock()}
 
 
 def digest_of(rgb: np.ndarray) -> bytes:

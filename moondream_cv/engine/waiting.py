@@ -140,7 +140,9 @@ class WaitingImage:
 
 
 def source_key(source: Any) -> Any:
-    """What is the same for images that requests may share: the same path or object."""
+    """What is the same for images that requests may share: the same path, prepared content or object."""
+    if isinstance(source, PreparedImage) and source.has_digest:
+        return source.digest
     return os.fspath(source) if isinstance(source, str | os.PathLike) else id(source)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -21,20 +21,18 @@ from .options import ServerOptions
 from .service import Service
 
 if TYPE_CHECKING:
-    from moondream_cv.vision_model import VisionModel
+    from .service import Source
 
 EXPOSED = ("X-Request-Id", "Retry-After", "x-fal-request-id", "x-fal-error-type", "x-fal-request-timeout-type")
 DIALECTS = (openai.DIALECT, roboflow.DIALECT, fal.DIALECT, moondream.DIALECT)
 
 
-def create_app(
-    model: VisionModel | Callable[[], VisionModel], *, name: str = "moondream2", options: ServerOptions | None = None
-) -> FastAPI:
+def create_app(model: Source, *, name: str = "moondream2", options: ServerOptions | None = None) -> FastAPI:
     """Make the ASGI application.
 
     Args:
-        model: What answers. A function is called when the app starts, in a thread, and what it gives is closed at the
-            end; until it is there, requests are answered with 503.
+        model: What answers: a model, or an `EngineProcess`. A function is called when the app starts, in a thread, and
+            what it gives is closed at the end; until it is there, requests are answered with 503.
         name: What clients know the model as.
         options: How the server behaves.
     """

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from moondream_cv.errors import MoondreamError, RequestCancelled, UnsupportedSkill
@@ -149,34 +150,21 @@ class LocalEngine:
 
     def _report(self) -> None:
         """Tell the event loops what the step has brought."""
-        self._measure()
-        news: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        cache = self._model.image_cache
+        seen = (0, 0) if cache is None else (cache.hits, cache.misses)
+        waiting = self._scheduler.waiting
+        self._meters.step(self._scheduler.running, waiting, seen[0] - self._seen[0], seen[1] - self._seen[1])
+        self._seen = seen
         with self._lock:
-            for job, call in self._calls.items():
-                pieces = job.take() if call.streamed else []
-                if pieces:
-                    news.setdefault(call.loop, []).append(_adding(call, pieces))
+            pieces = [(call, new) for job, call in self._calls.items() if call.streamed and (new := job.take())]
+            done = []
             for job in self._scheduler.results():
                 call = self._calls.pop(job)
                 del self._jobs[call]
                 assert job.result is not None
-                usage = Usage(job.prompt_tokens, job.written_tokens)
-                self._meters.tokens.labels("prompt").inc(usage.prompt_tokens)
-                self._meters.tokens.labels("completion").inc(usage.completion_tokens)
-                news.setdefault(call.loop, []).append(_finishing(call, job.result, usage))
-        for loop, steps in news.items():
-            _tell(loop, steps)
-
-    def _measure(self) -> None:
-        if self._scheduler.running:
-            self._meters.rows.observe(self._scheduler.running)
-        self._meters.waiting.set(self._scheduler.waiting)
-        cache = self._model.image_cache
-        if cache is not None:
-            hits, misses = cache.hits, cache.misses
-            self._meters.image_cache.labels("hit").inc(hits - self._seen[0])
-            self._meters.image_cache.labels("miss").inc(misses - self._seen[1])
-            self._seen = hits, misses
+                self._meters.use(job.prompt_tokens, job.written_tokens)
+                done.append((call, job.result, Usage(job.prompt_tokens, job.written_tokens)))
+        report(pieces, done)
 
     def _fail(self, error: Exception) -> None:
         failure = MoondreamError("the engine has failed; the server must be started again")
@@ -184,8 +172,7 @@ class LocalEngine:
         with self._lock:
             self._failure = failure
             calls, self._calls, self._jobs = list(self._calls.values()), {}, {}
-        for call in calls:
-            _tell(call.loop, [_finishing(call, ErrorResult(failure), Usage())])
+        report([], [(call, ErrorResult(failure), Usage()) for call in calls])
 
 
 class RemoteEngine:
@@ -217,7 +204,7 @@ class RemoteEngine:
         except Exception as error:
             result = ErrorResult(error)
         self._cancelled.discard(call)
-        _tell(call.loop, [_finishing(call, result, Usage())])
+        report([], [(call, result, Usage())])
 
     def _stream(self, call: Call) -> Result:
         """Pass on the pieces of a reply; of a model that does not stream, all of them at the end."""
@@ -228,14 +215,14 @@ class RemoteEngine:
             given = stream(call.request)
         except UnsupportedSkill:
             result = self._model.run([call.request])[0]
-            _tell(call.loop, [_adding(call, _pieces(result))])
+            report([(call, _pieces(result))], [])
             return result
         pieces = []
         for piece in given:
             if call in self._cancelled:
                 return ErrorResult(RequestCancelled("the request was cancelled"))
             pieces.append(piece)
-            _tell(call.loop, [_adding(call, [piece])])
+            report([(call, [piece])], [])
         return _assemble(call.request, pieces)
 
 
@@ -263,22 +250,20 @@ def _assemble(request: Request, pieces: list[Any]) -> Result:
     return CaptionResult(text) if request.skill == "caption" else QueryResult(text, reasoning)
 
 
-def _adding(call: Call, pieces: list[Any]) -> Callable[[], None]:
-    return lambda: call.add(pieces)
+def report(pieces: Iterable[tuple[Call, list[Any]]], results: Iterable[tuple[Call, Result, Usage]]) -> None:
+    """Tell event loops what calls have come to, from another thread; one that is closed has nobody left who waits."""
+    news: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+    for call, new in pieces:
+        news.setdefault(call.loop, []).append(partial(call.add, new))
+    for call, result, usage in results:
+        news.setdefault(call.loop, []).append(partial(call.finish, result, usage))
+    for loop, steps in news.items():
+        try:
+            loop.call_soon_threadsafe(_do_all, steps)
+        except RuntimeError:
+            logger.debug("an answer came after its event loop was closed")
 
 
-def _finishing(call: Call, result: Result, usage: Usage) -> Callable[[], None]:
-    return lambda: call.finish(result, usage)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, steps: list[Callable[[], None]]) -> None:
-    """Have a loop do something; one that is closed has nobody left who waits."""
-
-    def do_all() -> None:
-        for step in steps:
-            step()
-
-    try:
-        loop.call_soon_threadsafe(do_all)
-    except RuntimeError:
-        logger.debug("an answer came after its event loop was closed")
+def _do_all(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()

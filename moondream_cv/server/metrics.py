@@ -46,6 +46,26 @@ class Meters:
             registry=self.registry,
         )  # fmt: skip
 
+    def step(self, rows: int, waiting: int, hits: int, misses: int) -> None:
+        """Count a step of the engine.
+
+        Args:
+            rows: Requests that decode.
+            waiting: Requests that wait for room.
+            hits: Images that were found among those that are kept, since the last step.
+            misses: Images that were not.
+        """
+        if rows:
+            self.rows.observe(rows)
+        self.waiting.set(waiting)
+        self.image_cache.labels("hit").inc(hits)
+        self.image_cache.labels("miss").inc(misses)
+
+    def use(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count what a request has taken of the context."""
+        self.tokens.labels("prompt").inc(prompt_tokens)
+        self.tokens.labels("completion").inc(completion_tokens)
+
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""
         return generate_latest(self.registry)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 
+from .engine_process import EngineProcess
 from .engines import Call, Engine, LocalEngine, RemoteEngine, Usage
 from .errors import ClientLeft, ServerError, explain
 from .fetching import Fetcher
@@ -33,6 +34,8 @@ from .pictures import Pictures
 
 if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
+
+    Source = VisionModel | EngineProcess | Callable[[], VisionModel | EngineProcess]
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +55,17 @@ class Service:
         failure: Why the model could not be loaded.
     """
 
-    def __init__(self, source: VisionModel | Callable[[], VisionModel], name: str, options: ServerOptions) -> None:
+    def __init__(self, source: Source, name: str, options: ServerOptions) -> None:
         """Prepare a service; `start` loads the model.
 
         Args:
-            source: A model, which stays open, or what loads one, which is closed at the end.
+            source: A model, which stays open, or what loads or starts one, which is closed at the end.
             name: What clients know it as.
             options: How the service behaves.
         """
         self._source, self.name, self.options = source, name, options
         self.meters = Meters()
-        self.model: VisionModel | None = None
+        self.model: VisionModel | EngineProcess | None = None
         self.failure: Exception | None = None
         self.draining = False
         fetcher = Fetcher(max_bytes=options.max_download, allow_private=options.private_urls)
@@ -103,7 +106,7 @@ class Service:
         if self.model is not None and callable(self._source):
             self.model.close()
 
-    async def _load(self, source: Callable[[], VisionModel]) -> None:
+    async def _load(self, source: Callable[[], VisionModel | EngineProcess]) -> None:
         try:
             model = await asyncio.to_thread(source)
         except Exception as error:  # whatever a checkpoint or a network can raise: the operator is told
@@ -112,10 +115,14 @@ class Service:
             return
         self._use(model)
 
-    def _use(self, model: VisionModel) -> None:
+    def _use(self, model: VisionModel | EngineProcess) -> None:
         self.model = model
-        local = hasattr(model, "scheduler")
-        self._engine = LocalEngine(model, self.meters) if local else RemoteEngine(model, self.meters)  # type: ignore[arg-type]
+        if isinstance(model, EngineProcess):
+            model.start(self.meters)
+            self._engine = model
+        else:
+            local = hasattr(model, "scheduler")
+            self._engine = LocalEngine(model, self.meters) if local else RemoteEngine(model, self.meters)  # type: ignore[arg-type]
         logger.info("ready: %r", model)
 
     def _prepare(self, rgb: np.ndarray) -> Any:
