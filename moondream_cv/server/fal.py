@@ -10,18 +10,25 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
 from . import fal_queue_routes
 from .fal_queue_routes import Seconds
 from .fal_wire import (
     APP,
+    HEADERS,
     REQUEST_ID,
     Arguments,
     CaptionArguments,
     DetectArguments,
+    ObjectsOutput,
     PointArguments,
+    PointsOutput,
     QueryArguments,
+    TextOutput,
     open_stream,
+    refusals,
     run,
     within,
 )
@@ -51,51 +58,66 @@ class Answering:
         return answer
 
 
-apps = APIRouter(prefix=APP, tags=["fal"])
+apps = APIRouter(prefix=APP, tags=["fal"], responses=refusals(400, 401, 408, 413, 422, 429, 503, 504))
 Opened = Annotated[Answering, Depends()]
+_STREAMED: dict[str, Any] = {
+    "response_class": StreamingResponse,
+    "responses": {
+        200: {
+            "description": "What there is so far, again and again; the last event has all of it, or the error.",
+            "headers": HEADERS,
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        }
+    },
+}
 
 
-@apps.post("", summary="Caption")
+def _whole(model: type[BaseModel]) -> dict[str, Any]:
+    """What the decorator of a route that answers at once says about the answer."""
+    return {"response_model": model, "response_model_exclude_unset": True, "responses": {200: {"headers": HEADERS}}}
+
+
+@apps.post("", summary="Caption", **_whole(TextOutput))
 async def caption(body: CaptionArguments, answering: Opened) -> dict[str, Any]:
     return await answering.run(body)
 
 
-@apps.post("/stream", summary="Caption, streamed")
+@apps.post("/stream", summary="Caption, streamed", **_STREAMED)
 async def caption_stream(body: CaptionArguments, answering: Opened) -> Response:
     return await answering.stream(body)
 
 
-@apps.post("/visual-query", summary="Answer a question")
+@apps.post("/visual-query", summary="Answer a question", **_whole(TextOutput))
 async def visual_query(body: QueryArguments, answering: Opened) -> dict[str, Any]:
     return await answering.run(body)
 
 
-@apps.post("/visual-query/stream", summary="Answer a question, streamed")
+@apps.post("/visual-query/stream", summary="Answer a question, streamed", **_STREAMED)
 async def visual_query_stream(body: QueryArguments, answering: Opened) -> Response:
     return await answering.stream(body)
 
 
-@apps.post("/object-detection", summary="Detect objects")
+@apps.post("/object-detection", summary="Detect objects", **_whole(ObjectsOutput))
 async def object_detection(body: DetectArguments, answering: Opened) -> dict[str, Any]:
     return await answering.run(body)
 
 
-@apps.post("/object-detection/stream", summary="Detect objects, streamed")
+@apps.post("/object-detection/stream", summary="Detect objects, streamed", **_STREAMED)
 async def object_detection_stream(body: DetectArguments, answering: Opened) -> Response:
     return await answering.stream(body)
 
 
-@apps.post("/point-object-detection", summary="Point at objects")
+@apps.post("/point-object-detection", summary="Point at objects", **_whole(PointsOutput))
 async def point_object_detection(body: PointArguments, answering: Opened) -> dict[str, Any]:
     return await answering.run(body)
 
 
-@apps.post("/point-object-detection/stream", summary="Point at objects, streamed")
+@apps.post("/point-object-detection/stream", summary="Point at objects, streamed", **_STREAMED)
 async def point_object_detection_stream(body: PointArguments, answering: Opened) -> Response:
     return await answering.stream(body)
 
 
 router = APIRouter()
 router.include_router(apps)
-router.include_router(apps, prefix="/run")
+router.include_router(apps, prefix="/run", include_in_schema=False)  # the same again
 router.include_router(fal_queue_routes.router)

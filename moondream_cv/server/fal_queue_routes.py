@@ -7,23 +7,29 @@ server would have to call whatever address a client names.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from .errors import ServerError
-from .fal_queue import CANCELLED, QueuedRequest, RequestQueue
+from .fal_queue import CANCELLED, QueuedRequest, RequestQueue, State
 from .fal_wire import (
     APP,
     DIALECT,
+    HEADERS,
     REQUEST_ID,
     Arguments,
     CaptionArguments,
     DetectArguments,
+    ObjectsOutput,
     PointArguments,
+    PointsOutput,
     QueryArguments,
+    TextOutput,
+    refusals,
     run,
     within,
 )
@@ -32,6 +38,80 @@ from .sse import event, event_stream
 
 router = APIRouter(prefix=f"/queue{APP}", tags=["fal"])
 Seconds = Annotated[float | None, Header(alias="X-Fal-Request-Timeout", gt=0, allow_inf_nan=False)]
+
+
+class QueueTicket(BaseModel):
+    """A request of the queue, and the addresses at which to go on."""
+
+    request_id: str
+    response_url: str
+    status_url: str
+    cancel_url: str
+
+
+class QueueAccepted(QueueTicket):
+    status: State
+    queue_position: int
+
+
+class QueueLog(BaseModel):
+    """`timestamp` is ISO 8601, in UTC."""
+
+    message: str
+    level: str
+    source: str
+    timestamp: str
+
+
+class QueueMetrics(BaseModel):
+    """`inference_time` is in seconds, from submission to the end."""
+
+    inference_time: float
+
+
+class QueueStatus(QueueTicket):
+    """How far a request is: `logs` where they were asked for, `metrics` at the end, `error` where it failed."""
+
+    status: State
+    logs: list[QueueLog] | None
+    queue_position: int | None = None
+    metrics: QueueMetrics | None = None
+    error: str | None = None
+    error_type: str | None = None
+
+
+class QueueCancellation(QueueTicket):
+    status: Literal["CANCELLATION_REQUESTED", "ALREADY_COMPLETED"]
+
+
+_SUBMIT: dict[str, Any] = {
+    "responses": {
+        200: {"model": QueueAccepted, "headers": HEADERS},
+        **refusals(400, 401, 408, 413, 422, 429, 503),
+    }
+}
+_STATUS: dict[int | str, dict[str, Any]] = {
+    200: {"model": QueueStatus, "headers": HEADERS, "description": "The request has ended."},
+    202: {"model": QueueStatus, "headers": HEADERS, "description": "The request has not ended yet."},
+    **refusals(401, 404, 422),
+}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A status whenever it changes.",
+        "headers": HEADERS,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    **refusals(401, 404, 422),
+}
+_RESULT: dict[int | str, dict[str, Any]] = {
+    200: {"model": TextOutput | ObjectsOutput | PointsOutput, "headers": HEADERS},
+    **refusals(400, 401, 404, 503, 504, "default"),
+}
+_CANCEL: dict[int | str, dict[str, Any]] = {
+    202: {"model": QueueCancellation, "headers": HEADERS, "description": "The request ends without an answer."},
+    400: {"model": QueueCancellation, "headers": HEADERS, "description": "The request had ended before."},
+    **refusals(401, 404, "4XX"),
+}
 
 
 def queue_of(http: HttpRequest) -> RequestQueue:
@@ -76,34 +156,39 @@ Submitted = Annotated[Submission, Depends()]
 Found = Annotated[QueuedRequest, Depends(_found)]
 
 
-@router.post("", summary="Submit a caption")
+@router.post("", summary="Submit a caption", **_SUBMIT)
 async def submit_caption(body: CaptionArguments, submission: Submitted) -> Response:
     return submission.put(body, "caption")
 
 
-@router.post("/visual-query", summary="Submit a question")
+@router.post("/visual-query", summary="Submit a question", **_SUBMIT)
 async def submit_query(body: QueryArguments, submission: Submitted) -> Response:
     return submission.put(body, "visual query")
 
 
-@router.post("/object-detection", summary="Submit a detection")
+@router.post("/object-detection", summary="Submit a detection", **_SUBMIT)
 async def submit_detection(body: DetectArguments, submission: Submitted) -> Response:
     return submission.put(body, "object detection")
 
 
-@router.post("/point-object-detection", summary="Submit a search for points")
+@router.post("/point-object-detection", summary="Submit a search for points", **_SUBMIT)
 async def submit_points(body: PointArguments, submission: Submitted) -> Response:
     return submission.put(body, "point detection")
 
 
-@router.get("/requests/{request_id}/status", summary="State of a request")
+@router.get("/requests/{request_id}/status", summary="State of a request", responses=_STATUS)
 async def status(request: Found, http: HttpRequest, logs: bool = False) -> Response:
     """Say how far a request is. 202 until it has ended, 200 then, with `error` where it failed."""
     done = request.state == "COMPLETED"
     return _answer(request, _state(request, queue_of(http), request.logs if logs else None), http, 200 if done else 202)
 
 
-@router.get("/requests/{request_id}/status/stream", summary="States of a request, as they change")
+@router.get(
+    "/requests/{request_id}/status/stream",
+    summary="States of a request, as they change",
+    response_class=StreamingResponse,
+    responses=_STREAM,
+)
 async def status_stream(request: Found, http: HttpRequest, logs: bool = False) -> Response:
     """Send the state of a request whenever it changes, with the log lines that are new, up to its end."""
     answer = event_stream(_states(request, queue_of(http), logs))
@@ -111,7 +196,7 @@ async def status_stream(request: Found, http: HttpRequest, logs: bool = False) -
     return answer
 
 
-@router.get("/requests/{request_id}", summary="Result of a request")
+@router.get("/requests/{request_id}", summary="Result of a request", responses=_RESULT)
 async def result(request: Found, http: HttpRequest) -> Response:
     """Give the answer of a request that has ended, or the error that ended it."""
     error = request.error
@@ -124,7 +209,7 @@ async def result(request: Found, http: HttpRequest) -> Response:
     return JSONResponse(request.result, headers={REQUEST_ID: request.id})
 
 
-@router.put("/requests/{request_id}/cancel", summary="Cancel a request")
+@router.put("/requests/{request_id}/cancel", summary="Cancel a request", status_code=202, responses=_CANCEL)
 async def cancel(request: Found, http: HttpRequest) -> Response:
     """End a request. One that has ended is answered with 400."""
     if request.state != "COMPLETED":

@@ -22,6 +22,7 @@ from moondream_cv.requests import Caption, Detect, DetectResult, Point, PointRes
 from .dialect import Dialect
 from .errors import ServerError
 from .logs import request_id
+from .moondream import FoundObject, FoundPoint
 from .service import Exchange, Stream, wire_settings
 from .sse import event
 
@@ -88,6 +89,78 @@ class PointArguments(BaseModel):
 
     def request(self, image: Any) -> Request:
         return Point(image, self.object, wire_settings(self.settings))
+
+
+class TextOutput(BaseModel):
+    """A caption, or an answer; `logprob` where the model gives one."""
+
+    output: str
+    truncated: bool
+    logprob: float | None = None
+
+
+class Resolution(BaseModel):
+    """Of the image, in pixels."""
+
+    width: int
+    height: int
+
+
+class ObjectsOutput(BaseModel):
+    objects: list[FoundObject]
+    truncated: bool
+    image: Resolution
+
+
+class PointsOutput(BaseModel):
+    objects: list[FoundPoint]
+    truncated: bool
+    image: Resolution
+
+
+class FalErrorPlace(BaseModel):
+    """Where the body does not fit the schema."""
+
+    loc: list[str]
+    msg: str
+    type: str
+
+
+class FalError(BaseModel):
+    """What is wrong: places of the body with status 422, else a sentence."""
+
+    detail: str | list[FalErrorPlace]
+    error_type: str
+
+
+HEADERS: dict[str, Any] = {REQUEST_ID: {"schema": {"type": "string"}}}  # of all answers, for the published schema
+_HEADERS: dict[str, Any] = {
+    **HEADERS,
+    "x-fal-error-type": {"description": "The body's `error_type`.", "schema": {"type": "string"}},
+}
+_RETRY = {**_HEADERS, "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "A value is out of range, the image cannot be read, or Moondream 2 lacks the skill."},
+    401: {"description": "The API key is missing or wrong."},
+    404: {"description": "There is no such request, or none any more."},
+    408: {"description": "The body stopped coming."},
+    413: {"description": "The body is too large."},
+    422: {"description": "The request does not fit the schema."},
+    429: {"description": "The queue is full.", "headers": _RETRY},
+    503: {"description": "There is no model, or it failed.", "headers": _RETRY},
+    504: {"description": "The time limit has passed."},
+    "4XX": {"description": "Something else is wrong with the request."},
+    "default": {"description": "The error that ended the request, with the status that it has without the queue."},
+}
+
+
+def refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """What a route answers beside its success, as FastAPI's `responses`.
+
+    Args:
+        *statuses: Those that it can answer.
+    """
+    return {status: {"headers": _HEADERS, **_ERRORS[status], "model": FalError} for status in statuses}
 
 
 Arguments = CaptionArguments | QueryArguments | DetectArguments | PointArguments

@@ -25,6 +25,7 @@ from .dialect import Dialect
 from .engines import Usage
 from .errors import KINDS, ServerError
 from .openai_body import Asked, ChatBody, read_body
+from .openai_schema import ChatCompletion, ModelCard, refusals
 from .service import Exchange, Stream, open_exchange, service_of
 from .sse import event, event_stream
 
@@ -42,9 +43,19 @@ def error_body(error: ServerError) -> dict[str, Any]:
 
 
 DIALECT = Dialect("openai", ("/v1/chat", "/v1/models"), error_body, invalid_status=400)
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream`, chunks of it as they come, and `[DONE]` at the end.",
+        "model": ChatCompletion,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+_CHAT_REFUSALS = refusals(400, 401, 404, 408, 413, 429, 503, 504)
 
 
-@router.post("/v1/chat/completions", response_model=None, summary="Chat completion")
+@router.post(
+    "/v1/chat/completions", response_model=None, summary="Chat completion", responses={**_STREAMED, **_CHAT_REFUSALS}
+)
 async def chat_completions(body: ChatBody, exchange: Open) -> Any:
     """Answer the last user message about the one image of the conversation.
 
@@ -65,7 +76,7 @@ async def chat_completions(body: ChatBody, exchange: Open) -> Any:
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(usage)}
 
 
-@router.get("/v1/models/{name:path}", summary="Model")
+@router.get("/v1/models/{name:path}", summary="Model", response_model=ModelCard, responses=refusals(401, 404))
 def model(name: str, http: HttpRequest) -> dict[str, Any]:
     """Describe the model, under any of the names that chat completions take."""
     _check_model(name, service_of(http).name)

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from moondream_cv import __version__
 
+from .moondream import ERRORS
+from .openai_schema import ModelList, refusals
 from .service import Service, service_of
 
 router = APIRouter(tags=["operations"])
 _STARTED = int(time.time())
+
+
+class Readiness(BaseModel):
+    """Whether requests to the model will be answered, and how many are being answered."""
+
+    status: Literal["ready", "not ready", "shutting down"]
+    requests: int
+
+
+_READY: dict[int | str, dict[str, Any]] = {
+    200: {"model": Readiness},
+    503: {"model": Readiness, "description": "Loading, shutting down or broken."},
+}
+_METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    401: ERRORS[401],
+}
 
 
 @router.head("/health", include_in_schema=False)
@@ -24,7 +44,7 @@ async def health() -> dict[str, str]:
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready", summary="Readiness", responses={503: {"description": "Loading, shutting down or broken."}})
+@router.get("/ready", summary="Readiness", responses=_READY)
 async def ready(http: Request) -> JSONResponse:
     """Say whether requests to the model will be answered now."""
     service = service_of(http)
@@ -32,7 +52,7 @@ async def ready(http: Request) -> JSONResponse:
     return JSONResponse({"status": status, "requests": service.taken}, 200 if service.ready else 503)
 
 
-@router.get("/v1/models", summary="Models")
+@router.get("/v1/models", summary="Models", response_model=ModelList, responses={401: refusals(401)[401]})
 def models(http: Request) -> dict[str, Any]:  # in a thread: a remote model may have to ask for `has_scores`
     """List the model: `data` for OpenAI's clients, `models` for Moondream's."""
     service = service_of(http)
@@ -52,7 +72,7 @@ def models(http: Request) -> dict[str, Any]:  # in a thread: a remote model may 
     }
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=_METRICS)
 async def metrics(http: Request) -> Response:
     """Everything that the server has counted, in Prometheus's text format."""
     return Response(service_of(http).meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -231,6 +231,8 @@ class Exchange:
         self._closed = True
         if self._gone is not None:
             self._gone.cancel()
+        for opening in self._opened.values():
+            opening.cancel()
         for call in list(self._calls):
             self.let_go(call)
         self.service.give_place_back()
@@ -245,7 +247,8 @@ class Exchange:
             ServerError: The time is up.
         """
         if value not in self._opened:
-            self._opened[value] = asyncio.ensure_future(self.service.pictures.open(value))
+            opening = self._opened[value] = asyncio.ensure_future(self.service.pictures.open(value))
+            opening.add_done_callback(lambda task: task.cancelled() or task.exception())  # if nobody waits any more
         return await self._wait(asyncio.shield(self._opened[value]))
 
     async def results(self, requests: Sequence[Request]) -> list[Result]:

@@ -1,6 +1,6 @@
 """Many clients at once, all skills, all dialects: nothing lost, nothing swapped, nothing left behind.
 
-Run with `pytest tests/server/test_load.py`; `make soak` asks fifty times as much. `benchmarks/server.py` is about speed.
+Run with `pytest tests/server/test_load.py`; `make soak` asks fifty times as much.
 """
 
 from __future__ import annotations

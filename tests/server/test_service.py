@@ -6,6 +6,7 @@ Run with `pytest tests/server/test_service.py`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -288,3 +289,17 @@ def test_a_stream_may_be_closed_after_its_exchange(tiny: LocalModel) -> None:
             await service.stop()
 
     asyncio.run(run())
+
+
+def test_an_image_that_nobody_waits_for_is_let_go(tiny: LocalModel, caplog: pytest.LogCaptureFixture) -> None:
+    with served(tiny) as server:
+        for _ in range(10):
+            answer = server.client.post(
+                "/fal-ai/moondream2/object-detection",
+                json={"image_url": "`", "object": "cat"},
+                headers={"X-Fal-Request-Timeout": "1e-9"},
+            )
+            assert answer.status_code == 504
+        until(lambda: server.service.taken == 0)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]

@@ -1,0 +1,113 @@
+"""What answers look like in OpenAI's dialect, for the published schema.
+
+These models describe; they are not what makes the answers, which is left to `openai` and `operations`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from .moondream import Thoughts
+
+
+class ChatAnswer(BaseModel):
+    """What the assistant says; `reasoning` only where it was asked for."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+    reasoning: Thoughts | None = None
+
+
+class ChatChoice(BaseModel):
+    """The one answer; it ends with "length" where a limit cut it."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatUsage(BaseModel):
+    """Positions of the model's context; those of the prompt include the image's."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer. `usage` is null where a remote model does not tell it; `created` is in seconds of Unix time."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: ChatUsage | None
+
+
+class ModelCard(BaseModel):
+    """The model, for OpenAI's clients; `created` is when this process started, in seconds of Unix time."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelDescription(BaseModel):
+    """The model, for Moondream's clients; `has_scores`: whether confidences are real, otherwise they are 1.0."""
+
+    id: str
+    name: str
+    description: str
+    version: str
+    skills: list[str]
+    has_scores: bool
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+    models: list[ModelDescription]
+
+
+class OpenAIErrorDetail(BaseModel):
+    """`type` is the class of an error, `code` what it is exactly, where there is a word for that."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    error: OpenAIErrorDetail
+
+
+_RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The body does not fit the schema, a value is out of range, or Moondream 2 cannot do that."},
+    401: {"description": "The API key is missing or wrong."},
+    404: {"description": "The model is not the one that is served."},
+    408: {"description": "The body stopped coming."},
+    413: {"description": "The body is too large."},
+    429: {"description": "The queue is full.", "headers": _RETRY},
+    503: {"description": "There is no model, or it failed.", "headers": _RETRY},
+    504: {"description": "The time limit has passed."},
+    # Without this one, FastAPI would document 422, which this dialect never answers.
+    "4XX": {"description": "Something else is wrong with the request."},
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route answers beside its success, as FastAPI's `responses`.
+
+    Args:
+        *statuses: Those that it can answer.
+    """
+    listed: tuple[int | str, ...] = (*statuses, "4XX")
+    return {status: {**_ERRORS[status], "model": OpenAIError} for status in listed}
