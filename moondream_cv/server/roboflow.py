@@ -97,12 +97,18 @@ class Prediction(BaseModel):
 
 
 class LmmAnswer(BaseModel):
-    """What one image has on it; `time` is in seconds, and that of the whole request."""
+    """What one image has on it.
+
+    Attributes:
+        time: Seconds, of the whole request.
+        truncated: There may be more: the list is as long as lists get here. Roboflow's server does not have this key.
+    """
 
     inference_id: str
     time: float
     image: Resolution
     predictions: list[Prediction]
+    truncated: bool
 
 
 class Info(BaseModel):
@@ -205,7 +211,7 @@ async def _infer(body: LmmBody, model_id: str | None, exchange: Exchange) -> Any
         if isinstance(result, ErrorResult):
             raise _of_image(index, explain(result.error)) if several else result.error
         assert isinstance(result, DetectResult)
-        answers.append(_answer(result.objects, body.prompt, image.size, seconds))
+        answers.append(_answer(result, body.prompt, image.size, seconds))
     return answers if several else answers[0]
 
 
@@ -260,15 +266,14 @@ def _of_image(index: int, error: ServerError) -> ServerError:
     return ServerError(error.status, said, kind=error.kind, param=error.param, retry_after=error.retry_after)
 
 
-def _answer(
-    objects: Sequence[DetectedObject], class_name: str, resolution_wh: tuple[int, int], seconds: float
-) -> dict[str, Any]:
+def _answer(result: DetectResult, class_name: str, resolution_wh: tuple[int, int], seconds: float) -> dict[str, Any]:
     width, height = resolution_wh
     return {
         "inference_id": str(uuid.uuid4()),
         "time": seconds,
         "image": {"width": width, "height": height},
-        "predictions": [_prediction(found, class_name, width, height) for found in objects],
+        "predictions": [_prediction(found, class_name, width, height) for found in result.objects],
+        "truncated": result.truncated,
     }
 
 

@@ -1,0 +1,118 @@
+"""The same boxes everywhere: the tiny model in this process, and behind a server of ours in each of its dialects.
+
+Run with `pytest tests/backends/test_everywhere.py`; Roboflow's own server has its turn in `tests/roboflow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from moondream_cv import Detector, connect, load
+from moondream_cv.backends import DIALECTS, MoondreamAPI
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import BackendError
+from tests.colour_model import ColourModel, picture
+from tests.served import served
+
+pytest.register_assert_rewrite("tests.detector_suite")
+
+from tests.detector_suite import DetectorBehaviour, Place, place_on, wide  # noqa: E402
+
+pytest.importorskip("inference_sdk")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[LocalModel]:
+    with load("tiny", device="cpu") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def url(tiny: LocalModel) -> Iterator[str]:
+    """A server of ours with the tiny model."""
+    with served(tiny) as server:
+        yield server.url
+
+
+def open_place(name: str, tiny: LocalModel, url: str) -> Place:
+    """The place of this name; all but the local model are to be closed."""
+    if name == "local":
+        return Place(tiny, address="tiny")
+    if name == "connect":
+        return Place(connect(url), address=url, compressed=True)
+    return place_on(url, *name.split())
+
+
+@pytest.fixture(
+    scope="module",
+    params=["local", "connect", *(f"{dialect} {form}" for dialect in DIALECTS for form in ("png", "jpeg"))],
+)
+def place(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> Iterator[Place]:
+    opened = open_place(request.param, tiny, url)
+    yield opened
+    if opened.model is not tiny:
+        opened.model.close()
+
+
+@pytest.fixture(scope="module", params=["local", "connect"])
+def named(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> Iterator[Place]:
+    opened = open_place(request.param, tiny, url)
+    yield opened
+    if opened.model is not tiny:
+        opened.model.close()
+
+
+class TestEverywhere(DetectorBehaviour):
+    """Local, and four dialects of our server."""
+
+
+def test_a_server_of_ours_is_asked_in_moondreams_dialect(url: str) -> None:
+    with connect(url) as model:
+        assert type(model) is MoondreamAPI
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny: LocalModel) -> Iterator[str]:
+    """A server that takes small images alone."""
+    with served(tiny, max_pixels=100_000) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_frame_that_the_server_refuses(narrow: str, tiny: LocalModel, dialect: str) -> None:
+    place = place_on(narrow, dialect, "png")
+    large = np.zeros((400, 400, 3), np.uint8)
+    with place.model as model:
+        with pytest.raises(BackendError, match="400x400 pixels, the limit is 100,000"):
+            Detector(model)([wide(), large], "dog")
+        first, refused, last = Detector(model, on_error="empty")([wide(), large, wide()], ["object", "dog"])
+    exact = Detector(tiny)(wide(), ["object", "dog"])
+    for found in (first, last):
+        place.check(found, exact)
+    assert len(refused) == 0
+
+
+@pytest.fixture(scope="module")
+def many() -> Iterator[str]:
+    """A server that finds everything that is red."""
+    with served(ColourModel()) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("most", [50, 55])
+def test_a_long_list_that_is_cut_is_marked(many: str, dialect: str, most: int) -> None:
+    frame = picture(*[("red", (x, 10, x + 5, 20)) for x in range(0, 600, 10)], size_wh=(600, 40))
+    with place_on(many, dialect, "png").model as model:
+        found, local = (
+            Detector(each, max_objects=most, mark_truncated=True)(frame, "red") for each in (model, ColourModel())
+        )
+    assert len(local) == most
+    assert np.asarray(local.data["truncated"]).all()
+    if dialect == "roboflow":  # whose requests cannot ask for more than the usual 50
+        local = local[:50]
+    np.testing.assert_array_equal(found.data["truncated"], local.data["truncated"])
+    np.testing.assert_allclose(found.xyxy, local.xyxy, rtol=0, atol=1e-3)
