@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moondream_cv.errors import UnsupportedSkill
 
-from .output import Report
+from .output import Report, shown_model
 
 if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
@@ -31,11 +31,8 @@ def opened_model(name: str, device: str | None, skills: set[str], report: Report
     try:
         missing = sorted(skills - model.skills)
         if missing:
-            from moondream_cv.backends.addresses import is_url, shown_url
-
-            shown = shown_url(name) if is_url(name) else name
             raise UnsupportedSkill(
-                f"the model {shown} cannot {', '.join(missing)}, only {', '.join(sorted(model.skills))}; "
+                f"the model {shown_model(name)} cannot {', '.join(missing)}, only {', '.join(sorted(model.skills))}; "
                 "try --model moondream2"
             )
         yield model

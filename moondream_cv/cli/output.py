@@ -31,6 +31,15 @@ class Report:
     """
 
     def __init__(self, command: str, as_json: bool, **header: Any) -> None:
+        """Begin a report.
+
+        Args:
+            command: Which one.
+            as_json: As the attribute.
+            header: What stands at the head of the JSON document; of a `model` that is a URL, what may be shown.
+        """
+        if isinstance(header.get("model"), str):
+            header["model"] = shown_model(header["model"])
         self.command = command
         self.as_json = as_json
         self._document = {"schema": SCHEMA, "version": __version__, "command": command, **header}
@@ -103,6 +112,13 @@ def error_text(error: Exception) -> str:
     if isinstance(error, (MoondreamError, ValueError)) and text:
         return shown(text)
     return shown(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def shown_model(name: str) -> str:
+    """Return a model's name as it may be shown: a URL without what it may hold of passwords and keys."""
+    from moondream_cv.backends.addresses import is_url, shown_url
+
+    return shown_url(name) if is_url(name) else name
 
 
 def shown(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options
+from .output import shown_model
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
@@ -104,7 +105,9 @@ def serve(
     from moondream_cv.server.running import run_server
 
     if "://" in model and (device or adapter):
-        raise ValueError(f"--device and --adapter are for a model that is loaded here, and {model} is a server")
+        raise ValueError(
+            f"--device and --adapter are for a model that is loaded here, and {shown_model(model)} is a server"
+        )
     if (certificate is None) != (certificate_key is None):
         raise ValueError("--tls-cert and --tls-key go together")
     for file in (certificate, certificate_key):
@@ -130,7 +133,9 @@ def serve(
         options=chosen,
     )
     scheme = "http" if certificate is None else "https"
-    typer.echo(f"Serving {model} at {scheme}://{'localhost' if host == '127.0.0.1' else host}:{port}", err=True)
+    typer.echo(
+        f"Serving {shown_model(model)} at {scheme}://{'localhost' if host == '127.0.0.1' else host}:{port}", err=True
+    )
     if not chosen.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"Warning: everyone who reaches {host} may use it; {KEYS_VARIABLE} asks for a key", err=True)
     files = (None if file is None else str(file) for file in (certificate, certificate_key))

@@ -114,3 +114,40 @@ def test_a_port_that_is_taken_is_said() -> None:
     assert process.returncode == 1
     assert "Address already in use; name another --host or --port" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_a_server_may_stand_in_for_the_model_wherever_one_is_named(tmp_path: Path) -> None:
+    picture = tmp_path / "cat.png"
+    Image.fromarray(render_scene(5, names=("cat",), style="plain").image).save(picture)
+
+    def detected(model: str) -> dict[str, Any]:
+        run = subprocess.run(
+            [sys.executable, "-m", "moondream_cv", "detect", str(picture), "-c", "cat", "-m", model, "--json"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert run.returncode == 0, run.stderr
+        found: dict[str, Any] = json.loads(run.stdout)
+        return found
+
+    with serving("--model", "tiny") as server, serving("--model", server.url) as gateway:
+        here = detected("tiny")
+        for url in (server.url, gateway.url):
+            there = detected(url.replace("http://", "http://someone:secret@"))
+            assert there["images"] == here["images"]
+            assert there["has_scores"]
+            assert there["model"] == url
+            assert "secret" not in json.dumps(there)
+
+
+def test_a_gateway_loads_nothing() -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "moondream_cv", "serve", "--model", "http://u:secret@localhost:1", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert refused.returncode == 2
+    assert "http://localhost:1 is a server" in refused.stderr
+    assert "secret" not in refused.stderr
