@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, cast, get_args, overload
 
 import numpy as np
@@ -399,12 +400,18 @@ def _open_model(model: str | os.PathLike[str] | VisionModel, device: str | None)
         return open_model(os.fspath(model), device)
     if device is not None:
         raise ValueError(f"device={device!r} is for a model that is given by name; {type(model).__name__} has its own")
-    if isinstance(model, type) or not isinstance(model, VisionModel):
+    if isinstance(model, type) or not _is_model(model):
         raise ValueError(
             f"model must be a name such as 'moondream2', a folder, a server's URL, or an open model, "
             f"not {type(model).__name__}: {model!r:.100}"
         )
     return model
+
+
+def _is_model(candidate: object) -> bool:
+    """Whether this is a `VisionModel`. `isinstance` would look at `has_scores`, for which some ask a server."""
+    methods = all(inspect.getattr_static(candidate, name, None) is not None for name in ("run", "close"))
+    return methods and isinstance(getattr(candidate, "skills", None), Set)
 
 
 def _is_encoded(frame: object) -> bool:
