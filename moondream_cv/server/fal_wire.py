@@ -23,6 +23,7 @@ from .dialect import Dialect
 from .errors import ServerError
 from .logs import request_id
 from .moondream import FoundObject, FoundPoint
+from .refusals import refusals as documented
 from .service import Exchange, Stream, wire_settings
 from .sse import event
 
@@ -138,19 +139,9 @@ _HEADERS: dict[str, Any] = {
     **HEADERS,
     "x-fal-error-type": {"description": "The body's `error_type`.", "schema": {"type": "string"}},
 }
-_RETRY = {**_HEADERS, "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "A value is out of range, the image cannot be read, or Moondream 2 lacks the skill."},
-    401: {"description": "The API key is missing or wrong."},
-    404: {"description": "There is no such request, or none any more."},
-    408: {"description": "The body stopped coming."},
-    413: {"description": "The body is too large."},
-    422: {"description": "The request does not fit the schema."},
-    429: {"description": "The queue is full.", "headers": _RETRY},
-    503: {"description": "There is no model, or it failed.", "headers": _RETRY},
-    504: {"description": "The time limit has passed."},
-    "4XX": {"description": "Something else is wrong with the request."},
-    "default": {"description": "The error that ended the request, with the status that it has without the queue."},
+_MEANINGS: dict[int | str, str] = {
+    404: "There is no such request, or none any more.",
+    "default": "The error that ended the request, with the status that it has without the queue.",
 }
 
 
@@ -160,7 +151,7 @@ def refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
     Args:
         *statuses: Those that it can answer.
     """
-    return {status: {"headers": _HEADERS, **_ERRORS[status], "model": FalError} for status in statuses}
+    return documented(FalError, *statuses, headers=_HEADERS, meanings=_MEANINGS)
 
 
 Arguments = CaptionArguments | QueryArguments | DetectArguments | PointArguments

@@ -29,6 +29,7 @@ from moondream_cv.requests import (
 
 from .dialect import Dialect
 from .errors import ServerError
+from .refusals import OF_A_SKILL, refusals
 from .service import Exchange, Service, Stream, open_exchange, wire_settings
 from .sse import event, event_stream
 
@@ -189,19 +190,7 @@ class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
-    for status, description in {
-        400: "A value is out of range, the image cannot be read, or Moondream 2 lacks the skill.",
-        401: "The API key is missing or wrong.",
-        404: "The model is not the one that is served.",
-        413: "The body is too large.",
-        422: "The body does not fit the schema.",
-        429: "The queue is full.",
-        503: "There is no model, or it failed.",
-        504: "The time limit has passed.",
-    }.items()
-}
+ERRORS = refusals(ErrorAnswer, *OF_A_SKILL)
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The reply; with `stream`, its pieces as they come, and `completed` at the end.",

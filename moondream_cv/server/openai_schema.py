@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from .moondream import Thoughts
+from .refusals import refusals as documented
 
 
 class ChatAnswer(BaseModel):
@@ -88,26 +89,10 @@ class OpenAIError(BaseModel):
     error: OpenAIErrorDetail
 
 
-_RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The body does not fit the schema, a value is out of range, or Moondream 2 cannot do that."},
-    401: {"description": "The API key is missing or wrong."},
-    404: {"description": "The model is not the one that is served."},
-    408: {"description": "The body stopped coming."},
-    413: {"description": "The body is too large."},
-    429: {"description": "The queue is full.", "headers": _RETRY},
-    503: {"description": "There is no model, or it failed.", "headers": _RETRY},
-    504: {"description": "The time limit has passed."},
-    # Without this one, FastAPI would document 422, which this dialect never answers.
-    "4XX": {"description": "Something else is wrong with the request."},
-}
-
-
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route answers beside its success, as FastAPI's `responses`.
 
     Args:
         *statuses: Those that it can answer.
     """
-    listed: tuple[int | str, ...] = (*statuses, "4XX")
-    return {status: {**_ERRORS[status], "model": OpenAIError} for status in listed}
+    return documented(OpenAIError, *statuses, "4XX")

@@ -20,6 +20,7 @@ class ServerOptions:
         max_body: Bytes of a request's body at the most.
         max_pixels: Pixels of an image at the most, judged before it is decoded.
         max_download: Bytes that an image URL may give at the most.
+        keep: Bytes of decoded images that are kept for when the same file comes again.
         private_urls: Whether image URLs may lead to loopback, private and link-local addresses.
         cors_origins: Origins whose pages may call the server from a browser; "*" is every page.
         page: Whether the playground is served at `/`.
@@ -32,12 +33,13 @@ class ServerOptions:
     max_body: int = 32 * MIB
     max_pixels: int = 50_000_000
     max_download: int = 20 * MIB
+    keep: int = 256 * MIB
     private_urls: bool = False
     cors_origins: tuple[str, ...] = ()
     page: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("queue", "max_body", "max_pixels", "max_download"):
+        for name in ("queue", "max_body", "max_pixels", "max_download", "keep"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")

@@ -28,6 +28,7 @@ from .dialect import Dialect
 from .errors import ClientLeft, ServerError, explain
 from .gate import no_key
 from .moondream import is_served
+from .refusals import OF_A_SKILL, refusals
 from .service import Exchange, Service, open_exchange, service_of
 
 MAX_IMAGES = 16  # of one request; all of them are in memory at a time
@@ -130,20 +131,6 @@ class Refused(BaseModel):
     error_type: str
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Refused, "description": description}
-    for status, description in {
-        400: "The image cannot be read, the prompt says nothing, or the model's names in path and body differ.",
-        401: "The API key is missing or wrong.",
-        404: "The model is not the one that is served.",
-        413: "The body is too large.",
-        422: "The body does not fit the schema.",
-        429: "The queue is full.",
-        503: "There is no model, or it failed.",
-        504: "The time limit has passed.",
-    }.items()
-}
-
 router = APIRouter(tags=["roboflow"])
 
 
@@ -176,7 +163,7 @@ _LMM: dict[str, Any] = {
     "summary": "Detect",
     "response_model": LmmAnswer | list[LmmAnswer],
     "dependencies": [Depends(check_key)],
-    "responses": _ERRORS,
+    "responses": refusals(Refused, *OF_A_SKILL),
 }
 
 

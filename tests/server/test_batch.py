@@ -360,8 +360,8 @@ def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.Monkey
 
 
 async def started(model: LocalModel) -> Service:
-    """A service in this event loop, one place of which is taken."""
-    service = Service(model, "tiny", ServerOptions())
+    """A service in this event loop that keeps no pictures, one place of which is taken."""
+    service = Service(model, "tiny", ServerOptions(keep=1))
     await service.start()
     service.take_place()
     return service

@@ -98,3 +98,29 @@ def test_a_path_of_this_machine_is_never_opened(pictures: Pictures, tmp_path: Pa
         with pytest.raises(ImageError) as caught:
             asyncio.run(pictures.open(value))
         assert "no such image file" not in str(caught.value)
+
+
+def test_the_same_file_is_decoded_once_as_long_as_there_is_room() -> None:
+    opened: list[int] = []
+
+    def prepare(rgb: np.ndarray) -> Image.Image:
+        opened.append(rgb.shape[1])
+        return Image.fromarray(rgb)
+
+    def uri_of(width: int) -> str:
+        return data_uri(Image.new("RGB", (width, 10)))
+
+    async def run() -> None:
+        pictures = Pictures(Fetcher(max_bytes=1), 10_000, prepare, keep=3 * 10 * 35)
+        first = await pictures.open(uri_of(10))
+        assert await pictures.open(uri_of(10)) is first
+        await pictures.open(uri_of(20))
+        assert await pictures.open(uri_of(10)) is first
+        await pictures.open(uri_of(15))  # pushes out the one that was not asked for for longest
+        await pictures.open(uri_of(20))
+        await pictures.open(uri_of(100))  # is larger than all that may be kept
+        await pictures.open(uri_of(100))
+        await pictures.close()
+
+    asyncio.run(run())
+    assert opened == [10, 20, 15, 20, 100, 100]
