@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import os
 import socket
@@ -29,7 +30,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._service.draining:
-            logger.info("shutting down: %d requests are being finished", self._service.taken)
+            # A signal comes in the middle of whatever is going on: what is said here belongs to no request.
+            taken = self._service.taken
+            contextvars.Context().run(logger.info, "shutting down: %d requests are being finished", taken)
         self._service.draining = True
         super().handle_exit(sig, frame)
 

@@ -44,7 +44,7 @@ def test_serves_logs_in_json_and_ends_well_with_sigterm(uri: str) -> None:
     assert "Serving tiny at http://localhost:" in log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert {"time", "level", "logger", "message"} <= lines[0].keys()
-    (answered,) = (line for line in lines if line.get("request_id") == "one")
+    (answered,) = (line for line in lines if line.get("request_id") == "one" and line["logger"].endswith(".gate"))
     assert (answered["message"], answered["status"]) == ("POST /v1/detect 200", 200)
     assert KEY not in log
     assert lines[-1]["message"].startswith("Finished server process")

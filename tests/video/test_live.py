@@ -265,7 +265,7 @@ def test_an_mjpeg_stream() -> None:
         time.sleep(0.3)
         next(source)  # waited
         late = next(source)
-        assert number_of(late.image) >= found[-1] + 10
+        assert number_of(late.image) > found[-1] + 4  # what came meanwhile is skipped: two frames were read
         assert source.problems == 0
 
 
