@@ -22,7 +22,7 @@ CONNECTIONS = 1024  # beyond those that hold a place: each may hold a request's 
 
 
 class _Server(uvicorn.Server):
-    """Tells the service when a signal has come, and gives up when the model cannot be loaded."""
+    """Tells the service when a signal has come, and gives up when there is no model, or no engine any more."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -37,7 +37,13 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._service.failure is not None
+        return await super().on_tick(counter) or self._failed()
+
+    def _failed(self) -> bool:
+        """Whether there is no model, or no engine any more: whoever supervises the server can start it again."""
+        if self._service.broken:
+            self._service.failure = MoondreamError("the engine has failed; its log says why")
+        return self._service.failure is not None
 
 
 def run_server(
@@ -54,6 +60,7 @@ def run_server(
 
     Raises:
         MoondreamError: The address is taken, or is none of this machine's.
+        MoondreamError: The engine has failed.
         Exception: Whatever kept the model from being loaded.
     """
     listening = listen(host, port)  # before the model is loaded, so that a taken address is known at once

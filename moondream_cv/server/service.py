@@ -81,6 +81,11 @@ class Service:
         return self._engine is not None and self._engine.alive and not self.draining
 
     @property
+    def broken(self) -> bool:
+        """Whether the engine has failed: it does not come back."""
+        return self._engine is not None and not self._engine.alive and not self.draining
+
+    @property
     def taken(self) -> int:
         """Places that are taken."""
         return self._taken

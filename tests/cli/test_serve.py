@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from PIL import Image
 
@@ -151,3 +152,16 @@ def test_a_gateway_loads_nothing() -> None:
     assert refused.returncode == 2
     assert "http://localhost:1 is a server" in refused.stderr
     assert "secret" not in refused.stderr
+
+
+def test_without_its_engine_a_server_ends() -> None:
+    with serving("--model", "tiny") as server:
+        (engine,) = [
+            child
+            for child in psutil.Process(server.process.pid).children()
+            if "spawn_main" in " ".join(child.cmdline())
+        ]
+        engine.kill()
+        status, log = server.finish()
+    assert status == 1
+    assert "the engine has failed" in log
