@@ -155,8 +155,10 @@ def test_nothing_is_lost_or_swapped_or_left_behind(tiny: LocalModel) -> None:
     with served(tiny) as running:
         ask_all(running, tiny, 400)
         gc.collect()
-        before = process.memory_info().rss
+        before, objects = process.memory_info().rss, len(gc.get_objects())
         for _ in range(4):
             ask_all(running, tiny, 400)
         gc.collect()
-        assert process.memory_info().rss - before < 60 * 2**20
+        assert len(gc.get_objects()) - objects < 2_000  # more than one of each request
+        # The clients are in this process, too, and 32 threads leave gaps in the allocator's memory.
+        assert process.memory_info().rss - before < 120 * 2**20
