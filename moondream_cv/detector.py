@@ -24,7 +24,7 @@ from PIL import Image
 from moondream_cv import cleanup
 from moondream_cv.errors import ImageError, UnsupportedSkill
 from moondream_cv.geometry import clip_xyxy, denormalize_xyxy
-from moondream_cv.images import ImageInput, to_rgb
+from moondream_cv.images import ImageInput, is_encoded, to_rgb
 from moondream_cv.requests import Detect, DetectResult, ErrorResult, Point, PointResult, Result, Settings
 from moondream_cv.vision_model import VisionModel
 
@@ -157,7 +157,7 @@ class _Finder:
 
     def _open(self, frame: Any, place: str) -> tuple[Any, tuple[int, int]] | ImageError:
         """The frame as one object for all its requests, so that it is encoded once, and its (width, height)."""
-        if _is_encoded(frame):
+        if is_encoded(frame):
             return frame, (frame.size[0], frame.size[1])
         if _is_video_frame(frame):
             return frame, (frame.shape[1], frame.shape[0])  # converting it here as well would cost milliseconds
@@ -414,14 +414,6 @@ def _is_model(candidate: object) -> bool:
     return methods and isinstance(getattr(candidate, "skills", None), Set)
 
 
-def _is_encoded(frame: object) -> bool:
-    """Whether a model has encoded this frame: it says its size, and is none of the kinds that `to_rgb` reads."""
-    if isinstance(frame, (np.ndarray, Image.Image)) or hasattr(frame, "read"):
-        return False
-    size = getattr(frame, "size", None)
-    return isinstance(size, tuple) and len(size) == 2 and not hasattr(frame, "numpy")
-
-
 def _is_video_frame(frame: object) -> bool:
     """Whether this is a BGR array as OpenCV reads it, which needs no decoding."""
     return (
@@ -435,7 +427,7 @@ def _is_video_frame(frame: object) -> bool:
 
 def _refuse_containers(frame: object) -> None:
     image_kinds = (str, bytes, bytearray, memoryview, np.ndarray)
-    if not isinstance(frame, Iterable) or isinstance(frame, image_kinds) or _is_encoded(frame):
+    if not isinstance(frame, Iterable) or isinstance(frame, image_kinds) or is_encoded(frame):
         return
     if hasattr(frame, "read") or hasattr(frame, "numpy"):  # files; tensors, which `to_rgb` has advice for
         return

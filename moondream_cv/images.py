@@ -87,6 +87,14 @@ def to_rgb(image: ImageInput, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
     raise ImageError(f"{shown} (of type {type(image).__name__}) is not an image; {_advice(image)}")
 
 
+def is_encoded(image: object) -> bool:
+    """Whether a model has made this of an image: it says its size, and is none of the kinds that `to_rgb` reads."""
+    if isinstance(image, (np.ndarray, Image.Image)) or hasattr(image, "read") or hasattr(image, "numpy"):
+        return False
+    size = getattr(image, "size", None)
+    return isinstance(size, tuple) and len(size) == 2
+
+
 def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int) -> npt.NDArray[np.uint8]:
     name = f"the array of shape {array.shape} and dtype {array.dtype}"
     if array.ndim == 1 and array.dtype == np.uint8:

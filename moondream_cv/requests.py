@@ -296,6 +296,19 @@ class ErrorResult:
 Result = Union[DetectResult, PointResult, QueryResult, CaptionResult, GazeResult, ErrorResult]  # noqa: UP007
 
 
+def pieces_of(result: Result) -> list[Any]:
+    """What a reply would have been streamed as, had it not come in one piece: objects, points, thoughts and text."""
+    if isinstance(result, DetectResult):
+        return list(result.objects)
+    if isinstance(result, PointResult):
+        return list(result.points)
+    if isinstance(result, CaptionResult):
+        return [result.caption]
+    if isinstance(result, QueryResult):
+        return [*([] if result.reasoning is None else [result.reasoning]), result.answer]
+    return []
+
+
 def _score(logprob: float | None) -> dict[str, float]:
     return {} if logprob is None else {"logprob": logprob}
 

@@ -18,18 +18,15 @@ from moondream_cv.backends.pictures import EncodedPicture, check_format, encode
 from moondream_cv.errors import BackendError, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
-    CaptionResult,
     Detect,
-    DetectResult,
     ErrorResult,
     Gaze,
     Point,
-    PointResult,
     Query,
-    QueryResult,
     Request,
     Result,
     Settings,
+    pieces_of,
 )
 from moondream_cv.vision_model import PublishedMethods
 
@@ -171,17 +168,7 @@ class RemoteModel(PublishedMethods):
 
     def _pieces(self, request: Request, picture: EncodedPicture | None) -> Iterator[Any]:
         """The pieces of one reply; here out of a reply in one piece."""
-        result = self._ask(request, picture)
-        if isinstance(result, DetectResult):
-            yield from result.objects
-        elif isinstance(result, PointResult):
-            yield from result.points
-        elif isinstance(result, QueryResult):
-            if result.reasoning is not None:
-                yield result.reasoning
-            yield result.answer
-        elif isinstance(result, CaptionResult):
-            yield result.caption
+        yield from pieces_of(self._ask(request, picture))
 
     def _probe_scores(self) -> Probe | None:
         """Ask the server what it is; None where it has no way to say so."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from moondream_cv.errors import ImageError
-from moondream_cv.images import to_rgb
+from moondream_cv.images import is_encoded, to_rgb
 
 ImageFormat = Literal["jpeg", "png"]
 
@@ -67,7 +67,7 @@ def encode(image: Any, image_format: str = "jpeg") -> EncodedPicture:
     Raises:
         ImageError: It cannot be read, or is an image that a local model has encoded.
     """
-    if _is_encoded(image):
+    if is_encoded(image):
         raise ImageError(f"{image!r:.100} is encoded for a local model and cannot be sent to a server; pass the image")
     pixels = to_rgb(image)
     size = (pixels.shape[1], pixels.shape[0])
@@ -76,14 +76,6 @@ def encode(image: Any, image_format: str = "jpeg") -> EncodedPicture:
     if file is None or mime is None:
         file, mime = _encoded(pixels, image_format)
     return EncodedPicture(base64.b64encode(file).decode("ascii"), mime, size)
-
-
-def _is_encoded(image: object) -> bool:
-    """Whether a model has encoded this: it says its size, and is none of the kinds that `to_rgb` reads."""
-    if isinstance(image, np.ndarray | Image.Image) or hasattr(image, "read") or hasattr(image, "numpy"):
-        return False
-    size = getattr(image, "size", None)
-    return isinstance(size, tuple) and len(size) == 2
 
 
 def _file(image: Any) -> bytes | None:

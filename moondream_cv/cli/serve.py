@@ -99,12 +99,13 @@ def serve(
     check_installed()
     # Threads of PyTorch that wait for work would else keep the cores busy that decode the next images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from moondream_cv.backends.addresses import is_url
     from moondream_cv.server.app import create_app
     from moondream_cv.server.logs import set_up_logging
     from moondream_cv.server.options import MIB, ServerOptions
     from moondream_cv.server.running import run_server
 
-    if "://" in model and (device or adapter):
+    if is_url(model) and (device or adapter):
         raise ValueError(
             f"--device and --adapter are for a model that is loaded here, and {shown_model(model)} is a server"
         )
@@ -188,7 +189,9 @@ def load_model(name: str, device: str | None, adapter: Path | None, cache_images
 
 def public_name(model: str) -> str:
     """What clients know a model as: its name, but of a folder the last part alone, and of a server nothing."""
-    if "://" in model:
+    from moondream_cv.backends.addresses import is_url
+
+    if is_url(model):
         return "moondream2"
     path = Path(model)
     return path.resolve().name if path.exists() or path.is_absolute() else model

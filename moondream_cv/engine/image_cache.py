@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.prepared import digest_of
+from moondream_cv.engine.prepared import PreparedImage, digest_of
 
 
 class ImageKey(NamedTuple):
@@ -73,15 +73,16 @@ class ImageCache:
         return self._nbytes
 
     @staticmethod
-    def key(rgb: np.ndarray, max_crops: int, variant: str | None) -> ImageKey:
+    def key(image: np.ndarray | PreparedImage, max_crops: int, variant: str | None) -> ImageKey:
         """Name an image by its content.
 
         Args:
-            rgb: [H, W, 3] uint8 RGB.
+            image: [H, W, 3] uint8 RGB, or such an image prepared.
             max_crops: Local crops at the most that it is or would be encoded with.
             variant: The adapter that it is or would be encoded with.
         """
-        return ImageKey(digest_of(rgb), max_crops, variant)
+        digest = image.digest if isinstance(image, PreparedImage) else digest_of(image)
+        return ImageKey(digest, max_crops, variant)
 
     def get(self, key: ImageKey) -> EncodedImage | None:
         """Return what is kept under a key, which counts as using it, or None."""

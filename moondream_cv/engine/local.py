@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
-from moondream_cv.engine.image_cache import ImageCache, ImageKey
-from moondream_cv.engine.prepared import PreparedImage, digest_of
+from moondream_cv.engine.image_cache import ImageCache
+from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.errors import MoondreamError
 from moondream_cv.images import to_rgb
@@ -233,8 +233,7 @@ class LocalModel(PublishedMethods):
         cache = self.image_cache
         if cache is None:
             return encode_images(self.network, frames, **self._encoding(settings))
-        digests = [frame.digest if isinstance(frame, PreparedImage) else digest_of(frame) for frame in frames]
-        keys = [ImageKey(digest, self.max_crops(settings), settings.variant) for digest in digests]
+        keys = [cache.key(frame, self.max_crops(settings), settings.variant) for frame in frames]
         found = {key: cache.get(key) for key in keys}
         missing = {key: frame for key, frame in zip(keys, frames, strict=True) if found[key] is None}
         encoded = encode_images(self.network, list(missing.values()), **self._encoding(settings))

@@ -154,13 +154,11 @@ class Batch:
         return described(await self._computed(body.request(image)))
 
     async def _computed(self, request: Request) -> Any:
-        call, outcome = self._service.submit(request), "cancelled"
+        call = self._service.submit(request)
         try:
             result = await asyncio.shield(call.done)
-            outcome = "error" if isinstance(result, ErrorResult) else "ok"
         finally:
-            self._service.cancel(call)
-            self._service.meters.skills.labels(request.skill, outcome).inc()
+            self._service.let_go(call)
         if isinstance(result, ErrorResult):
             raise result.error
         return result

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moondream_cv.engine.prepared import PreparedImage
-from moondream_cv.errors import MoondreamError, RequestCancelled
+from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import VisionConfig
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 
-from .engines import Call, Usage, report
+from .engines import Call, Usage, broken, report
 from .metrics import Meters
 
 if TYPE_CHECKING:
@@ -45,13 +45,11 @@ class Described:
         text: For the log.
         skills: What it can do.
         vision: Sizes of its crops.
-        keeps_images: Whether it looks images up by their content.
     """
 
     text: str
     skills: frozenset[str]
     vision: VisionConfig
-    keeps_images: bool
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class EngineProcess:
                 self._calls[number], self._numbers[call] = call, number
                 self._outgoing.put((number, _portable(call.request), call.streamed))
                 return
-        call.finish(ErrorResult(_broken()), Usage())
+        call.finish(ErrorResult(broken()), Usage())
 
     def cancel(self, call: Call) -> None:
         with self._lock:
@@ -199,7 +197,7 @@ class EngineProcess:
             calls, self._calls, self._numbers = list(self._calls.values()), {}, {}
         if calls:
             logger.error("the engine's process has ended with %d requests", len(calls))
-        report([], [(call, ErrorResult(_broken()), Usage()) for call in calls])
+        report([], [(call, ErrorResult(broken()), Usage()) for call in calls])
 
     def _tell(self, news: News) -> None:
         assert self._meters is not None
@@ -214,10 +212,6 @@ class EngineProcess:
                 self._meters.use(usage.prompt_tokens, usage.completion_tokens)
                 done.append((call, result, usage))
         report(pieces, done)
-
-
-def _broken() -> MoondreamError:
-    return MoondreamError("the engine has failed; the server must be started again")
 
 
 def _portable(request: Request) -> Request:
@@ -239,8 +233,7 @@ def _run(connection: Connection, load: Callable[[], LocalModel], set_up: Callabl
     except Exception as error:
         connection.send(_picklable(error))
         return
-    keeps = model.image_cache is not None
-    connection.send(Described(repr(model), model.skills, model.config.vision, keeps))
+    connection.send(Described(repr(model), model.skills, model.config.vision))
     try:
         _serve(model, connection)
     except (EOFError, OSError):
@@ -287,4 +280,4 @@ def _picklable(error: Exception) -> Exception:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return MoondreamError(f"{type(error).__name__}: {error}")
-    return RequestCancelled(str(error)) if isinstance(error, RequestCancelled) else error
+    return error

@@ -24,6 +24,7 @@ from moondream_cv.requests import (
     Reasoning,
     Request,
     Result,
+    pieces_of,
 )
 
 from .metrics import Meters
@@ -167,7 +168,7 @@ class LocalEngine:
         report(pieces, done)
 
     def _fail(self, error: Exception) -> None:
-        failure = MoondreamError("the engine has failed; the server must be started again")
+        failure = broken()
         failure.__cause__ = error
         with self._lock:
             self._failure = failure
@@ -215,7 +216,7 @@ class RemoteEngine:
             given = stream(call.request)
         except UnsupportedSkill:
             result = self._model.run([call.request])[0]
-            report([(call, _pieces(result))], [])
+            report([(call, pieces_of(result))], [])
             return result
         pieces = []
         for piece in given:
@@ -224,19 +225,6 @@ class RemoteEngine:
             pieces.append(piece)
             report([(call, [piece])], [])
         return _assemble(call.request, pieces)
-
-
-def _pieces(result: Result) -> list[Any]:
-    """What a stream of a reply would have given."""
-    if isinstance(result, DetectResult):
-        return list(result.objects)
-    if isinstance(result, PointResult):
-        return list(result.points)
-    if isinstance(result, CaptionResult):
-        return [result.caption]
-    if isinstance(result, QueryResult):
-        return [*([] if result.reasoning is None else [result.reasoning]), result.answer]
-    return []
 
 
 def _assemble(request: Request, pieces: list[Any]) -> Result:
@@ -248,6 +236,11 @@ def _assemble(request: Request, pieces: list[Any]) -> Result:
     reasoning = next((piece for piece in pieces if isinstance(piece, Reasoning)), None)
     text = "".join(piece for piece in pieces if isinstance(piece, str))
     return CaptionResult(text) if request.skill == "caption" else QueryResult(text, reasoning)
+
+
+def broken() -> MoondreamError:
+    """What callers are told once an engine has failed."""
+    return MoondreamError("the engine has failed; the server must be started again")
 
 
 def report(pieces: Iterable[tuple[Call, list[Any]]], results: Iterable[tuple[Call, Result, Usage]]) -> None:

@@ -183,9 +183,14 @@ class Service:
         self._engine.submit(call)
         return call
 
-    def cancel(self, call: Call) -> None:
-        if self._engine is not None and not call.done.done():
+    def let_go(self, call: Call) -> None:
+        """Count a call that nobody waits for any more, and cancel it if it has not come to an end."""
+        outcome = "cancelled"
+        if call.done.done():
+            outcome = "error" if isinstance(call.done.result(), ErrorResult) else "ok"
+        elif self._engine is not None:
             self._engine.cancel(call)
+        self.meters.skills.labels(call.request.skill, outcome).inc()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
@@ -320,15 +325,10 @@ class Exchange:
         return call
 
     def let_go(self, call: Call) -> None:
-        """Count a call, and cancel it if it has not come to an end."""
-        if call not in self._calls:
-            return
-        self.service.cancel(call)
-        done = call.done.done()
-        failed = not done or isinstance(call.done.result(), ErrorResult)
-        outcome = "ok" if not failed else "error" if done else "cancelled"
-        self.service.meters.skills.labels(call.request.skill, outcome).inc()
-        self._calls.remove(call)
+        """Let go of a call, once."""
+        if call in self._calls:
+            self._calls.remove(call)
+            self.service.let_go(call)
 
     async def _wait(self, work: Awaitable[T]) -> T:
         """Wait for something, but no longer than the client does and not past the time limit."""
