@@ -25,12 +25,12 @@ from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import VisionConfig
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 
-from .engines import Call, Usage, broken, report
+from .driving import Driver, News, Usage
+from .engines import Call, broken, report
 from .metrics import Meters
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
-    from moondream_cv.engine.waiting import Job
 
 logger = logging.getLogger(__name__)
 
@@ -50,25 +50,6 @@ class Described:
     text: str
     skills: frozenset[str]
     vision: VisionConfig
-
-
-@dataclass(frozen=True)
-class News:
-    """What one step has brought.
-
-    Attributes:
-        pieces: Of calls that are streamed, by their numbers.
-        results: Of calls that have ended, and what they took of the context.
-        rows: Requests that decode.
-        waiting: Requests that wait for room.
-        found: How often an image was found among those that are kept, and how often not, so far.
-    """
-
-    pieces: dict[int, list[Any]]
-    results: dict[int, tuple[Result, Usage]]
-    rows: int
-    waiting: int
-    found: tuple[int, int]
 
 
 class EngineProcess:
@@ -114,7 +95,6 @@ class EngineProcess:
         self._calls: dict[int, Call] = {}
         self._numbers: dict[Call, int] = {}
         self._next = 0
-        self._seen = (0, 0)
         self._lock = threading.Lock()
         self._ended = False
         self._threads = [
@@ -197,21 +177,17 @@ class EngineProcess:
             calls, self._calls, self._numbers = list(self._calls.values()), {}, {}
         if calls:
             logger.error("the engine's process has ended with %d requests", len(calls))
-        report([], [(call, ErrorResult(broken()), Usage()) for call in calls])
+        report({}, dict.fromkeys(calls, (ErrorResult(broken()), Usage())))
 
-    def _tell(self, news: News) -> None:
+    def _tell(self, news: News[int]) -> None:
         assert self._meters is not None
-        self._meters.step(news.rows, news.waiting, news.found[0] - self._seen[0], news.found[1] - self._seen[1])
-        self._seen = news.found
+        self._meters.count(news)
         with self._lock:
-            pieces = [(self._calls[number], new) for number, new in news.pieces.items() if number in self._calls]
-            done = []
-            for number, (result, usage) in news.results.items():
-                call = self._calls.pop(number)
+            pieces = {self._calls[number]: new for number, new in news.pieces.items()}
+            results = {self._calls.pop(number): ended for number, ended in news.results.items()}
+            for call in results:
                 del self._numbers[call]
-                self._meters.use(usage.prompt_tokens, usage.completion_tokens)
-                done.append((call, result, usage))
-        report(pieces, done)
+        report(pieces, results)
 
 
 def _portable(request: Request) -> Request:
@@ -241,9 +217,7 @@ def _run(connection: Connection, load: Callable[[], LocalModel], set_up: Callabl
 
 
 def _serve(model: LocalModel, connection: Connection) -> None:
-    scheduler = model.scheduler()
-    jobs: dict[int, tuple[Job, bool]] = {}
-    numbers: dict[Job, int] = {}
+    driver: Driver[int] = Driver(model)
     going_on, stopping = False, False
     while not stopping or going_on:
         while not stopping and (not going_on or connection.poll()):
@@ -251,27 +225,17 @@ def _serve(model: LocalModel, connection: Connection) -> None:
             if message is STOP:
                 stopping = True
             elif isinstance(message, int):
-                if message in jobs:
-                    scheduler.cancel(jobs[message][0])
+                driver.cancel(message)
             else:
-                number, request, streamed = message
-                job = scheduler.submit(request)
-                jobs[number], numbers[job] = (job, streamed), number
+                driver.submit(*message)
             going_on = True
-        going_on = scheduler.step()
-        pieces = {number: new for number, (job, streamed) in jobs.items() if streamed and (new := job.take())}
-        results: dict[int, tuple[Result, Usage]] = {}
-        for job in scheduler.results():
-            number = numbers.pop(job)
-            del jobs[number]
-            assert job.result is not None
-            result = job.result
-            if isinstance(result, ErrorResult):
-                result = ErrorResult(_picklable(result.error))
-            results[number] = result, Usage(job.prompt_tokens, job.written_tokens)
-        cache = model.image_cache
-        found = (0, 0) if cache is None else (cache.hits, cache.misses)
-        connection.send(News(pieces, results, scheduler.running, scheduler.waiting, found))
+        going_on, news = driver.step()
+        connection.send(replace(news, results={number: _portable_end(*end) for number, end in news.results.items()}))
+
+
+def _portable_end(result: Result, usage: Usage) -> tuple[Result, Usage]:
+    """A result as it travels: an error may hold what does not."""
+    return ErrorResult(_picklable(result.error)) if isinstance(result, ErrorResult) else result, usage
 
 
 def _picklable(error: Exception) -> Exception:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moondream_cv.errors import MoondreamError, RequestCancelled, UnsupportedSkill
 from moondream_cv.requests import (
@@ -27,22 +27,15 @@ from moondream_cv.requests import (
     pieces_of,
 )
 
+from .driving import Driver, Usage
 from .metrics import Meters
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
-    from moondream_cv.engine.waiting import Job
 
 logger = logging.getLogger(__name__)
 
 REMOTE_THREADS = 32
-
-
-class Usage(NamedTuple):
-    """Positions of the context that a request took: image and prompt, and the reply."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 class Call:
@@ -95,15 +88,12 @@ class LocalEngine:
     """Drives the scheduler of a model on this machine, so that calls that arrive together decode together."""
 
     def __init__(self, model: LocalModel, meters: Meters) -> None:
-        self._model, self._meters = model, meters
-        self._scheduler = model.scheduler()
-        self._calls: dict[Job, Call] = {}
-        self._jobs: dict[Call, Job] = {}
+        self._driver: Driver[Call] = Driver(model)
+        self._meters = meters
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._stopping = False
         self._failure: Exception | None = None
-        self._seen = (0, 0)  # hits and misses of the image cache so far
         self._thread = threading.Thread(target=self._run, name="moondream-cv engine", daemon=True)
         self._thread.start()
 
@@ -116,16 +106,12 @@ class LocalEngine:
             if self._failure is not None or self._stopping:
                 call.finish(ErrorResult(self._failure or RequestCancelled("the engine is stopping")), Usage())
                 return
-            job = self._scheduler.submit(call.request)
-            self._calls[job], self._jobs[call] = call, job
+            self._driver.submit(call, call.request, call.streamed)
         self._work.set()
 
     def cancel(self, call: Call) -> None:
-        with self._lock:
-            job = self._jobs.get(call)
-        if job is not None:
-            self._scheduler.cancel(job)
-            self._work.set()
+        self._driver.cancel(call)
+        self._work.set()
 
     def stop(self) -> None:
         with self._lock:
@@ -142,38 +128,20 @@ class LocalEngine:
             going_on = True
             while going_on:
                 try:
-                    going_on = self._scheduler.step()
-                    self._report()
+                    going_on, news = self._driver.step()
                 except Exception as error:  # of the engine itself; a request's own errors are its results
                     logger.exception("the engine has failed, and answers nothing any more")
                     self._fail(error)
                     return
-
-    def _report(self) -> None:
-        """Tell the event loops what the step has brought."""
-        cache = self._model.image_cache
-        seen = (0, 0) if cache is None else (cache.hits, cache.misses)
-        waiting = self._scheduler.waiting
-        self._meters.step(self._scheduler.running, waiting, seen[0] - self._seen[0], seen[1] - self._seen[1])
-        self._seen = seen
-        with self._lock:
-            pieces = [(call, new) for job, call in self._calls.items() if call.streamed and (new := job.take())]
-            done = []
-            for job in self._scheduler.results():
-                call = self._calls.pop(job)
-                del self._jobs[call]
-                assert job.result is not None
-                self._meters.use(job.prompt_tokens, job.written_tokens)
-                done.append((call, job.result, Usage(job.prompt_tokens, job.written_tokens)))
-        report(pieces, done)
+                self._meters.count(news)
+                report(news.pieces, news.results)
 
     def _fail(self, error: Exception) -> None:
         failure = broken()
         failure.__cause__ = error
         with self._lock:
             self._failure = failure
-            calls, self._calls, self._jobs = list(self._calls.values()), {}, {}
-        report([], [(call, ErrorResult(failure), Usage()) for call in calls])
+        report({}, dict.fromkeys(self._driver.names, (ErrorResult(failure), Usage())))
 
 
 class RemoteEngine:
@@ -205,7 +173,7 @@ class RemoteEngine:
         except Exception as error:
             result = ErrorResult(error)
         self._cancelled.discard(call)
-        report([], [(call, result, Usage())])
+        report({}, {call: (result, Usage())})
 
     def _stream(self, call: Call) -> Result:
         """Pass on the pieces of a reply; of a model that does not stream, all of them at the end."""
@@ -216,14 +184,14 @@ class RemoteEngine:
             given = stream(call.request)
         except UnsupportedSkill:
             result = self._model.run([call.request])[0]
-            report([(call, pieces_of(result))], [])
+            report({call: pieces_of(result)}, {})
             return result
         pieces = []
         for piece in given:
             if call in self._cancelled:
                 return ErrorResult(RequestCancelled("the request was cancelled"))
             pieces.append(piece)
-            report([(call, [piece])], [])
+            report({call: [piece]}, {})
         return _assemble(call.request, pieces)
 
 
@@ -243,12 +211,12 @@ def broken() -> MoondreamError:
     return MoondreamError("the engine has failed; the server must be started again")
 
 
-def report(pieces: Iterable[tuple[Call, list[Any]]], results: Iterable[tuple[Call, Result, Usage]]) -> None:
+def report(pieces: Mapping[Call, list[Any]], results: Mapping[Call, tuple[Result, Usage]]) -> None:
     """Tell event loops what calls have come to, from another thread; one that is closed has nobody left who waits."""
     news: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-    for call, new in pieces:
+    for call, new in pieces.items():
         news.setdefault(call.loop, []).append(partial(call.add, new))
-    for call, result, usage in results:
+    for call, (result, usage) in results.items():
         news.setdefault(call.loop, []).append(partial(call.finish, result, usage))
     for loop, steps in news.items():
         try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .driving import News
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -46,25 +50,16 @@ class Meters:
             registry=self.registry,
         )  # fmt: skip
 
-    def step(self, rows: int, waiting: int, hits: int, misses: int) -> None:
-        """Count a step of the engine.
-
-        Args:
-            rows: Requests that decode.
-            waiting: Requests that wait for room.
-            hits: Images that were found among those that are kept, since the last step.
-            misses: Images that were not.
-        """
-        if rows:
-            self.rows.observe(rows)
-        self.waiting.set(waiting)
-        self.image_cache.labels("hit").inc(hits)
-        self.image_cache.labels("miss").inc(misses)
-
-    def use(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count what a request has taken of the context."""
-        self.tokens.labels("prompt").inc(prompt_tokens)
-        self.tokens.labels("completion").inc(completion_tokens)
+    def count(self, news: News[Any]) -> None:
+        """Count what a step of the engine has brought."""
+        if news.rows:
+            self.rows.observe(news.rows)
+        self.waiting.set(news.waiting)
+        self.image_cache.labels("hit").inc(news.hits)
+        self.image_cache.labels("miss").inc(news.misses)
+        for _, usage in news.results.values():
+            self.tokens.labels("prompt").inc(usage.prompt_tokens)
+            self.tokens.labels("completion").inc(usage.completion_tokens)
 
     def text(self) -> bytes:
         """Everything, as Prometheus reads it."""

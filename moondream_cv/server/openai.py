@@ -22,7 +22,7 @@ from moondream_cv.requests import DetectResult, PointResult, Reasoning
 
 from . import operations
 from .dialect import Dialect
-from .engines import Usage
+from .driving import Usage
 from .errors import KINDS, ServerError
 from .openai_body import Asked, ChatBody, read_body
 from .openai_schema import ChatCompletion, ModelCard, refusals

@@ -24,8 +24,9 @@ from PIL import Image
 
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 
+from .driving import Usage
 from .engine_process import EngineProcess
-from .engines import Call, Engine, LocalEngine, RemoteEngine, Usage
+from .engines import Call, Engine, LocalEngine, RemoteEngine
 from .errors import ClientLeft, ServerError, explain
 from .fetching import Fetcher
 from .metrics import Meters

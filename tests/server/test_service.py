@@ -47,7 +47,7 @@ def talking(talker: LocalModel) -> Iterator[Served]:
 def rows(running: Served) -> int:
     """Requests that the engine decodes, or that wait for it."""
     engine: Any = running.service._engine
-    return len(engine._calls)
+    return len(engine._driver.names)
 
 
 def caption(uri: str, max_tokens: int = ENDLESS) -> dict[str, Any]:
