@@ -87,8 +87,10 @@ def serve(
 ) -> None:
     """Serve the model over HTTP, to the clients of Moondream, Roboflow Inference, OpenAI and fal.
 
-    The page at / is a playground. /health and /ready are for orchestrators, /metrics for Prometheus. SIGTERM finishes
-    what is running.
+    \b
+    The page at / is a playground. /health and /ready are for
+    orchestrators, /metrics for Prometheus. SIGTERM finishes what is
+    running.
 
     \b
     [bold]Examples[/]

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from moondream_cv import __version__
 
-from . import batch, fal, moondream, openai, operations, page, roboflow
+from . import batch, fal, fal_wire, moondream, openai, operations, page, roboflow
 from .dialect import find_dialect
 from .errors import ClientLeft, ServerError, explain, invalid
 from .gate import Entrance, Gate
@@ -23,7 +23,7 @@ from .service import Service
 if TYPE_CHECKING:
     from .service import Source
 
-EXPOSED = ("X-Request-Id", "Retry-After", "x-fal-request-id", "x-fal-error-type", "x-fal-request-timeout-type")
+EXPOSED = ("X-Request-Id", "Retry-After", fal_wire.REQUEST_ID, fal_wire.ERROR_TYPE, fal_wire.TIMEOUT_TYPE)
 DIALECTS = (openai.DIALECT, roboflow.DIALECT, fal.DIALECT, moondream.DIALECT)
 
 

@@ -30,6 +30,8 @@ from .sse import event
 T = TypeVar("T")
 APP = "/fal-ai/moondream2"
 REQUEST_ID = "x-fal-request-id"
+ERROR_TYPE = "x-fal-error-type"
+TIMEOUT_TYPE = "x-fal-request-timeout-type"
 USER_TIMEOUT = "request_timeout"
 
 
@@ -47,9 +49,9 @@ class FalDialect(Dialect):
     def answer(self, error: ServerError) -> JSONResponse:
         answer = super().answer(error)
         answer.headers[REQUEST_ID] = request_id.get() or ""
-        answer.headers["x-fal-error-type"] = error.kind
+        answer.headers[ERROR_TYPE] = error.kind
         if error.kind == USER_TIMEOUT:
-            answer.headers["x-fal-request-timeout-type"] = "user"  # or the clients would try again
+            answer.headers[TIMEOUT_TYPE] = "user"  # or the clients would try again
         return answer
 
 
@@ -137,7 +139,7 @@ class FalError(BaseModel):
 HEADERS: dict[str, Any] = {REQUEST_ID: {"schema": {"type": "string"}}}  # of all answers, for the published schema
 _HEADERS: dict[str, Any] = {
     **HEADERS,
-    "x-fal-error-type": {"description": "The body's `error_type`.", "schema": {"type": "string"}},
+    ERROR_TYPE: {"description": "The body's `error_type`.", "schema": {"type": "string"}},
 }
 _MEANINGS: dict[int | str, str] = {
     404: "There is no such request, or none any more.",
