@@ -284,8 +284,8 @@ def test_answers_come_as_they_are_ready_and_whoever_leaves_ends_it(talker: Local
             received = answer.iter_lines()
             assert "caption" in json.loads(next(received))["result"]
             assert json.loads(next(received))["error"]["code"] == 400
-            until(lambda: running.service.taken == len(engine._calls) == IN_FLIGHT)
-        until(lambda: running.service.taken == len(engine._calls) == 0)
+            until(lambda: running.service.taken == len(engine._driver.names) == IN_FLIGHT)
+        until(lambda: running.service.taken == len(engine._driver.names) == 0)
         assert 'skill="caption",outcome="cancelled"' in running.client.get("/metrics").text.replace(
             'outcome="cancelled",skill="caption"', 'skill="caption",outcome="cancelled"'
         )
@@ -311,7 +311,7 @@ def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> No
         assert ["result" in answer for answer in answers] == [True, False, False, True]
         assert [answer["error"]["code"] for answer in answers[1:3]] == [504, 504]
         assert "2 seconds" in answers[1]["error"]["message"]
-        assert not running.service._engine._calls
+        assert not running.service._engine._driver.names
 
 
 def test_a_client_that_does_not_read_holds_up_the_rest(tiny: LocalModel, uri: str) -> None:
