@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, cast, get_args, overload
 
 import numpy as np
@@ -31,6 +31,7 @@ from moondream_cv.vision_model import VisionModel
 logger = logging.getLogger(__name__)
 
 Self = TypeVar("Self", bound="_Finder")
+Failed = TypeVar("Failed")
 OnError = Literal["raise", "empty"]
 Box = tuple[float, float, float, float]
 
@@ -104,10 +105,22 @@ class _Finder:
             MoondreamError: The model failed on a frame (likewise).
         """
         names = check_classes(classes)
+        failed = functools.partial(self._fail, names)
         if isinstance(frame, list):
-            return self._find(frame, names)
+            return self._find(frame, names, failed)
         _refuse_containers(frame)
-        return self._find([frame], names, one=True)[0]
+        return self._find([frame], names, failed, one=True)[0]
+
+    def attempt(self, frames: list[Any], classes: str | Sequence[str]) -> list[sv.Detections | Exception]:
+        """Do what a call with a list does, and give what a frame failed with in its place, whatever `on_error` says.
+
+        Raises:
+            ValueError: As a call does; errors of frames are not raised.
+        """
+        names = check_classes(classes)
+        if not isinstance(frames, list):
+            raise ValueError(f"frames must come in a list, not in a {type(frames).__name__}")
+        return self._find(frames, names, lambda error, index: error)
 
     @overload
     async def acall(self, frame: list[Any], classes: str | Sequence[str]) -> list[sv.Detections]: ...
@@ -130,47 +143,36 @@ class _Finder:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _find(self, frames: list[Any], names: list[str], one: bool = False) -> list[sv.Detections]:
-        """Run every frame with every class at once and give each frame's detections, in order."""
+    def _find(
+        self, frames: list[Any], names: list[str], failed: Callable[[Exception, int], Failed], one: bool = False
+    ) -> list[sv.Detections | Failed]:
+        """Run every frame with every class at once and give each frame's detections, in order.
+
+        Args:
+            failed: Raises the error of a frame, or gives what takes the place of its detections.
+        """
         if self.confidence > 0 and not self.model.has_scores:
             _warn_no_scores(type(self.model).__name__)
-        opened = [self._open(frame, "" if one else f"frames[{index}]: ") for index, frame in enumerate(frames)]
-        requests = [
-            self._request(image[0], name, self.settings)
-            for image in opened
-            if not isinstance(image, Exception)
-            for name in names
-        ]
+        found: dict[int, sv.Detections | Failed] = {}
+        opened: dict[int, tuple[Any, tuple[int, int]]] = {}
+        for index, frame in enumerate(frames):
+            try:
+                opened[index] = _open_frame(frame, "" if one else f"frames[{index}]: ")
+            except ImageError as error:
+                found[index] = failed(error, index)
+        requests = [self._request(image, name, self.settings) for image, _ in opened.values() for name in names]
         results = self.model.run(requests) if requests else []
         if len(results) != len(requests):
             raise RuntimeError(f"{type(self.model).__name__} gave {len(results)} results for {len(requests)} requests")
         replies_in_order = iter(results)
-        found = []
-        for index, image in enumerate(opened):
-            if isinstance(image, Exception):
-                found.append(self._failed(image, index, names))
-                continue
+        for index, (_, resolution_wh) in opened.items():
             replies = [next(replies_in_order) for _ in names]
             errors = [reply.error for reply in replies if isinstance(reply, ErrorResult)]
-            found.append(self._failed(errors[0], index, names) if errors else self._convert(replies, names, image[1]))
-        return found
+            found[index] = failed(errors[0], index) if errors else self._convert(replies, names, resolution_wh)
+        return [found[index] for index in range(len(frames))]
 
-    def _open(self, frame: Any, place: str) -> tuple[Any, tuple[int, int]] | ImageError:
-        """The frame as one object for all its requests, so that it is encoded once, and its (width, height)."""
-        if is_encoded(frame):
-            return frame, (frame.size[0], frame.size[1])
-        if _is_video_frame(frame):
-            return frame, (frame.shape[1], frame.shape[0])  # converting it here as well would cost milliseconds
-        try:
-            picture = Image.fromarray(to_rgb(frame))
-        except ImageError as error:
-            located = ImageError(f"{place}{error}") if place else error
-            if self.on_error == "raise":
-                raise located from error.__cause__
-            return located
-        return picture, picture.size
-
-    def _failed(self, error: Exception, index: int, names: list[str]) -> sv.Detections:
+    def _fail(self, names: list[str], error: Exception, index: int) -> sv.Detections:
+        """What `on_error` says is to be done."""
         if self.on_error == "raise":
             raise error
         logger.warning("frame %d of this call gives no detections: %s", index, error)
@@ -391,6 +393,23 @@ def check_classes(classes: str | Sequence[str]) -> list[str]:
     if twice:
         raise ValueError(f"classes must differ, and these are there twice: {', '.join(map(repr, twice))}")
     return list(names)
+
+
+def _open_frame(frame: Any, place: str) -> tuple[Any, tuple[int, int]]:
+    """The frame as one object for all its requests, so that it is encoded once, and its (width, height).
+
+    Raises:
+        ImageError: It cannot be read; the message begins with `place`.
+    """
+    if is_encoded(frame):
+        return frame, (frame.size[0], frame.size[1])
+    if _is_video_frame(frame):
+        return frame, (frame.shape[1], frame.shape[0])  # converting it here as well would cost milliseconds
+    try:
+        picture = Image.fromarray(to_rgb(frame))
+    except ImageError as error:
+        raise ImageError(f"{place}{error}") from error.__cause__
+    return picture, picture.size
 
 
 def _open_model(model: str | os.PathLike[str] | VisionModel, device: str | None) -> VisionModel:

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moondream_cv.backends.addresses import is_url, shown_url
+from moondream_cv.backends.addresses import Address, is_url, shown_url
 from moondream_cv.backends.connecting import connect
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.hub import hub_cache
@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from moondream_cv.model.sources import Source
     from moondream_cv.vision_model import VisionModel
 
-__all__ = ["choose_device", "choose_dtype", "connect", "download", "find_source", "is_url", "load", "open_model"]
+__all__ = [
+    "check_name",
+    "choose_device",
+    "choose_dtype",
+    "connect",
+    "download",
+    "find_source",
+    "is_url",
+    "load",
+    "open_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +140,38 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     """
     from moondream_cv.model.sources import hub_source
 
+    found = _local_or_repo(name)
+    if not isinstance(found, tuple):
+        return found
+    try:
+        return hub_source(*found)
+    except CheckpointError as error:
+        if found[1] is not None:
+            raise
+        raise CheckpointError(
+            f"there is no folder {os.fspath(name)!r}, so it was taken for a repository: {error}"
+        ) from error
+
+
+def check_name(name: str | os.PathLike[str]) -> None:
+    """Refuse what `open_model` would refuse, as far as that can be told without a network and without loading.
+
+    Raises:
+        CheckpointError: It names no model, or one that cannot be used.
+        ValueError: It is a URL of no server.
+    """
+    from moondream_cv.model.sources import release_of
+
+    if is_url(name):
+        Address.of(os.fspath(name))
+        return
+    found = _local_or_repo(name)
+    if isinstance(found, tuple):
+        release_of(*found)
+
+
+def _local_or_repo(name: str | os.PathLike[str]) -> Source | tuple[str, str | None]:
+    """The model of this name if it is here, or else the repository and the revision that it means."""
     text = os.fspath(name)
     if not isinstance(text, str) or not text.strip():
         raise CheckpointError(f"the name of a model must say something, not {text!r}; {_accepted()}")
@@ -150,12 +192,7 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     match = _REPO.fullmatch(text)
     if match is None or isinstance(name, os.PathLike) or ".." in text:
         raise CheckpointError(f"there is no model {text[:200]!r}{_suggestion(text)}; {_accepted()}")
-    try:
-        return hub_source(match[1], match[2])
-    except CheckpointError as error:
-        if match[2] is not None:
-            raise
-        raise CheckpointError(f"there is no folder {text!r}, so it was taken for a repository: {error}") from error
+    return match[1], match[2]
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

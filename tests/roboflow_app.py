@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "METRICS_ENABLED": "False",
     "OFFLINE_MODE": "True",
     "TELEMETRY_OPT_OUT": "True",
+    "WORKFLOWS_PLUGINS": "moondream_cv_blocks",
 }
 _STATIC_FOLDERS = ("static", "_next/static")  # of the landing page, which the wheel leaves out and the app insists on
 _START_SECONDS = 60

@@ -113,20 +113,33 @@ def hub_source(repo: str, revision: str | None = None, **options: Any) -> Source
     Raises:
         CheckpointError: It cannot be fetched, or is of no known release and has no config of its own.
     """
+    revision, release = release_of(repo, revision)
+    if release is None:
+        file = fetch_file(repo, revision, "config.json", **options)
+        if explicit_config(read_config_file(file), f"{repo}@{revision}: config.json") is None:
+            raise _unknown(repo, revision)
+    return local_source(fetch_snapshot(repo, revision, **options), release)
+
+
+def release_of(repo: str, revision: str | None) -> tuple[str, Release | None]:
+    """The revision that is meant, and the release that it is; None where only its config can tell.
+
+    Raises:
+        CheckpointError: It is of no known release, and has no config that tells.
+    """
     if revision is None:
         revision = DEFAULT_REVISION if repo == DEFAULT_REPO else "main"
     release = find_release(repo, revision)
-    if release is None:
-        config = None
-        if repo != DEFAULT_REPO or not _is_date(revision):  # its dated releases never say their sizes
-            file = fetch_file(repo, revision, "config.json", **options)
-            config = explicit_config(read_config_file(file), f"{repo}@{revision}: config.json")
-        if config is None:
-            raise CheckpointError(
-                f"{repo}@{revision} is no release whose sizes are known here, and has no config.json with the sections "
-                f"text, vision and region; these work: {known_releases()}"
-            )
-    return local_source(fetch_snapshot(repo, revision, **options), release)
+    if release is None and repo == DEFAULT_REPO and _is_date(revision):  # its dated releases never say their sizes
+        raise _unknown(repo, revision)
+    return revision, release
+
+
+def _unknown(repo: str, revision: str) -> CheckpointError:
+    return CheckpointError(
+        f"{repo}@{revision} is no release whose sizes are known here, and has no config.json with the sections text, "
+        f"vision and region; these work: {known_releases()}"
+    )
 
 
 def _is_date(revision: str) -> bool:

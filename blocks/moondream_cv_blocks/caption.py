@@ -1,0 +1,96 @@
+"""`moondream_cv/caption@v1`: a description of each image."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from moondream_cv.requests import CAPTION_LENGTHS, Caption, Settings
+
+from .fields import Text, TextManifest, error_outputs, is_selector
+from .pool import ModelPool
+from .results import NO_ERROR, failed
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
+from .running import ask
+
+DESCRIPTION = """
+Describe images with **Moondream 2**, in a sentence (`short`), a paragraph (`normal`) or at length (`long`).
+
+All images of a batch go to the model in one call and are written together. Where other Moondream blocks look at the
+same image, it is encoded once for all of them.
+
+#### When an image fails
+
+`caption` is empty, `error_status` is true and `error_message` says why. The workflow goes on.
+"""
+
+
+class Manifest(TextManifest):
+    """What a step says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "name": "Moondream Caption",
+            "version": "v1",
+            "short_description": "Describe images in words.",
+            "long_description": DESCRIPTION,
+            "license": "Apache-2.0",
+            "block_type": "model",
+            "search_keywords": ["moondream", "caption", "describe", "VLM"],
+            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.43},
+        },
+        protected_namespaces=(),
+    )
+    type: Literal["moondream_cv/caption@v1"]
+    length: Literal["short", "normal", "long"] | Text = Field(
+        default="normal",
+        title="Length",
+        description="How much to say: `short`, `normal` or `long`.",
+        examples=["short", "normal", "long", "$inputs.length"],
+    )
+
+    @field_validator("length")
+    @classmethod
+    def _check_length(cls, value: str) -> str:
+        if not is_selector(value, "length") and value not in CAPTION_LENGTHS:
+            raise ValueError(f"length must be one of {', '.join(CAPTION_LENGTHS)}, not {value!r}")
+        return value
+
+    @classmethod
+    def describe_outputs(cls) -> list[OutputDefinition]:
+        return [OutputDefinition(name="caption", kind=[types.STRING_KIND]), *error_outputs()]
+
+
+class CaptionBlock(WorkflowBlock):
+    """Images → descriptions."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    @classmethod
+    def get_init_parameters(cls) -> list[str]:
+        return ["models"]
+
+    @classmethod
+    def get_manifest(cls) -> type[Manifest]:
+        return Manifest
+
+    def run(
+        self,
+        images: Batch[WorkflowImageData],
+        model: str,
+        length: str,
+        max_tokens: int,
+        temperature: float,
+    ) -> BlockResult:
+        def request(picture: Any, index: int) -> Caption:
+            return Caption(picture, length, Settings(temperature=temperature, max_tokens=max_tokens))
+
+        return [_outputs(result) for result in ask(self._models, model, list(images), request)]
+
+
+def _outputs(result: Any) -> dict[str, Any]:
+    if isinstance(result, Exception):
+        return {"caption": "", **failed(result, "moondream_cv/caption")}
+    return {"caption": result.caption, **NO_ERROR}

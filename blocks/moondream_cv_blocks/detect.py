@@ -1,0 +1,121 @@
+"""`moondream_cv/detect@v1`: boxes of whatever the class names mean."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from moondream_cv.detector import Detector
+
+from .fields import FinderManifest, Number, check_fraction, error_outputs
+from .pool import ModelPool
+from .results import NO_ERROR, as_prediction, failed, no_prediction
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
+from .running import find
+
+KIND = "object-detection"
+
+DESCRIPTION = """
+Detect objects by name with **Moondream 2**, an open-vocabulary vision-language model: any words will do, such as
+`person`, `red car` or `dented can`, and nothing needs to be trained.
+
+#### How it works
+
+- Every image is encoded once, and all classes are looked for together, so that eight classes cost little more than one.
+- All images of a batch go to the model in one call.
+- `confidence` is real: it comes from the probabilities of the tokens that the model chose.
+- `class_id` follows the order of `class_names`. Boxes of crops map back to the image that the crop was cut from.
+
+#### When an image fails
+
+Where an image cannot be read, or the model or its server fails on it, `predictions` is empty, `error_status` is true
+and `error_message` says why. The workflow goes on.
+
+#### What to connect it to
+
+Filters, trackers, counters, zones, dynamic crop, visualisations and sinks: whatever takes object detections. To track
+through a video without looking at every frame, use **Moondream Track** instead.
+
+It takes the place of `roboflow_core/moondream2@v1`: change the step's `type`, and rename `prompt` to `class_names`.
+"""
+
+
+class Manifest(FinderManifest):
+    """What a step says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "name": "Moondream Detect",
+            "version": "v1",
+            "short_description": "Detect objects of any classes by name, with real confidences.",
+            "long_description": DESCRIPTION,
+            "license": "Apache-2.0",
+            "block_type": "model",
+            "search_keywords": ["moondream", "open vocabulary", "zero-shot", "object detection", "VLM"],
+            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.4},
+        },
+        protected_namespaces=(),
+    )
+    type: Literal["moondream_cv/detect@v1"]
+    nms: float | Number | None = Field(
+        default=None,
+        title="NMS Threshold",
+        description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
+        "one; from 0 to 1. Not set: keep all.",
+        examples=[None, 0.5, "$inputs.nms"],
+    )
+
+    @field_validator("nms")
+    @classmethod
+    def _check_nms(cls, value: float | str | None) -> float | str | None:
+        return None if value is None else check_fraction(value, "nms")
+
+    @classmethod
+    def describe_outputs(cls) -> list[OutputDefinition]:
+        return [
+            OutputDefinition(name="predictions", kind=[types.OBJECT_DETECTION_PREDICTION_KIND]),
+            *error_outputs(),
+        ]
+
+
+class DetectBlock(WorkflowBlock):
+    """Images × class names → boxes."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    @classmethod
+    def get_init_parameters(cls) -> list[str]:
+        return ["models"]
+
+    @classmethod
+    def get_manifest(cls) -> type[Manifest]:
+        return Manifest
+
+    def run(
+        self,
+        images: Batch[WorkflowImageData],
+        class_names: list[str] | str,
+        model: str,
+        confidence: float,
+        max_objects: int,
+        nms: float | None,
+    ) -> BlockResult:
+        found = find(
+            Detector,
+            self._models,
+            model,
+            list(images),
+            class_names,
+            confidence=confidence,
+            max_objects=max_objects,
+            nms=nms,
+        )
+        return [_outputs(detections, image) for detections, image in zip(found, images, strict=True)]
+
+
+def _outputs(detections: Any, image: WorkflowImageData) -> dict[str, Any]:
+    if isinstance(detections, Exception):
+        return {"predictions": no_prediction(image, KIND), **failed(detections, "moondream_cv/detect")}
+    return {"predictions": as_prediction(detections, image, KIND), **NO_ERROR}

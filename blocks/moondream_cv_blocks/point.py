@@ -1,0 +1,120 @@
+"""`moondream_cv/point@v1`: a point on whatever the class names mean."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import supervision as sv
+from pydantic import ConfigDict
+
+from moondream_cv.detector import Pointer
+
+from .fields import FinderManifest, error_outputs
+from .pool import ModelPool
+from .results import NO_ERROR, as_prediction, failed, no_prediction
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, constants, types
+from .running import find
+
+KIND = "keypoint-detection"
+KEY_POINT = "point"  # the name of the only one that an object has
+
+# Before inference 1.1 points were lists of values.
+LABELED_POINTS_KIND = getattr(types, "LABELED_POINTS_KIND", types.LIST_OF_VALUES_KIND)
+
+DESCRIPTION = """
+Point at objects by name with **Moondream 2**: one point on each, where that is enough, is faster than a box and works
+on things that boxes do not suit. The names can be any words.
+
+#### Outputs
+
+- `predictions`: an object detection of zero area for each point, which carries the point as its only key point too.
+  Dot, label and key-point visualisations, filters, trackers, counters and zones take it. Its length is the count.
+- `points`: the same as labelled points in pixels, all positive, for blocks of the SAM family that segment what is
+  pointed at. Such a block takes all points of an image for one object: set `max_objects` to 1 to segment one.
+
+Images are encoded once however many classes there are, and all images of a batch go to the model in one call.
+
+#### When an image fails
+
+`predictions` and `points` are empty, `error_status` is true and `error_message` says why. The workflow goes on.
+"""
+
+
+class Manifest(FinderManifest):
+    """What a step says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "name": "Moondream Point",
+            "version": "v1",
+            "short_description": "Point at objects of any classes by name, or count them.",
+            "long_description": DESCRIPTION,
+            "license": "Apache-2.0",
+            "block_type": "model",
+            "search_keywords": ["moondream", "open vocabulary", "zero-shot", "point", "count", "key point", "VLM"],
+            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.41},
+        },
+        protected_namespaces=(),
+    )
+    type: Literal["moondream_cv/point@v1"]
+
+    @classmethod
+    def describe_outputs(cls) -> list[OutputDefinition]:
+        return [
+            OutputDefinition(
+                name="predictions",
+                kind=[types.KEYPOINT_DETECTION_PREDICTION_KIND, types.OBJECT_DETECTION_PREDICTION_KIND],
+            ),
+            OutputDefinition(name="points", kind=[LABELED_POINTS_KIND]),
+            *error_outputs(),
+        ]
+
+
+class PointBlock(WorkflowBlock):
+    """Images × class names → points."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    @classmethod
+    def get_init_parameters(cls) -> list[str]:
+        return ["models"]
+
+    @classmethod
+    def get_manifest(cls) -> type[Manifest]:
+        return Manifest
+
+    def run(
+        self,
+        images: Batch[WorkflowImageData],
+        class_names: list[str] | str,
+        model: str,
+        confidence: float,
+        max_objects: int,
+    ) -> BlockResult:
+        found = find(
+            Pointer, self._models, model, list(images), class_names, confidence=confidence, max_objects=max_objects
+        )
+        return [_outputs(detections, image) for detections, image in zip(found, images, strict=True)]
+
+
+def _outputs(detections: Any, image: WorkflowImageData) -> dict[str, Any]:
+    if isinstance(detections, Exception):
+        nothing = _with_key_points(no_prediction(image, KIND))
+        return {"predictions": nothing, "points": [], **failed(detections, "moondream_cv/point")}
+    points = [{"x": float(x), "y": float(y), "positive": True} for x, y in detections.xyxy[:, :2]]
+    prediction = as_prediction(_with_key_points(detections), image, KIND)
+    return {"predictions": prediction, "points": points, **NO_ERROR}
+
+
+def _with_key_points(detections: sv.Detections) -> sv.Detections:
+    """Each box's corner, which is all there is of it, as its key point: [N, 1, 2]."""
+    count = len(detections)
+    detections[constants.KEYPOINTS_XY_KEY_IN_SV_DETECTIONS] = detections.xyxy[:, None, :2].astype(np.float32)
+    detections[constants.KEYPOINTS_CONFIDENCE_KEY_IN_SV_DETECTIONS] = np.asarray(
+        detections.confidence, np.float32
+    ).reshape(count, 1)
+    detections[constants.KEYPOINTS_CLASS_ID_KEY_IN_SV_DETECTIONS] = np.zeros((count, 1), int)
+    detections[constants.KEYPOINTS_CLASS_NAME_KEY_IN_SV_DETECTIONS] = np.full((count, 1), KEY_POINT, object)
+    return detections

@@ -1,0 +1,198 @@
+"""`moondream_cv/query@v1`: an answer to a question about each image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+
+from moondream_cv.requests import Query, QueryResult, Settings
+
+from .fields import Anything, Flag, Text, TextManifest, error_outputs, is_selector
+from .pool import ModelPool
+from .results import NO_ERROR, failed
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
+from .running import ask
+
+DESCRIPTION = """
+Ask a question about each image and get **Moondream 2**'s answer, in words: "What colour is the car?", "Is the door
+open?", "What does the label say?".
+
+#### Questions that differ from image to image
+
+`{name}` in the question stands for the value of that name in `parameters`: something fixed, a workflow input, or the
+output of another step, which may differ for each image. `What colour is the {thing}?` with
+`{"thing": "$steps.classes.output"}` asks each crop for the colour of what was found there. `{{name}}` means `{name}`
+itself.
+
+#### Outputs
+
+- `answer`: what the model says. With a `temperature` of 0 the same image gets the same answer again.
+- `reasoning`: what it thought before, where `reasoning` is set; otherwise empty.
+- `grounding`: which parts of those thoughts speak of which points of the image:
+  `[{"start": 0, "end": 7, "text": "the dog", "points": [{"x": 120.0, "y": 80.5}]}]`, in pixels.
+
+All images of a batch go to the model in one call and are answered together.
+
+#### When an image fails
+
+`answer` and `reasoning` are empty, `error_status` is true and `error_message` says why. The workflow goes on.
+"""
+
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
+
+
+class Manifest(TextManifest):
+    """What a step says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "name": "Moondream Query",
+            "version": "v1",
+            "short_description": "Ask a question about images and get an answer in words.",
+            "long_description": DESCRIPTION,
+            "license": "Apache-2.0",
+            "block_type": "model",
+            "search_keywords": ["moondream", "question", "visual question answering", "VQA", "reasoning", "VLM"],
+            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.42},
+        },
+        protected_namespaces=(),
+    )
+    type: Literal["moondream_cv/query@v1"]
+    question: Text | str = Field(
+        title="Question",
+        description="What to ask. `{name}` stands for the value of that name in the parameters.",
+        examples=["What colour is the car?", "Is there a {thing} in the picture?", "$inputs.question"],
+        json_schema_extra={"multiline": True},
+    )
+    parameters: dict[str, Anything | str | int | float | bool] = Field(
+        default_factory=dict,
+        validate_default=True,
+        title="Parameters",
+        description="Values for the placeholders of the question: fixed, or selectors of inputs and of other steps.",
+        examples=[{"thing": "$inputs.thing"}, {"thing": "$steps.classes.output"}],
+    )
+    reasoning: bool | Flag = Field(
+        default=False,
+        title="Reasoning",
+        description="Think first, and say what was thought. Slower, and often better at counting and comparing.",
+        examples=[False, True, "$inputs.reasoning"],
+    )
+
+    @field_validator("question")
+    @classmethod
+    def _check_question(cls, value: str) -> str:
+        if not is_selector(value, "question") and not value.strip():
+            raise ValueError(f"question must say something, not {value!r}")
+        return value
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        question = info.data.get("question", "$")  # missing where it is wrong itself
+        if not question.startswith("$"):
+            filled(question, value)
+        return value
+
+    @classmethod
+    def get_parameters_accepting_batches_and_scalars(cls) -> list[str]:
+        return ["question", "parameters"]
+
+    @classmethod
+    def describe_outputs(cls) -> list[OutputDefinition]:
+        return [
+            OutputDefinition(name="answer", kind=[types.STRING_KIND]),
+            OutputDefinition(name="reasoning", kind=[types.STRING_KIND]),
+            OutputDefinition(name="grounding", kind=[types.LIST_OF_VALUES_KIND]),
+            *error_outputs(),
+        ]
+
+
+class QueryBlock(WorkflowBlock):
+    """Images × a question → answers."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    @classmethod
+    def get_init_parameters(cls) -> list[str]:
+        return ["models"]
+
+    @classmethod
+    def get_manifest(cls) -> type[Manifest]:
+        return Manifest
+
+    def run(
+        self,
+        images: Batch[WorkflowImageData],
+        model: str,
+        question: Batch[str] | str,
+        parameters: dict[str, Any],
+        reasoning: bool,
+        max_tokens: int,
+        temperature: float,
+    ) -> BlockResult:
+        sizes: dict[int, tuple[int, int]] = {}
+
+        def request(picture: Any, index: int) -> Query:
+            sizes[index] = picture.size
+            values = {name: _of_image(value, index) for name, value in parameters.items()}
+            asked = filled(_of_image(question, index), values)
+            return Query(picture, asked, reasoning, settings=Settings(temperature=temperature, max_tokens=max_tokens))
+
+        results = ask(self._models, model, list(images), request)
+        return [_outputs(result, sizes.get(index, (0, 0))) for index, result in enumerate(results)]
+
+
+def filled(question: Any, values: Mapping[str, Any]) -> str:
+    """A question with values in the place of its placeholders.
+
+    Raises:
+        ValueError: It is no text, or there is no value of a name.
+    """
+    if not isinstance(question, str):
+        raise ValueError(f"question must be a text, not {type(question).__name__}: {question!r:.100}")
+
+    def value(match: re.Match[str]) -> str:
+        literal, name = match.groups()
+        if literal is not None:
+            return f"{{{literal}}}"
+        if name not in values:
+            names = ", ".join(values) or "nothing"
+            raise ValueError(
+                f"question has the placeholder {{{name}}}, and parameters has {names}; for the word in braces itself "
+                f"write {{{{{name}}}}}"
+            )
+        return str(values[name])
+
+    return _PLACEHOLDER.sub(value, question)
+
+
+def _of_image(value: Any, index: int) -> Any:
+    return value[index] if isinstance(value, Batch) else value
+
+
+def _outputs(result: Any, resolution_wh: tuple[int, int]) -> dict[str, Any]:
+    if isinstance(result, Exception):
+        return {"answer": "", "reasoning": "", "grounding": [], **failed(result, "moondream_cv/query")}
+    thoughts = result.reasoning
+    text = "" if thoughts is None else thoughts.text
+    return {"answer": result.answer, "reasoning": text, "grounding": _grounding(result, resolution_wh), **NO_ERROR}
+
+
+def _grounding(result: QueryResult, resolution_wh: tuple[int, int]) -> list[dict[str, Any]]:
+    """What thoughts speak of, in pixels."""
+    if result.reasoning is None:
+        return []
+    width, height = resolution_wh
+    return [
+        {
+            "start": ground.start,
+            "end": ground.end,
+            "text": result.reasoning.text[ground.start : ground.end],
+            "points": [{"x": x * width, "y": y * height} for x, y in ground.points],
+        }
+        for ground in result.reasoning.grounding
+    ]

@@ -1,0 +1,78 @@
+"""From the engine's images to frames, from what a model gives to outputs, and from what fails to error outputs."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import supervision as sv
+
+from moondream_cv.errors import ImageError, MoondreamError
+
+from .roboflow import WorkflowImageData, attach_parents_coordinates_to_sv_detections, constants
+
+logger = logging.getLogger(__name__)
+
+NO_ERROR = {"error_status": False, "error_message": ""}
+
+
+def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
+    """[H, W, 3] BGR or [H, W] grey.
+
+    Raises:
+        ImageError: There are none.
+    """
+    try:
+        pixels = image.numpy_image
+    except Exception as error:  # of whatever reads it when it is asked for
+        raise ImageError(f"the image cannot be read: {error}") from error
+    if pixels is None:
+        raise ImageError("the image cannot be read")
+    return pixels
+
+
+def failed(error: Exception, step: str) -> dict[str, Any]:
+    """The error outputs of an image; what is not meant to happen is logged with its traceback.
+
+    Args:
+        step: Which block it was.
+    """
+    expected = isinstance(error, (MoondreamError, ValueError))
+    logger.log(
+        logging.WARNING if expected else logging.ERROR, "%s: %s", step, error, exc_info=None if expected else error
+    )
+    return {"error_status": True, "error_message": str(error) or type(error).__name__}
+
+
+def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str) -> sv.Detections:
+    """Detections with what the engine's blocks and serialisers look for: ids, and where in which image they are.
+
+    Args:
+        detections: In pixels of the image; filled in place.
+        kind: The prediction's type, such as "object-detection".
+    """
+    count = len(detections)
+    height, width = pixels_of(image).shape[:2]
+    detections[constants.DETECTION_ID_KEY] = np.array([str(uuid.uuid4()) for _ in range(count)], dtype=str)
+    detections[constants.PREDICTION_TYPE_KEY] = np.array([kind] * count, dtype=str)
+    detections[constants.IMAGE_DIMENSIONS_KEY] = np.array([[height, width]] * count, dtype=int).reshape(-1, 2)
+    if not count:  # no row can say it
+        detections.metadata[constants.IMAGE_DIMENSIONS_KEY] = [height, width]
+    return attach_parents_coordinates_to_sv_detections(detections, image)
+
+
+def no_prediction(image: WorkflowImageData, kind: str) -> sv.Detections:
+    """What stands in the place of detections on an image that failed."""
+    nothing = sv.Detections(
+        xyxy=np.empty((0, 4), np.float32),
+        confidence=np.empty(0, np.float32),
+        class_id=np.empty(0, int),
+        data={"class_name": np.empty(0, str)},
+    )
+    try:
+        return as_prediction(nothing, image, kind)
+    except Exception:  # nothing is known of an image that cannot be read
+        return nothing

@@ -1,0 +1,57 @@
+"""What the blocks use of Roboflow's workflows engine, from wherever that lives.
+
+It is the distribution `roboflow-workflows`; before `inference` 1.6 it was a part of that.
+"""
+
+from __future__ import annotations
+
+try:
+    from roboflow_workflows.core_steps.common.utils import attach_parents_coordinates_to_sv_detections
+    from roboflow_workflows.execution_engine import constants
+    from roboflow_workflows.execution_engine.entities import types
+    from roboflow_workflows.execution_engine.entities.base import (
+        Batch,
+        OutputDefinition,
+        VideoMetadata,
+        WorkflowImageData,
+    )
+    from roboflow_workflows.prototypes import block as prototypes
+    from roboflow_workflows.prototypes.block import BlockResult, WorkflowBlock, WorkflowBlockManifest
+except ModuleNotFoundError as missing:
+    if missing.name != "roboflow_workflows":
+        raise
+    try:
+        from inference.core.workflows.core_steps.common.utils import attach_parents_coordinates_to_sv_detections
+        from inference.core.workflows.execution_engine import constants
+        from inference.core.workflows.execution_engine.entities import types
+        from inference.core.workflows.execution_engine.entities.base import (
+            Batch,
+            OutputDefinition,
+            VideoMetadata,
+            WorkflowImageData,
+        )
+        from inference.core.workflows.prototypes import block as prototypes
+        from inference.core.workflows.prototypes.block import BlockResult, WorkflowBlock, WorkflowBlockManifest
+    except ModuleNotFoundError as error:
+        if error.name != "inference":
+            raise
+        raise ImportError(
+            'these blocks need Roboflow\'s workflows engine: pip install "moondream-cv[workflows]"'
+        ) from error
+
+__all__ = [
+    "ENGINE_VERSIONS",
+    "Batch",
+    "BlockResult",
+    "OutputDefinition",
+    "VideoMetadata",
+    "WorkflowBlock",
+    "WorkflowBlockManifest",
+    "WorkflowImageData",
+    "attach_parents_coordinates_to_sv_detections",
+    "constants",
+    "prototypes",
+    "types",
+]
+
+ENGINE_VERSIONS = ">=1.3.0,<2.0.0"

@@ -1,0 +1,96 @@
+"""All images of a batch in one call of the model, and for each image what came of it: a result, or its error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import supervision as sv
+from PIL import Image
+
+from moondream_cv.detector import Detector, Pointer
+from moondream_cv.errors import UnsupportedSkill
+from moondream_cv.images import to_rgb
+from moondream_cv.requests import ErrorResult, Request, Result
+
+from .fields import class_list
+from .pool import ModelPool
+from .results import pixels_of
+from .roboflow import WorkflowImageData
+
+
+def find(
+    kind: type[Detector] | type[Pointer],
+    pool: ModelPool,
+    model: str,
+    images: Sequence[WorkflowImageData],
+    class_names: Any,
+    **options: Any,
+) -> list[sv.Detections | Exception]:
+    """Look for classes on images.
+
+    Args:
+        kind: What finds them.
+        model: A name for the pool.
+        class_names: As `class_list` takes them.
+        options: Arguments of `kind`.
+    """
+    if not len(images):
+        return []
+    frames, errors = _readable(images, pixels_of)
+    try:
+        names = class_list(class_names)
+        found = kind(pool.get(model), **options).attempt(list(frames.values()), names)
+    except Exception as error:  # of the step, not of an image
+        return [error] * len(images)
+    return _in_order(errors | dict(zip(frames, found, strict=True)))
+
+
+def ask(
+    pool: ModelPool, model: str, images: Sequence[WorkflowImageData], request: Callable[[Any, int], Request]
+) -> list[Result | Exception]:
+    """Ask something of each image.
+
+    Args:
+        model: A name for the pool.
+        request: Makes a request of a picture and its number; what it raises is the image's error.
+    """
+    if not len(images):
+        return []
+    pictures, errors = _readable(images, lambda image: Image.fromarray(to_rgb(pixels_of(image))))
+    requests: dict[int, Request] = {}
+    for index, picture in pictures.items():
+        try:
+            requests[index] = request(picture, index)
+        except Exception as error:
+            errors[index] = error
+    try:
+        opened = pool.get(model)
+        lacking = next((r.skill for r in requests.values() if r.skill not in opened.skills), None)
+        if lacking is not None:
+            raise UnsupportedSkill(
+                f"{model!r} cannot {lacking}, only {', '.join(sorted(opened.skills))}; moondream2 can, and so can "
+                "moondream-cv serve"
+            )
+        results = opened.run(list(requests.values())) if requests else []
+    except Exception as error:
+        return [error] * len(images)
+    given = [result.error if isinstance(result, ErrorResult) else result for result in results]
+    return _in_order(errors | dict(zip(requests, given, strict=True)))
+
+
+def _readable(
+    images: Sequence[WorkflowImageData], read: Callable[[WorkflowImageData], Any]
+) -> tuple[dict[int, Any], dict[int, Any]]:
+    """What was read of images, and the errors of the others, by their numbers."""
+    pictures, errors = {}, {}
+    for index, image in enumerate(images):
+        try:
+            pictures[index] = read(image)
+        except Exception as error:
+            errors[index] = error
+    return pictures, errors
+
+
+def _in_order(outcomes: dict[int, Any]) -> list[Any]:
+    return [outcomes[index] for index in range(len(outcomes))]

@@ -1,0 +1,301 @@
+"""`moondream_cv/track@v1`: objects with numbers that stay, on every frame of each video source.
+
+The model looks at every Nth frame. Between those, boxes are predicted: a workflow gives each frame back before it gets
+the next one, so what comes is not known, as with a live source of `moondream_cv.video`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import supervision as sv
+from pydantic import ConfigDict, Field, field_validator
+
+from moondream_cv.detector import Detector
+from moondream_cv.video import Frame, Tracking
+from moondream_cv.video.base import ASSUMED_FPS
+from moondream_cv.video.between import as_detections, predicted
+
+from .detect import KIND
+from .fields import FinderManifest, Integer, Number, check_count, check_fraction, class_list, error_outputs
+from .pool import ModelPool
+from .results import NO_ERROR, as_prediction, failed, no_prediction, pixels_of
+from .roboflow import (
+    Batch,
+    BlockResult,
+    OutputDefinition,
+    VideoMetadata,
+    WorkflowBlock,
+    WorkflowImageData,
+    prototypes,
+    types,
+)
+from .running import find
+
+MAX_SOURCES = 64  # that are remembered; those seen longest ago are forgotten
+
+DESCRIPTION = """
+Detect objects by name with **Moondream 2** on every Nth frame of a video, and follow them in between. Things keep their
+numbers when they cross, hide, or leave and come back.
+
+#### How it works
+
+- The model looks at a frame of a source when `every` frames have passed since the last one it looked at, by the frame
+  numbers in the video's metadata. The frames of several sources that are due at the same time go to it in one call.
+- Each source has its own tracker for each class. On the frames in between, boxes move on as they moved before.
+- A source that starts again from the beginning, or changes its size, is tracked anew; numbers are not given twice.
+- Images without video metadata count as one frame after the other of the same source.
+
+#### Outputs
+
+- `tracked_detections`: what is on the frame, each with its `tracker_id`.
+- `new_instances`: those of them whose number is there for the first time.
+- `already_seen_instances`: the others.
+
+Line counters, zones, time in zone, trace visualisations and velocity take them.
+
+#### When a frame fails
+
+The detections are empty, `error_status` is true and `error_message` says why. The workflow goes on, and the model looks
+again after `every` frames.
+
+State lives in the process: use it in an `InferencePipeline` or with one `ExecutionEngine` for all frames, not in single
+HTTP requests.
+"""
+
+
+class Manifest(FinderManifest):
+    """What a step says."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "name": "Moondream Track",
+            "version": "v1",
+            "short_description": "Detect objects by name on every Nth frame and follow them in between.",
+            "long_description": DESCRIPTION,
+            "license": "Apache-2.0",
+            "block_type": "model",
+            "search_keywords": ["moondream", "open vocabulary", "zero-shot", "track", "video", "count", "VLM"],
+            "ui_manifest": {"section": "video", "icon": "fal fa-moon", "blockPriority": 5.44},
+        },
+        protected_namespaces=(),
+    )
+    type: Literal["moondream_cv/track@v1"]
+    every: int | Integer = Field(
+        default=5,
+        title="Every Nth Frame",
+        description="Look at one frame in so many. 1 looks at all of them.",
+        examples=[5, 1, "$inputs.every"],
+    )
+    nms: float | Number | None = Field(
+        default=None,
+        title="NMS Threshold",
+        description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
+        "one; from 0 to 1. Not set: keep all.",
+        examples=[None, 0.5, "$inputs.nms"],
+    )
+    tracker: Literal["sort", "ocsort", "bytetrack", "botsort"] = Field(
+        default="sort",
+        title="Tracker",
+        description="Which tracker of the `trackers` package matches boxes from one look to the next.",
+        examples=["sort", "bytetrack"],
+    )
+
+    @field_validator("every")
+    @classmethod
+    def _check_every(cls, value: int | str) -> int | str:
+        return check_count(value, "every")
+
+    @field_validator("nms")
+    @classmethod
+    def _check_nms(cls, value: float | str | None) -> float | str | None:
+        return None if value is None else check_fraction(value, "nms")
+
+    @classmethod
+    def get_restrictions(cls) -> list[Any]:
+        """Engines from 1.17 on show them."""
+        names = ("STATEFUL_VIDEO_HTTP_SOFT_RESTRICTION", "STILL_IMAGE_INPUT_SOFT_RESTRICTION")
+        return [getattr(prototypes, name) for name in names if hasattr(prototypes, name)]
+
+    @classmethod
+    def describe_outputs(cls) -> list[OutputDefinition]:
+        return [
+            OutputDefinition(name=name, kind=[types.OBJECT_DETECTION_PREDICTION_KIND])
+            for name in ("tracked_detections", "new_instances", "already_seen_instances")
+        ] + error_outputs()
+
+
+class TrackBlock(WorkflowBlock):
+    """Frames × class names → boxes with numbers."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+        self._streams: OrderedDict[str, _Stream] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def get_init_parameters(cls) -> list[str]:
+        return ["models"]
+
+    @classmethod
+    def get_manifest(cls) -> type[Manifest]:
+        return Manifest
+
+    def run(
+        self,
+        images: Batch[WorkflowImageData],
+        class_names: list[str] | str,
+        model: str,
+        confidence: float,
+        max_objects: int,
+        every: int,
+        nms: float | None,
+        tracker: str,
+    ) -> BlockResult:
+        try:
+            check_count(every, "every")
+            names = class_list(class_names)
+        except Exception as error:
+            return [_failed(error, image) for image in images]
+        with self._lock:
+            places = [self._place(image, every, names, tracker) for image in images]
+        due = [index for index, place in enumerate(places) if isinstance(place, _Place) and place.due]
+        found = find(
+            Detector,
+            self._models,
+            model,
+            [images[index] for index in due],
+            names,
+            confidence=confidence,
+            max_objects=max_objects,
+            nms=nms,
+        )
+        looked = dict(zip(due, found, strict=True))
+        with self._lock:
+            return [
+                _outputs(place, image, looked.get(index))
+                for index, (place, image) in enumerate(zip(places, images, strict=True))
+            ]
+
+    def _place(self, image: WorkflowImageData, every: int, names: Sequence[str], tracker: str) -> _Place | Exception:
+        """Where a frame belongs, or why that cannot be told."""
+        try:
+            pixels = pixels_of(image)
+            metadata = image.video_metadata
+        except Exception as error:
+            return error
+        source = metadata.video_identifier
+        if source not in self._streams:
+            self._streams[source] = _Stream(metadata, tracker)
+            if len(self._streams) > MAX_SOURCES:
+                self._streams.popitem(last=False)
+        self._streams.move_to_end(source)
+        return self._streams[source].place(metadata.frame_number, pixels, every, names)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A frame of a source.
+
+    Attributes:
+        due: Whether the model is to look at it.
+        anew: Whether nothing is carried over into it.
+        interval: Seconds from one look to the next.
+    """
+
+    stream: _Stream
+    frame: Frame
+    names: Sequence[str]
+    due: bool
+    anew: bool
+    interval: float
+
+
+class _Stream:
+    """What is remembered of a source. Frames are placed, then looked at together, then tracked, each in their order."""
+
+    def __init__(self, metadata: VideoMetadata, tracker: str) -> None:
+        self._fps = metadata.fps or metadata.measured_fps or ASSUMED_FPS
+        self._tracker = Tracking(tracker).start()
+        self._number: int | None = None  # of the last frame, as the source counts
+        self._index = -1  # of the last frame, as it is counted here: it never falls
+        self._looked: int | None = None
+        self._scene: tuple[Any, ...] = ()  # while it is the same, objects are
+        self._highest = 0  # number of an object
+
+    def place(self, number: int, pixels: Any, every: int, names: Sequence[str]) -> _Place:
+        """Count a frame, and say what is to be done with it.
+
+        Args:
+            number: As the source counts. The same again is another frame of a source that does not count.
+        """
+        step = 1 if self._number is None else number - self._number
+        scene = (pixels.shape[:2], tuple(names))
+        anew = step < 0 or scene != self._scene
+        self._number, self._scene = number, scene
+        self._index += max(step, 1)
+        due = anew or self._looked is None or self._index - self._looked >= every
+        if due:
+            self._looked = self._index
+        frame = Frame(pixels, self._index, self._index / self._fps)
+        return _Place(self, frame, names, due, anew, every / self._fps)
+
+    def detections(self, place: _Place, found: sv.Detections | None) -> sv.Detections:
+        """What is on a frame, with numbers.
+
+        Args:
+            found: What the model has seen on it; None where it did not look.
+        """
+        frame = place.frame
+        if place.anew:
+            self._tracker = self._tracker.anew()
+        if found is not None:
+            self._tracker.update(found, frame)
+        resolution_wh = (frame.image.shape[1], frame.image.shape[0])
+        interval = max(self._tracker.interval, place.interval)
+        seen = predicted(self._tracker.tracks.values(), frame.time, interval, resolution_wh)
+        return as_detections(seen, place.names, resolution_wh)
+
+    def are_new(self, detections: sv.Detections) -> npt.NDArray[np.bool_]:
+        """Which of them are there for the first time, [N]: numbers only rise."""
+        numbers = np.asarray(detections.tracker_id, int)
+        new: npt.NDArray[np.bool_] = numbers > self._highest
+        self._highest = max(self._highest, *numbers.tolist(), 0)
+        return new
+
+
+def _outputs(place: _Place | Exception, image: WorkflowImageData, found: Any) -> dict[str, Any]:
+    if isinstance(place, Exception):
+        return _failed(place, image)
+    if isinstance(found, Exception):
+        return _failed(found, image)
+    tracked = as_prediction(place.stream.detections(place, found), image, KIND)
+    new = place.stream.are_new(tracked)
+    return {
+        "tracked_detections": tracked,
+        "new_instances": _part(tracked, new, image),
+        "already_seen_instances": _part(tracked, ~new, image),
+        **NO_ERROR,
+    }
+
+
+def _part(tracked: sv.Detections, mask: npt.NDArray[np.bool_], image: WorkflowImageData) -> sv.Detections:
+    part: sv.Detections = tracked[mask]  # type: ignore[assignment]
+    return part if len(part) else as_prediction(part, image, KIND)
+
+
+def _failed(error: Exception, image: WorkflowImageData) -> dict[str, Any]:
+    nothing = no_prediction(image, KIND)
+    nothing.tracker_id = np.empty(0, int)  # line counters insist on numbers
+    return {
+        "tracked_detections": nothing,
+        "new_instances": nothing,
+        "already_seen_instances": nothing,
+        **failed(error, "moondream_cv/track"),
+    }
