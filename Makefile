@@ -16,7 +16,8 @@ TRAIN_ARGS ?= runs/tiny
 
 # What `make bench` runs: everything that needs no GPU, no download and no argument.
 # parity.py compares with a checkout of the published implementation: see its --help.
-BENCHMARKS ?= $(filter-out benchmarks/parity.py benchmarks/_%,$(wildcard benchmarks/*.py))
+# workflows.py needs Roboflow's engine: `make bench-roboflow`.
+BENCHMARKS ?= $(filter-out benchmarks/parity.py benchmarks/workflows.py benchmarks/_%,$(wildcard benchmarks/*.py))
 
 PY := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
@@ -30,12 +31,12 @@ PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 
 
 comma := ,
 
-.PHONY: help venv venv-roboflow demo test test-package test-newest test-roboflow lint format bench soak resolve constraints \
+.PHONY: help venv venv-roboflow demo test test-package test-newest test-roboflow lint format bench bench-roboflow soak resolve constraints \
   train-tiny clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
 	@echo "On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA libraries."
@@ -68,9 +69,10 @@ $(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(call install,$(PY),constraints.txt,-e .)
 	@touch $@
 
+# Without the extra workflows: its engine holds openai below 2, which the tests drive as it is today.
 # Moondream's own client comes without its requirements, an inference engine among them: over HTTP it needs none of them.
 $(DEV): $(BASE)
-	$(call install,$(PY),constraints.txt,-e ".[all$(comma)clients$(comma)dev$(comma)notebooks]")
+	$(call install,$(PY),constraints.txt,-e ".[roboflow$(comma)server$(comma)clients$(comma)dev$(comma)notebooks]")
 	$(PY) -m pip install --no-deps moondream==2.6.1
 	@touch $@
 
@@ -89,14 +91,16 @@ $(NEWEST): pyproject.toml constraints-newest.txt | $(VENV_NEWEST)/bin/python
 $(VENV_ROBOFLOW)/bin/python:
 	$(call create,$(VENV_ROBOFLOW))
 
+# An engine from before it became a distribution of its own lies beside, for one test of the plugin (test_older_engine.py).
 $(ROBOFLOW): pyproject.toml constraints-roboflow.in constraints-roboflow.txt | $(VENV_ROBOFLOW)/bin/python
-	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints-roboflow.txt,-e ".[roboflow$(comma)server$(comma)dev]" \
+	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints-roboflow.txt,-e ".[all$(comma)dev]" \
 	  -r constraints-roboflow.in)
+	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps --upgrade --target $(VENV_ROBOFLOW)/older-engine inference-core==1.5.2
 	@touch $@
 
-venv: $(DEV) ## Create the virtual environment with everything in it
+venv: $(DEV) ## Create the virtual environment for everything but Roboflow's engine and server
 
-venv-roboflow: $(ROBOFLOW) ## Create an environment with Roboflow's inference server (3 GB)
+venv-roboflow: $(ROBOFLOW) ## Create an environment with Roboflow's workflows engine and inference server (3 GB)
 
 # --- Use ------------------------------------------------------------------------------------------------------------
 
@@ -105,7 +109,7 @@ demo: $(BASE) ## Detect, point, ask, caption and track with the embedded tiny mo
 
 test: test-package test-roboflow ## Run the tests
 
-test-package: $(DEV) $(NPM) ## Run the tests but for those that need Roboflow's own server
+test-package: $(DEV) $(NPM) ## Run the tests but for those that need Roboflow's own engine and server
 	$(call PYTEST,$(PY)) $(PYTEST_ARGS)
 
 # HTTP touches neither supervision nor transformers, and its tests take clients that are not installed there.
@@ -117,7 +121,7 @@ test-newest: $(NEWEST) ## Run the tests marked compat with the newest supervisio
 
 # Only their folder: other tests import what torchvision breaks there (tests/roboflow_app.py says why). The server warns
 # by the thousand, hence --disable-warnings.
-test-roboflow: $(ROBOFLOW) ## Run the tests marked roboflow, with Roboflow's own inference server
+test-roboflow: $(ROBOFLOW) ## Run the tests marked roboflow, with Roboflow's own workflows engine and server
 	$(call PYTEST,$(VENV_ROBOFLOW)/bin/python) -m "roboflow and not download and not soak" --disable-warnings \
 	  $(PYTEST_ARGS) tests/roboflow
 
@@ -134,6 +138,9 @@ bench: $(DEV) ## Run the benchmarks that need nothing but a CPU
 	@test -n "$(strip $(BENCHMARKS))" || echo "No benchmark runs without arguments yet."
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
 
+bench-roboflow: $(ROBOFLOW) ## Run the benchmark of the blocks in Roboflow's workflows engine
+	$(VENV_ROBOFLOW)/bin/python -W ignore benchmarks/workflows.py
+
 soak: $(DEV) ## Run the long tests
 	$(PY) -m pytest -m soak $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 && echo "No soak test was selected."; }
 
@@ -143,7 +150,7 @@ train-tiny: $(BASE) ## Train the tiny model (hours on 2 cores; resumes; TRAIN_AR
 # --- Versions -------------------------------------------------------------------------------------------------------
 
 UV = $(PY) -m uv --quiet pip compile --no-header --no-annotate
-EXTRAS = --extra all --extra dev --extra notebooks
+EXTRAS = --extra roboflow --extra server --extra dev --extra notebooks
 WITH_CLIENTS = $(EXTRAS) --extra clients
 
 # A dry run for each Python and platform. uv resolves for interpreters that are not installed (pip evaluates markers for
@@ -182,7 +189,7 @@ constraints: $(DEV) ## Write constraints.txt, constraints-newest.txt and constra
 	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
 	  $(WITHOUT_CUDA) build/newest.txt; } > constraints-newest.txt
-	$(UV) --extra roboflow --extra server --extra dev --universal --python-version 3.10 \
+	$(UV) --extra all --extra dev --universal --python-version 3.10 \
 	  pyproject.toml constraints.in constraints-roboflow.in -o build/roboflow.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints.in and constraints-roboflow.in."; \
 	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints-roboflow.txt

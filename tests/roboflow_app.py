@@ -90,13 +90,8 @@ def create_app(model: LocalModel, folder: Path) -> Any:
     """
     prepare(folder)
     from inference.core.interfaces.http.http_api import HttpInterface
-    from inference.core.managers.base import ModelManager
-    from inference.core.managers.decorators.fixed_size_cache import WithFixedSizeCache
-    from inference.core.registries.roboflow import RoboflowModelRegistry
-    from inference.models.utils import ROBOFLOW_MODEL_TYPES
 
-    registry = RoboflowModelRegistry({**ROBOFLOW_MODEL_TYPES, ("lmm", "moondream2"): adapter_of(model)})
-    manager = WithFixedSizeCache(ModelManager(model_registry=registry), max_size=8)
+    manager = model_manager(model)
     landing = folder / "inference" / "landing" / "out"
     for name in _STATIC_FOLDERS:
         (landing / name).mkdir(parents=True, exist_ok=True)
@@ -108,6 +103,17 @@ def create_app(model: LocalModel, folder: Path) -> Any:
         os.chdir(before)
     _make_absolute(app, folder)
     return app
+
+
+def model_manager(model: LocalModel) -> Any:
+    """Roboflow's model manager, which has this model for Moondream 2; `prepare` comes first."""
+    from inference.core.managers.base import ModelManager
+    from inference.core.managers.decorators.fixed_size_cache import WithFixedSizeCache
+    from inference.core.registries.roboflow import RoboflowModelRegistry
+    from inference.models.utils import ROBOFLOW_MODEL_TYPES
+
+    registry = RoboflowModelRegistry({**ROBOFLOW_MODEL_TYPES, ("lmm", "moondream2"): adapter_of(model)})
+    return WithFixedSizeCache(ModelManager(model_registry=registry), max_size=8)
 
 
 def adapter_of(model: LocalModel) -> type:

@@ -394,6 +394,26 @@ def test_a_bad_frame_may_give_empty_detections(colours: ColourModel, caplog: pyt
         detector(FRAME, [])
 
 
+@pytest.mark.parametrize("on_error", ["raise", "empty"])
+def test_an_attempt_gives_errors_in_their_places(colours: ColourModel, on_error: Any) -> None:
+    detector = Detector(colours, on_error=on_error)
+    good, unread, failed, also_good = detector.attempt([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
+    assert isinstance(good, sv.Detections)
+    assert isinstance(also_good, sv.Detections)
+    assert_filled(good, 2)
+    assert np.array_equal(good.xyxy, also_good.xyxy)
+    assert isinstance(unread, ImageError)
+    assert "frames[1]: " in str(unread)
+    assert "missing.png" in str(unread)
+    assert "refused the picture" in str(failed)
+    assert len(colours.runs) == 1
+    assert detector.attempt([], "red") == []
+    with pytest.raises(ValueError, match="at least one class"):
+        detector.attempt([FRAME], [])
+    with pytest.raises(ValueError, match="frames must come in a list, not in a ndarray"):
+        detector.attempt(FRAME, "red")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,7 +14,7 @@ from PIL import Image
 from moondream_cv import loading
 from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.errors import CheckpointError
-from moondream_cv.loading import choose_device, choose_dtype, download, load
+from moondream_cv.loading import check_name, choose_device, choose_dtype, download, load
 from moondream_cv.model.adapters import load_adapter
 from moondream_cv.model.releases import MOONDREAM_2B, RELEASES
 from moondream_cv.model.sources import local_source
@@ -119,6 +119,42 @@ def test_names_that_do_not_work(name: str | Path, says: str, tmp_path: Path, mon
     with pytest.raises(CheckpointError, match=says) as caught:
         load(name)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        "moondream2",
+        "moondream2@2025-03-27",
+        "vikhyatk/moondream2@main",
+        "models/missing",
+        "checkpoint",
+        "http://localhost:9001",
+    ],
+)
+def test_names_that_may_work_pass_the_check(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("moondrem2", "there is no model 'moondrem2'; did you mean 'moondream2'"),
+        ("", "must say something"),
+        ("./missing", "there is no model './missing'"),
+        ("moondream2@2023-01-01", "these work: vikhyatk/moondream2@2025-06-21"),
+        ("checkpoint@2023-01-01", "is no known release of checkpoint"),
+        (".", "no weights"),
+        ("http://localhost:x", "'http://localhost:x' has no valid host and port"),
+        ("ftp://localhost", "is neither http nor https"),
+    ],
+)
+def test_names_that_cannot_work_do_not(name: str, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises((CheckpointError, ValueError), match=says):
+        check_name(name)
 
 
 @pytest.mark.parametrize("name", [None, 3])

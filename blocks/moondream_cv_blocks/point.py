@@ -19,7 +19,7 @@ from .running import find
 KIND = "keypoint-detection"
 KEY_POINT = "point"  # the name of the only one that an object has
 
-# Before inference 1.1 points were lists of values.
+# Older engines have no kind for them.
 LABELED_POINTS_KIND = getattr(types, "LABELED_POINTS_KIND", types.LIST_OF_VALUES_KIND)
 
 DESCRIPTION = """

@@ -11,7 +11,13 @@ import pytest
 from moondream_cv import load
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene, render_scene
-from tests.roboflow_app import MODEL_ID, encoded, serve
+from tests.roboflow_app import MODEL_ID, encoded, prepare, serve
+
+
+@pytest.fixture(scope="session", autouse=True)
+def roboflow(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Roboflow's packages can be imported, the server's as well as the workflows engine's."""
+    prepare(tmp_path_factory.mktemp("roboflow-cache"))
 
 
 @pytest.fixture(scope="session")
