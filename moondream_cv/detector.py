@@ -370,8 +370,11 @@ class Pointer(_Finder):
         return cast(sv.Detections, detections[inside])
 
 
-def check_classes(classes: str | Sequence[str]) -> list[str]:
+def check_classes(classes: str | Sequence[str], argument: str = "classes") -> list[str]:
     """Return class names as a list, in their order.
+
+    Args:
+        argument: What messages call them.
 
     Raises:
         ValueError: There is none, one is blank, is there twice or is not a string, or they come in something without
@@ -380,18 +383,18 @@ def check_classes(classes: str | Sequence[str]) -> list[str]:
     names = [classes] if isinstance(classes, str) else classes
     if not isinstance(names, Sequence) or isinstance(names, (bytes, bytearray, memoryview)):
         raise ValueError(
-            f"classes must be a string or a sequence of strings, not {type(classes).__name__}: {classes!r:.100}"
+            f"{argument} must be a string or a sequence of strings, not {type(classes).__name__}: {classes!r:.100}"
         )
     if not names:
-        raise ValueError(f"classes must name at least one class, not {classes!r}")
+        raise ValueError(f"{argument} must name at least one class, not {classes!r}")
     for index, name in enumerate(names):
         if not isinstance(name, str):
-            raise ValueError(f"classes[{index}] must be a string, not {type(name).__name__}: {name!r:.100}")
+            raise ValueError(f"{argument}[{index}] must be a string, not {type(name).__name__}: {name!r:.100}")
         if not name.strip():
-            raise ValueError(f"classes[{index}] must say something, not {name!r:.100}")
+            raise ValueError(f"{argument}[{index}] must say something, not {name!r:.100}")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"classes must differ, and these are there twice: {', '.join(map(repr, twice))}")
+        raise ValueError(f"{argument} must differ, and these are there twice: {', '.join(map(repr, twice))}")
     return list(names)
 
 

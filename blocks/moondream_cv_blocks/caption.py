@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from moondream_cv.requests import CAPTION_LENGTHS, Caption, Settings
+from moondream_cv.requests import CAPTION_LENGTHS, Caption
 
-from .fields import Text, TextManifest, error_outputs, is_selector
+from .fields import Text, TextManifest, error_outputs, is_selector, text_settings
 from .pool import ModelPool
 from .results import NO_ERROR, failed
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
@@ -53,7 +53,7 @@ class Manifest(TextManifest):
     @field_validator("length")
     @classmethod
     def _check_length(cls, value: str) -> str:
-        if not is_selector(value, "length") and value not in CAPTION_LENGTHS:
+        if not is_selector(value) and value not in CAPTION_LENGTHS:
             raise ValueError(f"length must be one of {', '.join(CAPTION_LENGTHS)}, not {value!r}")
         return value
 
@@ -85,7 +85,7 @@ class CaptionBlock(WorkflowBlock):
         temperature: float,
     ) -> BlockResult:
         def request(picture: Any, index: int) -> Caption:
-            return Caption(picture, length, Settings(temperature=temperature, max_tokens=max_tokens))
+            return Caption(picture, length, text_settings(max_tokens, temperature))
 
         return [_outputs(result) for result in ask(self._models, model, list(images), request)]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict
 
 from moondream_cv.detector import Detector
+from moondream_cv.vision_model import VisionModel
 
-from .fields import FinderManifest, Number, check_fraction, error_outputs
+from .fields import BoxManifest, count, error_outputs, fraction
 from .pool import ModelPool
 from .results import NO_ERROR, as_prediction, failed, no_prediction
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
@@ -41,7 +43,7 @@ It takes the place of `roboflow_core/moondream2@v1`: change the step's `type`, a
 """
 
 
-class Manifest(FinderManifest):
+class Manifest(BoxManifest):
     """What a step says."""
 
     model_config = ConfigDict(
@@ -58,18 +60,6 @@ class Manifest(FinderManifest):
         protected_namespaces=(),
     )
     type: Literal["moondream_cv/detect@v1"]
-    nms: float | Number | None = Field(
-        default=None,
-        title="NMS Threshold",
-        description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
-        "one; from 0 to 1. Not set: keep all.",
-        examples=[None, 0.5, "$inputs.nms"],
-    )
-
-    @field_validator("nms")
-    @classmethod
-    def _check_nms(cls, value: float | str | None) -> float | str | None:
-        return None if value is None else check_fraction(value, "nms")
 
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
@@ -102,17 +92,18 @@ class DetectBlock(WorkflowBlock):
         max_objects: int,
         nms: float | None,
     ) -> BlockResult:
-        found = find(
-            Detector,
-            self._models,
-            model,
-            list(images),
-            class_names,
-            confidence=confidence,
-            max_objects=max_objects,
-            nms=nms,
-        )
+        found = find(detector_with(confidence, max_objects, nms), self._models, model, list(images), class_names)
         return [_outputs(detections, image) for detections, image in zip(found, images, strict=True)]
+
+
+def detector_with(confidence: float, max_objects: int, nms: float | None) -> Callable[[VisionModel], Detector]:
+    """What makes a detector of a model; it raises `ValueError` for what is out of range."""
+    return lambda model: Detector(
+        model,
+        confidence=fraction(confidence, "confidence"),
+        max_objects=count(max_objects, "max_objects"),
+        nms=None if nms is None else fraction(nms, "nms"),
+    )
 
 
 def _outputs(detections: Any, image: WorkflowImageData) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Fields that blocks have in common, and what is refused of them when a workflow is compiled.
 
-Whatever a field says may also come from a selector, and is then known only while the workflow runs: the same checks
-make an error output of it there.
+Whatever a field says may also come from a selector. Of a workflow's inputs the engine then asks these manifests as soon
+as a run begins. What comes from another step is known only when a block runs: the same functions make an error output
+of it there.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from moondream_cv.detector import check_classes
+from moondream_cv.errors import MoondreamError
+from moondream_cv.requests import Settings
 
 from .pool import check_model
-from .roboflow import ENGINE_VERSIONS, OutputDefinition, WorkflowBlockManifest, types
+from .roboflow import ENGINE_VERSIONS, TENSORS, OutputDefinition, WorkflowBlockManifest, types
 
 if TYPE_CHECKING:
     Images: TypeAlias = str
@@ -35,6 +38,10 @@ else:
     Flag = types.Selector(kind=[types.BOOLEAN_KIND])
     Anything = types.Selector()
 
+T = TypeVar("T")
+
+_NUMBER, _INTEGER, _FLAG = TypeAdapter(float), TypeAdapter(int), TypeAdapter(bool)
+_MOST = 2**31 - 1
 _SELECTOR = re.compile(r"\$(inputs|steps|thresholds|sensors)\.\S+")
 
 
@@ -62,11 +69,11 @@ class MoondreamManifest(WorkflowBlockManifest):
     @field_validator("model")
     @classmethod
     def _check_model(cls, value: str) -> str:
-        if not is_selector(value, "model"):
+        if not is_selector(value):
             try:
                 check_model(value)
-            except Exception as error:
-                raise ValueError(f"model: {error}") from error
+            except MoondreamError as error:  # of those pydantic would make a crash
+                raise ValueError(str(error)) from error
         return value
 
     @classmethod
@@ -103,8 +110,18 @@ class FinderManifest(MoondreamManifest):
 
     @model_validator(mode="before")
     @classmethod
+    def _refuse_tensors(cls, values: Any) -> Any:
+        if TENSORS:
+            raise ValueError("this block gives sv.Detections: unset ENABLE_TENSOR_DATA_REPRESENTATION")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
     def _take_prompt(cls, values: Any) -> Any:
-        """A step of `roboflow_core/moondream2@v1` becomes one of these by its `type` alone: its prompt is one class."""
+        """A step of `roboflow_core/moondream2@v1` becomes one of these by its `type` alone.
+
+        A prompt that is written down is one class, commas or not; one from a selector is read as `class_names` are.
+        """
         if isinstance(values, dict) and "class_names" not in values and values.get("prompt") is not None:
             prompt = values["prompt"]
             names = prompt if isinstance(prompt, str) and prompt.startswith("$") else [prompt]
@@ -114,22 +131,36 @@ class FinderManifest(MoondreamManifest):
     @field_validator("class_names")
     @classmethod
     def _check_class_names(cls, value: list[str] | str) -> list[str] | str:
-        if isinstance(value, list) or not is_selector(value, "class_names"):
-            try:
-                class_list(value)
-            except ValueError as error:
-                raise ValueError(f"class_names: {error}") from error
+        if not is_selector(value):
+            class_list(value)
         return value
 
     @field_validator("confidence")
     @classmethod
     def _check_confidence(cls, value: float | str) -> float | str:
-        return check_fraction(value, "confidence")
+        return value if is_selector(value) else fraction(value, "confidence")
 
     @field_validator("max_objects")
     @classmethod
     def _check_max_objects(cls, value: int | str) -> int | str:
-        return check_count(value, "max_objects")
+        return value if is_selector(value) else count(value, "max_objects")
+
+
+class BoxManifest(FinderManifest):
+    """Which boxes are kept as well."""
+
+    nms: float | Number | None = Field(
+        default=None,
+        title="NMS Threshold",
+        description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
+        "one; from 0 to 1. Not set: keep all.",
+        examples=[None, 0.5, "$inputs.nms"],
+    )
+
+    @field_validator("nms")
+    @classmethod
+    def _check_nms(cls, value: float | str | None) -> float | str | None:
+        return value if value is None or is_selector(value) else fraction(value, "nms")
 
 
 class TextManifest(MoondreamManifest):
@@ -152,14 +183,12 @@ class TextManifest(MoondreamManifest):
     @field_validator("max_tokens")
     @classmethod
     def _check_max_tokens(cls, value: int | str) -> int | str:
-        return check_count(value, "max_tokens")
+        return value if is_selector(value) else count(value, "max_tokens")
 
     @field_validator("temperature")
     @classmethod
     def _check_temperature(cls, value: float | str) -> float | str:
-        if not is_selector(value, "temperature") and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-            raise ValueError(f"temperature must be a number from 0 on, not {value!r}")
-        return value
+        return value if is_selector(value) else number(value, "temperature")
 
 
 def class_list(value: Any) -> list[str]:
@@ -173,11 +202,11 @@ def class_list(value: Any) -> list[str]:
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         for part in parts:
             if isinstance(part, str) and part.startswith("$"):
-                raise ValueError(f"{part!r} is no name; a selector stands for the whole list")
-    return check_classes(parts)
+                raise ValueError(f"class_names has {part!r}, which is no name; a selector stands for the whole list")
+    return check_classes(parts, "class_names")
 
 
-def is_selector(value: Any, field: str) -> bool:
+def is_selector(value: Any) -> bool:
     """Whether a value is known only while the workflow runs.
 
     Raises:
@@ -186,22 +215,57 @@ def is_selector(value: Any, field: str) -> bool:
     if not isinstance(value, str) or not value.startswith("$"):
         return False
     if not _SELECTOR.fullmatch(value):
-        raise ValueError(f"{field}: {value!r} is no selector; write $inputs.NAME or $steps.STEP.OUTPUT")
+        raise ValueError(f"{value!r} is no selector; write $inputs.NAME or $steps.STEP.OUTPUT")
     return True
 
 
-def check_fraction(value: Any, field: str) -> Any:
-    """Return a number in 0..1, or a selector."""
-    if not is_selector(value, field) and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-        raise ValueError(f"{field} must be a number in 0..1, not {value!r}")
-    return value
+def fraction(value: Any, field: str) -> float:
+    """A number in 0..1, perhaps written as a string.
+
+    Raises:
+        ValueError: It is none.
+    """
+    given = _read(_NUMBER, value)
+    if given is None or not 0 <= given <= 1:
+        raise ValueError(f"{field} must be a number in 0..1, not {value!r:.100}")
+    return given
 
 
-def check_count(value: Any, field: str) -> Any:
-    """Return an integer from 1 on, or a selector."""
-    if not is_selector(value, field) and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        raise ValueError(f"{field} must be an integer of at least 1, not {value!r}")
-    return value
+def number(value: Any, field: str) -> float:
+    """A number from 0 on; otherwise as `fraction`."""
+    given = _read(_NUMBER, value)
+    if given is None or not 0 <= given < math.inf:
+        raise ValueError(f"{field} must be a number from 0 on, not {value!r:.100}")
+    return given
+
+
+def count(value: Any, field: str) -> int:
+    """An integer from 1 on; otherwise as `fraction`."""
+    given = _read(_INTEGER, value)
+    if given is None or not 1 <= given <= _MOST:
+        raise ValueError(f"{field} must be an integer from 1 to {_MOST}, not {value!r:.100}")
+    return given
+
+
+def flag(value: Any, field: str) -> bool:
+    """True or false, perhaps written as a string; otherwise as `fraction`."""
+    given = _read(_FLAG, value)
+    if given is None:
+        raise ValueError(f"{field} must be true or false, not {value!r:.100}")
+    return given
+
+
+def _read(adapter: TypeAdapter[T], value: Any) -> T | None:
+    """A value as the manifest would read it; None where it would refuse it."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        return None
+
+
+def text_settings(max_tokens: Any, temperature: Any) -> Settings:
+    """The settings of a text from two fields; raises `ValueError` for what is out of range."""
+    return Settings(temperature=number(temperature, "temperature"), max_tokens=count(max_tokens, "max_tokens"))
 
 
 def error_outputs() -> list[OutputDefinition]:

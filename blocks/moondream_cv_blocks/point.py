@@ -9,8 +9,9 @@ import supervision as sv
 from pydantic import ConfigDict
 
 from moondream_cv.detector import Pointer
+from moondream_cv.vision_model import VisionModel
 
-from .fields import FinderManifest, error_outputs
+from .fields import FinderManifest, count, error_outputs, fraction
 from .pool import ModelPool
 from .results import NO_ERROR, as_prediction, failed, no_prediction
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, constants, types
@@ -31,7 +32,9 @@ on things that boxes do not suit. The names can be any words.
 - `predictions`: an object detection of zero area for each point, which carries the point as its only key point too.
   Dot, label and key-point visualisations, filters, trackers, counters and zones take it. Its length is the count.
 - `points`: the same as labelled points in pixels, all positive, for blocks of the SAM family that segment what is
-  pointed at. Such a block takes all points of an image for one object: set `max_objects` to 1 to segment one.
+  pointed at. Such a block takes its points once for all images of a run, and all of them for one object: run one image
+  at a time, collapse the dimension (`roboflow_core/dimension_collapse@v1`, then the first element), and set
+  `max_objects` to 1.
 
 Images are encoded once however many classes there are, and all images of a batch go to the model in one call.
 
@@ -93,9 +96,14 @@ class PointBlock(WorkflowBlock):
         confidence: float,
         max_objects: int,
     ) -> BlockResult:
-        found = find(
-            Pointer, self._models, model, list(images), class_names, confidence=confidence, max_objects=max_objects
-        )
+        def pointer(opened: VisionModel) -> Pointer:
+            return Pointer(
+                opened,
+                confidence=fraction(confidence, "confidence"),
+                max_objects=count(max_objects, "max_objects"),
+            )
+
+        found = find(pointer, self._models, model, list(images), class_names)
         return [_outputs(detections, image) for detections, image in zip(found, images, strict=True)]
 
 

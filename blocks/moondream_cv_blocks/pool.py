@@ -14,9 +14,12 @@ import os
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from moondream_cv.backends.addresses import Address, shown_url
+from moondream_cv.backends.http import check_seconds
 from moondream_cv.loading import ALIASES, TINY, check_name, connect, is_url, load
+from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
 from moondream_cv.vision_model import VisionModel
 
 ALLOWED = "MOONDREAM_CV_BLOCKS_MODELS"
@@ -37,7 +40,11 @@ class ModelPool:
         Args:
             device: Where models run that are loaded here; None: the best device there is.
             timeout: Seconds that a server may take to answer; asked again once.
+
+        Raises:
+            ValueError: The timeout is no number of seconds.
         """
+        check_seconds("timeout", timeout)
         self.device, self.timeout = device, timeout
         self._opened: dict[str, _Opened] = {}
         self._lock = threading.Lock()
@@ -79,8 +86,9 @@ class ModelPool:
             closed, self._opened = list(self._opened.values()), {}
         for opened in closed:
             with opened.lock:
-                if opened.model is not None:
-                    opened.model.close()
+                model, opened.model = opened.model, None
+                if model is not None:
+                    model.close()
 
     def _open(self, name: str) -> VisionModel:
         if is_url(name):
@@ -105,12 +113,13 @@ def shared_pool() -> ModelPool:
     Raises:
         ValueError: An environment variable makes no sense.
     """
-    seconds = os.environ.get(TIMEOUT, "").strip()
+    device, seconds = os.environ.get(DEVICE, "").strip() or None, os.environ.get(TIMEOUT, "").strip()
+    if not seconds:
+        return ModelPool(device=device)
     try:
-        options = {"timeout": float(seconds)} if seconds else {}
+        return ModelPool(device=device, timeout=float(seconds))
     except ValueError:
-        raise ValueError(f"{TIMEOUT} must be a number of seconds, not {seconds!r}") from None
-    return ModelPool(device=os.environ.get(DEVICE, "").strip() or None, **options)
+        raise ValueError(f"{TIMEOUT} must be a number of seconds above 0, not {seconds!r}") from None
 
 
 def check_model(name: object) -> None:
@@ -121,12 +130,10 @@ def check_model(name: object) -> None:
         ValueError: It is no name, or none of those that may be used.
     """
     if not isinstance(name, str):
-        raise ValueError(
-            f"must be the name of a model or the URL of a server, not {type(name).__name__}: {name!r:.100}"
-        )
+        raise ValueError(f"model must be a name or the URL of a server, not {type(name).__name__}: {name!r:.100}")
     allowed = [part.strip() for part in os.environ.get(ALLOWED, "").split(",") if part.strip()]
     if allowed and _key(name) not in map(_key, allowed):
-        raise ValueError(f"{_shown(name)!r} may not be used here, only {', '.join(map(_shown, allowed))}")
+        raise ValueError(f"the model {_shown(name)!r} may not be used here, only {', '.join(map(_shown, allowed))}")
     check_name(name)
 
 
@@ -142,13 +149,15 @@ def _key(name: str) -> str:
             address = Address.of(text)
         except ValueError:
             return text
-        return f"{address.url} {address.auth}"
-    alias, _, revision = text.partition("@")
-    if alias in ALIASES:
-        repo = ALIASES[alias]
-        return f"{repo.partition('@')[0]}@{revision}" if revision else repo
-    try:
-        path = Path(text).expanduser()
-        return str(path.resolve()) if text != TINY and path.exists() else text
-    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, ...
-        return text
+        parts = urlsplit(address.url)
+        return f"{parts._replace(netloc=parts.netloc.lower()).geturl()} {address.auth}"
+    stem, _, revision = text.partition("@")
+    if stem not in ALIASES:
+        try:
+            path = Path(text).expanduser()
+            if text != TINY and path.exists():
+                return str(path.resolve())
+        except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, ...
+            return text
+    repo = ALIASES[stem].partition("@")[0] if stem in ALIASES else stem
+    return f"{repo}@{revision or DEFAULT_REVISION}" if repo == DEFAULT_REPO else text

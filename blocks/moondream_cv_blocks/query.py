@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
-from moondream_cv.requests import Query, QueryResult, Settings
+from moondream_cv.requests import Query, QueryResult
 
-from .fields import Anything, Flag, Text, TextManifest, error_outputs, is_selector
+from .fields import Anything, Flag, Text, TextManifest, error_outputs, flag, is_selector, text_settings
 from .pool import ModelPool
 from .results import NO_ERROR, failed
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
@@ -84,7 +84,7 @@ class Manifest(TextManifest):
     @field_validator("question")
     @classmethod
     def _check_question(cls, value: str) -> str:
-        if not is_selector(value, "question") and not value.strip():
+        if not is_selector(value) and not value.strip():
             raise ValueError(f"question must say something, not {value!r}")
         return value
 
@@ -140,7 +140,8 @@ class QueryBlock(WorkflowBlock):
             sizes[index] = picture.size
             values = {name: _of_image(value, index) for name, value in parameters.items()}
             asked = filled(_of_image(question, index), values)
-            return Query(picture, asked, reasoning, settings=Settings(temperature=temperature, max_tokens=max_tokens))
+            settings = text_settings(max_tokens, temperature)
+            return Query(picture, asked, flag(reasoning, "reasoning"), settings=settings)
 
         results = ask(self._models, model, list(images), request)
         return [_outputs(result, sizes.get(index, (0, 0))) for index, result in enumerate(results)]
@@ -159,8 +160,8 @@ def filled(question: Any, values: Mapping[str, Any]) -> str:
         literal, name = match.groups()
         if literal is not None:
             return f"{{{literal}}}"
-        if name not in values:
-            names = ", ".join(values) or "nothing"
+        if values.get(name) is None:
+            names = ", ".join(key for key, given in values.items() if given is not None) or "nothing"
             raise ValueError(
                 f"question has the placeholder {{{name}}}, and parameters has {names}; for the word in braces itself "
                 f"write {{{{{name}}}}}"

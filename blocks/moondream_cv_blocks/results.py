@@ -11,19 +11,22 @@ import numpy.typing as npt
 import supervision as sv
 
 from moondream_cv.errors import ImageError, MoondreamError
+from moondream_cv.images import to_rgb
 
 from .roboflow import WorkflowImageData, attach_parents_coordinates_to_sv_detections, constants
 
 logger = logging.getLogger(__name__)
 
+_told: dict[str, str] = {}  # the last message of each block
+
 NO_ERROR = {"error_status": False, "error_message": ""}
 
 
 def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
-    """[H, W, 3] BGR or [H, W] grey.
+    """[H, W, 3] BGR.
 
     Raises:
-        ImageError: There are none.
+        ImageError: It cannot be read, or is no image.
     """
     try:
         pixels = image.numpy_image
@@ -31,7 +34,9 @@ def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
         raise ImageError(f"the image cannot be read: {error}") from error
     if pixels is None:
         raise ImageError("the image cannot be read")
-    return pixels
+    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
+        return pixels  # as nearly all are
+    return np.ascontiguousarray(to_rgb(pixels)[..., ::-1])
 
 
 def failed(error: Exception, step: str) -> dict[str, Any]:
@@ -41,10 +46,12 @@ def failed(error: Exception, step: str) -> dict[str, Any]:
         step: Which block it was.
     """
     expected = isinstance(error, (MoondreamError, ValueError))
-    logger.log(
-        logging.WARNING if expected else logging.ERROR, "%s: %s", step, error, exc_info=None if expected else error
-    )
-    return {"error_status": True, "error_message": str(error) or type(error).__name__}
+    message = str(error) or type(error).__name__
+    again = _told.get(step) == message  # of a stream, every frame would say it
+    _told[step] = message
+    level = logging.DEBUG if again else logging.WARNING if expected else logging.ERROR
+    logger.log(level, "%s: %s", step, message, exc_info=None if expected else error)
+    return {"error_status": True, "error_message": message}
 
 
 def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str) -> sv.Detections:

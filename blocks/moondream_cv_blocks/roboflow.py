@@ -6,6 +6,7 @@ It is the distribution `roboflow-workflows`; before `inference` 1.6 it was a par
 from __future__ import annotations
 
 try:
+    from roboflow_workflows import environment
     from roboflow_workflows.core_steps.common.utils import attach_parents_coordinates_to_sv_detections
     from roboflow_workflows.execution_engine import constants
     from roboflow_workflows.execution_engine.entities import types
@@ -21,6 +22,7 @@ except ModuleNotFoundError as missing:
     if missing.name != "roboflow_workflows":
         raise
     try:
+        from inference.core import env as environment
         from inference.core.workflows.core_steps.common.utils import attach_parents_coordinates_to_sv_detections
         from inference.core.workflows.execution_engine import constants
         from inference.core.workflows.execution_engine.entities import types
@@ -41,6 +43,7 @@ except ModuleNotFoundError as missing:
 
 __all__ = [
     "ENGINE_VERSIONS",
+    "TENSORS",
     "Batch",
     "BlockResult",
     "OutputDefinition",
@@ -55,3 +58,6 @@ __all__ = [
 ]
 
 ENGINE_VERSIONS = ">=1.3.0,<2.0.0"
+
+TENSORS = bool(getattr(environment, "ENABLE_TENSOR_DATA_REPRESENTATION", False))
+"""Whether predictions are tensors in this process, which is not the engine's default, instead of `sv.Detections`."""

@@ -10,8 +10,8 @@ from PIL import Image
 
 from moondream_cv.detector import Detector, Pointer
 from moondream_cv.errors import UnsupportedSkill
-from moondream_cv.images import to_rgb
 from moondream_cv.requests import ErrorResult, Request, Result
+from moondream_cv.vision_model import VisionModel
 
 from .fields import class_list
 from .pool import ModelPool
@@ -20,27 +20,25 @@ from .roboflow import WorkflowImageData
 
 
 def find(
-    kind: type[Detector] | type[Pointer],
+    finder: Callable[[VisionModel], Detector | Pointer],
     pool: ModelPool,
     model: str,
     images: Sequence[WorkflowImageData],
     class_names: Any,
-    **options: Any,
 ) -> list[sv.Detections | Exception]:
     """Look for classes on images.
 
     Args:
-        kind: What finds them.
+        finder: Makes what finds them.
         model: A name for the pool.
         class_names: As `class_list` takes them.
-        options: Arguments of `kind`.
     """
     if not len(images):
         return []
     frames, errors = _readable(images, pixels_of)
     try:
         names = class_list(class_names)
-        found = kind(pool.get(model), **options).attempt(list(frames.values()), names)
+        found = finder(pool.get(model)).attempt(list(frames.values()), names)
     except Exception as error:  # of the step, not of an image
         return [error] * len(images)
     return _in_order(errors | dict(zip(frames, found, strict=True)))
@@ -57,7 +55,7 @@ def ask(
     """
     if not len(images):
         return []
-    pictures, errors = _readable(images, lambda image: Image.fromarray(to_rgb(pixels_of(image))))
+    pictures, errors = _readable(images, lambda image: Image.fromarray(pixels_of(image)[..., ::-1]))
     requests: dict[int, Request] = {}
     for index, picture in pictures.items():
         try:

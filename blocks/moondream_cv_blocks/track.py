@@ -6,6 +6,7 @@ the next one, so what comes is not known, as with a live source of `moondream_cv
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,13 +18,12 @@ import numpy.typing as npt
 import supervision as sv
 from pydantic import ConfigDict, Field, field_validator
 
-from moondream_cv.detector import Detector
 from moondream_cv.video import Frame, Tracking
 from moondream_cv.video.base import ASSUMED_FPS
 from moondream_cv.video.between import as_detections, predicted
 
-from .detect import KIND
-from .fields import FinderManifest, Integer, Number, check_count, check_fraction, class_list, error_outputs
+from .detect import KIND, detector_with
+from .fields import BoxManifest, Integer, class_list, count, error_outputs, is_selector
 from .pool import ModelPool
 from .results import NO_ERROR, as_prediction, failed, no_prediction, pixels_of
 from .roboflow import (
@@ -70,7 +70,7 @@ HTTP requests.
 """
 
 
-class Manifest(FinderManifest):
+class Manifest(BoxManifest):
     """What a step says."""
 
     model_config = ConfigDict(
@@ -93,13 +93,6 @@ class Manifest(FinderManifest):
         description="Look at one frame in so many. 1 looks at all of them.",
         examples=[5, 1, "$inputs.every"],
     )
-    nms: float | Number | None = Field(
-        default=None,
-        title="NMS Threshold",
-        description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
-        "one; from 0 to 1. Not set: keep all.",
-        examples=[None, 0.5, "$inputs.nms"],
-    )
     tracker: Literal["sort", "ocsort", "bytetrack", "botsort"] = Field(
         default="sort",
         title="Tracker",
@@ -110,12 +103,7 @@ class Manifest(FinderManifest):
     @field_validator("every")
     @classmethod
     def _check_every(cls, value: int | str) -> int | str:
-        return check_count(value, "every")
-
-    @field_validator("nms")
-    @classmethod
-    def _check_nms(cls, value: float | str | None) -> float | str | None:
-        return None if value is None else check_fraction(value, "nms")
+        return value if is_selector(value) else count(value, "every")
 
     @classmethod
     def get_restrictions(cls) -> list[Any]:
@@ -159,23 +147,14 @@ class TrackBlock(WorkflowBlock):
         tracker: str,
     ) -> BlockResult:
         try:
-            check_count(every, "every")
-            names = class_list(class_names)
+            every, names = count(every, "every"), class_list(class_names)
         except Exception as error:
             return [_failed(error, image) for image in images]
         with self._lock:
             places = [self._place(image, every, names, tracker) for image in images]
         due = [index for index, place in enumerate(places) if isinstance(place, _Place) and place.due]
-        found = find(
-            Detector,
-            self._models,
-            model,
-            [images[index] for index in due],
-            names,
-            confidence=confidence,
-            max_objects=max_objects,
-            nms=nms,
-        )
+        detector = detector_with(confidence, max_objects, nms)
+        found = find(detector, self._models, model, [images[index] for index in due], names)
         looked = dict(zip(due, found, strict=True))
         with self._lock:
             return [
@@ -221,7 +200,8 @@ class _Stream:
     """What is remembered of a source. Frames are placed, then looked at together, then tracked, each in their order."""
 
     def __init__(self, metadata: VideoMetadata, tracker: str) -> None:
-        self._fps = metadata.fps or metadata.measured_fps or ASSUMED_FPS
+        told = (rate for rate in (metadata.fps, metadata.measured_fps) if rate and 0 < rate < math.inf)
+        self._fps = next(told, ASSUMED_FPS)
         self._tracker = Tracking(tracker).start()
         self._number: int | None = None  # of the last frame, as the source counts
         self._index = -1  # of the last frame, as it is counted here: it never falls
@@ -246,15 +226,18 @@ class _Stream:
         frame = Frame(pixels, self._index, self._index / self._fps)
         return _Place(self, frame, names, due, anew, every / self._fps)
 
+    def enter(self, place: _Place) -> None:
+        """Come to a frame, whatever the model makes of it."""
+        if place.anew:
+            self._tracker = self._tracker.anew()
+
     def detections(self, place: _Place, found: sv.Detections | None) -> sv.Detections:
-        """What is on a frame, with numbers.
+        """What is on the frame that was come to, with numbers.
 
         Args:
             found: What the model has seen on it; None where it did not look.
         """
         frame = place.frame
-        if place.anew:
-            self._tracker = self._tracker.anew()
         if found is not None:
             self._tracker.update(found, frame)
         resolution_wh = (frame.image.shape[1], frame.image.shape[0])
@@ -273,6 +256,7 @@ class _Stream:
 def _outputs(place: _Place | Exception, image: WorkflowImageData, found: Any) -> dict[str, Any]:
     if isinstance(place, Exception):
         return _failed(place, image)
+    place.stream.enter(place)
     if isinstance(found, Exception):
         return _failed(found, image)
     tracked = as_prediction(place.stream.detections(place, found), image, KIND)

@@ -8,7 +8,7 @@ from typing import Any
 from moondream_cv.backends.addresses import Address, find_key, redacted
 from moondream_cv.backends.base import RemoteModel
 from moondream_cv.backends.fal import APP, FAL, Fal
-from moondream_cv.backends.http import Http
+from moondream_cv.backends.http import PROBE_TIMEOUT, Http, check_seconds
 from moondream_cv.backends.moondream import MoondreamAPI
 from moondream_cv.backends.openai import OpenAICompatible
 from moondream_cv.backends.roboflow import RoboflowInference
@@ -52,7 +52,7 @@ def connect(url: str, dialect: str = "auto", *, api_key: str | None = None, **op
     chosen = dialect
     if dialect == "auto":
         known = [name for host, name in _HOSTS.items() if f".{address.host}".endswith(f".{host}")]
-        chosen = known[0] if known else _asked(address, api_key)
+        chosen = known[0] if known else _asked(address, api_key, options.get("timeout", PROBE_TIMEOUT))
     if chosen == "fal" and address.host in ("fal.ai", "www.fal.ai", "queue.fal.run"):
         url = f"{FAL}{APP}"  # the same app, where it answers at once
     elif chosen == "openai" and dialect == "auto":
@@ -65,17 +65,23 @@ def connect(url: str, dialect: str = "auto", *, api_key: str | None = None, **op
         raise ValueError(f"the dialect {chosen} has no such option: {error}") from error
 
 
-def _asked(address: Address, api_key: str | None) -> str:
+def _asked(address: Address, api_key: str | None, timeout: float) -> str:
     """The dialect of a server, by its routes.
+
+    Args:
+        timeout: Seconds that each look may take, if it is less than usual.
 
     Raises:
         BackendError: There is no server, or nothing tells.
     """
+    check_seconds("timeout", timeout)
     key = find_key(api_key)
     headers = {} if key is None else {"X-Moondream-Auth": key, "Authorization": f"Bearer {key}"}
-    http = Http(address, headers=headers, secrets=(key,), retries=0, max_idle=1)
+    http = Http(address, headers=headers, secrets=(key,), timeout=min(timeout, PROBE_TIMEOUT), retries=0, max_idle=1)
     try:
         looked = http.probe("/models" if address.path.endswith("/v1") else "/v1/models")
+        if not looked.status:
+            raise BackendError(f"{address.url} did not answer within {http.timeout:g} s; name its dialect to go on")
         reply = looked.reply or {}
         if isinstance(reply.get("models"), list):
             return "moondream"

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.prepared import PreparedImage, digest_of
+
+Coming = Future["EncodedImage | None"]
 
 
 class ImageKey(NamedTuple):
@@ -32,8 +36,8 @@ class ImageKey(NamedTuple):
 class ImageCache:
     """The images of one model that were used last, as many as fit.
 
-    Calls from several threads are safe. Two threads that miss the same image at once both encode it, and the later one
-    is kept.
+    Calls from several threads are safe. Of threads that miss the same image at once one encodes it, by `claim`, and the
+    others wait for that.
 
     Attributes:
         hits: How often an image was found.
@@ -58,6 +62,7 @@ class ImageCache:
         self._images: OrderedDict[ImageKey, EncodedImage] = OrderedDict()  # the one used last stands last
         self._nbytes = 0
         self.hits = self.misses = 0
+        self._coming: dict[ImageKey, Coming] = {}  # being encoded
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -95,6 +100,32 @@ class ImageCache:
                 self._images.move_to_end(key)
             return encoded
 
+    def claim(self, key: ImageKey) -> EncodedImage | Coming | None:
+        """Return what is kept under a key, or what another thread is going to put there.
+
+        Returns:
+            The image; a future that another thread will complete, with None if it gives up; or None. Then it is the
+            caller's to encode, who must `put` it or `give_up`, before waiting for anything that others encode.
+        """
+        with self._lock:
+            encoded = self._images.get(key)
+            if encoded is not None:
+                self._images.move_to_end(key)
+            found = encoded or self._coming.get(key)
+            if found is None:
+                self.misses += 1
+                self._coming[key] = Future()
+            else:
+                self.hits += 1
+            return found
+
+    def give_up(self, keys: Iterable[ImageKey]) -> None:
+        """Let go of what was claimed and not put; who waits for it may encode it."""
+        with self._lock:
+            coming = [self._coming.pop(key) for key in keys if key in self._coming]
+        for future in coming:
+            future.set_result(None)
+
     def put(self, key: ImageKey, encoded: EncodedImage) -> None:
         """Keep an image, in place of the one under this key and of those that were not used for longest.
 
@@ -105,12 +136,14 @@ class ImageCache:
         """
         with self._lock:
             self._remove(key)
-            if encoded.nbytes > self.max_bytes:
-                return
-            self._images[key] = encoded
-            self._nbytes += encoded.nbytes
+            if encoded.nbytes <= self.max_bytes:
+                self._images[key] = encoded
+                self._nbytes += encoded.nbytes
             while len(self._images) > self.max_images or self._nbytes > self.max_bytes:
                 self._remove(next(iter(self._images)))
+            coming = self._coming.pop(key, None)
+        if coming is not None:
+            coming.set_result(encoded)
 
     def clear(self) -> None:
         """Forget all images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -234,13 +235,21 @@ class LocalModel(PublishedMethods):
         if cache is None:
             return encode_images(self.network, frames, **self._encoding(settings))
         keys = [cache.key(frame, self.max_crops(settings), settings.variant) for frame in frames]
-        found = {key: cache.get(key) for key in keys}
-        missing = {key: frame for key, frame in zip(keys, frames, strict=True) if found[key] is None}
-        encoded = encode_images(self.network, list(missing.values()), **self._encoding(settings))
-        for key, one in zip(missing, encoded, strict=True):
-            found[key] = one
-            cache.put(key, one)
-        return [one for one in (found[key] for key in keys) if one is not None]
+        by_key = dict(zip(keys, frames, strict=True))
+        claims = {key: cache.claim(key) for key in by_key}
+        missing = [key for key, claim in claims.items() if claim is None]
+        found = {key: claim for key, claim in claims.items() if isinstance(claim, EncodedImage)}
+        try:
+            encoded = encode_images(self.network, [by_key[key] for key in missing], **self._encoding(settings))
+            for key, one in zip(missing, encoded, strict=True):
+                found[key] = one
+                cache.put(key, one)
+        finally:
+            cache.give_up(missing)
+        for key, claim in claims.items():
+            if isinstance(claim, Future):  # another thread is at it, or has failed
+                found[key] = claim.result() or self.encode_arrays([by_key[key]], settings)[0]
+        return [found[key] for key in keys]
 
     def _encoding(self, settings: Settings) -> dict[str, Any]:
         """What encoding depends on beside the frame."""

@@ -92,6 +92,18 @@ def test_a_server_that_does_not_say_what_it_is(server: RemoteServer, answer: Ans
     assert str(caught.value).startswith(server.url)
 
 
+def test_a_server_that_takes_connections_and_never_answers() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(BackendError, match=r"did not answer within 0.2 s; name its dialect to go on$") as caught:
+            connect(url, timeout=0.2)
+    assert str(caught.value).startswith(url)
+    with pytest.raises(ValueError, match="timeout must be a number of seconds above 0, not -1"):
+        connect(url, timeout=-1)
+
+
 def test_a_server_that_wants_a_key(server: RemoteServer) -> None:
     server.on("/v1/models", Answer({"error": "key?"}, 401), OURS)
     with pytest.raises(BackendError, match="it wants a key: pass api_key="):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
+import time
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moondream_cv.engine import local
 from moondream_cv.engine.encoding import EncodedImage, encode_images
 from moondream_cv.engine.image_cache import ImageCache, ImageKey
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.engine.prefix import Prefix
+from moondream_cv.requests import Settings
 
 
 def image_of(nbytes: int) -> EncodedImage:
@@ -181,3 +187,66 @@ def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
     kept = [image for key in keys if (image := cache.get(key)) is not None]
     assert len(kept) == len(cache) <= 5
     assert sum(image.nbytes for image in kept) == cache.nbytes <= 1000
+
+
+def test_what_one_thread_is_encoding_others_wait_for() -> None:
+    cache, key, image = ImageCache(4, 10_000), key_of(1), image_of(100)
+    assert cache.claim(key) is None
+    waiting = cache.claim(key)
+    assert isinstance(waiting, Future)
+    assert not waiting.done()
+    cache.put(key, image)
+    assert waiting.result(0) is image
+    assert cache.claim(key) is image
+    assert (cache.hits, cache.misses) == (2, 1)
+
+
+def test_what_is_not_kept_reaches_those_who_wait() -> None:
+    cache, key, image = ImageCache(4, 50), key_of(1), image_of(100)
+    assert cache.claim(key) is None
+    waiting = cache.claim(key)
+    cache.put(key, image)
+    assert isinstance(waiting, Future)
+    assert waiting.result(0) is image
+    assert cache.claim(key) is None
+
+
+def test_what_one_thread_gives_up_another_encodes() -> None:
+    cache, key = ImageCache(4, 10_000), key_of(1)
+    assert cache.claim(key) is None
+    waiting = cache.claim(key)
+    cache.give_up([key, key_of(2)])
+    assert isinstance(waiting, Future)
+    assert waiting.result(0) is None
+    assert cache.claim(key) is None
+
+
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_threads_that_meet_at_an_image_encode_it_once(
+    model: LocalModel, frame: np.ndarray, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = 8
+    together, calls = threading.Barrier(threads), itertools.count(1)
+
+    def encode(network: Any, frames: list[np.ndarray], **options: Any) -> list[EncodedImage]:
+        if frames:
+            number = next(calls)
+            time.sleep(0.02)  # the others come meanwhile
+            if number <= failures:
+                raise MemoryError("none left")
+        return encode_images(network, frames, **options)
+
+    def call(_: int) -> EncodedImage | None:
+        together.wait(10)
+        try:
+            return model.encode_arrays([frame, frame], Settings())[1]
+        except MemoryError:
+            return None
+
+    monkeypatch.setattr(model, "image_cache", ImageCache(4, 10_000_000))
+    monkeypatch.setattr(local, "encode_images", encode)
+    with ThreadPoolExecutor(threads) as pool:
+        given = list(pool.map(call, range(threads)))
+    assert given.count(None) == failures
+    assert len({id(one) for one in given if one is not None}) == 1
+    assert next(calls) == failures + 2

@@ -1,0 +1,341 @@
+"""The pool of models that all blocks share, and what importing the plugin takes, without a workflows engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moondream_cv
+from moondream_cv import load
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import BackendError, CheckpointError
+from moondream_cv_blocks import REGISTERED_INITIALIZERS, ModelPool, load_blocks, pool
+from tests.remote_server import Answer, RemoteServer, remote_server
+
+TINY = Path(moondream_cv.__file__).parent / "tiny"
+OURS = Answer({"models": [{"id": "tiny", "has_scores": True}]})
+THREADS = 8
+VARIABLES = (pool.ALLOWED, pool.DEVICE, pool.TIMEOUT)
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def models() -> Iterator[ModelPool]:
+    opened = ModelPool(device="cpu", timeout=5)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that are really loaded, in their order."""
+    names: list[str] = []
+
+    def counting(name: str, **options: Any) -> LocalModel:
+        names.append(name)
+        return load(name, **options)
+
+    monkeypatch.setattr(pool, "load", counting)
+    return names
+
+
+@pytest.fixture
+def server() -> Iterator[RemoteServer]:
+    with remote_server() as running:
+        yield running
+
+
+# One model, however often it is asked for
+
+
+def test_a_model_is_loaded_once(models: ModelPool, loaded: list[str]) -> None:
+    assert loaded == []
+    assert models.get("tiny") is models.get("tiny")
+    assert loaded == ["tiny"]
+
+
+def test_many_threads_get_one_model(models: ModelPool, loaded: list[str]) -> None:
+    together = threading.Barrier(THREADS)
+
+    def get(_: int) -> object:
+        together.wait()
+        return models.get("tiny")
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        got = list(threads.map(get, range(THREADS)))
+    assert len(set(map(id, got))) == 1
+    assert loaded == ["tiny"]
+
+
+def test_every_pool_has_its_own(models: ModelPool) -> None:
+    other = ModelPool(device="cpu")
+    assert models.get("tiny") is not other.get("tiny")
+    other.close()
+    assert models.get("tiny").run([]) == []
+
+
+@pytest.mark.parametrize("spelling", ["./my-model", "my-model", "other/../my-model", "link", "ABSOLUTE", "~/my-model"])
+def test_all_paths_of_a_folder_are_one_model(
+    spelling: str, models: ModelPool, loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-model").symlink_to(TINY)
+    (tmp_path / "link").symlink_to(tmp_path / "my-model")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = str(tmp_path / "my-model") if spelling == "ABSOLUTE" else spelling
+    assert models.get(str(TINY)) is models.get(path)
+    assert loaded == [str(TINY)]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("moondream2", "vikhyatk/moondream2@2025-06-21"),
+        ("vikhyatk/moondream2@2025-04-14", "moondream2@2025-04-14"),
+        ("http://localhost:2020", "http://localhost:2020/"),
+        ("http://localhost:2020", " http://localhost:2020 "),
+        ("http://user:word@localhost:2020", "http://user:word@localhost:2020/"),
+        ("moondream2", "vikhyatk/moondream2"),
+        ("http://localhost:2020", "http://LOCALHOST:2020"),
+    ],
+)
+def test_all_spellings_of_a_name_are_one_model(name: str, same: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that was added under one is there under the other; nothing is loaded for it."""
+    monkeypatch.setattr(pool, "load", _must_not_open)
+    monkeypatch.setattr(pool, "connect", _must_not_open)
+    models = ModelPool()
+    tiny = load("tiny", device="cpu")
+    models.add(name, tiny)
+    assert models.get(same) is tiny
+    models.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("moondream2", "moondream2@2025-04-14"),
+        ("http://localhost:2020", "http://localhost:2021"),
+        ("http://localhost:2020", "http://user:word@localhost:2020"),
+        ("http://localhost:2020", "https://localhost:2020"),
+    ],
+)
+def test_names_of_different_models(name: str, other: str) -> None:
+    models = ModelPool()
+    first, second = (load("tiny", device="cpu") for _ in range(2))
+    models.add(name, first)
+    models.add(other, second)
+    assert (models.get(name), models.get(other)) == (first, second)
+    models.close()
+
+
+def _must_not_open(name: str, **options: Any) -> Any:
+    raise AssertionError(f"{name} is opened")
+
+
+# Adding and closing
+
+
+def test_a_model_that_is_added_is_not_loaded(models: ModelPool, loaded: list[str]) -> None:
+    first, second = (load("tiny", device="cpu") for _ in range(2))
+    models.add("tiny", first)
+    assert models.get("tiny") is first
+    models.add("tiny", second)
+    assert models.get("tiny") is second
+    assert loaded == []
+
+
+def test_a_closed_pool_opens_anew(models: ModelPool, loaded: list[str], server: RemoteServer) -> None:
+    server.on("/v1/models", OURS)
+    before, remote = models.get("tiny"), models.get(server.url)
+    models.close()
+    models.close()
+    with pytest.raises(Exception, match="is closed"):
+        remote.run([])
+    assert models.get("tiny") is not before
+    assert models.get(server.url) is not remote
+    assert loaded == ["tiny", "tiny"]
+
+
+# What cannot be opened
+
+
+def test_a_failure_is_remembered_for_a_while(
+    models: ModelPool, server: RemoteServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: now))
+    server.on("/v1/models", Answer({}, 404))
+
+    def fails() -> int:
+        """How many requests there have been after another failure."""
+        with pytest.raises(BackendError, match="does not say what it is"):
+            models.get(server.url)
+        return len(server.asked)
+
+    once = fails()
+    now += pool.RETRY_SECONDS - 0.1
+    assert fails() == fails() == once > 0
+    now += 0.2
+    assert fails() == 2 * once
+    server.on("/v1/models", OURS)
+    assert fails() == 2 * once  # it is there, but it is too early to look
+    now += pool.RETRY_SECONDS + 0.1
+    assert models.get(server.url) is models.get(server.url)
+
+
+def test_a_failure_that_is_remembered_does_not_grow(models: ModelPool, tmp_path: Path) -> None:
+    """Its traceback would, with each frame that fails, if it were raised as it is."""
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "config.json").write_text((TINY / "config.json").read_text())
+    lengths = []
+    for _ in range(5):
+        with pytest.raises(CheckpointError) as caught:
+            models.get(str(tmp_path))
+        lengths.append(len(caught.traceback))
+    assert lengths[1:] == [lengths[1]] * 4
+
+
+@pytest.mark.parametrize("name", ["moondream3", "./nothing", "ftp://example.org", "", "  "])
+def test_names_of_no_model(models: ModelPool, name: str) -> None:
+    for _ in range(2):
+        with pytest.raises((CheckpointError, ValueError)):
+            models.get(name)
+
+
+@pytest.mark.parametrize("name", [None, 5, ["tiny"], {"tiny"}, Path("tiny")])
+def test_what_is_no_name(models: ModelPool, name: Any) -> None:
+    with pytest.raises(ValueError, match=f"model must be a name or the URL of a server, not {type(name).__name__}"):
+        models.get(name)
+
+
+def test_a_slow_opening_keeps_no_other_model_waiting(models: ModelPool, server: RemoteServer) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def reply(_: object) -> Answer:
+        asked.set()
+        go_on.wait(30)
+        return OURS
+
+    server.on("/v1/models", reply)
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(models.get, server.url)
+        try:
+            assert asked.wait(10)
+            assert models.get("tiny").run([]) == []
+            models.add("http://localhost:1", models.get("tiny"))
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result(10) is models.get(server.url)
+
+
+# Environment variables
+
+
+def test_models_that_may_be_used(models: ModelPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mine").symlink_to(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(pool.ALLOWED, " tiny , ./mine, http://user:word@localhost:2020,")
+    assert models.get("tiny").run([]) == []
+    assert models.get(str(TINY)).run([]) == []
+    for name in ("moondream2", "./other", "http://localhost:2020", "http://localhost:9001/?key=secret"):
+        with pytest.raises(
+            ValueError, match=r"may not be used here, only tiny, \./mine, http://localhost:2020$"
+        ) as caught:
+            models.get(name)
+        assert "word" not in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_an_open_model_may_be_forbidden_later(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    models.get("tiny")
+    monkeypatch.setenv(pool.ALLOWED, "moondream2")
+    with pytest.raises(ValueError, match="'tiny' may not be used here, only moondream2"):
+        models.get("tiny")
+
+
+@pytest.mark.parametrize("text", ["", " ", ",", " , "])
+def test_an_empty_list_allows_everything(models: ModelPool, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(pool.ALLOWED, text)
+    assert models.get("tiny").run([]) == []
+
+
+def new_shared_pool() -> ModelPool:
+    """What this process would share, had nothing been shared yet."""
+    make: Callable[[], ModelPool] = pool.shared_pool.__wrapped__
+    return make()
+
+
+def test_the_pool_is_shared() -> None:
+    assert REGISTERED_INITIALIZERS["models"]() is REGISTERED_INITIALIZERS["models"]()
+
+
+def test_nothing_is_set() -> None:
+    made = new_shared_pool()
+    assert (made.device, made.timeout) == (None, 30.0)
+
+
+def test_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pool.DEVICE, " cpu ")
+    monkeypatch.setenv(pool.TIMEOUT, " 2.5 ")
+    made = new_shared_pool()
+    assert (made.device, made.timeout) == ("cpu", 2.5)
+    assert str(made.get("tiny").device) == "cpu"
+    made.close()
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pool.DEVICE, "cuda:99")
+    with pytest.raises(ValueError, match="there is no device 'cuda:99'"):
+        new_shared_pool().get("tiny")
+
+
+@pytest.mark.parametrize("seconds", ["soon", "1s", "-1", "0", "nan", "inf"])
+def test_a_time_out_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
+    monkeypatch.setenv(pool.TIMEOUT, seconds)
+    with pytest.raises(ValueError, match=f"{pool.TIMEOUT} must be a number of seconds above 0, not '{seconds}'"):
+        new_shared_pool()
+
+
+def test_the_time_out_is_that_of_servers(server: RemoteServer) -> None:
+    server.on("/v1/models", OURS).on("/v1/caption", Answer(fault="hang"))
+    models = ModelPool(timeout=0.2)
+    with pytest.raises(BackendError, match=r"did not answer within 0\.2 s"):
+        models.get(server.url).caption(np.zeros((8, 8, 3), np.uint8))
+    models.close()
+
+
+# Importing
+
+
+def test_importing_the_plugin_is_light() -> None:
+    """The engine imports it whether or not a workflow uses it, and before it knows what is in it."""
+    code = "import sys, moondream_cv_blocks; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "moondream_cv_blocks" in imported
+    assert not {"torch", "supervision", "roboflow_workflows", "inference", "cv2", "transformers"} & imported
+
+
+@pytest.mark.skipif(
+    any(find_spec(name) for name in ("roboflow_workflows", "inference")), reason="there is a workflows engine here"
+)
+def test_blocks_without_an_engine() -> None:
+    with pytest.raises(ImportError, match=r'pip install "moondream-cv\[workflows\]"'):
+        load_blocks()

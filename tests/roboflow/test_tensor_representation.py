@@ -1,0 +1,57 @@
+"""The engine's other representation of predictions, which it takes from the environment when it is imported.
+
+A process of its own has it: what gives detections is refused with the reason, and texts come as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.roboflow_app import skip_without_server
+
+pytestmark = pytest.mark.roboflow
+skip_without_server()
+
+PROGRAM = """
+import json
+import sys
+from pathlib import Path
+
+from tests.roboflow_app import prepare
+
+prepare(Path(sys.argv[1]))
+
+from moondream_cv.scenes import render_scene
+from tests.workflows import refusal, run, step, workflow
+
+scene = render_scene(5, resolution_wh=(320, 240), names=["dog", "red circle"], style="plain")
+refused = {name: refusal(workflow(step(name, class_names="dog"))) for name in ("detect", "point", "track")}
+(asked,) = run(workflow(step("query", question="Is there a dog?")), scene.image[..., ::-1].copy(), serialize=True)
+(said,) = run(workflow(step("caption", length="short")), scene.image[..., ::-1].copy(), serialize=True)
+print(json.dumps({"refused": refused, "answer": asked["answer"], "caption": said["caption"]}))
+"""
+
+
+def test_what_gives_detections_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"ENABLE_TENSOR_DATA_REPRESENTATION": "True", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert set(said["refused"]) == {"detect", "point", "track"}
+    for message in said["refused"].values():
+        assert "unset ENABLE_TENSOR_DATA_REPRESENTATION" in message
+    assert said["answer"] == "yes"
+    assert "dog" in said["caption"]
