@@ -27,7 +27,7 @@ same image, it is encoded once for all of them.
 
 
 class Manifest(TextManifest):
-    """What a step says."""
+    """A description of each image."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -44,7 +44,7 @@ It takes the place of `roboflow_core/moondream2@v1`: change the step's `type`, a
 
 
 class Manifest(BoxManifest):
-    """What a step says."""
+    """Boxes of whatever the class names mean."""
 
     model_config = ConfigDict(
         json_schema_extra={

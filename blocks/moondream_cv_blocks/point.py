@@ -45,7 +45,7 @@ Images are encoded once however many classes there are, and all images of a batc
 
 
 class Manifest(FinderManifest):
-    """What a step says."""
+    """A point on whatever the class names mean."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -45,7 +45,7 @@ _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 
 
 class Manifest(TextManifest):
-    """What a step says."""
+    """An answer to a question about each image."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -38,6 +38,7 @@ from .roboflow import (
 )
 from .running import find
 
+DETECTIONS = ("tracked_detections", "new_instances", "already_seen_instances")
 MAX_SOURCES = 64  # that are remembered; those seen longest ago are forgotten
 
 DESCRIPTION = """
@@ -50,7 +51,7 @@ numbers when they cross, hide, or leave and come back.
   numbers in the video's metadata. The frames of several sources that are due at the same time go to it in one call.
 - Each source has its own tracker for each class. On the frames in between, boxes move on as they moved before.
 - A source that starts again from the beginning, or changes its size, is tracked anew; numbers are not given twice.
-- Images without video metadata count as one frame after the other of the same source.
+- Without video metadata each run brings the next frame; the images of a batch are of one source each.
 
 #### Outputs
 
@@ -71,7 +72,7 @@ HTTP requests.
 
 
 class Manifest(BoxManifest):
-    """What a step says."""
+    """Boxes with numbers that stay, on every frame of each video source."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -114,8 +115,7 @@ class Manifest(BoxManifest):
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
         return [
-            OutputDefinition(name=name, kind=[types.OBJECT_DETECTION_PREDICTION_KIND])
-            for name in ("tracked_detections", "new_instances", "already_seen_instances")
+            OutputDefinition(name=name, kind=[types.OBJECT_DETECTION_PREDICTION_KIND]) for name in DETECTIONS
         ] + error_outputs()
 
 
@@ -275,11 +275,7 @@ def _part(tracked: sv.Detections, mask: npt.NDArray[np.bool_], image: WorkflowIm
 
 
 def _failed(error: Exception, image: WorkflowImageData) -> dict[str, Any]:
-    nothing = no_prediction(image, KIND)
-    nothing.tracker_id = np.empty(0, int)  # line counters insist on numbers
-    return {
-        "tracked_detections": nothing,
-        "new_instances": nothing,
-        "already_seen_instances": nothing,
-        **failed(error, "moondream_cv/track"),
-    }
+    outputs = {name: no_prediction(image, KIND) for name in DETECTIONS}
+    for nothing in outputs.values():
+        nothing.tracker_id = np.empty(0, int)  # line counters insist on numbers
+    return outputs | failed(error, "moondream_cv/track")

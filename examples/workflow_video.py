@@ -1,0 +1,115 @@
+"""A workflow over a video: what crosses a line is counted, with Roboflow's own engine and stream runner.
+
+    WORKFLOWS_PLUGINS=moondream_cv_blocks python examples/workflow_video.py --output counted.mp4
+
+Runs `blocks/workflows/track_count_line.json` over a rendered clip with the embedded tiny model, writes the annotated
+video and a frame of it, and prints the count beside the true one. It takes `pip install "moondream-cv[workflows]"`.
+With a video of your own: `--video street.mp4 --model moondream2 --classes person,car --line "[[9, 360], [999, 360]]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import supervision as sv
+
+from moondream_cv.scenes import Clip, render_clip
+from moondream_cv.video import Frame
+from moondream_cv.video.video_file import VideoWriter
+
+WORKFLOW = Path(__file__).parents[1] / "blocks" / "workflows" / "track_count_line.json"
+FPS = 30
+NAMES = ["car", "bus", "truck", "boat", "car"]
+SEED, LINE = 3, 320  # of the rendered clip: which one, and where the line stands, in pixels from the left
+
+
+def write_clip(path: Path, clip: Clip) -> None:
+    """Write a rendered clip into a file."""
+    with VideoWriter(path, fps=FPS) as writer:
+        for index, (rgb, _) in enumerate(clip.frames()):
+            writer.write(Frame(np.ascontiguousarray(rgb[..., ::-1]), index, index / FPS), sv.Detections.empty())
+
+
+def crossings(clip: Clip, x: int) -> int:
+    """How often something has come wholly from one side of an upright line to the other."""
+    sides: dict[int, bool] = {}
+    count = 0
+    for _, things in clip.frames():
+        for thing in things:
+            left, _, right, _ = thing.xyxy
+            if right < x or left > x:
+                count += sides.get(thing.track_id, left > x) != (left > x)
+                sides[thing.track_id] = left > x
+    return count
+
+
+def run(video: Path, output: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Run the workflow over a video, write what it draws, and give the outputs of the last frame."""
+    from streamvision.stream.pipeline import InferencePipeline
+
+    drawn: list[np.ndarray] = []
+    last: dict[str, Any] = {}
+    with VideoWriter(output, fps=FPS) as writer:
+
+        def sink(result: dict[str, Any], frame: Any) -> None:
+            drawn.append(result["image"].numpy_image)
+            writer.write(Frame(drawn[-1], len(drawn) - 1, (len(drawn) - 1) / FPS), sv.Detections.empty())
+            last.update(result)
+
+        pipeline = InferencePipeline.init_with_workflow(
+            str(video),
+            workflow_specification=json.loads(WORKFLOW.read_text()),
+            workflow_init_parameters={},
+            step_error_handler=None,
+            workflows_parameters=parameters,
+            on_prediction=sink,
+        )
+        pipeline.start()
+        pipeline.join()
+    cv2.imwrite(str(output.with_suffix(".png")), drawn[len(drawn) * 2 // 3])
+    return last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("counted.mp4"), help="the annotated video")
+    parser.add_argument("--video", type=Path, help="a file; without it a clip is rendered")
+    parser.add_argument("--model", default="tiny", help="as in the workflow's field")
+    parser.add_argument("--classes", default="car,bus,truck,boat", help="names, separated by commas")
+    parser.add_argument("--confidence", type=float, default=0.5, help="what a detection must reach")
+    parser.add_argument("--line", type=json.loads, default=None, help='"[[x, y], [x, y]]" in pixels')
+    parser.add_argument("--every", type=int, default=5, help="look at every Nth frame")
+    arguments = parser.parse_args()
+    os.environ.setdefault("WORKFLOWS_PLUGINS", "moondream_cv_blocks")
+    parameters = {
+        "model": arguments.model,
+        "class_names": arguments.classes,
+        "confidence": arguments.confidence,
+        "every": arguments.every,
+    }
+    if arguments.line is not None:
+        parameters["line"] = arguments.line
+    with tempfile.TemporaryDirectory() as folder:
+        video = arguments.video or Path(folder) / "clip.mp4"
+        if arguments.video is None:
+            clip = render_clip(SEED, num_frames=150, names=NAMES, resolution_wh=(640, 360))
+            write_clip(video, clip)
+            parameters["line"] = [[LINE, 20], [LINE, 340]]
+        result = run(video, arguments.output, parameters)
+    if result["error_status"]:
+        raise SystemExit(result["error_message"])
+    true = "" if arguments.video else f" (in truth {crossings(clip, LINE)})"
+    crossed = result["count_in"] + result["count_out"]
+    print(f"{crossed} have crossed the line{true}, {result['count_in']} in and {result['count_out']} out")
+    print(f"{arguments.output}, {arguments.output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

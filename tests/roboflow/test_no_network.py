@@ -1,0 +1,265 @@
+"""With a local model no block speaks to another machine, from the first import on; and the guard that says so does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moondream_cv.tiny
+from moondream_cv_blocks import ModelPool
+from tests.network_guard import NetworkRefused, is_here, refusing_network
+from tests.roboflow_app import skip_without_server
+from tests.workflows import BLOCKS, compiled, results, step, workflow
+
+skip_without_server()
+pytestmark = pytest.mark.roboflow
+
+ROOT = Path(__file__).parents[2]
+FOLDER = str(Path(moondream_cv.tiny.__file__).parent)  # the files of a model, as in a folder of one's own
+ELSEWHERE = "192.0.2.1"  # reserved for documentation: nobody's
+FIELDS: dict[str, dict[str, Any]] = {
+    "detect": {"class_names": ["dog", "bus"]},
+    "point": {"class_names": ["dog", "bus"]},
+    "query": {"question": "How many dogs are there?", "reasoning": True},
+    "caption": {},
+    "track": {"class_names": ["dog", "bus"]},
+}
+
+# A process that runs every block, guarded before it imports anything else. Arguments: the packages to begin with, a
+# folder to write to, and models. It prints for each model what the blocks gave, and what was refused by then.
+PROCESS = """
+import json, os, sys
+from pathlib import Path
+
+packages, folder, *models = sys.argv[1:]
+from tests.network_guard import refusing_network
+
+said = {}
+with refusing_network() as attempts:
+    from tests.roboflow_app import declare_torchvision_schemas, prepare
+    if packages == "server":
+        prepare(Path(folder))
+    else:
+        declare_torchvision_schemas()
+        os.environ["WORKFLOWS_PLUGINS"] = "moondream_cv_blocks"
+    from moondream_cv.scenes import render_scene
+    from tests.workflows import run, step, workflow
+
+    image = render_scene(5, resolution_wh=(320, 240), names=["dog", "bus"], style="plain").image[..., ::-1].copy()
+    for model in models:
+        outputs = {
+            block: run(workflow(step(block, model=model, **fields)), image, serialize=True)[0]
+            for block, fields in json.loads(os.environ["FIELDS"]).items()
+        }
+        said[model] = {"outputs": outputs, "attempts": list(attempts)}
+print(json.dumps({"said": said, "server": "inference" in sys.modules}))
+"""
+LOCAL = ["tiny", FOLDER]
+NOT_HERE = "nobody/nothing-here@main"
+
+
+@pytest.mark.parametrize("model", LOCAL, ids=["tiny", "folder"])
+def test_no_block_makes_a_connection(bgr: np.ndarray, model: str) -> None:
+    with refusing_network() as attempts:
+        pool = ModelPool()  # of its own, so that the model is loaded here
+        for block in BLOCKS:
+            definition = workflow(step(block, model=model, **FIELDS[block]))
+            engine = compiled(definition, **{"moondream_cv_blocks.models": pool})
+            for outputs in results(engine, [bgr, bgr]):
+                assert (outputs["error_status"], outputs["error_message"]) == (False, "")
+        pool.close()
+    assert attempts == []
+
+
+@pytest.mark.parametrize("model", ["moondream2", "vikhyatk/moondream2@2025-06-21", f"http://{ELSEWHERE}:2020"])
+def test_compiling_asks_no_other_machine(model: str) -> None:
+    """Which model there is, is known without asking for it: what it takes is loaded with the first image."""
+    with refusing_network() as attempts:
+        for block in BLOCKS:
+            compiled(workflow(step(block, model=model, **FIELDS[block])))
+    assert attempts == []
+
+
+def test_a_model_elsewhere_is_seen(bgr: np.ndarray) -> None:
+    with refusing_network() as attempts:
+        engine = compiled(
+            workflow(step("detect", model=f"http://{ELSEWHERE}:2020", class_names=["dog"])),
+            **{"moondream_cv_blocks.models": ModelPool(timeout=1)},
+        )
+        (outputs,) = results(engine, bgr)
+    assert outputs["error_status"] is True
+    assert any(ELSEWHERE in attempt for attempt in attempts)
+
+
+def test_a_fresh_process_with_the_engine(tmp_path: Path) -> None:
+    """Nothing tells it to stay off the network: a model that is not here is asked for, and the guard sees that."""
+    reply = in_a_process(tmp_path, "engine", *LOCAL, NOT_HERE)
+    assert not reply["server"]
+    for model in LOCAL:
+        check_local(reply["said"][model])
+    assert any("huggingface.co" in attempt for attempt in reply["said"][NOT_HERE]["attempts"])
+    assert all(outputs["error_status"] for outputs in reply["said"][NOT_HERE]["outputs"].values())
+
+
+def test_a_fresh_process_with_the_server(tmp_path: Path) -> None:
+    reply = in_a_process(tmp_path, "server", *LOCAL)
+    assert reply["server"]
+    for model in LOCAL:
+        check_local(reply["said"][model])
+
+
+def check_local(said: dict[str, Any]) -> None:
+    assert said["attempts"] == []
+    assert said["outputs"].keys() == set(BLOCKS)
+    for outputs in said["outputs"].values():
+        assert (outputs["error_status"], outputs["error_message"]) == (False, "")
+    assert len(said["outputs"]["detect"]["predictions"]["predictions"]) == 2
+
+
+def in_a_process(folder: Path, packages: str, *models: str) -> dict[str, Any]:
+    """What `PROCESS` prints, as little as possible being inherited from this process."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    environment = {
+        **kept,
+        "FIELDS": json.dumps(FIELDS),
+        "HF_HOME": str(folder / "hub"),
+        "HOME": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, packages, str(folder), *models],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+# --- The guard itself -----------------------------------------------------------------------------------------------
+
+
+def connect(host: str) -> None:
+    with socket.create_connection((host, 9), timeout=1):
+        pass
+
+
+def send(host: str, method: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        if method == "sendto":
+            sender.sendto(b"x", (host, 9))
+        elif method == "sendmsg":
+            sender.sendmsg([b"x"], [], 0, (host, 9))
+        else:
+            sender.connect_ex((host, 9))
+
+
+def open_connection(host: str) -> None:
+    loop = asyncio.SelectorEventLoop()  # a server of another test may have set uvloop, whose sockets are not Python's
+    try:
+        loop.run_until_complete(asyncio.open_connection(host, 9))
+    finally:
+        loop.close()
+
+
+TRIED: dict[str, Callable[[], Any]] = {
+    "connect": lambda: connect(ELSEWHERE),
+    "connect_ex": lambda: send(ELSEWHERE, "connect_ex"),
+    "sendto": lambda: send(ELSEWHERE, "sendto"),
+    "sendmsg": lambda: send(ELSEWHERE, "sendmsg"),
+    "name": lambda: connect("name.example"),
+    "getaddrinfo": lambda: socket.getaddrinfo(b"name.example", 80),
+    "gethostbyname": lambda: socket.gethostbyname("name.example"),
+    "gethostbyname_ex": lambda: socket.gethostbyname_ex("name.example"),
+    "gethostbyaddr": lambda: socket.gethostbyaddr(ELSEWHERE),
+    "getnameinfo": lambda: socket.getnameinfo((ELSEWHERE, 80), 0),
+    "asyncio": lambda: open_connection(ELSEWHERE),
+    "asyncio name": lambda: open_connection("name.example"),
+}
+
+
+@pytest.mark.parametrize("way", TRIED)
+def test_the_guard_refuses(way: str) -> None:
+    with refusing_network() as attempts, pytest.raises(NetworkRefused):
+        TRIED[way]()
+    assert len(attempts) >= 1
+    assert all(ELSEWHERE in attempt or "name.example" in attempt for attempt in attempts)
+
+
+def test_the_guard_tells_what_was_caught() -> None:
+    with refusing_network() as attempts:
+        for _ in range(2):
+            with pytest.raises(OSError, match="no network here"):
+                connect(ELSEWHERE)
+    assert len(attempts) == 2
+
+
+def test_the_guard_is_there_in_other_threads() -> None:
+    with refusing_network() as attempts:
+        thread = threading.Thread(target=try_to_connect)
+        thread.start()
+        thread.join(10)
+    assert len(attempts) == 1
+
+
+def try_to_connect() -> None:
+    with pytest.raises(NetworkRefused):
+        connect(ELSEWHERE)
+
+
+def test_the_guard_lets_this_machine_speak_to_itself(url: str) -> None:
+    import requests
+
+    with refusing_network() as attempts:
+        assert requests.get(f"{url}/info", timeout=10).status_code == 200
+        assert requests.get(url.replace("127.0.0.1", "localhost") + "/info", timeout=10).status_code == 200
+        left, right = socket.socketpair()
+        with left, right:
+            left.sendall(b"x")
+            assert right.recv(1) == b"x"
+    assert attempts == []
+
+
+def test_the_guard_goes() -> None:
+    with refusing_network() as outer, refusing_network() as inner, pytest.raises(NetworkRefused):
+        connect(ELSEWHERE)
+    assert len(outer) == len(inner) == 1
+    try:
+        send(ELSEWHERE, "connect_ex")  # a datagram socket sends nothing when it is connected
+    except NetworkRefused:
+        pytest.fail("the guard is still there")
+    assert len(outer) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        *(
+            (None, True),
+            ("", True),
+            ("localhost", True),
+            (b"localhost", True),
+            ("127.0.0.1", True),
+            ("127.1.2.3", True),
+        ),
+        *(("::1", True), ("0.0.0.0", True), ("::", True), ("::ffff:127.0.0.1", True)),
+        *((ELSEWHERE, False), (b"192.0.2.1", False), ("name.example", False), ("localhost.name.example", False)),
+        *(("10.0.0.1", False), ("fe80::1%eth0", False), ("::ffff:192.0.2.1", False), ("1270.0.0.1", False)),
+    ],
+)
+def test_what_is_this_machine(host: Any, here: bool) -> None:
+    assert is_here(host) is here

@@ -1,0 +1,119 @@
+"""`docs/workflows.md` and `examples/workflow_video.py`: what users are told to write runs, with the tiny model.
+
+The code of the page runs as it stands but for names that only its reader has: the picture, the video, the server, and
+the real model with what is looked for.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import runpy
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.scenes import render_clip
+from tests.clips import write_clip
+from tests.roboflow_app import skip_without_server
+from tests.workflows import run, workflow
+
+pytestmark = pytest.mark.roboflow
+skip_without_server()
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "workflows.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+FRAMES = 12
+
+
+@pytest.fixture(autouse=True)
+def _reader(tmp_path: Path, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with what the page's reader has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blocks").symlink_to(ROOT / "blocks")
+    cv2.imwrite("street.jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 98])
+    clip = render_clip(1, num_frames=FRAMES, names=["dog", "red circle", "dog"], resolution_wh=(320, 240))
+    write_clip(tmp_path / "street.mp4", (rgb[..., ::-1] for rgb, _ in clip))
+
+
+def told(code: str, server: str = "") -> str:
+    """What a piece of the page prints."""
+    for page, here in (
+        ("moondream2", "tiny"),
+        ('["person", "car"]', '["dog", "bus"]'),
+        ("http://localhost:9001", server),
+    ):
+        code = code.replace(page, here or page)
+    out = io.StringIO()
+    with redirect_stdout(out):
+        exec(compile(code, "docs/workflows.md", "exec"), {"__name__": "page"})
+    return out.getvalue()
+
+
+def test_there_are_three_ways() -> None:
+    assert len(BLOCKS) == 3
+
+
+def test_the_engine_by_itself(bgr: np.ndarray) -> None:
+    said = told(BLOCKS[0])
+    assert "dog" in said
+    assert "bus" in said
+    annotated = cv2.imread("annotated.jpg")
+    assert annotated is not None
+    assert annotated.shape == bgr.shape
+    assert np.abs(annotated.astype(int) - bgr).max() > 100
+
+
+def test_over_a_video() -> None:
+    lines = told(BLOCKS[1]).splitlines()
+    assert [int(line.split()[0]) for line in lines] == list(range(1, FRAMES + 1))
+    assert all(line.split()[1:] == ["0", "0"] for line in lines)  # nothing crosses, and no error is told
+
+
+def test_in_the_server(url: str, tiny: LocalModel) -> None:
+    said = told(BLOCKS[2], url)
+    assert "'class': 'dog'" in said
+    assert "'class': 'bus'" in said
+
+
+def test_the_samples_are_listed() -> None:
+    listed = set(re.findall(r"\.\./blocks/workflows/(\w+\.json)\)", PAGE))
+    assert listed == {path.name for path in (ROOT / "blocks" / "workflows").glob("*.json")}
+
+
+def test_every_field_and_output_is_listed() -> None:
+    from moondream_cv_blocks import load_blocks
+
+    for block in load_blocks():
+        manifest = block.get_manifest()
+        (kind,) = manifest.model_fields["type"].annotation.__args__
+        (row,) = re.findall(rf"^\| `{kind}` \|(.*)\|(.*)\|$", PAGE, re.MULTILINE)
+        fields = set(manifest.model_fields) - {"type", "name", "images", "model"}
+        outputs = {output.name for output in manifest.describe_outputs()} - {"error_status", "error_message"}
+        assert set(re.findall(r"`(\w+)`", row[0])) == fields
+        assert set(re.findall(r"`(\w+)`", row[1])) == outputs
+
+
+def test_the_step_in_the_readme(bgr: np.ndarray) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (found,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    (outputs,) = run(workflow(json.loads(found) | {"model": "tiny", "class_names": ["dog"]}), bgr)
+    assert outputs["predictions"].data["class_name"].tolist() == ["dog"]
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["workflow_video.py", "--output", "counted.mp4"])
+    out = io.StringIO()
+    with redirect_stdout(out):
+        runpy.run_path(str(ROOT / "examples" / "workflow_video.py"), run_name="__main__")
+    count, true = map(int, re.findall(r"^(\d+) have crossed the line \(in truth (\d+)\)", out.getvalue())[0])
+    assert count == true > 0
+    frames = cv2.VideoCapture("counted.mp4")
+    assert int(frames.get(cv2.CAP_PROP_FRAME_COUNT)) == 150
+    assert cv2.imread("counted.png").shape == (360, 640, 3)
