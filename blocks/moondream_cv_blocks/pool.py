@@ -9,7 +9,6 @@ Environment variables are for processes whose owner does not write the workflows
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -29,6 +28,9 @@ TIMEOUT = "MOONDREAM_CV_BLOCKS_TIMEOUT"
 RETRY_SECONDS = 5.0
 CACHED_IMAGES = 16  # so that what several blocks ask about one image encodes it once
 CACHED_BYTES = 2**30
+
+_shared: ModelPool | None = None
+_shared_lock = threading.Lock()
 
 
 class ModelPool:
@@ -106,13 +108,21 @@ class _Opened:
         self.again = 0.0
 
 
-@functools.cache
 def shared_pool() -> ModelPool:
-    """The pool of this process.
+    """The pool of this process, made as the environment says when it is first asked for.
 
     Raises:
         ValueError: An environment variable makes no sense.
     """
+    global _shared
+    with _shared_lock:  # the server compiles in several threads
+        if _shared is None:
+            _shared = pool_of_environment()
+        return _shared
+
+
+def pool_of_environment() -> ModelPool:
+    """A new pool as the environment says; errors as of `shared_pool`."""
     device, seconds = os.environ.get(DEVICE, "").strip() or None, os.environ.get(TIMEOUT, "").strip()
     if not seconds:
         return ModelPool(device=device)

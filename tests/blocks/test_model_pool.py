@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -276,25 +276,32 @@ def test_an_empty_list_allows_everything(models: ModelPool, monkeypatch: pytest.
     assert models.get("tiny").run([]) == []
 
 
-def new_shared_pool() -> ModelPool:
-    """What this process would share, had nothing been shared yet."""
-    make: Callable[[], ModelPool] = pool.shared_pool.__wrapped__
-    return make()
+def test_the_pool_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by threads that ask for it at once."""
+    made, make = [], pool.pool_of_environment
 
+    def slowly() -> ModelPool:
+        time.sleep(0.05)
+        made.append(make())
+        return made[-1]
 
-def test_the_pool_is_shared() -> None:
-    assert REGISTERED_INITIALIZERS["models"]() is REGISTERED_INITIALIZERS["models"]()
+    monkeypatch.setattr(pool, "_shared", None)
+    monkeypatch.setattr(pool, "pool_of_environment", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        given = list(threads.map(lambda _: REGISTERED_INITIALIZERS["models"](), range(4)))
+    assert len(made) == 1
+    assert all(one is made[0] for one in given)
 
 
 def test_nothing_is_set() -> None:
-    made = new_shared_pool()
+    made = pool.pool_of_environment()
     assert (made.device, made.timeout) == (None, 30.0)
 
 
 def test_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.DEVICE, " cpu ")
     monkeypatch.setenv(pool.TIMEOUT, " 2.5 ")
-    made = new_shared_pool()
+    made = pool.pool_of_environment()
     assert (made.device, made.timeout) == ("cpu", 2.5)
     assert str(made.get("tiny").device) == "cpu"
     made.close()
@@ -303,14 +310,14 @@ def test_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.DEVICE, "cuda:99")
     with pytest.raises(ValueError, match="there is no device 'cuda:99'"):
-        new_shared_pool().get("tiny")
+        pool.pool_of_environment().get("tiny")
 
 
 @pytest.mark.parametrize("seconds", ["soon", "1s", "-1", "0", "nan", "inf"])
 def test_a_time_out_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
     monkeypatch.setenv(pool.TIMEOUT, seconds)
     with pytest.raises(ValueError, match=f"{pool.TIMEOUT} must be a number of seconds above 0, not '{seconds}'"):
-        new_shared_pool()
+        pool.pool_of_environment()
 
 
 def test_the_time_out_is_that_of_servers(server: RemoteServer) -> None:
