@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from moondream_cv.requests import CAPTION_LENGTHS, Caption
 
-from .fields import Text, TextManifest, error_outputs, is_selector, text_settings
-from .pool import ModelPool
+from .fields import Text, TextManifest, described, error_outputs, is_selector, text_settings
 from .results import NO_ERROR, failed
-from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
-from .running import ask
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
+from .running import MoondreamBlock, ask
 
 DESCRIPTION = """
 Describe images with **Moondream 2**, in a sentence (`short`), a paragraph (`normal`) or at length (`long`).
@@ -29,18 +28,12 @@ same image, it is encoded once for all of them.
 class Manifest(TextManifest):
     """A description of each image."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "name": "Moondream Caption",
-            "version": "v1",
-            "short_description": "Describe images in words.",
-            "long_description": DESCRIPTION,
-            "license": "Apache-2.0",
-            "block_type": "model",
-            "search_keywords": ["moondream", "caption", "describe", "VLM"],
-            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.43},
-        },
-        protected_namespaces=(),
+    model_config = described(
+        "Moondream Caption",
+        "Describe images in words.",
+        DESCRIPTION,
+        keywords=["caption", "describe"],
+        priority=5.43,
     )
     type: Literal["moondream_cv/caption@v1"]
     length: Literal["short", "normal", "long"] | Text = Field(
@@ -62,15 +55,8 @@ class Manifest(TextManifest):
         return [OutputDefinition(name="caption", kind=[types.STRING_KIND]), *error_outputs()]
 
 
-class CaptionBlock(WorkflowBlock):
+class CaptionBlock(MoondreamBlock):
     """Images → descriptions."""
-
-    def __init__(self, models: ModelPool) -> None:
-        self._models = models
-
-    @classmethod
-    def get_init_parameters(cls) -> list[str]:
-        return ["models"]
 
     @classmethod
     def get_manifest(cls) -> type[Manifest]:

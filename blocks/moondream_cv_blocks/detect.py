@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import ConfigDict
-
 from moondream_cv.detector import Detector
 from moondream_cv.vision_model import VisionModel
 
-from .fields import BoxManifest, count, error_outputs, fraction
-from .pool import ModelPool
+from .fields import BoxManifest, count, described, error_outputs, fraction
 from .results import NO_ERROR, as_prediction, failed, no_prediction
-from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
-from .running import find
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
+from .running import MoondreamBlock, find
 
 KIND = "object-detection"
 
@@ -46,18 +43,12 @@ It takes the place of `roboflow_core/moondream2@v1`: change the step's `type`, a
 class Manifest(BoxManifest):
     """Boxes of whatever the class names mean."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "name": "Moondream Detect",
-            "version": "v1",
-            "short_description": "Detect objects of any classes by name, with real confidences.",
-            "long_description": DESCRIPTION,
-            "license": "Apache-2.0",
-            "block_type": "model",
-            "search_keywords": ["moondream", "open vocabulary", "zero-shot", "object detection", "VLM"],
-            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.4},
-        },
-        protected_namespaces=(),
+    model_config = described(
+        "Moondream Detect",
+        "Detect objects of any classes by name, with real confidences.",
+        DESCRIPTION,
+        keywords=["open vocabulary", "zero-shot", "object detection"],
+        priority=5.4,
     )
     type: Literal["moondream_cv/detect@v1"]
 
@@ -69,15 +60,8 @@ class Manifest(BoxManifest):
         ]
 
 
-class DetectBlock(WorkflowBlock):
+class DetectBlock(MoondreamBlock):
     """Images × class names → boxes."""
-
-    def __init__(self, models: ModelPool) -> None:
-        self._models = models
-
-    @classmethod
-    def get_init_parameters(cls) -> list[str]:
-        return ["models"]
 
     @classmethod
     def get_manifest(cls) -> type[Manifest]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from moondream_cv.detector import check_classes
 from moondream_cv.errors import MoondreamError
@@ -43,6 +43,32 @@ T = TypeVar("T")
 _NUMBER, _INTEGER, _FLAG = TypeAdapter(float), TypeAdapter(int), TypeAdapter(bool)
 _MOST = 2**31 - 1
 _SELECTOR = re.compile(r"\$(inputs|steps|thresholds|sensors)\.\S+")
+
+
+def described(
+    name: str, short: str, long: str, *, keywords: Sequence[str], priority: float, section: str = "model"
+) -> ConfigDict:
+    """What the workflow builder shows of a block.
+
+    Args:
+        long: For the side panel, in Markdown.
+        keywords: By which it is found, beside its name.
+        priority: Of the blocks of a section those with the lowest come first.
+        section: Of the list of blocks.
+    """
+    return ConfigDict(
+        json_schema_extra={
+            "name": name,
+            "version": "v1",
+            "short_description": short,
+            "long_description": long,
+            "license": "Apache-2.0",
+            "block_type": "model",
+            "search_keywords": ["moondream", *keywords, "VLM"],
+            "ui_manifest": {"section": section, "icon": "fal fa-moon", "blockPriority": priority},
+        },
+        protected_namespaces=(),
+    )
 
 
 class MoondreamManifest(WorkflowBlockManifest):

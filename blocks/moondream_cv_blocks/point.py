@@ -6,16 +6,14 @@ from typing import Any, Literal
 
 import numpy as np
 import supervision as sv
-from pydantic import ConfigDict
 
 from moondream_cv.detector import Pointer
 from moondream_cv.vision_model import VisionModel
 
-from .fields import FinderManifest, count, error_outputs, fraction
-from .pool import ModelPool
+from .fields import FinderManifest, count, described, error_outputs, fraction
 from .results import NO_ERROR, as_prediction, failed, no_prediction
-from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, constants, types
-from .running import find
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, constants, types
+from .running import MoondreamBlock, find
 
 KIND = "keypoint-detection"
 KEY_POINT = "point"  # the name of the only one that an object has
@@ -47,18 +45,12 @@ Images are encoded once however many classes there are, and all images of a batc
 class Manifest(FinderManifest):
     """A point on whatever the class names mean."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "name": "Moondream Point",
-            "version": "v1",
-            "short_description": "Point at objects of any classes by name, or count them.",
-            "long_description": DESCRIPTION,
-            "license": "Apache-2.0",
-            "block_type": "model",
-            "search_keywords": ["moondream", "open vocabulary", "zero-shot", "point", "count", "key point", "VLM"],
-            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.41},
-        },
-        protected_namespaces=(),
+    model_config = described(
+        "Moondream Point",
+        "Point at objects of any classes by name, or count them.",
+        DESCRIPTION,
+        keywords=["open vocabulary", "zero-shot", "point", "count", "key point"],
+        priority=5.41,
     )
     type: Literal["moondream_cv/point@v1"]
 
@@ -74,15 +66,8 @@ class Manifest(FinderManifest):
         ]
 
 
-class PointBlock(WorkflowBlock):
+class PointBlock(MoondreamBlock):
     """Images × class names → points."""
-
-    def __init__(self, models: ModelPool) -> None:
-        self._models = models
-
-    @classmethod
-    def get_init_parameters(cls) -> list[str]:
-        return ["models"]
 
     @classmethod
     def get_manifest(cls) -> type[Manifest]:

@@ -6,15 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from moondream_cv.requests import Query, QueryResult
 
-from .fields import Anything, Flag, Text, TextManifest, error_outputs, flag, is_selector, text_settings
-from .pool import ModelPool
+from .fields import Anything, Flag, Text, TextManifest, described, error_outputs, flag, is_selector, text_settings
 from .results import NO_ERROR, failed
-from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowBlock, WorkflowImageData, types
-from .running import ask
+from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
+from .running import MoondreamBlock, ask
 
 DESCRIPTION = """
 Ask a question about each image and get **Moondream 2**'s answer, in words: "What colour is the car?", "Is the door
@@ -47,18 +46,12 @@ _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 class Manifest(TextManifest):
     """An answer to a question about each image."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "name": "Moondream Query",
-            "version": "v1",
-            "short_description": "Ask a question about images and get an answer in words.",
-            "long_description": DESCRIPTION,
-            "license": "Apache-2.0",
-            "block_type": "model",
-            "search_keywords": ["moondream", "question", "visual question answering", "VQA", "reasoning", "VLM"],
-            "ui_manifest": {"section": "model", "icon": "fal fa-moon", "blockPriority": 5.42},
-        },
-        protected_namespaces=(),
+    model_config = described(
+        "Moondream Query",
+        "Ask a question about images and get an answer in words.",
+        DESCRIPTION,
+        keywords=["question", "visual question answering", "VQA", "reasoning"],
+        priority=5.42,
     )
     type: Literal["moondream_cv/query@v1"]
     question: Text | str = Field(
@@ -110,15 +103,8 @@ class Manifest(TextManifest):
         ]
 
 
-class QueryBlock(WorkflowBlock):
+class QueryBlock(MoondreamBlock):
     """Images × a question → answers."""
-
-    def __init__(self, models: ModelPool) -> None:
-        self._models = models
-
-    @classmethod
-    def get_init_parameters(cls) -> list[str]:
-        return ["models"]
 
     @classmethod
     def get_manifest(cls) -> type[Manifest]:

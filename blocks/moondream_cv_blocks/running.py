@@ -16,7 +16,18 @@ from moondream_cv.vision_model import VisionModel
 from .fields import class_list
 from .pool import ModelPool
 from .results import pixels_of
-from .roboflow import WorkflowImageData
+from .roboflow import WorkflowBlock, WorkflowImageData
+
+
+class MoondreamBlock(WorkflowBlock):
+    """A block that asks models of a pool."""
+
+    def __init__(self, models: ModelPool) -> None:
+        self._models = models
+
+    @classmethod
+    def get_init_parameters(cls) -> list[str]:
+        return ["models"]
 
 
 def find(

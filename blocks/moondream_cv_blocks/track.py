@@ -16,14 +16,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from moondream_cv.video import Frame, Tracking
 from moondream_cv.video.base import ASSUMED_FPS
 from moondream_cv.video.between import as_detections, predicted
 
 from .detect import KIND, detector_with
-from .fields import BoxManifest, Integer, class_list, count, error_outputs, is_selector
+from .fields import BoxManifest, Integer, class_list, count, described, error_outputs, is_selector
 from .pool import ModelPool
 from .results import NO_ERROR, as_prediction, failed, no_prediction, pixels_of
 from .roboflow import (
@@ -31,12 +31,11 @@ from .roboflow import (
     BlockResult,
     OutputDefinition,
     VideoMetadata,
-    WorkflowBlock,
     WorkflowImageData,
     prototypes,
     types,
 )
-from .running import find
+from .running import MoondreamBlock, find
 
 DETECTIONS = ("tracked_detections", "new_instances", "already_seen_instances")
 MAX_SOURCES = 64  # that are remembered; those seen longest ago are forgotten
@@ -74,18 +73,13 @@ HTTP requests.
 class Manifest(BoxManifest):
     """Boxes with numbers that stay, on every frame of each video source."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "name": "Moondream Track",
-            "version": "v1",
-            "short_description": "Detect objects by name on every Nth frame and follow them in between.",
-            "long_description": DESCRIPTION,
-            "license": "Apache-2.0",
-            "block_type": "model",
-            "search_keywords": ["moondream", "open vocabulary", "zero-shot", "track", "video", "count", "VLM"],
-            "ui_manifest": {"section": "video", "icon": "fal fa-moon", "blockPriority": 5.44},
-        },
-        protected_namespaces=(),
+    model_config = described(
+        "Moondream Track",
+        "Detect objects by name on every Nth frame and follow them in between.",
+        DESCRIPTION,
+        keywords=["open vocabulary", "zero-shot", "track", "video", "count"],
+        priority=5.44,
+        section="video",
     )
     type: Literal["moondream_cv/track@v1"]
     every: int | Integer = Field(
@@ -119,17 +113,13 @@ class Manifest(BoxManifest):
         ] + error_outputs()
 
 
-class TrackBlock(WorkflowBlock):
+class TrackBlock(MoondreamBlock):
     """Frames × class names → boxes with numbers."""
 
     def __init__(self, models: ModelPool) -> None:
-        self._models = models
+        super().__init__(models)
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
         self._lock = threading.Lock()
-
-    @classmethod
-    def get_init_parameters(cls) -> list[str]:
-        return ["models"]
 
     @classmethod
     def get_manifest(cls) -> type[Manifest]:
