@@ -20,14 +20,16 @@ import cv2
 import numpy as np
 import supervision as sv
 
+from moondream_cv.errors import VideoError
 from moondream_cv.scenes import Clip, render_clip
-from moondream_cv.video import Frame
+from moondream_cv.video import Frame, open_source
 from moondream_cv.video.video_file import VideoWriter
 
 WORKFLOW = Path(__file__).parents[1] / "blocks" / "workflows" / "track_count_line.json"
 FPS = 30
 NAMES = ["car", "bus", "truck", "boat", "car"]
 SEED, LINE = 3, 320  # of the rendered clip: which one, and where the line stands, in pixels from the left
+PICTURE = 100  # the frame that is written as a picture, too
 
 
 def write_clip(path: Path, clip: Clip) -> None:
@@ -50,19 +52,41 @@ def crossings(clip: Clip, x: int) -> int:
     return count
 
 
-def run(video: Path, output: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    """Run the workflow over a video, write what it draws, and give the outputs of the last frame."""
+class Sink:
+    """Takes what comes of each frame: writes the annotated picture, and keeps the counts.
+
+    Attributes:
+        counts: What has crossed the line so far, in and out.
+        errors: What went wrong on frames, each once.
+        frames: How many there were.
+    """
+
+    def __init__(self, output: Path, fps: float) -> None:
+        self.counts, self.errors, self.frames = (0, 0), dict[str, None](), 0
+        self._output, self._fps = output, fps
+        self._writer = VideoWriter(output, fps=fps)
+
+    def __call__(self, result: dict[str, Any], frame: Any) -> None:
+        image = result["image"].numpy_image
+        self._writer.write(Frame(image, self.frames, self.frames / self._fps), sv.Detections.empty())
+        if self.frames == PICTURE:
+            cv2.imwrite(str(self._output.with_suffix(".png")), image)
+        self.frames += 1
+        self.counts = result["count_in"], result["count_out"]
+        if result["error_status"]:
+            self.errors[result["error_message"]] = None
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def run(video: Path, output: Path, parameters: dict[str, Any]) -> Sink:
+    """Run the workflow over a video, and write what it draws."""
     from streamvision.stream.pipeline import InferencePipeline
 
-    drawn: list[np.ndarray] = []
-    last: dict[str, Any] = {}
-    with VideoWriter(output, fps=FPS) as writer:
-
-        def sink(result: dict[str, Any], frame: Any) -> None:
-            drawn.append(result["image"].numpy_image)
-            writer.write(Frame(drawn[-1], len(drawn) - 1, (len(drawn) - 1) / FPS), sv.Detections.empty())
-            last.update(result)
-
+    with open_source(str(video)) as source:
+        sink = Sink(output, source.fps or FPS)
+    try:
         pipeline = InferencePipeline.init_with_workflow(
             str(video),
             workflow_specification=json.loads(WORKFLOW.read_text()),
@@ -73,8 +97,9 @@ def run(video: Path, output: Path, parameters: dict[str, Any]) -> dict[str, Any]
         )
         pipeline.start()
         pipeline.join()
-    cv2.imwrite(str(output.with_suffix(".png")), drawn[len(drawn) * 2 // 3])
-    return last
+    finally:
+        sink.close()
+    return sink
 
 
 def main() -> None:
@@ -102,13 +127,17 @@ def main() -> None:
             clip = render_clip(SEED, num_frames=150, names=NAMES, resolution_wh=(640, 360))
             write_clip(video, clip)
             parameters["line"] = [[LINE, 20], [LINE, 340]]
-        result = run(video, arguments.output, parameters)
-    if result["error_status"]:
-        raise SystemExit(result["error_message"])
+        try:
+            sink = run(video, arguments.output, parameters)
+        except VideoError as error:
+            raise SystemExit(str(error)) from None
+    for message in sink.errors:
+        print(message)
     true = "" if arguments.video else f" (in truth {crossings(clip, LINE)})"
-    crossed = result["count_in"] + result["count_out"]
-    print(f"{crossed} have crossed the line{true}, {result['count_in']} in and {result['count_out']} out")
-    print(f"{arguments.output}, {arguments.output.with_suffix('.png')}")
+    print(f"{sum(sink.counts)} have crossed the line{true}, {sink.counts[0]} in and {sink.counts[1]} out")
+    print(f"{sink.frames} frames in {arguments.output}")
+    if sink.errors:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

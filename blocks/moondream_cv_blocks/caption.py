@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from moondream_cv.requests import CAPTION_LENGTHS, Caption
+from moondream_cv.requests import Caption, CaptionResult
 
-from .fields import Text, TextManifest, described, error_outputs, is_selector, text_settings
-from .results import NO_ERROR, failed
+from .fields import Text, TextManifest, described, error_outputs, text_settings
+from .results import outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, ask
 
@@ -39,16 +39,9 @@ class Manifest(TextManifest):
     length: Literal["short", "normal", "long"] | Text = Field(
         default="normal",
         title="Length",
-        description="How much to say: `short`, `normal` or `long`.",
+        description="How much to say: `short` is a sentence, `normal` a paragraph, `long` several.",
         examples=["short", "normal", "long", "$inputs.length"],
     )
-
-    @field_validator("length")
-    @classmethod
-    def _check_length(cls, value: str) -> str:
-        if not is_selector(value) and value not in CAPTION_LENGTHS:
-            raise ValueError(f"length must be one of {', '.join(CAPTION_LENGTHS)}, not {value!r}")
-        return value
 
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
@@ -73,10 +66,12 @@ class CaptionBlock(MoondreamBlock):
         def request(picture: Any, index: int) -> Caption:
             return Caption(picture, length, text_settings(max_tokens, temperature))
 
-        return [_outputs(result) for result in ask(self._models, model, list(images), request)]
+        return outputs(ask(self._models, model, list(images), request), images, _described, _nothing, "caption")
 
 
-def _outputs(result: Any) -> dict[str, Any]:
-    if isinstance(result, Exception):
-        return {"caption": "", **failed(result, "moondream_cv/caption")}
-    return {"caption": result.caption, **NO_ERROR}
+def _described(result: CaptionResult, image: WorkflowImageData) -> dict[str, Any]:
+    return {"caption": result.caption}
+
+
+def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+    return {"caption": ""}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import supervision as sv
+
 from moondream_cv.detector import Detector
 from moondream_cv.vision_model import VisionModel
 
 from .fields import BoxManifest, count, described, error_outputs, fraction
-from .results import NO_ERROR, as_prediction, failed, no_prediction
+from .results import as_prediction, no_prediction, outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, find
 
@@ -77,7 +79,7 @@ class DetectBlock(MoondreamBlock):
         nms: float | None,
     ) -> BlockResult:
         found = find(detector_with(confidence, max_objects, nms), self._models, model, list(images), class_names)
-        return [_outputs(detections, image) for detections, image in zip(found, images, strict=True)]
+        return outputs(found, images, _found, _nothing, "detect")
 
 
 def detector_with(confidence: float, max_objects: int, nms: float | None) -> Callable[[VisionModel], Detector]:
@@ -90,7 +92,9 @@ def detector_with(confidence: float, max_objects: int, nms: float | None) -> Cal
     )
 
 
-def _outputs(detections: Any, image: WorkflowImageData) -> dict[str, Any]:
-    if isinstance(detections, Exception):
-        return {"predictions": no_prediction(image, KIND), **failed(detections, "moondream_cv/detect")}
-    return {"predictions": as_prediction(detections, image, KIND), **NO_ERROR}
+def _found(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
+    return {"predictions": as_prediction(detections, image, KIND)}
+
+
+def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+    return {"predictions": no_prediction(image, KIND)}

@@ -1,8 +1,7 @@
 """Fields that blocks have in common, and what is refused of them when a workflow is compiled.
 
-Whatever a field says may also come from a selector. Of a workflow's inputs the engine then asks these manifests as soon
-as a run begins. What comes from another step is known only when a block runs: the same functions make an error output
-of it there.
+What a field says may also come from a selector, and is then known only while the workflow runs: the same functions make
+an error output of it there.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ T = TypeVar("T")
 
 _NUMBER, _INTEGER, _FLAG = TypeAdapter(float), TypeAdapter(int), TypeAdapter(bool)
 _MOST = 2**31 - 1
-_SELECTOR = re.compile(r"\$(inputs|steps|thresholds|sensors)\.\S+")
+_SELECTOR = re.compile(r"\$(inputs|steps)\.\S+")
+_LIKE_A_SELECTOR = re.compile(r"\$[A-Za-z_]")  # unlike "$20"
 
 
 def described(
@@ -57,6 +57,9 @@ def described(
         section: Of the list of blocks.
     """
     return ConfigDict(
+        # The engine assigns a workflow's inputs before each run, and a refusal there is an exception: a stream runner
+        # then waits forever for frames that nobody takes. The block makes error outputs of it instead.
+        validate_assignment=False,
         json_schema_extra={
             "name": name,
             "version": "v1",
@@ -67,7 +70,6 @@ def described(
             "search_keywords": ["moondream", *keywords, "VLM"],
             "ui_manifest": {"section": section, "icon": "fal fa-moon", "blockPriority": priority},
         },
-        protected_namespaces=(),
     )
 
 
@@ -79,9 +81,9 @@ class MoondreamManifest(WorkflowBlockManifest):
         default="moondream2",
         title="Model",
         description="Where the model runs. `moondream2` is loaded in this process, once for all blocks and workflows, "
-        "and downloaded the first time; so is `repository@revision` of the hub, or a local folder. `tiny` is the "
-        "embedded demonstration model, which knows rendered shapes and icons only. The URL of a server (`moondream-cv "
-        "serve`, Roboflow Inference, Moondream's API) loads nothing here.",
+        "and downloaded the first time; so is `repository@revision` of Hugging Face, or a local folder. With the URL "
+        "of a server (`moondream-cv serve`, Roboflow Inference, Moondream's API) nothing is loaded here. `tiny` is a "
+        "demonstration model that knows rendered shapes and icons only.",
         examples=[
             "moondream2",
             "tiny",
@@ -123,14 +125,14 @@ class FinderManifest(MoondreamManifest):
     confidence: float | Number = Field(
         default=0.0,
         title="Confidence Threshold",
-        description="Leave out what the model is less sure of, from 0 to 1. Confidences come from the model's own "
-        "token probabilities; a server that gives none answers 1.0 for everything.",
+        description="Drop results below this confidence, from 0 to 1. Confidences come from the model's own token "
+        "probabilities; a server that gives none answers 1.0 for everything.",
         examples=[0.0, 0.3, "$inputs.confidence"],
     )
     max_objects: int | Integer = Field(
         default=50,
         title="Maximum Objects",
-        description="Objects per image and class at the most.",
+        description="Results per image and class at the most.",
         examples=[50, "$inputs.max_objects"],
     )
 
@@ -150,7 +152,7 @@ class FinderManifest(MoondreamManifest):
         """
         if isinstance(values, dict) and "class_names" not in values and values.get("prompt") is not None:
             prompt = values["prompt"]
-            names = prompt if isinstance(prompt, str) and prompt.startswith("$") else [prompt]
+            names = prompt if isinstance(prompt, str) and _LIKE_A_SELECTOR.match(prompt) else [prompt]
             return {**{key: value for key, value in values.items() if key != "prompt"}, "class_names": names}
         return values
 
@@ -161,14 +163,14 @@ class FinderManifest(MoondreamManifest):
             class_list(value)
         return value
 
-    @field_validator("confidence")
+    @field_validator("confidence", mode="before")
     @classmethod
-    def _check_confidence(cls, value: float | str) -> float | str:
+    def _check_confidence(cls, value: Any) -> Any:
         return value if is_selector(value) else fraction(value, "confidence")
 
-    @field_validator("max_objects")
+    @field_validator("max_objects", mode="before")
     @classmethod
-    def _check_max_objects(cls, value: int | str) -> int | str:
+    def _check_max_objects(cls, value: Any) -> Any:
         return value if is_selector(value) else count(value, "max_objects")
 
 
@@ -183,9 +185,9 @@ class BoxManifest(FinderManifest):
         examples=[None, 0.5, "$inputs.nms"],
     )
 
-    @field_validator("nms")
+    @field_validator("nms", mode="before")
     @classmethod
-    def _check_nms(cls, value: float | str | None) -> float | str | None:
+    def _check_nms(cls, value: Any) -> Any:
         return value if value is None or is_selector(value) else fraction(value, "nms")
 
 
@@ -206,14 +208,14 @@ class TextManifest(MoondreamManifest):
         examples=[0.0, 0.5, "$inputs.temperature"],
     )
 
-    @field_validator("max_tokens")
+    @field_validator("max_tokens", mode="before")
     @classmethod
-    def _check_max_tokens(cls, value: int | str) -> int | str:
+    def _check_max_tokens(cls, value: Any) -> Any:
         return value if is_selector(value) else count(value, "max_tokens")
 
-    @field_validator("temperature")
+    @field_validator("temperature", mode="before")
     @classmethod
-    def _check_temperature(cls, value: float | str) -> float | str:
+    def _check_temperature(cls, value: Any) -> Any:
         return value if is_selector(value) else number(value, "temperature")
 
 
@@ -227,7 +229,7 @@ def class_list(value: Any) -> list[str]:
     if isinstance(parts, Sequence):
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         for part in parts:
-            if isinstance(part, str) and part.startswith("$"):
+            if isinstance(part, str) and _LIKE_A_SELECTOR.match(part):
                 raise ValueError(f"class_names has {part!r}, which is no name; a selector stands for the whole list")
     return check_classes(parts, "class_names")
 
@@ -238,7 +240,7 @@ def is_selector(value: Any) -> bool:
     Raises:
         ValueError: It looks like a selector and is none.
     """
-    if not isinstance(value, str) or not value.startswith("$"):
+    if not isinstance(value, str) or not _LIKE_A_SELECTOR.match(value):
         return False
     if not _SELECTOR.fullmatch(value):
         raise ValueError(f"{value!r} is no selector; write $inputs.NAME or $steps.STEP.OUTPUT")
@@ -282,7 +284,9 @@ def flag(value: Any, field: str) -> bool:
 
 
 def _read(adapter: TypeAdapter[T], value: Any) -> T | None:
-    """A value as the manifest would read it; None where it would refuse it."""
+    """A value, perhaps written as a string; None where it is no such value."""
+    if isinstance(value, bool) and adapter is not _FLAG:
+        return None
     try:
         return adapter.validate_python(value)
     except ValidationError:

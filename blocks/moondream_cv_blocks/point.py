@@ -11,7 +11,7 @@ from moondream_cv.detector import Pointer
 from moondream_cv.vision_model import VisionModel
 
 from .fields import FinderManifest, count, described, error_outputs, fraction
-from .results import NO_ERROR, as_prediction, failed, no_prediction
+from .results import as_prediction, no_prediction, outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, constants, types
 from .running import MoondreamBlock, find
 
@@ -22,13 +22,14 @@ KEY_POINT = "point"  # the name of the only one that an object has
 LABELED_POINTS_KIND = getattr(types, "LABELED_POINTS_KIND", types.LIST_OF_VALUES_KIND)
 
 DESCRIPTION = """
-Point at objects by name with **Moondream 2**: one point on each, where that is enough, is faster than a box and works
-on things that boxes do not suit. The names can be any words.
+Point at objects by name with **Moondream 2**: one point on each. That is faster than boxes, is enough to count, and
+works on things that boxes do not suit. The names can be any words.
 
 #### Outputs
 
 - `predictions`: an object detection of zero area for each point, which carries the point as its only key point too.
-  Dot, label and key-point visualisations, filters, trackers, counters and zones take it. Its length is the count.
+  Filters, zones and dot, label and key-point visualisations take it. Its length is the count. Trackers do not: boxes
+  without area never overlap. To track, use **Moondream Track**.
 - `points`: the same as labelled points in pixels, all positive, for blocks of the SAM family that segment what is
   pointed at. Such a block takes its points once for all images of a run, and all of them for one object: run one image
   at a time, collapse the dimension (`roboflow_core/dimension_collapse@v1`, then the first element), and set
@@ -89,16 +90,16 @@ class PointBlock(MoondreamBlock):
             )
 
         found = find(pointer, self._models, model, list(images), class_names)
-        return [_outputs(detections, image) for detections, image in zip(found, images, strict=True)]
+        return outputs(found, images, _found, _nothing, "point")
 
 
-def _outputs(detections: Any, image: WorkflowImageData) -> dict[str, Any]:
-    if isinstance(detections, Exception):
-        nothing = _with_key_points(no_prediction(image, KIND))
-        return {"predictions": nothing, "points": [], **failed(detections, "moondream_cv/point")}
+def _found(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
     points = [{"x": float(x), "y": float(y), "positive": True} for x, y in detections.xyxy[:, :2]]
-    prediction = as_prediction(_with_key_points(detections), image, KIND)
-    return {"predictions": prediction, "points": points, **NO_ERROR}
+    return {"predictions": as_prediction(_with_key_points(detections), image, KIND), "points": points}
+
+
+def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+    return {"predictions": _with_key_points(no_prediction(image, KIND)), "points": []}
 
 
 def _with_key_points(detections: sv.Detections) -> sv.Detections:

@@ -2,13 +2,15 @@
 
 Environment variables are for processes whose owner does not write the workflows that run in them:
 
-- `MOONDREAM_CV_BLOCKS_MODELS`: the models that workflows may name, separated by commas; unset: any.
+- `MOONDREAM_CV_BLOCKS_MODELS`: the models that workflows may name, separated by commas; unset: any. Servers in it get
+  the keys that are in the environment; without it only this machine and the hosts of the services themselves do.
 - `MOONDREAM_CV_BLOCKS_DEVICE`: where models run that are loaded here, such as "cuda:1".
 - `MOONDREAM_CV_BLOCKS_TIMEOUT`: seconds that a server may take to answer.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -16,7 +18,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from moondream_cv.backends.addresses import Address, shown_url
+from moondream_cv.backends.connecting import known_dialect
 from moondream_cv.backends.http import check_seconds
+from moondream_cv.errors import MoondreamError
 from moondream_cv.loading import ALIASES, TINY, check_name, connect, is_url, load
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
 from moondream_cv.vision_model import VisionModel
@@ -26,8 +30,9 @@ DEVICE = "MOONDREAM_CV_BLOCKS_DEVICE"
 TIMEOUT = "MOONDREAM_CV_BLOCKS_TIMEOUT"
 
 RETRY_SECONDS = 5.0
-CACHED_IMAGES = 16  # so that what several blocks ask about one image encodes it once
+CACHED_IMAGES = 64
 CACHED_BYTES = 2**30
+THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _shared: ModelPool | None = None
 _shared_lock = threading.Lock()
@@ -36,19 +41,21 @@ _shared_lock = threading.Lock()
 class ModelPool:
     """Opens models when they are first asked for, and keeps them. Thread-safe, and so are the models."""
 
-    def __init__(self, *, device: str | None = None, timeout: float = 30.0) -> None:
+    def __init__(self, *, device: str | None = None, timeout: float = 30.0, cache_bytes: int = CACHED_BYTES) -> None:
         """Open nothing yet.
 
         Args:
             device: Where models run that are loaded here; None: the best device there is.
             timeout: Seconds that a server may take to answer; asked again once.
+            cache_bytes: What the encoded images take together that each of those models keeps, so that what several
+                blocks ask about an image encodes it once; an image of Moondream 2 takes some 160 MB in bfloat16.
 
         Raises:
             ValueError: The timeout is no number of seconds.
         """
         check_seconds("timeout", timeout)
-        self.device, self.timeout = device, timeout
-        self._opened: dict[str, _Opened] = {}
+        self.device, self.timeout, self.cache_bytes = device, timeout, cache_bytes
+        self._opened: dict[str, _Opened] = {}  # by what it was asked for as, and by what that means
         self._lock = threading.Lock()
 
     def get(self, name: str) -> VisionModel:
@@ -60,52 +67,84 @@ class ModelPool:
             MoondreamError: It cannot be loaded, or its server cannot be used.
             ValueError: It names no model, or none that may be used here.
         """
-        check_model(name)
-        key = _key(name)
-        with self._lock:
-            opened = self._opened.setdefault(key, _Opened())
+        check_allowed(name)
+        opened = self._entry(name)
         with opened.lock:  # one model that loads for minutes keeps no other waiting
             if opened.model is None:
-                if opened.error is not None and time.monotonic() < opened.again:
-                    raise opened.error.with_traceback(None)
+                if time.monotonic() < opened.again:
+                    raise opened.kind(opened.reason)
                 try:
-                    opened.model, opened.error = self._open(name), None
+                    check_name(name)
+                    opened.model = self._open(name)
                 except Exception as error:
-                    opened.error, opened.again = error, time.monotonic() + RETRY_SECONDS
+                    opened.fail(error)
                     raise
             return opened.model
 
+    def holds(self, name: str) -> bool:
+        """Whether the model of this name is open."""
+        with self._lock:
+            opened = self._opened.get(name)
+            return opened is not None and opened.model is not None
+
     def add(self, name: str, model: VisionModel) -> None:
-        """Use a model that is open already under this name."""
+        """Use a model that is open already for this name; one that it had before stays open.
+
+        Raises:
+            MoondreamError: No model has such a name, so no workflow can ask for it.
+            ValueError: Likewise, or it may not be used here.
+        """
+        check_model(name)
         opened = _Opened()
         opened.model = model
         with self._lock:
-            self._opened[_key(name)] = opened
+            before = self._opened.get(_key(name))
+            spellings = [other for other, one in self._opened.items() if one is before]
+            self._opened.update(dict.fromkeys([*spellings, name, _key(name)], opened))
 
     def close(self) -> None:
         """Close every model; what is asked for afterwards is opened anew."""
         with self._lock:
-            closed, self._opened = list(self._opened.values()), {}
-        for opened in closed:
+            closed, self._opened = {id(one): one for one in self._opened.values()}, {}
+        for opened in closed.values():
             with opened.lock:
                 model, opened.model = opened.model, None
                 if model is not None:
                     model.close()
 
+    def _entry(self, name: str) -> _Opened:
+        with self._lock:
+            opened = self._opened.get(name)
+            if opened is None:
+                now = time.monotonic()
+                self._opened = {key: one for key, one in self._opened.items() if not one.forgettable(now)}
+                opened = self._opened[name] = self._opened.setdefault(_key(name), _Opened())
+            return opened
+
     def _open(self, name: str) -> VisionModel:
         if is_url(name):
-            return connect(name, timeout=self.timeout, retries=1)
-        return load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=CACHED_BYTES)
+            return connect(name, timeout=self.timeout, retries=1, api_key=None if _may_have_keys(name) else "")
+        return load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=self.cache_bytes)
 
 
 class _Opened:
-    """A model, or what opening it failed with."""
+    """A model, or why it could not be opened. The exception itself would hold on to what was being loaded."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.model: VisionModel | None = None
-        self.error: Exception | None = None
-        self.again = 0.0
+        self.kind: type[Exception] = MoondreamError
+        self.reason = ""
+        self.again = -math.inf  # when it may be tried
+
+    def fail(self, error: Exception) -> None:
+        self.kind = type(error) if isinstance(error, (MoondreamError, ValueError)) else MoondreamError
+        self.reason = str(error) or type(error).__name__
+        self.again = time.monotonic() + RETRY_SECONDS
+
+    def forgettable(self, now: float) -> bool:
+        """Whether nothing is lost without it: it has failed a while ago, and nobody is at it."""
+        return self.model is None and -math.inf < self.again < now and not self.lock.locked()
 
 
 def shared_pool() -> ModelPool:
@@ -139,16 +178,41 @@ def check_model(name: object) -> None:
         MoondreamError: It names no model, or one that cannot be used.
         ValueError: It is no name, or none of those that may be used.
     """
+    text = check_allowed(name)
+    if _shared is None or not _shared.holds(text):  # the files of one that is open may be gone
+        check_name(text)
+
+
+def check_allowed(name: object) -> str:
+    """Return a name, which may be used here.
+
+    Raises:
+        ValueError: It may not, or is no name.
+    """
     if not isinstance(name, str):
         raise ValueError(f"model must be a name or the URL of a server, not {type(name).__name__}: {name!r:.100}")
-    allowed = [part.strip() for part in os.environ.get(ALLOWED, "").split(",") if part.strip()]
+    allowed = _allowed()
     if allowed and _key(name) not in map(_key, allowed):
-        raise ValueError(f"the model {_shown(name)!r} may not be used here, only {', '.join(map(_shown, allowed))}")
-    check_name(name)
+        raise ValueError(f"the model {shown(name)!r} may not be used here, only {', '.join(map(shown, allowed))}")
+    return name
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """A model's name for messages, without what is secret in a URL."""
     return shown_url(name) if is_url(name) else name[:200]
+
+
+def _allowed() -> list[str]:
+    return [part.strip() for part in os.environ.get(ALLOWED, "").split(",") if part.strip()]
+
+
+def _may_have_keys(url: str) -> bool:
+    """Whether keys of the environment are sent to a server.
+
+    Those who write workflows are not always those whose keys these are: a server that somebody just names gets none.
+    """
+    address = Address.of(url)
+    return bool(_allowed()) or known_dialect(address) is not None or address.host in THIS_MACHINE
 
 
 def _key(name: str) -> str:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from moondream_cv.requests import Query, QueryResult
 
 from .fields import Anything, Flag, Text, TextManifest, described, error_outputs, flag, is_selector, text_settings
-from .results import NO_ERROR, failed
+from .results import outputs, pixels_of
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, ask
 
@@ -64,13 +65,14 @@ class Manifest(TextManifest):
         default_factory=dict,
         validate_default=True,
         title="Parameters",
-        description="Values for the placeholders of the question: fixed, or selectors of inputs and of other steps.",
+        description="Values for the placeholders of the question: fixed, or selectors of inputs and of other steps, "
+        "which may give one for each image.",
         examples=[{"thing": "$inputs.thing"}, {"thing": "$steps.classes.output"}],
     )
     reasoning: bool | Flag = Field(
         default=False,
         title="Reasoning",
-        description="Think first, and say what was thought. Slower, and often better at counting and comparing.",
+        description="Think first, and return the reasoning. Slower, and often better at counting and comparing.",
         examples=[False, True, "$inputs.reasoning"],
     )
 
@@ -120,17 +122,13 @@ class QueryBlock(MoondreamBlock):
         max_tokens: int,
         temperature: float,
     ) -> BlockResult:
-        sizes: dict[int, tuple[int, int]] = {}
-
         def request(picture: Any, index: int) -> Query:
-            sizes[index] = picture.size
             values = {name: _of_image(value, index) for name, value in parameters.items()}
             asked = filled(_of_image(question, index), values)
             settings = text_settings(max_tokens, temperature)
             return Query(picture, asked, flag(reasoning, "reasoning"), settings=settings)
 
-        results = ask(self._models, model, list(images), request)
-        return [_outputs(result, sizes.get(index, (0, 0))) for index, result in enumerate(results)]
+        return outputs(ask(self._models, model, list(images), request), images, _answered, _nothing, "query")
 
 
 def filled(question: Any, values: Mapping[str, Any]) -> str:
@@ -146,13 +144,17 @@ def filled(question: Any, values: Mapping[str, Any]) -> str:
         literal, name = match.groups()
         if literal is not None:
             return f"{{{literal}}}"
-        if values.get(name) is None:
-            names = ", ".join(key for key, given in values.items() if given is not None) or "nothing"
+        given = values.get(name)
+        if given is None:
+            names = ", ".join(key for key, one in values.items() if one is not None) or "nothing"
             raise ValueError(
                 f"question has the placeholder {{{name}}}, and parameters has {names}; for the word in braces itself "
                 f"write {{{{{name}}}}}"
             )
-        return str(values[name])
+        if not isinstance(given, (str, int, float, np.number)):
+            kind = type(given).__name__
+            raise ValueError(f"parameters[{name!r}] must be a text or a number, not {kind}: {given!r:.100}")
+        return str(given)
 
     return _PLACEHOLDER.sub(value, question)
 
@@ -161,25 +163,23 @@ def _of_image(value: Any, index: int) -> Any:
     return value[index] if isinstance(value, Batch) else value
 
 
-def _outputs(result: Any, resolution_wh: tuple[int, int]) -> dict[str, Any]:
-    if isinstance(result, Exception):
-        return {"answer": "", "reasoning": "", "grounding": [], **failed(result, "moondream_cv/query")}
-    thoughts = result.reasoning
-    text = "" if thoughts is None else thoughts.text
-    return {"answer": result.answer, "reasoning": text, "grounding": _grounding(result, resolution_wh), **NO_ERROR}
-
-
-def _grounding(result: QueryResult, resolution_wh: tuple[int, int]) -> list[dict[str, Any]]:
-    """What thoughts speak of, in pixels."""
+def _answered(result: QueryResult, image: WorkflowImageData) -> dict[str, Any]:
+    """The outputs; points of the grounding are in pixels."""
     if result.reasoning is None:
-        return []
-    width, height = resolution_wh
-    return [
+        return {"answer": result.answer, "reasoning": "", "grounding": []}
+    height, width = pixels_of(image).shape[:2]
+    thoughts = result.reasoning
+    grounding = [
         {
             "start": ground.start,
             "end": ground.end,
-            "text": result.reasoning.text[ground.start : ground.end],
+            "text": thoughts.text[ground.start : ground.end],
             "points": [{"x": x * width, "y": y * height} for x, y in ground.points],
         }
-        for ground in result.reasoning.grounding
+        for ground in thoughts.grounding
     ]
+    return {"answer": result.answer, "reasoning": thoughts.text, "grounding": grounding}
+
+
+def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+    return {"answer": "", "reasoning": "", "grounding": []}

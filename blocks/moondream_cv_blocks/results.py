@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 import uuid
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,12 @@ from .roboflow import WorkflowImageData, attach_parents_coordinates_to_sv_detect
 
 logger = logging.getLogger(__name__)
 
-_told: dict[str, str] = {}  # the last message of each block
+TOLD_AGAIN = 60.0  # seconds after which the same message is logged again
+MOST_TOLD = 256
 
 NO_ERROR = {"error_status": False, "error_message": ""}
+
+_told: dict[tuple[str, str], float] = {}  # when each block's messages were logged
 
 
 def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
@@ -39,19 +45,49 @@ def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(to_rgb(pixels)[..., ::-1])
 
 
-def failed(error: Exception, step: str) -> dict[str, Any]:
-    """The error outputs of an image; what is not meant to happen is logged with its traceback.
+def outputs(
+    results: Sequence[Any],
+    images: Iterable[WorkflowImageData],
+    give: Callable[[Any, WorkflowImageData], dict[str, Any]],
+    nothing: Callable[[WorkflowImageData], dict[str, Any]],
+    block: str,
+) -> list[dict[str, Any]]:
+    """The outputs of each image, whatever happens: an exception out of a block ends a whole video pipeline.
 
     Args:
-        step: Which block it was.
+        results: What came of the images; exceptions for those that failed.
+        give: Makes outputs of a result.
+        nothing: Makes those that stand in their place where something failed.
+        block: Its name, for the log.
     """
+    given = []
+    for result, image in zip(results, images, strict=True):
+        try:
+            if isinstance(result, Exception):
+                raise result
+            given.append(NO_ERROR | give(result, image))
+        except Exception as error:
+            given.append(nothing(image) | _failed(error, block))
+    return given
+
+
+def error_of(error: Exception) -> dict[str, Any]:
+    """The error outputs."""
+    return {"error_status": True, "error_message": str(error) or type(error).__name__}
+
+
+def _failed(error: Exception, block: str) -> dict[str, Any]:
+    """The error outputs of an image, which are logged; what is not meant to happen with its traceback."""
     expected = isinstance(error, (MoondreamError, ValueError))
     message = str(error) or type(error).__name__
-    again = _told.get(step) == message  # of a stream, every frame would say it
-    _told[step] = message
-    level = logging.DEBUG if again else logging.WARNING if expected else logging.ERROR
-    logger.log(level, "%s: %s", step, message, exc_info=None if expected else error)
-    return {"error_status": True, "error_message": message}
+    now = time.monotonic()
+    if now - _told.get((block, message), -math.inf) > TOLD_AGAIN:  # of a stream, every frame would say it
+        if len(_told) >= MOST_TOLD:
+            _told.clear()
+        _told[block, message] = now
+        level = logging.WARNING if expected else logging.ERROR
+        logger.log(level, "moondream_cv/%s: %s", block, message, exc_info=None if expected else error)
+    return error_of(error)
 
 
 def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str) -> sv.Detections:

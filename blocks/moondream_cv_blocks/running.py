@@ -14,7 +14,7 @@ from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.vision_model import VisionModel
 
 from .fields import class_list
-from .pool import ModelPool
+from .pool import ModelPool, shown
 from .results import pixels_of
 from .roboflow import WorkflowBlock, WorkflowImageData
 
@@ -44,15 +44,15 @@ def find(
         model: A name for the pool.
         class_names: As `class_list` takes them.
     """
-    if not len(images):
-        return []
-    frames, errors = _readable(images, pixels_of)
-    try:
-        names = class_list(class_names)
-        found = finder(pool.get(model)).attempt(list(frames.values()), names)
-    except Exception as error:  # of the step, not of an image
-        return [error] * len(images)
-    return _in_order(errors | dict(zip(frames, found, strict=True)))
+    frames, outcomes = _readable(images, pixels_of)
+    if frames:
+        try:
+            names = class_list(class_names)
+            found = finder(pool.get(model)).attempt(list(frames.values()), names)
+        except Exception as error:  # of the step, not of an image
+            found = [error] * len(frames)
+        outcomes.update(zip(frames, found, strict=True))
+    return [outcomes[index] for index in range(len(images))]
 
 
 def ask(
@@ -64,28 +64,36 @@ def ask(
         model: A name for the pool.
         request: Makes a request of a picture and its number; what it raises is the image's error.
     """
-    if not len(images):
-        return []
-    pictures, errors = _readable(images, lambda image: Image.fromarray(pixels_of(image)[..., ::-1]))
+    pictures, outcomes = _readable(images, lambda image: Image.fromarray(pixels_of(image)[..., ::-1]))
     requests: dict[int, Request] = {}
     for index, picture in pictures.items():
         try:
             requests[index] = request(picture, index)
         except Exception as error:
-            errors[index] = error
-    try:
-        opened = pool.get(model)
-        lacking = next((r.skill for r in requests.values() if r.skill not in opened.skills), None)
-        if lacking is not None:
-            raise UnsupportedSkill(
-                f"{model!r} cannot {lacking}, only {', '.join(sorted(opened.skills))}; moondream2 can, and so can "
-                "moondream-cv serve"
-            )
-        results = opened.run(list(requests.values())) if requests else []
-    except Exception as error:
-        return [error] * len(images)
-    given = [result.error if isinstance(result, ErrorResult) else result for result in results]
-    return _in_order(errors | dict(zip(requests, given, strict=True)))
+            outcomes[index] = error
+    if requests:
+        results: Sequence[Any]
+        try:
+            results = _able(pool.get(model), model, next(iter(requests.values())).skill).run(list(requests.values()))
+        except Exception as error:
+            results = [ErrorResult(error)] * len(requests)
+        for index, result in zip(requests, results, strict=True):
+            outcomes[index] = result.error if isinstance(result, ErrorResult) else result
+    return [outcomes[index] for index in range(len(images))]
+
+
+def _able(opened: VisionModel, name: str, skill: str) -> VisionModel:
+    """A model, which has a skill.
+
+    Raises:
+        UnsupportedSkill: It lacks it.
+    """
+    if skill not in opened.skills:
+        raise UnsupportedSkill(
+            f"{shown(name)} cannot {skill}, only {', '.join(sorted(opened.skills))}; moondream2 can, and so can "
+            "moondream-cv serve"
+        )
+    return opened
 
 
 def _readable(
@@ -99,7 +107,3 @@ def _readable(
         except Exception as error:
             errors[index] = error
     return pictures, errors
-
-
-def _in_order(outcomes: dict[int, Any]) -> list[Any]:
-    return [outcomes[index] for index in range(len(outcomes))]

@@ -25,7 +25,7 @@ from moondream_cv.video.between import as_detections, predicted
 from .detect import KIND, detector_with
 from .fields import BoxManifest, Integer, class_list, count, described, error_outputs, is_selector
 from .pool import ModelPool
-from .results import NO_ERROR, as_prediction, failed, no_prediction, pixels_of
+from .results import NO_ERROR, as_prediction, error_of, no_prediction, outputs, pixels_of
 from .roboflow import (
     Batch,
     BlockResult,
@@ -38,6 +38,7 @@ from .roboflow import (
 from .running import MoondreamBlock, find
 
 DETECTIONS = ("tracked_detections", "new_instances", "already_seen_instances")
+CROP_OF = " | crop: "  # stands in an identifier behind that of the whole video
 MAX_SOURCES = 64  # that are remembered; those seen longest ago are forgotten
 
 DESCRIPTION = """
@@ -51,6 +52,8 @@ numbers when they cross, hide, or leave and come back.
 - Each source has its own tracker for each class. On the frames in between, boxes move on as they moved before.
 - A source that starts again from the beginning, or changes its size, is tracked anew; numbers are not given twice.
 - Without video metadata each run brings the next frame; the images of a batch are of one source each.
+- A crop at a fixed place of the frame (a static crop, a slice) is a source of its own. In crops that move nothing can
+  be tracked.
 
 #### Outputs
 
@@ -63,7 +66,7 @@ Line counters, zones, time in zone, trace visualisations and velocity take them.
 #### When a frame fails
 
 The detections are empty, `error_status` is true and `error_message` says why. The workflow goes on, and the model looks
-again after `every` frames.
+again after `every` frames. Until a look succeeds the error stays, while boxes go on as they went for about two looks.
 
 State lives in the process: use it in an `InferencePipeline` or with one `ExecutionEngine` for all frames, not in single
 HTTP requests.
@@ -85,13 +88,14 @@ class Manifest(BoxManifest):
     every: int | Integer = Field(
         default=5,
         title="Every Nth Frame",
-        description="Look at one frame in so many. 1 looks at all of them.",
+        description="Run the model on every Nth frame of each source; boxes in between are predicted. 1: on all.",
         examples=[5, 1, "$inputs.every"],
     )
     tracker: Literal["sort", "ocsort", "bytetrack", "botsort"] = Field(
         default="sort",
         title="Tracker",
-        description="Which tracker of the `trackers` package matches boxes from one look to the next.",
+        description="How the boxes of one look are matched with those of the look before. `sort` suits most videos; "
+        "the others are there where it mixes things up.",
         examples=["sort", "bytetrack"],
     )
 
@@ -139,7 +143,7 @@ class TrackBlock(MoondreamBlock):
         try:
             every, names = count(every, "every"), class_list(class_names)
         except Exception as error:
-            return [_failed(error, image) for image in images]
+            return outputs([error] * len(images), images, _tracked, _nothing, "track")
         with self._lock:
             places = [self._place(image, every, names, tracker) for image in images]
         due = [index for index, place in enumerate(places) if isinstance(place, _Place) and place.due]
@@ -147,10 +151,9 @@ class TrackBlock(MoondreamBlock):
         found = find(detector, self._models, model, [images[index] for index in due], names)
         looked = dict(zip(due, found, strict=True))
         with self._lock:
-            return [
-                _outputs(place, image, looked.get(index))
-                for index, (place, image) in enumerate(zip(places, images, strict=True))
-            ]
+            return outputs(
+                [(place, looked.get(index)) for index, place in enumerate(places)], images, _tracked, _nothing, "track"
+            )
 
     def _place(self, image: WorkflowImageData, every: int, names: Sequence[str], tracker: str) -> _Place | Exception:
         """Where a frame belongs, or why that cannot be told."""
@@ -159,13 +162,25 @@ class TrackBlock(MoondreamBlock):
             metadata = image.video_metadata
         except Exception as error:
             return error
-        source = metadata.video_identifier
+        source = _source_of(image, pixels, metadata)
         if source not in self._streams:
             self._streams[source] = _Stream(metadata, tracker)
             if len(self._streams) > MAX_SOURCES:
                 self._streams.popitem(last=False)
         self._streams.move_to_end(source)
         return self._streams[source].place(metadata.frame_number, pixels, every, names)
+
+
+def _source_of(image: WorkflowImageData, pixels: npt.NDArray[np.uint8], metadata: VideoMetadata) -> str:
+    """Which source a frame is of. A crop is named anew in each frame, so the place that it was cut from tells it."""
+    parent, root = image.parent_metadata, image.workflow_root_ancestor_metadata
+    source: str = metadata.video_identifier
+    if parent.parent_id == root.parent_id:
+        return source
+    whole = root.parent_id if source == parent.parent_id else source.partition(CROP_OF)[0]
+    height, width = pixels.shape[:2]
+    origin = root.origin_coordinates
+    return f"{whole} {width}x{height} at {origin.left_top_x}, {origin.left_top_y}"
 
 
 @dataclass(frozen=True)
@@ -187,7 +202,11 @@ class _Place:
 
 
 class _Stream:
-    """What is remembered of a source. Frames are placed, then looked at together, then tracked, each in their order."""
+    """What is remembered of a source. Frames are placed, then looked at together, then tracked, each in their order.
+
+    Attributes:
+        trouble: The error outputs of the last look.
+    """
 
     def __init__(self, metadata: VideoMetadata, tracker: str) -> None:
         told = (rate for rate in (metadata.fps, metadata.measured_fps) if rate and 0 < rate < math.inf)
@@ -198,6 +217,7 @@ class _Stream:
         self._looked: int | None = None
         self._scene: tuple[Any, ...] = ()  # while it is the same, objects are
         self._highest = 0  # number of an object
+        self.trouble = NO_ERROR
 
     def place(self, number: int, pixels: Any, every: int, names: Sequence[str]) -> _Place:
         """Count a frame, and say what is to be done with it.
@@ -216,10 +236,16 @@ class _Stream:
         frame = Frame(pixels, self._index, self._index / self._fps)
         return _Place(self, frame, names, due, anew, every / self._fps)
 
-    def enter(self, place: _Place) -> None:
-        """Come to a frame, whatever the model makes of it."""
+    def enter(self, place: _Place, found: sv.Detections | Exception | None) -> None:
+        """Come to a frame, whatever the model makes of it; None where it did not look."""
         if place.anew:
-            self._tracker = self._tracker.anew()
+            self.forget()
+        if found is not None:
+            self.trouble = error_of(found) if isinstance(found, Exception) else NO_ERROR
+
+    def forget(self) -> None:
+        """Carry nothing over to what comes; numbers are not given twice."""
+        self._tracker = self._tracker.anew()
 
     def detections(self, place: _Place, found: sv.Detections | None) -> sv.Detections:
         """What is on the frame that was come to, with numbers.
@@ -243,19 +269,24 @@ class _Stream:
         return new
 
 
-def _outputs(place: _Place | Exception, image: WorkflowImageData, found: Any) -> dict[str, Any]:
+def _tracked(result: tuple[_Place | Exception, Any], image: WorkflowImageData) -> dict[str, Any]:
+    place, found = result
     if isinstance(place, Exception):
-        return _failed(place, image)
-    place.stream.enter(place)
+        raise place
+    place.stream.enter(place, found)
     if isinstance(found, Exception):
-        return _failed(found, image)
-    tracked = as_prediction(place.stream.detections(place, found), image, KIND)
-    new = place.stream.are_new(tracked)
+        raise found
+    try:
+        tracked = as_prediction(place.stream.detections(place, found), image, KIND)
+        new = place.stream.are_new(tracked)
+    except Exception:
+        place.stream.forget()
+        raise
     return {
         "tracked_detections": tracked,
         "new_instances": _part(tracked, new, image),
         "already_seen_instances": _part(tracked, ~new, image),
-        **NO_ERROR,
+        **place.stream.trouble,
     }
 
 
@@ -264,8 +295,8 @@ def _part(tracked: sv.Detections, mask: npt.NDArray[np.bool_], image: WorkflowIm
     return part if len(part) else as_prediction(part, image, KIND)
 
 
-def _failed(error: Exception, image: WorkflowImageData) -> dict[str, Any]:
-    outputs = {name: no_prediction(image, KIND) for name in DETECTIONS}
-    for nothing in outputs.values():
+def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+    given = {name: no_prediction(image, KIND) for name in DETECTIONS}
+    for nothing in given.values():
         nothing.tracker_id = np.empty(0, int)  # line counters insist on numbers
-    return outputs | failed(error, "moondream_cv/track")
+    return given

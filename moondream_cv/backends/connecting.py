@@ -51,8 +51,7 @@ def connect(url: str, dialect: str = "auto", *, api_key: str | None = None, **op
     address = Address.of(url)
     chosen = dialect
     if dialect == "auto":
-        known = [name for host, name in _HOSTS.items() if f".{address.host}".endswith(f".{host}")]
-        chosen = known[0] if known else _asked(address, api_key, options.get("timeout", PROBE_TIMEOUT))
+        chosen = known_dialect(address) or _asked(address, api_key, options.get("timeout", PROBE_TIMEOUT))
     if chosen == "fal" and address.host in ("fal.ai", "www.fal.ai", "queue.fal.run"):
         url = f"{FAL}{APP}"  # the same app, where it answers at once
     elif chosen == "openai" and dialect == "auto":
@@ -63,6 +62,11 @@ def connect(url: str, dialect: str = "auto", *, api_key: str | None = None, **op
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"the dialect {chosen} has no such option: {error}") from error
+
+
+def known_dialect(address: Address) -> str | None:
+    """The dialect of a host that is known by its name; None of any other."""
+    return next((name for host, name in _HOSTS.items() if f".{address.host}".endswith(f".{host}")), None)
 
 
 def _asked(address: Address, api_key: str | None, timeout: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -36,8 +36,8 @@ class ImageKey(NamedTuple):
 class ImageCache:
     """The images of one model that were used last, as many as fit.
 
-    Calls from several threads are safe. Of threads that miss the same image at once one encodes it, by `claim`, and the
-    others wait for that.
+    Calls from several threads are safe. Of threads that miss the same image at once one encodes it, and the others wait
+    for that.
 
     Attributes:
         hits: How often an image was found.
@@ -89,42 +89,30 @@ class ImageCache:
         digest = image.digest if isinstance(image, PreparedImage) else digest_of(image)
         return ImageKey(digest, max_crops, variant)
 
-    def get(self, key: ImageKey) -> EncodedImage | None:
-        """Return what is kept under a key, which counts as using it, or None."""
-        with self._lock:
-            encoded = self._images.get(key)
-            if encoded is None:
-                self.misses += 1
-            else:
-                self.hits += 1
-                self._images.move_to_end(key)
-            return encoded
+    def claim(self, key: ImageKey) -> tuple[EncodedImage | Coming, bool]:
+        """Return what is kept under a key, or the promise of it, and whether the promise is the caller's to keep.
 
-    def claim(self, key: ImageKey) -> EncodedImage | Coming | None:
-        """Return what is kept under a key, or what another thread is going to put there.
-
-        Returns:
-            The image; a future that another thread will complete, with None if it gives up; or None. Then it is the
-            caller's to encode, who must `put` it or `give_up`, before waiting for anything that others encode.
+        A promise is a future that ends in the image, or in None if who made it gives up. Who has made one must `put`
+        the image or `give_up` before waiting for those of others.
         """
         with self._lock:
-            encoded = self._images.get(key)
-            if encoded is not None:
-                self._images.move_to_end(key)
-            found = encoded or self._coming.get(key)
+            found = self._images.get(key) or self._coming.get(key)
             if found is None:
                 self.misses += 1
-                self._coming[key] = Future()
-            else:
-                self.hits += 1
-            return found
+                coming = self._coming[key] = Future()
+                return coming, True
+            self.hits += 1
+            if key in self._images:
+                self._images.move_to_end(key)
+            return found, False
 
-    def give_up(self, keys: Iterable[ImageKey]) -> None:
-        """Let go of what was claimed and not put; who waits for it may encode it."""
+    def give_up(self, claims: Mapping[ImageKey, Coming]) -> None:
+        """Let go of promises that were not kept; who waits for one may encode the image."""
         with self._lock:
-            coming = [self._coming.pop(key) for key in keys if key in self._coming]
-        for future in coming:
-            future.set_result(None)
+            for key, coming in claims.items():
+                if self._coming.get(key) is coming:
+                    del self._coming[key]
+                    coming.set_result(None)
 
     def put(self, key: ImageKey, encoded: EncodedImage) -> None:
         """Keep an image, in place of the one under this key and of those that were not used for longest.
@@ -142,8 +130,8 @@ class ImageCache:
             while len(self._images) > self.max_images or self._nbytes > self.max_bytes:
                 self._remove(next(iter(self._images)))
             coming = self._coming.pop(key, None)
-        if coming is not None:
-            coming.set_result(encoded)
+            if coming is not None:
+                coming.set_result(encoded)
 
     def clear(self) -> None:
         """Forget all images."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
-from moondream_cv.engine.image_cache import ImageCache
+from moondream_cv.engine.image_cache import Coming, ImageCache, ImageKey
 from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.errors import MoondreamError
@@ -236,19 +235,24 @@ class LocalModel(PublishedMethods):
             return encode_images(self.network, frames, **self._encoding(settings))
         keys = [cache.key(frame, self.max_crops(settings), settings.variant) for frame in frames]
         by_key = dict(zip(keys, frames, strict=True))
-        claims = {key: cache.claim(key) for key in by_key}
-        missing = [key for key, claim in claims.items() if claim is None]
-        found = {key: claim for key, claim in claims.items() if isinstance(claim, EncodedImage)}
+        found: dict[ImageKey, EncodedImage] = {}
+        mine: dict[ImageKey, Coming] = {}
+        others: dict[ImageKey, Coming] = {}
         try:
-            encoded = encode_images(self.network, [by_key[key] for key in missing], **self._encoding(settings))
-            for key, one in zip(missing, encoded, strict=True):
+            for key in by_key:
+                claimed, is_mine = cache.claim(key)
+                if isinstance(claimed, EncodedImage):
+                    found[key] = claimed
+                else:
+                    (mine if is_mine else others)[key] = claimed
+            encoded = encode_images(self.network, [by_key[key] for key in mine], **self._encoding(settings))
+            for key, one in zip(mine, encoded, strict=True):
                 found[key] = one
                 cache.put(key, one)
         finally:
-            cache.give_up(missing)
-        for key, claim in claims.items():
-            if isinstance(claim, Future):  # another thread is at it, or has failed
-                found[key] = claim.result() or self.encode_arrays([by_key[key]], settings)[0]
+            cache.give_up(mine)
+        for key, coming in others.items():  # another thread is at it, or has given up
+            found[key] = coming.result() or self.encode_arrays([by_key[key]], settings)[0]
         return [found[key] for key in keys]
 
     def _encoding(self, settings: Settings) -> dict[str, Any]:

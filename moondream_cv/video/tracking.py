@@ -80,7 +80,7 @@ class Tracker:
         self._trackers: dict[int, BaseTracker] = {}
         self._tracklets: dict[int, tuple[Any, Track]] = {}  # by id(): a tracker's own objects, and ours
         self._clock = 0
-        self._before: Frame | None = None
+        self._before: tuple[int, float] | None = None  # index and time of the last keyframe
         self._next_id = 1
         self.tracks: dict[int, Track] = {}
         self.interval = 0.0
@@ -88,7 +88,7 @@ class Tracker:
     @property
     def time(self) -> float | None:
         """Of the last keyframe; None before the first."""
-        return None if self._before is None else self._before.time
+        return None if self._before is None else self._before[1]
 
     def anew(self) -> Tracker:
         """One that has seen nothing yet, and gives numbers that this one has not given."""
@@ -108,9 +108,10 @@ class Tracker:
         """
         steps = 1
         if self._before is not None:
-            self.interval = frame.time - self._before.time
-            steps = min(max(1, frame.index - self._before.index), MAX_STEPS)
-        self._before, self._clock = frame, self._clock + steps
+            index, time = self._before
+            self.interval = frame.time - time
+            steps = min(max(1, frame.index - index), MAX_STEPS)
+        self._before, self._clock = (frame.index, frame.time), self._clock + steps
         memory = max(self._memory, 4 * self.interval)
         self.tracks = {key: t for key, t in self.tracks.items() if frame.time - t.last.time <= memory}
         class_ids = np.zeros(len(detections), int) if detections.class_id is None else detections.class_id.astype(int)

@@ -44,18 +44,28 @@ def key_of(number: int) -> ImageKey:
     return ImageCache.key(np.full((1, 1, 3), number, np.uint8), None, None)
 
 
+def kept(cache: ImageCache, key: ImageKey) -> EncodedImage | None:
+    """What is kept under a key; asking counts as using it, or as a miss."""
+    found, mine = cache.claim(key)
+    if isinstance(found, EncodedImage):
+        return found
+    if mine:
+        cache.give_up({key: found})
+    return None
+
+
 def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
     cache = ImageCache(4, 10_000_000)
     key = cache.key(frame, None, None)
-    assert cache.get(key) is None
+    assert kept(cache, key) is None
     (encoded,) = encode_images(model.network, [frame], max_crops=None, variant=None, model_key=0, lora=None)
     cache.put(key, encoded)
-    assert cache.get(cache.key(frame.copy(), None, None)) is encoded
+    assert kept(cache, cache.key(frame.copy(), None, None)) is encoded
     assert (len(cache), cache.nbytes) == (1, encoded.nbytes)
     assert repr(cache) == f"ImageCache(1 of 4 images, {encoded.nbytes:,} of 10,000,000 bytes)"
     assert (cache.hits, cache.misses) == (1, 1)
     cache.clear()
-    assert (len(cache), cache.nbytes, cache.get(key)) == (0, 0, None)
+    assert (len(cache), cache.nbytes, kept(cache, key)) == (0, 0, None)
     assert (cache.hits, cache.misses) == (1, 2)
 
 
@@ -86,9 +96,9 @@ def test_the_image_not_used_for_longest_goes_first() -> None:
     cache = ImageCache(2, 1000)
     cache.put(key_of(1), image_of(100))
     cache.put(key_of(2), image_of(100))
-    assert cache.get(key_of(1)) is not None  # now number 2 is the older one
+    assert kept(cache, key_of(1)) is not None  # now number 2 is the older one
     cache.put(key_of(3), image_of(100))
-    assert [cache.get(key_of(i)) is not None for i in (1, 2, 3)] == [True, False, True]
+    assert [kept(cache, key_of(i)) is not None for i in (1, 2, 3)] == [True, False, True]
 
 
 def test_a_large_image_pushes_out_several() -> None:
@@ -96,7 +106,7 @@ def test_a_large_image_pushes_out_several() -> None:
     for number in range(5):
         cache.put(key_of(number), image_of(200))
     cache.put(key_of(5), image_of(500))
-    assert [cache.get(key_of(i)) is not None for i in range(6)] == [False, False, False, True, True, True]
+    assert [kept(cache, key_of(i)) is not None for i in range(6)] == [False, False, False, True, True, True]
     assert cache.nbytes == 900
 
 
@@ -104,8 +114,8 @@ def test_an_image_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
     cache = ImageCache(10, 1000)
     cache.put(key_of(1), image_of(1000))
     cache.put(key_of(2), image_of(1001))
-    assert cache.get(key_of(1)) is not None
-    assert cache.get(key_of(2)) is None
+    assert kept(cache, key_of(1)) is not None
+    assert kept(cache, key_of(2)) is None
 
 
 def test_putting_again_replaces() -> None:
@@ -113,7 +123,7 @@ def test_putting_again_replaces() -> None:
     cache.put(key_of(1), image_of(700))
     second = image_of(600)
     cache.put(key_of(1), second)
-    assert cache.get(key_of(1)) is second
+    assert kept(cache, key_of(1)) is second
     assert (len(cache), cache.nbytes) == (1, 600)
     cache.put(key_of(1), image_of(2000))
     assert (len(cache), cache.nbytes) == (0, 0)
@@ -150,7 +160,7 @@ def test_does_what_a_plain_list_would(steps: list[tuple[str, int, int]], max_ima
             while len(expected) > max_images or sum(expected.values()) > max_bytes:
                 expected.popitem(last=False)
         else:
-            found = cache.get(key_of(number))
+            found = kept(cache, key_of(number))
             assert (None if found is None else found.nbytes) == expected.get(number)
             if number in expected:
                 expected.move_to_end(number)
@@ -172,7 +182,7 @@ def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
         try:
             for number, get in zip(rng.integers(0, 12, 5000).tolist(), (rng.random(5000) < 0.3).tolist(), strict=True):
                 if get:
-                    assert cache.get(keys[number]) in (None, images[number])
+                    assert kept(cache, keys[number]) in (None, images[number])
                 else:
                     cache.put(keys[number], images[number])
         except Exception as error:  # an exception would end only the thread
@@ -184,41 +194,57 @@ def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    kept = [image for key in keys if (image := cache.get(key)) is not None]
-    assert len(kept) == len(cache) <= 5
-    assert sum(image.nbytes for image in kept) == cache.nbytes <= 1000
+    left = [image for key in keys if (image := kept(cache, key)) is not None]
+    assert len(left) == len(cache) <= 5
+    assert sum(image.nbytes for image in left) == cache.nbytes <= 1000
 
 
 def test_what_one_thread_is_encoding_others_wait_for() -> None:
     cache, key, image = ImageCache(4, 10_000), key_of(1), image_of(100)
-    assert cache.claim(key) is None
-    waiting = cache.claim(key)
-    assert isinstance(waiting, Future)
-    assert not waiting.done()
+    promise, mine = cache.claim(key)
+    assert isinstance(promise, Future)
+    assert mine
+    assert cache.claim(key) == (promise, False)
+    assert not promise.done()
     cache.put(key, image)
-    assert waiting.result(0) is image
-    assert cache.claim(key) is image
+    assert promise.result(0) is image
+    assert cache.claim(key) == (image, False)
     assert (cache.hits, cache.misses) == (2, 1)
 
 
 def test_what_is_not_kept_reaches_those_who_wait() -> None:
     cache, key, image = ImageCache(4, 50), key_of(1), image_of(100)
-    assert cache.claim(key) is None
-    waiting = cache.claim(key)
+    promise, _ = cache.claim(key)
     cache.put(key, image)
-    assert isinstance(waiting, Future)
-    assert waiting.result(0) is image
-    assert cache.claim(key) is None
+    assert isinstance(promise, Future)
+    assert promise.result(0) is image
+    assert cache.claim(key)[1]
 
 
 def test_what_one_thread_gives_up_another_encodes() -> None:
     cache, key = ImageCache(4, 10_000), key_of(1)
-    assert cache.claim(key) is None
-    waiting = cache.claim(key)
-    cache.give_up([key, key_of(2)])
-    assert isinstance(waiting, Future)
-    assert waiting.result(0) is None
-    assert cache.claim(key) is None
+    promise, _ = cache.claim(key)
+    assert isinstance(promise, Future)
+    cache.give_up({key: promise})
+    assert promise.result(0) is None
+    again, mine = cache.claim(key)
+    assert again is not promise
+    assert mine
+
+
+def test_a_promise_is_given_up_by_who_made_it_alone() -> None:
+    """Put, pushed out and promised anew by another thread, before the first one is done."""
+    cache, key = ImageCache(1, 10_000), key_of(1)
+    first, _ = cache.claim(key)
+    cache.put(key, image_of(100))
+    cache.put(key_of(2), image_of(100))
+    second, mine = cache.claim(key)
+    assert mine
+    assert isinstance(first, Future)
+    assert isinstance(second, Future)
+    cache.give_up({key: first})
+    assert not second.done()
+    assert cache.claim(key) == (second, False)
 
 
 @pytest.mark.parametrize("failures", [0, 1, 3])
