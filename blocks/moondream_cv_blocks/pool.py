@@ -46,7 +46,7 @@ class ModelPool:
 
         Args:
             device: Where models run that are loaded here; None: the best device there is.
-            timeout: Seconds that a server may take to answer; asked again once.
+            timeout: Seconds that a server may take to answer; one that fails at once is asked once more.
             cache_bytes: What the encoded images take together that each of those models keeps, so that what several
                 blocks ask about an image encodes it once; an image of Moondream 2 takes some 160 MB in bfloat16.
 
