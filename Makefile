@@ -109,7 +109,7 @@ demo: $(BASE) ## Detect, point, ask, caption and track with the embedded tiny mo
 
 test: test-package test-roboflow ## Run the tests
 
-test-package: $(DEV) $(NPM) ## Run the tests but for those that need Roboflow's own engine and server
+test-package: $(DEV) $(NPM) ## Run the tests except those that need Roboflow's own engine and server
 	$(call PYTEST,$(PY)) $(PYTEST_ARGS)
 
 # HTTP touches neither supervision nor transformers, and its tests take clients that are not installed there.

@@ -52,6 +52,16 @@ def crossings(clip: Clip, x: int) -> int:
     return count
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def line(text: str) -> list[list[int]]:
+    """Two points from JSON."""
+    (x1, y1), (x2, y2) = json.loads(text)
+    return [[int(x1), int(y1)], [int(x2), int(y2)]]
+
+
 class Sink:
     """Takes what comes of each frame: writes the annotated picture, and keeps the counts.
 
@@ -103,13 +113,13 @@ def run(video: Path, output: Path, parameters: dict[str, Any]) -> Sink:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--output", type=Path, default=Path("counted.mp4"), help="the annotated video")
     parser.add_argument("--video", type=Path, help="a file; without it a clip is rendered")
-    parser.add_argument("--model", default="tiny", help="as in the workflow's field")
+    parser.add_argument("--model", default="tiny", help="a name, a folder or a server's URL")
     parser.add_argument("--classes", default="car,bus,truck,boat", help="names, separated by commas")
-    parser.add_argument("--confidence", type=float, default=0.5, help="what a detection must reach")
-    parser.add_argument("--line", type=json.loads, default=None, help='"[[x, y], [x, y]]" in pixels')
+    parser.add_argument("--confidence", type=float, default=0.5, help="drop detections below it")
+    parser.add_argument("--line", type=line, help='"[[x, y], [x, y]]" in pixels')
     parser.add_argument("--every", type=int, default=5, help="look at every Nth frame")
     arguments = parser.parse_args()
     os.environ.setdefault("WORKFLOWS_PLUGINS", "moondream_cv_blocks")
@@ -131,13 +141,11 @@ def main() -> None:
             sink = run(video, arguments.output, parameters)
         except VideoError as error:
             raise SystemExit(str(error)) from None
-    for message in sink.errors:
-        print(message)
+    if sink.errors:
+        raise SystemExit("\n".join(sink.errors))
     true = "" if arguments.video else f" (in truth {crossings(clip, LINE)})"
     print(f"{sum(sink.counts)} have crossed the line{true}, {sink.counts[0]} in and {sink.counts[1]} out")
     print(f"{sink.frames} frames in {arguments.output}")
-    if sink.errors:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def _local_or_repo(name: str | os.PathLike[str]) -> Source | tuple[str, str | No
             return source
     match = _REPO.fullmatch(text)
     if match is None or isinstance(name, os.PathLike) or ".." in text:
-        raise CheckpointError(f"there is no model {text[:200]!r}{_suggestion(text)}; {_accepted()}")
+        raise CheckpointError(f"there is no model {text[:200]!r}{_suggestion(text)} {_accepted()}")
     return match[1], match[2]
 
 
@@ -297,11 +297,14 @@ def _existing(text: str) -> Path | None:
 
 def _suggestion(text: str) -> str:
     close = difflib.get_close_matches(text.lower(), [*ALIASES, TINY, DEFAULT_REPO], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", text):
+        return f"; for a server write its URL, 'http://{text[:200]}';"
+    return f"; did you mean {close[0]!r}?" if close else ";"
 
 
 def _accepted() -> str:
     return (
         f"accepted are {', '.join(map(repr, ALIASES))}, {TINY!r}, a repository on the hub such as "
-        f"'{DEFAULT_REPO}@{DEFAULT_REVISION}' (kept in {hub_cache()}), and a local folder or file"
+        f"'{DEFAULT_REPO}@{DEFAULT_REVISION}' (kept in {hub_cache()}), and a local folder or file; a server's model is "
+        "named by its URL"
     )

@@ -6,6 +6,7 @@ an error output of it there.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -94,6 +95,18 @@ class MoondreamManifest(WorkflowBlockManifest):
         ],
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_misspelt(cls, values: Any) -> Any:
+        """Fields that a block does not have are passed over, but not those that are nearly called like one it has."""
+        if isinstance(values, dict):
+            missing = [name for name in cls.model_fields if name not in values]
+            for key in values:
+                close = difflib.get_close_matches(str(key), missing, n=1, cutoff=0.75)
+                if close and key not in cls.model_fields:
+                    raise ValueError(f"there is no field {key!r}; did you mean {close[0]!r}?")
+        return values
+
     @field_validator("model")
     @classmethod
     def _check_model(cls, value: str) -> str:
@@ -118,15 +131,16 @@ class FinderManifest(MoondreamManifest):
 
     class_names: list[str] | str | Texts = Field(
         title="Class Names",
-        description="What to look for, in any words: a list, or names separated by commas. `class_id` follows their "
-        "order. The image is encoded once however many there are.",
+        description="What to look for, in any words: a list, or names separated by commas (by nothing else). "
+        "`class_id` follows their order. The image is encoded once however many there are.",
         examples=[["person", "red car"], "person, red car", "$inputs.class_names"],
     )
     confidence: float | Number = Field(
         default=0.0,
         title="Confidence Threshold",
-        description="Drop results below this confidence, from 0 to 1. Confidences come from the model's own token "
-        "probabilities; a server that gives none answers 1.0 for everything.",
+        description="Drop results below this confidence, from 0 to 1; 0 keeps all that the model says, 0.3 is a good "
+        "start against false ones. Confidences come from the model's own token probabilities; a server that gives none "
+        "answers 1.0 for everything.",
         examples=[0.0, 0.3, "$inputs.confidence"],
     )
     max_objects: int | Integer = Field(
@@ -156,9 +170,9 @@ class FinderManifest(MoondreamManifest):
             return {**{key: value for key, value in values.items() if key != "prompt"}, "class_names": names}
         return values
 
-    @field_validator("class_names")
+    @field_validator("class_names", mode="before")
     @classmethod
-    def _check_class_names(cls, value: list[str] | str) -> list[str] | str:
+    def _check_class_names(cls, value: Any) -> Any:
         if not is_selector(value):
             class_list(value)
         return value
@@ -220,17 +234,20 @@ class TextManifest(MoondreamManifest):
 
 
 def class_list(value: Any) -> list[str]:
-    """Class names from a list or from a string with commas, without spaces around them.
+    """Class names from a list, or from a string with commas or line breaks, without spaces around them.
 
     Raises:
         ValueError: There is none, one says nothing, is there twice or is no string.
     """
-    parts = value.split(",") if isinstance(value, str) else value
+    parts = re.split(r"[,\n]", value) if isinstance(value, str) else value
     if isinstance(parts, Sequence):
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
         for part in parts:
-            if isinstance(part, str) and _LIKE_A_SELECTOR.match(part):
-                raise ValueError(f"class_names has {part!r}, which is no name; a selector stands for the whole list")
+            if isinstance(part, str) and (_LIKE_A_SELECTOR.match(part) or _SELECTOR.fullmatch(f"${part}")):
+                raise ValueError(
+                    f"class_names has {part!r}, which is no name; a selector, such as $inputs.class_names, stands for "
+                    "the whole list"
+                )
     return check_classes(parts, "class_names")
 
 

@@ -21,7 +21,7 @@ from moondream_cv.backends.addresses import Address, shown_url
 from moondream_cv.backends.connecting import known_dialect
 from moondream_cv.backends.http import check_seconds
 from moondream_cv.errors import MoondreamError
-from moondream_cv.loading import ALIASES, TINY, check_name, connect, is_url, load
+from moondream_cv.loading import ALIASES, TINY, check_name, choose_device, connect, is_url, load
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
 from moondream_cv.vision_model import VisionModel
 
@@ -163,6 +163,11 @@ def shared_pool() -> ModelPool:
 def pool_of_environment() -> ModelPool:
     """A new pool as the environment says; errors as of `shared_pool`."""
     device, seconds = os.environ.get(DEVICE, "").strip() or None, os.environ.get(TIMEOUT, "").strip()
+    if device is not None:
+        try:
+            choose_device(device)
+        except ValueError as error:
+            raise ValueError(f"{DEVICE}: {error}") from error
     if not seconds:
         return ModelPool(device=device)
     try:

@@ -23,6 +23,8 @@ class MoondreamBlock(WorkflowBlock):
     """A block that asks models of a pool."""
 
     def __init__(self, models: ModelPool) -> None:
+        if not isinstance(models, ModelPool):  # the engine says of a TypeError whose parameter it is
+            raise TypeError(f"moondream_cv_blocks.models must be a ModelPool, not {type(models).__name__}")
         self._models = models
 
     @classmethod

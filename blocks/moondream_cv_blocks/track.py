@@ -99,9 +99,9 @@ class Manifest(BoxManifest):
         examples=["sort", "bytetrack"],
     )
 
-    @field_validator("every")
+    @field_validator("every", mode="before")
     @classmethod
-    def _check_every(cls, value: int | str) -> int | str:
+    def _check_every(cls, value: Any) -> Any:
         return value if is_selector(value) else count(value, "every")
 
     @classmethod

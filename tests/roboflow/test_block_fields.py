@@ -101,11 +101,11 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
         (["  "], "class_names[0] must say something"),
         (["dog", "dog"], "are there twice: 'dog'"),
         (["dog", " dog "], "are there twice: 'dog'"),
-        (["dog", 3], "valid string"),
-        ([None], "valid string"),
-        ([["dog"]], "valid string"),
-        (5, "valid list"),
-        (None, "valid list"),
+        (["dog", 3], "class_names[1] must be a string, not int"),
+        ([None], "class_names[0] must be a string, not NoneType"),
+        ([["dog"]], "class_names[0] must be a string, not list"),
+        (5, "class_names must be a string or a sequence of strings, not int"),
+        (None, "class_names must be a string or a sequence of strings, not NoneType"),
         ("", "class_names[0] must say something"),
         (" ", "class_names[0] must say something"),
         (",,,", "class_names[0] must say something"),
@@ -114,15 +114,39 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
         ("$input.x", "'$input.x' is no selector; write $inputs.NAME"),
         ("$inputs.", "is no selector"),
         ("$inputs.two words", "is no selector"),
-        (["$inputs.x"], "a selector stands for the whole list"),
-        (["dog", "$inputs.x"], "a selector stands for the whole list"),
-        ("dog, $inputs.x", "a selector stands for the whole list"),
+        (["$inputs.x"], "stands for the whole list"),
+        (["dog", "$inputs.x"], "stands for the whole list"),
+        ("dog, $inputs.x", "stands for the whole list"),
+        ("inputs.class_names", "a selector, such as $inputs.class_names"),
+        ("dog\n\ncat", "class_names[1] must say something"),
     ],
 )
 def test_class_names_that_are_refused(block: str, names: Any, says: str) -> None:
     told = refusal(with_fields(block, class_names=names))
     assert told.startswith("class_names: ")
     assert says in told
+
+
+@pytest.mark.parametrize(
+    ("block", "field", "meant"),
+    [
+        ("detect", "confidance", "confidence"),
+        ("detect", "model_id", "model"),
+        ("point", "class_name", "class_names"),
+        ("track", "evry", "every"),
+        ("query", "parameter", "parameters"),
+        ("caption", "lenght", "length"),
+    ],
+)
+def test_fields_that_are_misspelt(block: str, field: str, meant: str) -> None:
+    definition = with_fields(block, **{field: "x"})
+    definition["steps"][0].pop(meant, None)
+    assert f"there is no field '{field}'; did you mean '{meant}'?" in refusal(definition)
+
+
+@pytest.mark.parametrize("field", ["model_version", "note", "x"])
+def test_other_fields_that_there_are_not_are_passed_over(field: str) -> None:
+    compiled(with_fields("detect", **{field: "anything"}))
 
 
 @pytest.mark.parametrize("block", FINDERS)

@@ -189,7 +189,8 @@ def test_what_is_declared_is_used(name: str) -> None:
     definition = read(name)
     wiring = json.dumps([definition["steps"], definition["outputs"]])
     assert all(f'"$inputs.{item["name"]}"' in wiring for item in definition["inputs"])
-    assert all(f'"$steps.{item["name"]}.' in wiring for item in definition["steps"])
+    flow_control = [item for item in definition["steps"] if "next_steps" in item]
+    assert all(f'"$steps.{item["name"]}.' in wiring for item in definition["steps"] if item not in flow_control)
 
 
 @every_sample
@@ -226,7 +227,9 @@ def test_goes_on_with_nothing(name: str, bgr: np.ndarray, parameters: dict[str, 
     assert len(result["predictions"]) == 0
     assert result["error_status"] is failed
     assert (NO_SERVER in result["error_message"]) is failed
-    if name != "track_count_line":  # it draws its line
+    if name == "blur_faces" and failed:  # a picture in which nobody has looked for faces is not given out
+        assert result["image"] is None
+    elif name != "track_count_line":  # it draws its line
         assert not changed(result["image"], bgr).any()
 
 
@@ -236,15 +239,18 @@ def test_detect_filter_visualize() -> None:
     small, *large = scene.objects
     assert area(small) < 0.01 * 480 * 320 < min(map(area, large))
     image, names = as_bgr(scene.image), named(scene.objects)
+    text = json.dumps(read("detect_filter_visualize"))
+    assert text.count('"other": 0.001') == 1  # of the picture; smaller than what the tiny model can see in this one
+    definition = json.loads(text.replace('"other": 0.001', '"other": 0.01'))
 
-    found = run_sample("detect_filter_visualize", image, class_names=names)
+    (found,) = results(compiled(definition), image, model="tiny", class_names=names)
     assert set(objects_of(found["predictions"], scene.objects)) == set(large)
     assert named(objects_of(found["predictions"], scene.objects)) == found["predictions"]["class_name"].tolist()
     check_drawn(found["image"], image, boxes_of(large))
 
     confidences = found["predictions"].confidence
     threshold = float(np.median(confidences))
-    sure = run_sample("detect_filter_visualize", image, class_names=names, confidence=threshold)
+    (sure,) = results(compiled(definition), image, model="tiny", class_names=names, confidence=threshold)
     assert 0 < (confidences >= threshold).sum() < len(large)
     assert sure["predictions"].confidence.tolist() == confidences[confidences >= threshold].tolist()
 
@@ -316,7 +322,7 @@ def test_point_and_count() -> None:
     hits = [[inside(point, item.xyxy) for item in pointed] for point in result["points"]]
     assert np.array_equal(np.sum(hits, axis=0), np.ones(4)), hits
     assert np.array_equal(np.sum(hits, axis=1), np.ones(4)), hits
-    check_drawn(result["image"], image, boxes_of(pointed), margin=0)
+    check_drawn(result["image"], image, boxes_of(pointed))
 
 
 def test_blur_faces(scene: Scene, bgr: np.ndarray) -> None:
