@@ -145,7 +145,7 @@ class TrackBlock(MoondreamBlock):
         except Exception as error:
             return outputs([error] * len(images), images, _tracked, _nothing, "track")
         with self._lock:
-            places = [self._place(image, every, names, tracker) for image in images]
+            places = [self._placed(image, every, names, tracker) for image in images]
         due = [index for index, place in enumerate(places) if isinstance(place, _Place) and place.due]
         detector = detector_with(confidence, max_objects, nms)
         found = find(detector, self._models, model, [images[index] for index in due], names)
@@ -155,13 +155,15 @@ class TrackBlock(MoondreamBlock):
                 [(place, looked.get(index)) for index, place in enumerate(places)], images, _tracked, _nothing, "track"
             )
 
-    def _place(self, image: WorkflowImageData, every: int, names: Sequence[str], tracker: str) -> _Place | Exception:
+    def _placed(self, image: WorkflowImageData, every: int, names: Sequence[str], tracker: str) -> _Place | Exception:
         """Where a frame belongs, or why that cannot be told."""
         try:
-            pixels = pixels_of(image)
-            metadata = image.video_metadata
+            return self._place(image, every, names, tracker)
         except Exception as error:
             return error
+
+    def _place(self, image: WorkflowImageData, every: int, names: Sequence[str], tracker: str) -> _Place:
+        pixels, metadata = pixels_of(image), image.video_metadata
         source = _source_of(image, pixels, metadata)
         if source not in self._streams:
             self._streams[source] = _Stream(metadata, tracker)

@@ -296,8 +296,8 @@ def test_interrupting_leaves_what_was_written(tmp_path: Path, ending: list[subpr
     assert stdout.splitlines()[1].startswith("Stopped after ")
     assert "saved out.mp4, out.jsonl" in stdout
     frames = int(stdout.splitlines()[1].split()[2])
-    assert 20 <= frames < 3000
     # What was written when the signal came may not have been counted any more.
+    assert 19 <= frames < 3000
     assert 0 <= len(pictures_of(tmp_path / "out.mp4")) - frames <= 1
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert 0 <= len(lines) - frames <= 1
