@@ -191,7 +191,8 @@ def _local_or_repo(name: str | os.PathLike[str]) -> Source | tuple[str, str | No
             return source
     match = _REPO.fullmatch(text)
     if match is None or isinstance(name, os.PathLike) or ".." in text:
-        raise CheckpointError(f"there is no model {text[:200]!r}{_suggestion(text)} {_accepted()}")
+        bare = re.sub(r"^[^/@\s]+:[^@\s]+@", "", text)  # user and password of a URL without its scheme
+        raise CheckpointError(f"there is no model {bare[:200]!r}{_suggestion(bare)} {_accepted()}")
     return match[1], match[2]
 
 

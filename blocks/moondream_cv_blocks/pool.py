@@ -138,7 +138,10 @@ class _Opened:
         self.again = -math.inf  # when it may be tried
 
     def fail(self, error: Exception) -> None:
-        self.kind = type(error) if isinstance(error, (MoondreamError, ValueError)) else MoondreamError
+        if isinstance(error, MoondreamError):
+            self.kind = type(error)
+        else:
+            self.kind = ValueError if isinstance(error, ValueError) else MoondreamError
         self.reason = str(error) or type(error).__name__
         self.again = time.monotonic() + RETRY_SECONDS
 
@@ -234,7 +237,7 @@ def _key(name: str) -> str:
     if stem not in ALIASES:
         try:
             path = Path(text).expanduser()
-            if text != TINY and path.exists():
+            if text.startswith((".", "/", "~")) or (text != TINY and path.exists()):
                 return str(path.resolve())
         except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, ...
             return text

@@ -81,10 +81,11 @@ def _failed(error: Exception, block: str) -> dict[str, Any]:
     expected = isinstance(error, (MoondreamError, ValueError))
     message = str(error) or type(error).__name__
     now = time.monotonic()
-    if now - _told.get((block, message), -math.inf) > TOLD_AGAIN:  # of a stream, every frame would say it
+    told = block, message[:80]  # what it quotes at the end may differ from frame to frame
+    if now - _told.get(told, -math.inf) > TOLD_AGAIN:  # of a stream, every frame would say it
         if len(_told) >= MOST_TOLD:
             _told.clear()
-        _told[block, message] = now
+        _told[told] = now
         level = logging.WARNING if expected else logging.ERROR
         logger.log(level, "moondream_cv/%s: %s", block, message, exc_info=None if expected else error)
     return error_of(error)

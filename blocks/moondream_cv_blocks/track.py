@@ -53,7 +53,7 @@ numbers when they cross, hide, or leave and come back.
 - A source that starts again from the beginning, or changes its size, is tracked anew; numbers are not given twice.
 - Without video metadata each run brings the next frame; the images of a batch are of one source each.
 - A crop at a fixed place of the frame (a static crop, a slice) is a source of its own. In crops that move nothing can
-  be tracked.
+  be tracked. Slices carry no video metadata, so they are for one camera.
 
 #### Outputs
 
@@ -281,15 +281,16 @@ def _tracked(result: tuple[_Place | Exception, Any], image: WorkflowImageData) -
     try:
         tracked = as_prediction(place.stream.detections(place, found), image, KIND)
         new = place.stream.are_new(tracked)
-    except Exception:
+        return {
+            "tracked_detections": tracked,
+            "new_instances": _part(tracked, new, image),
+            "already_seen_instances": _part(tracked, ~new, image),
+            **place.stream.trouble,
+        }
+    except Exception as error:
         place.stream.forget()
+        place.stream.trouble = error_of(error)
         raise
-    return {
-        "tracked_detections": tracked,
-        "new_instances": _part(tracked, new, image),
-        "already_seen_instances": _part(tracked, ~new, image),
-        **place.stream.trouble,
-    }
 
 
 def _part(tracked: sv.Detections, mask: npt.NDArray[np.bool_], image: WorkflowImageData) -> sv.Detections:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +23,16 @@ import pytest
 import moondream_cv
 from moondream_cv import load
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.errors import BackendError, CheckpointError
+from moondream_cv.errors import BackendError, CheckpointError, MoondreamError
+from moondream_cv.requests import Detect, ErrorResult
 from moondream_cv_blocks import REGISTERED_INITIALIZERS, ModelPool, load_blocks, pool
 from tests.remote_server import Answer, RemoteServer, remote_server
 
 TINY = Path(moondream_cv.__file__).parent / "tiny"
 OURS = Answer({"models": [{"id": "tiny", "has_scores": True}]})
 THREADS = 8
-VARIABLES = (pool.ALLOWED, pool.DEVICE, pool.TIMEOUT)
+KEYS = ("API_KEY", "FAL_KEY", "MOONDREAM_API_KEY", "OPENAI_API_KEY", "ROBOFLOW_API_KEY")
+VARIABLES = (pool.ALLOWED, pool.DEVICE, pool.TIMEOUT, *KEYS)
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +167,64 @@ def test_a_model_that_is_added_is_not_loaded(models: ModelPool, loaded: list[str
     assert loaded == []
 
 
+@pytest.mark.parametrize("name", ["moondream3", "./nothing", "ftp://example.org", "http://", "", " ", 5, None])
+def test_a_name_that_no_workflow_can_use_is_not_added(models: ModelPool, name: Any) -> None:
+    with pytest.raises((CheckpointError, ValueError)):
+        models.add(name, load("tiny", device="cpu"))
+    assert models._opened == {}
+
+
+def test_a_name_that_may_not_be_used_is_not_added(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pool.ALLOWED, "moondream2")
+    with pytest.raises(ValueError, match="'tiny' may not be used here"):
+        models.add("tiny", load("tiny", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ("http://localhost:2020", "http://LOCALHOST:2020/", " http://localhost:2020 "),
+        ("moondream2", "vikhyatk/moondream2", "vikhyatk/moondream2@2025-06-21"),
+        ("./my-model", "link", "other/../my-model"),
+    ],
+    ids=["URL", "repository", "folder"],
+)
+@pytest.mark.parametrize("under", range(3))
+def test_what_is_added_takes_the_place_of_what_was_there(
+    models: ModelPool, spellings: tuple[str, ...], under: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under all names that it has been asked for by, and those that it has not."""
+    for name in ("my-model", "link"):
+        (tmp_path / name).symlink_to(TINY)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("load", "connect"):
+        monkeypatch.setattr(pool, name, _must_not_open)
+    first, second = (load("tiny", device="cpu") for _ in range(2))
+    models.add(spellings[0], first)
+    assert [models.get(name) for name in spellings[:2]] == [first] * 2
+    models.add(spellings[under], second)
+    assert [models.get(name) for name in spellings] == [second] * 3
+    assert first.run([]) == []  # it stays open
+    first.close()
+
+
+def test_what_is_added_takes_the_place_of_a_failure(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "connect", _failing(BackendError("the server is away")))
+    with pytest.raises(BackendError):
+        models.get("http://localhost:2020/")
+    tiny = load("tiny", device="cpu")
+    models.add("http://localhost:2020", tiny)
+    assert models.get("http://localhost:2020/") is tiny
+
+
+def _failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
 def test_a_closed_pool_opens_anew(models: ModelPool, loaded: list[str], server: RemoteServer) -> None:
     server.on("/v1/models", OURS)
     before, remote = models.get("tiny"), models.get(server.url)
@@ -210,6 +274,88 @@ def test_a_failure_that_is_remembered_does_not_grow(models: ModelPool, tmp_path:
             models.get(str(tmp_path))
         lengths.append(len(caught.traceback))
     assert lengths[1:] == [lengths[1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (BackendError("the server is away"), BackendError, "the server is away"),
+        (CheckpointError("no weights"), CheckpointError, "no weights"),
+        (ValueError("no such device"), ValueError, "no such device"),
+        (RuntimeError("out of memory"), MoondreamError, "out of memory"),
+        (KeyError("a key"), MoondreamError, "'a key'"),
+        (RuntimeError(), MoondreamError, "RuntimeError"),
+        *(
+            (error, ValueError, str(error))  # whose own kinds are made of more than a text
+            for error in (
+                json.JSONDecodeError("no JSON", "{", 1),
+                UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"),
+            )
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_is_raised_until_a_model_is_tried_again(
+    models: ModelPool, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], text: str
+) -> None:
+    """First the error itself, and then each time another one that says the same."""
+    monkeypatch.setattr(pool, "load", _failing(error))
+    with pytest.raises(type(error)) as first:
+        models.get("tiny")
+    assert first.value is error
+    monkeypatch.setattr(pool, "load", _must_not_open)
+    later = []
+    for _ in range(2):
+        with pytest.raises(kind) as caught:
+            models.get("tiny")
+        later.append(caught.value)
+    assert [(isinstance(one, kind), str(one)) for one in later] == [(True, text)] * 2
+    assert len({id(one) for one in (error, *later)}) == 3
+    assert all(one.__cause__ is one.__context__ is None for one in later)
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, RuntimeError])
+def test_what_failed_to_open_is_let_go(
+    models: ModelPool, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """Weights that were half loaded would otherwise stay as long as the failure is remembered."""
+    weights: list[weakref.ref[np.ndarray]] = []
+
+    def half(name: str, **options: Any) -> Any:
+        loaded = np.zeros(1000)
+        weights.append(weakref.ref(loaded))
+        raise kind(f"{name} has only {len(loaded)} weights")
+
+    monkeypatch.setattr(pool, "load", half)
+    for _ in range(3):
+        try:
+            models.get("tiny")
+        except (kind, MoondreamError) as error:
+            assert "only 1000 weights" in str(error)  # noqa: PT017 - pytest.raises would keep the traceback
+    gc.collect()
+    assert len(weights) == 1
+    assert weights[0]() is None
+
+
+def test_names_that_failed_are_forgotten(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rounds, names = 1000.0, 5, 20
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: now))
+    tiny = models.get("tiny")
+    for number in range(rounds * names):
+        with pytest.raises(CheckpointError):
+            models.get(f"moondream3-{number}")
+        if number % names == names - 1:
+            now += pool.RETRY_SECONDS + 0.1
+        assert len(models._opened) <= 1 + 2 * names
+    assert models.get("tiny") is tiny
+
+
+def test_a_model_of_a_deleted_folder_stays(models: ModelPool, tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "my-model")
+    before = models.get(str(folder))
+    shutil.rmtree(folder)
+    assert models.get(str(folder)) is before
+    assert before.run([]) == []
 
 
 @pytest.mark.parametrize("name", ["moondream3", "./nothing", "ftp://example.org", "", "  "])
@@ -327,6 +473,46 @@ def test_the_time_out_is_that_of_servers(server: RemoteServer) -> None:
     with pytest.raises(BackendError, match=r"did not answer within 0\.2 s"):
         models.get(server.url).caption(np.zeros((8, 8, 3), np.uint8))
     models.close()
+
+
+# Keys of the environment
+
+
+INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
+PLACES = {"this machine": "127.0.0.1", "its name": "localhost", "another host": "127.1"}
+SERVICES = {
+    "MOONDREAM_API_KEY": ("/v1/models", OURS),
+    "ROBOFLOW_API_KEY": ("/info", INFO),
+    "OPENAI_API_KEY": ("/v1/models", OPENAI),
+}
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["not listed", "listed"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("variable", SERVICES)
+def test_who_gets_keys(
+    variable: str,
+    place: str,
+    listed: bool,
+    models: ModelPool,
+    server: RemoteServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """127.1 is this machine too, by a name that the pool does not know: to it that is some other host."""
+    if variable == "ROBOFLOW_API_KEY":
+        pytest.importorskip("inference_sdk")
+    server.on(*SERVICES[variable])
+    url = server.url.replace("127.0.0.1", PLACES[place])
+    monkeypatch.setenv(variable, "key-of-the-environment")
+    if listed:
+        monkeypatch.setenv(pool.ALLOWED, f"tiny, {url}/")
+    model = models.get(url)
+    looked = len(server.asked)
+    assert isinstance(model.run([Detect(np.zeros((8, 8, 3), np.uint8), "dog")])[0], ErrorResult)  # nobody answers that
+    sent = json.dumps([[asked.path, dict(asked.headers), asked.body] for asked in server.asked])
+    assert len(server.asked) > looked > 0
+    assert ("key-of-the-environment" in sent) == (listed or place != "another host")
 
 
 # Importing
