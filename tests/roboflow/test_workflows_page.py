@@ -73,7 +73,7 @@ def test_the_engine_by_itself(bgr: np.ndarray) -> None:
 def test_over_a_video() -> None:
     lines = told(BLOCKS[1]).splitlines()
     assert [int(line.split()[0]) for line in lines] == list(range(1, FRAMES + 1))
-    assert all(line.split()[1:] == ["0", "0"] for line in lines)  # nothing crosses, and no error is told
+    assert all(line.split()[1:] == ["2"] for line in lines)  # two dogs, and no error is told
 
 
 def test_in_the_server(url: str, tiny: LocalModel) -> None:
