@@ -31,8 +31,8 @@ PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 
 
 comma := ,
 
-.PHONY: help venv venv-roboflow demo test test-package test-newest test-roboflow lint format bench bench-roboflow soak resolve constraints \
-  train-tiny clean
+.PHONY: help venv venv-roboflow demo test test-package test-newest test-roboflow lint format bench bench-roboflow soak \
+  resolve constraints train-tiny clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list

@@ -8,10 +8,11 @@ from pydantic import Field
 
 from moondream_cv.requests import Caption, CaptionResult
 
-from .fields import Text, TextManifest, described, error_outputs, text_settings
+from .fields import Text, TextManifest, described, error_outputs
 from .results import outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, ask
+from .values import text_settings
 
 DESCRIPTION = """
 Describe images with **Moondream 2**, in a sentence (`short`), a paragraph (`normal`) or at length (`long`).
@@ -51,9 +52,7 @@ class Manifest(TextManifest):
 class CaptionBlock(MoondreamBlock):
     """Images → descriptions."""
 
-    @classmethod
-    def get_manifest(cls) -> type[Manifest]:
-        return Manifest
+    manifest = Manifest
 
     def run(
         self,

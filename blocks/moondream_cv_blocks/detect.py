@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import supervision as sv
 
 from moondream_cv.detector import Detector
-from moondream_cv.vision_model import VisionModel
 
-from .fields import BoxManifest, count, described, error_outputs, fraction
+from .fields import BoxManifest, described, error_outputs
 from .results import as_prediction, no_prediction, outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, find
@@ -65,9 +63,7 @@ class Manifest(BoxManifest):
 class DetectBlock(MoondreamBlock):
     """Images × class names → boxes."""
 
-    @classmethod
-    def get_manifest(cls) -> type[Manifest]:
-        return Manifest
+    manifest = Manifest
 
     def run(
         self,
@@ -78,18 +74,9 @@ class DetectBlock(MoondreamBlock):
         max_objects: int,
         nms: float | None,
     ) -> BlockResult:
-        found = find(detector_with(confidence, max_objects, nms), self._models, model, list(images), class_names)
+        options = {"confidence": confidence, "max_objects": max_objects, "nms": nms}
+        found = find(Detector, self._models, model, list(images), class_names, **options)
         return outputs(found, images, _found, _nothing, "detect")
-
-
-def detector_with(confidence: float, max_objects: int, nms: float | None) -> Callable[[VisionModel], Detector]:
-    """What makes a detector of a model; it raises `ValueError` for what is out of range."""
-    return lambda model: Detector(
-        model,
-        confidence=fraction(confidence, "confidence"),
-        max_objects=count(max_objects, "max_objects"),
-        nms=None if nms is None else fraction(nms, "nms"),
-    )
 
 
 def _found(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:

@@ -8,9 +8,8 @@ import numpy as np
 import supervision as sv
 
 from moondream_cv.detector import Pointer
-from moondream_cv.vision_model import VisionModel
 
-from .fields import FinderManifest, count, described, error_outputs, fraction
+from .fields import FinderManifest, described, error_outputs
 from .results import as_prediction, no_prediction, outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, constants, types
 from .running import MoondreamBlock, find
@@ -70,9 +69,7 @@ class Manifest(FinderManifest):
 class PointBlock(MoondreamBlock):
     """Images × class names → points."""
 
-    @classmethod
-    def get_manifest(cls) -> type[Manifest]:
-        return Manifest
+    manifest = Manifest
 
     def run(
         self,
@@ -82,14 +79,8 @@ class PointBlock(MoondreamBlock):
         confidence: float,
         max_objects: int,
     ) -> BlockResult:
-        def pointer(opened: VisionModel) -> Pointer:
-            return Pointer(
-                opened,
-                confidence=fraction(confidence, "confidence"),
-                max_objects=count(max_objects, "max_objects"),
-            )
-
-        found = find(pointer, self._models, model, list(images), class_names)
+        options = {"confidence": confidence, "max_objects": max_objects}
+        found = find(Pointer, self._models, model, list(images), class_names, **options)
         return outputs(found, images, _found, _nothing, "point")
 
 

@@ -11,10 +11,11 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from moondream_cv.requests import Query, QueryResult
 
-from .fields import Anything, Flag, Text, TextManifest, described, error_outputs, flag, is_selector, text_settings
-from .results import outputs, pixels_of
+from .fields import Anything, Flag, Text, TextManifest, described, error_outputs
+from .results import outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, ask
+from .values import flag, is_selector, text_settings
 
 DESCRIPTION = """
 Ask a question about each image and get **Moondream 2**'s answer, in words: "What colour is the car?", "Is the door
@@ -86,8 +87,8 @@ class Manifest(TextManifest):
     @field_validator("parameters")
     @classmethod
     def _check_parameters(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        question = info.data.get("question", "$")  # missing where it is wrong itself
-        if not question.startswith("$"):
+        question = info.data.get("question")  # missing where it is wrong itself
+        if question is not None and not is_selector(question):
             filled(question, value)
         return value
 
@@ -108,9 +109,7 @@ class Manifest(TextManifest):
 class QueryBlock(MoondreamBlock):
     """Images × a question → answers."""
 
-    @classmethod
-    def get_manifest(cls) -> type[Manifest]:
-        return Manifest
+    manifest = Manifest
 
     def run(
         self,
@@ -167,7 +166,7 @@ def _answered(result: QueryResult, image: WorkflowImageData) -> dict[str, Any]:
     """The outputs; points of the grounding are in pixels."""
     if result.reasoning is None:
         return {"answer": result.answer, "reasoning": "", "grounding": []}
-    height, width = pixels_of(image).shape[:2]
+    height, width = image.numpy_image.shape[:2]
     thoughts = result.reasoning
     grounding = [
         {

@@ -79,8 +79,8 @@ def error_of(error: Exception) -> dict[str, Any]:
 def _failed(error: Exception, block: str) -> dict[str, Any]:
     """The error outputs of an image, which are logged; what is not meant to happen with its traceback."""
     expected = isinstance(error, (MoondreamError, ValueError))
-    message = str(error) or type(error).__name__
-    now = time.monotonic()
+    given, now = error_of(error), time.monotonic()
+    message = given["error_message"]
     told = block, message[:80]  # what it quotes at the end may differ from frame to frame
     if now - _told.get(told, -math.inf) > TOLD_AGAIN:  # of a stream, every frame would say it
         if len(_told) >= MOST_TOLD:
@@ -88,18 +88,18 @@ def _failed(error: Exception, block: str) -> dict[str, Any]:
         _told[told] = now
         level = logging.WARNING if expected else logging.ERROR
         logger.log(level, "moondream_cv/%s: %s", block, message, exc_info=None if expected else error)
-    return error_of(error)
+    return given
 
 
 def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str) -> sv.Detections:
     """Detections with what the engine's blocks and serialisers look for: ids, and where in which image they are.
 
     Args:
-        detections: In pixels of the image; filled in place.
+        detections: In pixels of the image, which can be read; filled in place.
         kind: The prediction's type, such as "object-detection".
     """
     count = len(detections)
-    height, width = pixels_of(image).shape[:2]
+    height, width = image.numpy_image.shape[:2]
     detections[constants.DETECTION_ID_KEY] = np.array([str(uuid.uuid4()) for _ in range(count)], dtype=str)
     detections[constants.PREDICTION_TYPE_KEY] = np.array([kind] * count, dtype=str)
     detections[constants.IMAGE_DIMENSIONS_KEY] = np.array([[height, width]] * count, dtype=int).reshape(-1, 2)
@@ -117,6 +117,7 @@ def no_prediction(image: WorkflowImageData, kind: str) -> sv.Detections:
         data={"class_name": np.empty(0, str)},
     )
     try:
+        pixels_of(image)
         return as_prediction(nothing, image, kind)
     except Exception:  # nothing is known of an image that cannot be read
         return nothing

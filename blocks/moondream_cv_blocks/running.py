@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import supervision as sv
 from PIL import Image
@@ -13,14 +13,20 @@ from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.vision_model import VisionModel
 
-from .fields import class_list
 from .pool import ModelPool, shown
 from .results import pixels_of
-from .roboflow import WorkflowBlock, WorkflowImageData
+from .roboflow import WorkflowBlock, WorkflowBlockManifest, WorkflowImageData
+from .values import class_list, count, fraction
 
 
 class MoondreamBlock(WorkflowBlock):
-    """A block that asks models of a pool."""
+    """A block that asks models of a pool.
+
+    Attributes:
+        manifest: Its fields and outputs.
+    """
+
+    manifest: ClassVar[type[WorkflowBlockManifest]]
 
     def __init__(self, models: ModelPool) -> None:
         if not isinstance(models, ModelPool):  # the engine says of a TypeError whose parameter it is
@@ -31,26 +37,41 @@ class MoondreamBlock(WorkflowBlock):
     def get_init_parameters(cls) -> list[str]:
         return ["models"]
 
+    @classmethod
+    def get_manifest(cls) -> type[WorkflowBlockManifest]:
+        return cls.manifest
+
 
 def find(
-    finder: Callable[[VisionModel], Detector | Pointer],
+    kind: type[Detector] | type[Pointer],
     pool: ModelPool,
     model: str,
     images: Sequence[WorkflowImageData],
     class_names: Any,
+    *,
+    confidence: Any,
+    max_objects: Any,
+    nms: Any = None,
 ) -> list[sv.Detections | Exception]:
     """Look for classes on images.
 
     Args:
-        finder: Makes what finds them.
+        kind: What finds them.
         model: A name for the pool.
-        class_names: As `class_list` takes them.
+        class_names: As `class_list` takes them; this and what follows may come from anywhere, and be wrong.
+        nms: Of a `Detector` alone.
     """
     frames, outcomes = _readable(images, pixels_of)
     if frames:
         try:
             names = class_list(class_names)
-            found = finder(pool.get(model)).attempt(list(frames.values()), names)
+            options: dict[str, Any] = {
+                "confidence": fraction(confidence, "confidence"),
+                "max_objects": count(max_objects, "max_objects"),
+            }
+            if nms is not None:
+                options["nms"] = fraction(nms, "nms")
+            found = kind(pool.get(model), **options).attempt(list(frames.values()), names)
         except Exception as error:  # of the step, not of an image
             found = [error] * len(frames)
         outcomes.update(zip(frames, found, strict=True))

@@ -16,14 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from moondream_cv.detector import Detector
 from moondream_cv.video import Frame, Tracking
 from moondream_cv.video.base import ASSUMED_FPS
 from moondream_cv.video.between import as_detections, predicted
 
-from .detect import KIND, detector_with
-from .fields import BoxManifest, Integer, class_list, count, described, error_outputs, is_selector
+from .detect import KIND
+from .fields import BoxManifest, Count, described, error_outputs
 from .pool import ModelPool
 from .results import NO_ERROR, as_prediction, error_of, no_prediction, outputs, pixels_of
 from .roboflow import (
@@ -36,6 +37,7 @@ from .roboflow import (
     types,
 )
 from .running import MoondreamBlock, find
+from .values import class_list, count
 
 DETECTIONS = ("tracked_detections", "new_instances", "already_seen_instances")
 CROP_OF = " | crop: "  # stands in an identifier behind that of the whole video
@@ -85,7 +87,7 @@ class Manifest(BoxManifest):
         section="video",
     )
     type: Literal["moondream_cv/track@v1"]
-    every: int | Integer = Field(
+    every: Count = Field(
         default=5,
         title="Every Nth Frame",
         description="Run the model on every Nth frame of each source; boxes in between are predicted. 1: on all.",
@@ -98,11 +100,6 @@ class Manifest(BoxManifest):
         "the others are there where it mixes things up.",
         examples=["sort", "bytetrack"],
     )
-
-    @field_validator("every", mode="before")
-    @classmethod
-    def _check_every(cls, value: Any) -> Any:
-        return value if is_selector(value) else count(value, "every")
 
     @classmethod
     def get_restrictions(cls) -> list[Any]:
@@ -120,14 +117,12 @@ class Manifest(BoxManifest):
 class TrackBlock(MoondreamBlock):
     """Frames × class names → boxes with numbers."""
 
+    manifest = Manifest
+
     def __init__(self, models: ModelPool) -> None:
         super().__init__(models)
         self._streams: OrderedDict[str, _Stream] = OrderedDict()
         self._lock = threading.Lock()
-
-    @classmethod
-    def get_manifest(cls) -> type[Manifest]:
-        return Manifest
 
     def run(
         self,
@@ -147,8 +142,8 @@ class TrackBlock(MoondreamBlock):
         with self._lock:
             places = [self._placed(image, every, names, tracker) for image in images]
         due = [index for index, place in enumerate(places) if isinstance(place, _Place) and place.due]
-        detector = detector_with(confidence, max_objects, nms)
-        found = find(detector, self._models, model, [images[index] for index in due], names)
+        options = {"confidence": confidence, "max_objects": max_objects, "nms": nms}
+        found = find(Detector, self._models, model, [images[index] for index in due], names, **options)
         looked = dict(zip(due, found, strict=True))
         with self._lock:
             return outputs(
