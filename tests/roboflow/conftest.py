@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 
 from moondream_cv import load
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.scenes import Scene, render_scene
+from moondream_cv.scenes import Scene, render_clip, render_scene
 from tests.roboflow_app import MODEL_ID, encoded, prepare, serve
+from tests.workflows import Looks, bgr_frames
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +26,34 @@ def roboflow(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> LocalModel:
     return load("tiny", device="cpu")
+
+
+@pytest.fixture
+def looks(tiny: LocalModel) -> Looks:
+    return Looks(tiny)
+
+
+@pytest.fixture
+def moving() -> list[np.ndarray]:
+    """Frames of a dog and a red circle, both in sight all the while."""
+    return bgr_frames(render_clip(2, num_frames=18, names=["dog", "red circle"], resolution_wh=(320, 240)))
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock of our own, `seconds`, and nothing logged so far."""
+    clock = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr("moondream_cv_blocks.results.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    monkeypatch.setattr("moondream_cv_blocks.results._told", {})
+    return clock
+
+
+@pytest.fixture
+def closed_url() -> Iterator[str]:
+    """Where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")

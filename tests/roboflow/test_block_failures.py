@@ -24,12 +24,11 @@ from moondream_cv_blocks import ModelPool, pool
 from tests.remote_server import Answer, Asked, RemoteServer, remote_server
 from tests.roboflow_app import skip_without_server
 from tests.served import served
-from tests.workflows import BLOCKS, compiled, refusal, results, run, step, workflow
+from tests.workflows import BLOCKS, FINDERS, compiled, refusal, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
 
-FINDERS = ("detect", "point", "track")
 QUESTION = "How many objects are there?"
 REQUIRED: dict[str, dict[str, Any]] = {
     "detect": {"class_names": ["dog", "bus"]},
@@ -77,14 +76,6 @@ def remote() -> Iterator[RemoteServer]:
     """A server that says it is one of ours, and is told what else to answer."""
     with remote_server() as running:
         yield running.on("/v1/models", OURS)
-
-
-@pytest.fixture
-def closed_url() -> Iterator[str]:
-    """Where nobody listens."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -13,20 +13,12 @@ import pytest
 import moondream_cv
 from moondream_cv_blocks import ModelPool, load_blocks, pool
 from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, compiled, refusal, results, run, step, workflow
+from tests.workflows import BLOCKS, FINDERS, REQUIRED, compiled, refusal, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
 
-FINDERS = ("detect", "point", "track")
 WRITERS = ("query", "caption")
-REQUIRED: dict[str, dict[str, Any]] = {
-    "detect": {"class_names": ["dog"]},
-    "point": {"class_names": ["dog"]},
-    "query": {"question": "How many objects are there?"},
-    "caption": {},
-    "track": {"class_names": ["dog"]},
-}
 SAYS = ("name", "short_description", "long_description", "license", "search_keywords", "ui_manifest")
 BOXES = ["object_detection_prediction"]
 ERRORS = {"error_status": ["boolean"], "error_message": ["string"]}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from moondream_cv.scenes.clips import Clip
 from moondream_cv_blocks.pool import shared_pool
 from tests.detector_suite import IN_BATCHES, SCORE
 from tests.roboflow_app import skip_without_server
-from tests.workflows import compiled, results, run, step, workflow
+from tests.workflows import as_bgr, compiled, in_video, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -48,21 +47,10 @@ def point(**fields: Any) -> dict[str, Any]:
     return step("point", "point", **{"class_names": NAMES, **fields})
 
 
-def as_bgr(rgb: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rgb[..., ::-1])
-
-
 def frames(clip: Clip) -> Iterator[dict[str, Any]]:
     """A clip's frames as the engine takes them."""
-    start = datetime(2026, 1, 1, tzinfo=timezone.utc)
-    for number, (image, _) in enumerate(clip):
-        metadata = {
-            "video_identifier": "clip",
-            "frame_number": number + 1,
-            "frame_timestamp": start + timedelta(seconds=number / FPS),
-            "fps": FPS,
-        }
-        yield {"type": "numpy_object", "value": as_bgr(image), "video_metadata": metadata}
+    for number, (image, _) in enumerate(clip, 1):
+        yield in_video(as_bgr(image), number, "clip", FPS)
 
 
 def overlap(xyxy: Any, item: Any) -> float:

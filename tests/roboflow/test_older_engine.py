@@ -6,21 +6,19 @@ process of its own finds it before the newer one, and is refused `roboflow_workf
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.roboflow_app import ENVIRONMENT, skip_without_server
+from tests.workflows import ROOT, said_by
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()
 
 OLDER = Path(sys.prefix) / "older-engine"
-ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import json
@@ -60,18 +58,8 @@ print(json.dumps({"base": WorkflowBlock.__module__, "result": result}))
     not OLDER.is_dir(), reason="inference-core 1.5.2 is not beside this environment: make venv-roboflow"
 )
 def test_the_blocks_run_in_the_engine_of_inference_1_5(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        env=os.environ
-        | ENVIRONMENT
-        | {"PYTHONPATH": os.pathsep.join([str(OLDER), str(ROOT)]), "MODEL_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    paths = os.pathsep.join([str(OLDER), str(ROOT)])
+    said = said_by(PROGRAM, **ENVIRONMENT, PYTHONPATH=paths, MODEL_CACHE_DIR=str(tmp_path))
     assert said["base"] == "inference.core.workflows.prototypes.block"
     result = said["result"]
     (dog,) = result["step.*"]["predictions"]["predictions"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from moondream_cv.scenes import Scene, SceneObject, render_clip, render_scene
 from moondream_cv.scenes.clips import TrackedObject
 from moondream_cv_blocks import ModelPool
 from tests.roboflow_app import skip_without_server
-from tests.workflows import NAMESPACE, compiled, results
+from tests.workflows import NAMESPACE, as_bgr, compiled, in_video, results
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -69,19 +69,9 @@ def objects_of(detections: sv.Detections, objects: Sequence[SceneObject]) -> lis
     return [objects[index] for index in nearest]
 
 
-def as_bgr(rgb: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rgb[..., ::-1])
-
-
 def frame(rgb: np.ndarray, number: int, fps: float = 10) -> dict[str, Any]:
-    """A frame of a video as the engine takes it."""
-    metadata = {
-        "video_identifier": "clip",
-        "frame_number": number + 1,
-        "frame_timestamp": datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=number / fps),
-        "fps": fps,
-    }
-    return {"type": "numpy_object", "value": as_bgr(rgb), "video_metadata": metadata}
+    """A frame of a video, counted from 0, as the engine takes it."""
+    return in_video(as_bgr(rgb), number + 1, "clip", fps)
 
 
 def area(item: SceneObject) -> float:

@@ -5,15 +5,12 @@ A process of its own has it: what gives detections is refused with the reason, a
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.roboflow_app import skip_without_server
+from tests.workflows import said_by
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()
@@ -39,17 +36,7 @@ print(json.dumps({"refused": refused, "answer": asked["answer"], "caption": said
 
 
 def test_what_gives_detections_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"ENABLE_TENSOR_DATA_REPRESENTATION": "True", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = said_by(PROGRAM, str(tmp_path), ENABLE_TENSOR_DATA_REPRESENTATION="True")
     assert set(said["refused"]) == {"detect", "point", "track"}
     for message in said["refused"].values():
         assert "unset ENABLE_TENSOR_DATA_REPRESENTATION" in message

@@ -7,7 +7,6 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
 import cv2
@@ -22,7 +21,7 @@ from moondream_cv.scenes.clips import Clip, TrackedObject
 from moondream_cv.video.tracking import Tracker
 from moondream_cv_blocks import ModelPool
 from tests.roboflow_app import skip_without_server
-from tests.workflows import compiled, results, step, workflow
+from tests.workflows import compiled, in_video, results, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -87,17 +86,6 @@ class Player:
 
 
 Play = Callable[..., Player]
-
-
-def in_video(image: np.ndarray, number: int, source: str = "camera", fps: float | None = 30.0) -> dict[str, Any]:
-    """A frame as the stream runner passes it to the engine."""
-    metadata = {
-        "video_identifier": source,
-        "frame_number": number,
-        "frame_timestamp": datetime.now(timezone.utc),
-        "fps": fps,
-    }
-    return {"type": "numpy_object", "value": image, "video_metadata": metadata}
 
 
 def video(clip: Clip, source: str = "camera", first: int = 1) -> Iterator[dict[str, Any]]:
