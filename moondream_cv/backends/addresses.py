@@ -114,8 +114,9 @@ def redacted(text: str, secrets: Iterable[str | None]) -> str:
 
 def shortened(text: str, most: int = 300) -> str:
     """A text on one line, of so many characters at the most; `redacted` knows that it was cut."""
-    joined = " ".join(text.split())
-    return joined if len(joined) <= most else f"{joined[:most]}{_CUT}"
+    head = text[: 10 * most]  # a text of many MiB is not copied
+    joined = " ".join(head.split())
+    return joined if len(joined) <= most and len(head) == len(text) else f"{joined[:most]}{_CUT}"
 
 
 def _problem(url: str) -> str | None:

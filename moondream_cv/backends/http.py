@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
+from moondream_cv.backends import bodies
 from moondream_cv.backends.addresses import Address, redacted, shortened
 from moondream_cv.backends.failures import RETRIED, Failure, refuse_errors, retry_after, said_by, wait_seconds
 from moondream_cv.errors import BackendError
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 10.0
 PROBE_TIMEOUT = 5.0
+_EXCERPT = 8192  # bytes of a reply that is no JSON which are decoded for the error message
 
 
 T = TypeVar("T")
@@ -80,7 +82,12 @@ class Http:
         self._secrets = (*secrets, *address.secrets)
         self._key_advice = key_advice
         self._client = httpx.Client(
-            headers={"Accept": "application/json", "User-Agent": "moondream-cv", **(headers or {})},
+            headers={
+                "Accept": "application/json",
+                "Accept-Encoding": bodies.ACCEPT_ENCODING,
+                "User-Agent": "moondream-cv",
+                **(headers or {}),
+            },
             auth=address.auth,
             timeout=self._limits(self.timeout),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=max_idle),
@@ -99,7 +106,7 @@ class Http:
         """Send an object and give the events that come back; None stands for `[DONE]`.
 
         A server that answers in one piece gives that as the only event. The request is sent, and retried, when the
-        first event is asked for.
+        first event is asked for. The size of a line and of the whole stream is limited.
 
         Raises:
             BackendError: As `post`; or the stream breaks off, or says that something failed.
@@ -111,8 +118,7 @@ class Http:
             if "event-stream" in response.headers.get("content-type", ""):
                 yield from _events(response)
             else:
-                response.read()
-                yield self._object(response)
+                yield self._object(_read(response))
         except Failure as failure:
             message = str(failure)
         except httpx.HTTPError as error:
@@ -130,10 +136,11 @@ class Http:
         """
         url = f"{self.address.url}{path}"
         try:
-            response = self._client.get(url, timeout=self._limits(min(self.timeout, PROBE_TIMEOUT)))
-            return Probe(response.status_code, self._object(response) if response.is_success else None)
-        except Failure:
-            return Probe(response.status_code)
+            with self._client.stream("GET", url, timeout=self._limits(min(self.timeout, PROBE_TIMEOUT))) as response:
+                try:
+                    return Probe(response.status_code, self._object(_read(response)) if response.is_success else None)
+                except Failure:
+                    return Probe(response.status_code)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             return Probe(0)
         except httpx.HTTPError as error:
@@ -184,9 +191,9 @@ class Http:
 
     def _answer(self, request: httpx.Request, stream: bool = False) -> httpx.Response:
         try:
-            response = self._client.send(request, stream=stream)
-            if not response.is_success:
-                response.read()
+            response = self._client.send(request, stream=True)
+            if not stream or not response.is_success:
+                response = _read(response)
         except httpx.ReadTimeout as error:
             raise Failure(f"did not answer within {self.timeout:g} s; allow more with timeout=") from error
         except httpx.HTTPError as error:
@@ -198,11 +205,13 @@ class Http:
         raise self.refusal(response.status_code, said_by(response), after=retry_after(response.headers))
 
     def _object(self, response: httpx.Response) -> dict[str, Any]:
+        bodies.check_values(response.content)
         try:
             reply = response.json()
         except (ValueError, RecursionError) as error:
             kind = response.headers.get("content-type", "something").split(";")[0]
-            raise Failure(f"answered {kind} that is no JSON: {shortened(response.text) or 'nothing'}") from error
+            text = shortened(response.content[:_EXCERPT].decode(errors="replace"))
+            raise Failure(f"answered {kind} that is no JSON: {text or 'nothing'}") from error
         if not isinstance(reply, dict):
             raise Failure(f"answered no JSON object but {shortened(repr(reply))}")
         refuse_errors(reply)
@@ -253,7 +262,11 @@ def check_integer(name: str, value: object, low: int) -> None:
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any] | None]:
-    for line in _lines(response):
+    pieces = bodies.decoded(
+        response.iter_raw(), response.headers.get("content-encoding", ""), bodies.MAX_STREAM, "stream"
+    )
+    # httpx's own splitter also breaks at U+2028 and the like, which JSON may contain.
+    for line in bodies.lines(pieces):
         if not line.startswith(b"data:"):
             continue
         data = line[len(b"data:") :].strip()
@@ -270,10 +283,18 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any] | None]:
         yield event
 
 
-def _lines(response: httpx.Response) -> Iterator[bytes]:
-    """Lines as they come. httpx's own splitter also breaks at U+2028 and the like, which JSON may contain."""
-    rest = b""
-    for chunk in response.iter_bytes():
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    yield rest
+def _read(response: httpx.Response) -> httpx.Response:
+    """Read the body of a response and close it.
+
+    Raises:
+        Failure: The body exceeds the limit for its status code, or cannot be decompressed.
+    """
+    headers, status = response.headers.copy(), response.status_code
+    encoding, length = headers.pop("content-encoding", ""), headers.pop("content-length", "")
+    try:
+        body = bodies.read_body(response.iter_raw(), encoding, length, bodies.max_body(status))
+    except Failure as failure:
+        raise failure if response.is_success else Failure(f"{failure}, and status {status}") from failure
+    finally:
+        response.close()
+    return httpx.Response(status, headers=headers, content=body)

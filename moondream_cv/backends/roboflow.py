@@ -107,6 +107,8 @@ class RoboflowInference(RemoteModel):
 
         try:
             return self._client().infer_lmm(inference_input=image, model_id=self.model_id, prompt=prompt)
+        except Failure:  # of `LimitedAdapter`
+            raise
         except HTTPCallErrorError as error:
             status = error.status_code
             failure = self._http.refusal(status, shortened(error.api_message or ""))
@@ -122,7 +124,10 @@ class RoboflowInference(RemoteModel):
     def _client(self) -> Any:
         """The client of this thread: nothing says that one may be shared."""
         if not hasattr(self._clients, "client"):
+            from moondream_cv.backends.sdk_session import limit_this_thread
+
             sdk = _sdk()
+            limit_this_thread()
             client = sdk.InferenceHTTPClient(api_url=self._api_url(), api_key=self._key)
             # To Roboflow's hosts the client would send the key within the URL, which its libraries log.
             hosted = client.client_mode is sdk.http.entities.HTTPClientMode.V0
