@@ -12,16 +12,19 @@ Conventions, so that the same picture gives the same pixels whichever way it is 
 Downloading, resizing, cropping and lists of images are left to others; OpenCV and torch are not needed.
 """
 
+import contextlib
 import io
 import os
 import re
+import struct
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL import __version__ as pillow_version
 
 from moondream_cv.errors import ImageError
 
@@ -40,8 +43,15 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at leas
 
 _LONGEST_PATH = 4096  # PATH_MAX of Linux; longer text is the picture itself, in base64
 
-# Pillow runs Ghostscript on these, which must not happen to a picture that came over a network.
-_PROGRAM_FORMATS = frozenset({"EPS"})
+# Pillow has decoders for 40 more formats. Among them are containers that open another image by themselves, with every
+# decoder there is, Ghostscript included, and formats whose pixel count says nothing about the time that decoding takes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF", "ICO", "PPM", "TGA")
+"""Formats that are decoded, by Pillow's names. AVIF needs Pillow 11.3, and HEIF needs `pillow-heif`."""
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_ICON_SIGNATURE = b"\x00\x00\x01\x00"
+_JP2_SIGNATURE = b"\x00\x00\x00\x0cjP  \r\n\x87\n"
+_J2K_START = b"\xff\x4f\xff\x51"  # the markers SOC and SIZ, with which every JPEG 2000 codestream begins
 
 _UPRIGHT = {  # EXIF orientation → what turns the stored picture upright; 1 needs nothing
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -221,10 +231,13 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> npt.NDArray[np.uint8
         raise ImageError(f"{name} is empty; a file object that was read before needs seek(0)")
     file.seek(0)
     try:
-        with Image.open(file) as picture:
+        for width, height in _declared_sizes(file):
+            _check_size(width, height, name, max_pixels)
+        file.seek(0)
+        with open_image(file) as picture:
             _check_size(*picture.size, name, max_pixels)
-            if picture.format in _PROGRAM_FORMATS:
-                raise ImageError(f"{name} is {picture.format}, a program that draws; convert it to PNG first")
+            for width, height in _tile_sizes(picture):
+                _check_size(width, height, name, max_pixels)
             picture.load()
             orientation = _orientation(picture)  # after load, because Pillow turns a TIFF itself
             upright = picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
@@ -232,11 +245,85 @@ def _decode(file: IO[bytes], name: str, max_pixels: int) -> npt.NDArray[np.uint8
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not an image of a format that Pillow {pillow_version} reads") from error
+        known = ", ".join(readable_formats())
+        raise ImageError(f"{name} is not an image in a supported format ({known}); convert it to PNG") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} is too large: {error}; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS") from error
     except Exception as error:  # damaged data makes Pillow raise OSError, SyntaxError, struct.error, IndexError...
         raise ImageError(f"{name} is truncated or damaged: {_reason(error)}") from error
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Open an image file with Pillow, undecoded, if it is in one of `FORMATS`.
+
+    Every image file is opened here, so that no other decoder ever sees it.
+
+    Args:
+        file: A file object in binary mode, at its start.
+
+    Raises:
+        UnidentifiedImageError: The format is not one of `FORMATS`.
+    """
+    return Image.open(file, formats=readable_formats())
+
+
+@lru_cache(maxsize=1)
+def readable_formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this installation can decode."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _declared_sizes(content: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the (width, height) of images inside a file that `Image.open` would decode, or whose size it would hide."""
+    content.seek(0)
+    start = content.read(12)
+    with contextlib.suppress(struct.error):  # a truncated file, which the decoder reports
+        if start.startswith(_ICON_SIGNATURE):
+            yield from _icon_sizes(content)
+        elif start.startswith(_J2K_START) or start == _JP2_SIGNATURE:
+            yield from _codestream_sizes(content)
+
+
+def _icon_sizes(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the sizes in the headers of an icon's images: its directory states them once more, modulo 256."""
+    file.seek(4)
+    (count,) = struct.unpack("<H", file.read(2))
+    entries = [struct.unpack("<12xI", file.read(16)) for _ in range(count)]
+    for (offset,) in entries:
+        file.seek(offset)
+        header = file.read(24)  # of a PNG, or of a bitmap without a file header
+        if header.startswith(_PNG_SIGNATURE):
+            width, height = struct.unpack(">16xII", header)
+            yield width, height
+        else:
+            width, height = struct.unpack("<4xii12x", header)
+            yield abs(width), abs(height) // 2  # a mask of the same size follows the pixels
+
+
+def _codestream_sizes(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the sizes that the codestreams of a JPEG 2000 file state; the boxes around them may state another one."""
+    file.seek(0)
+    content = file.read()
+    start = content.find(_J2K_START)
+    while start >= 0:
+        header = content[start + 8 : start + 24]
+        if len(header) == 16:
+            right, bottom, left, top = struct.unpack(">IIII", header)
+            yield max(1, right - left), max(1, bottom - top)
+        start = content.find(_J2K_START, start + 4)
+
+
+def _tile_sizes(picture: Image.Image) -> Iterator[tuple[int, int]]:
+    """Yield the size of a TIFF's tiles: a whole one is allocated, even if it is larger than the image."""
+    tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
+    width, height = tags.get(322), tags.get(323)  # TileWidth, TileLength
+    if isinstance(width, int) and isinstance(height, int):
+        yield max(1, width), max(1, height)
 
 
 def _orientation(picture: Image.Image) -> int:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from moondream_cv.errors import ImageError
-from moondream_cv.images import is_encoded, to_rgb
+from moondream_cv.images import is_encoded, open_image, to_rgb
 
 ImageFormat = Literal["jpeg", "png"]
 
@@ -91,7 +91,7 @@ def _file(image: Any) -> bytes | None:
 
 def _mime_as_it_is(file: bytes) -> str | None:
     """The type of a file that any reader shows alike; None where it has to be encoded anew."""
-    with Image.open(io.BytesIO(file)) as picture:
+    with open_image(io.BytesIO(file)) as picture:
         plain = picture.mode in ("L", "RGB") and "transparency" not in picture.info
         animated = getattr(picture, "is_animated", False)
         try:
