@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Union
 
 CAPTION_LENGTHS = ("short", "normal", "long")
 MAX_PROMPT_CHARACTERS = 100_000
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 256
 SpatialRef = tuple[float, ...]
 
 
@@ -109,6 +111,7 @@ class Query:
         image: An image, or None.
         reasoning: Think first, and return the thoughts.
         spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the question is about.
+        stop: Up to 4 strings; the answer ends before the first occurrence of one of them. A single string is accepted.
     """
 
     skill: ClassVar[str] = "query"
@@ -117,9 +120,11 @@ class Query:
     reasoning: bool = False
     spatial_refs: tuple[SpatialRef, ...] = ()
     settings: Settings = field(default_factory=Settings)
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spatial_refs", _spatial_refs(self.spatial_refs))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         if self.spatial_refs and self.image is None:
             raise ValueError("spatial_refs point into an image, and image is None")
         _check_request(self, self.question, "question", image_required=False)
@@ -346,6 +351,20 @@ def _spatial_refs(refs: Sequence[Sequence[float]] | None) -> tuple[SpatialRef, .
             raise ValueError(f"a box is (x_min, y_min, x_max, y_max) with a positive area, not {ref!r}")
         checked.append(values)
     return tuple(checked)
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop must have at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
+    for string in strings:
+        if not isinstance(string, str):
+            raise ValueError(f"stop must be a string or a sequence of strings, got {string!r:.100}")
+        if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
+            raise ValueError(
+                f"strings of stop must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(string)}: {string!r:.100}"
+            )
+    return strings
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

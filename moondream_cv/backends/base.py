@@ -199,6 +199,8 @@ class RemoteModel(PublishedMethods):
         if request.skill not in self.skills:
             able = ", ".join(sorted(self.skills))
             raise self._unsupported(f"{request.skill}, only {able}", _ELSEWHERE[request.skill])
+        if isinstance(request, Query) and request.stop:
+            raise self._unsupported("end an answer at stop strings", "a model from moondream_cv.load() can")
 
     def _result(self, request: Request, picture: _Picture) -> Result:
         try:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.confidence import AXIS_FEATURES, confidence
 from moondream_cv.engine.prompts import Prompt, answer_prompt
+from moondream_cv.engine.stop_strings import StopStringMatcher
 from moondream_cv.engine.words import WordStream
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import MoondreamConfig
@@ -171,6 +172,8 @@ class TextRow(Row):
 
     def __post_init__(self) -> None:
         self._words = WordStream(self.tokenizer)
+        stop = self.request.stop if isinstance(self.request, Query) else ()
+        self._stop = StopStringMatcher(stop) if stop else None
         self._seed = self.request.settings.seed
         if self._seed is None and self.request.settings.temperature > 0:
             self._seed = int(torch.randint(2**62, ()))  # torch's own generator, so that `torch.manual_seed` repeats it
@@ -201,9 +204,10 @@ class TextRow(Row):
         config, limit = self.config.tokenizer, self.request.settings.max_tokens
         if token == config.eos_id or self.count == limit:
             return self._finish(token != config.eos_id, logprob)
-        self._say(self._words.add(token))
         self.count += 1
         self.logprobs.append(logprob)
+        if self._say(self._words.add(token)):
+            return self._complete(False)
         self.banned = (config.answer_id,) if config.has_control_tokens else ()  # of earlier releases, it is a word
         return True if self.room else self._finish(True, None)
 
@@ -239,9 +243,13 @@ class TextRow(Row):
 
     def _finish(self, truncated: bool, logprob: float | None) -> bool:
         """End the reply; `logprob` is that of the end, where it is one."""
-        self._say(self._words.rest())
+        stopped = self._say(self._words.rest(), is_last=True)
         if not truncated and logprob is not None:
             self.logprobs.append(logprob)
+        return self._complete(truncated and not stopped)
+
+    def _complete(self, truncated: bool) -> bool:
+        """Set the result."""
         mean = sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
         if isinstance(self.request, Caption):
             self.result = CaptionResult("".join(self.pieces), truncated, mean)
@@ -254,9 +262,15 @@ class TextRow(Row):
     def _reasoned(self) -> bool:
         return isinstance(self.request, Query) and self.request.reasoning
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, is_last: bool = False) -> bool:
+        """Append text to the pieces; return whether a stop string ends the answer."""
+        stopped = False
+        if self._stop is not None:
+            text, stopped = self._stop.add(text, "" if is_last else self._words.pending)
+            text += self._stop.flush() if is_last and not stopped else ""
         if text:
             self.pieces.append(text)
+        return stopped
 
 
 def make_row(

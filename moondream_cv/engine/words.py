@@ -29,6 +29,11 @@ class WordStream:
         self._given += len(piece)
         return piece
 
+    @property
+    def pending(self) -> str:
+        """Text of the last, incomplete word, without the bytes of an incomplete character."""
+        return self._tokenizer.decode(self._tokens)[self._given :].rstrip("\ufffd")
+
     def rest(self) -> str:
         """Give back what is left at the end."""
         piece = self._tokenizer.decode(self._tokens)[self._given :]

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from moondream_cv.requests import Detect, Point, Query, Settings
 
@@ -28,6 +28,46 @@ from .errors import ServerError
 from .service import wire_settings
 
 STRUCTURED: dict[str, type[Detect] | type[Point]] = {"moondream_detect": Detect, "moondream_point": Point}
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # parameters that are rejected → values that change nothing; so does null
+    "n": (1,),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "modalities": ([], ["text"]),
+    "audio": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    # Parameters of vLLM and similar servers
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "skip_special_tokens": (True,),
+    "echo": (False,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}
 
 
 class ImageUrl(BaseModel):
@@ -51,7 +91,13 @@ class StreamOptions(BaseModel):
 
 
 class ChatBody(BaseModel):
-    """As OpenAI's clients send it; unknown keys are ignored."""
+    """As OpenAI's clients send it.
+
+    Parameters of OpenAI and vLLM that would change the answer are rejected unless they have a neutral value. Other
+    keys, such as `user`, `metadata` and `service_tier`, are ignored.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     messages: list[Message] = Field(min_length=1)
@@ -66,8 +112,13 @@ class ChatBody(BaseModel):
     seed: int | None = None
     reasoning: bool | dict[str, Any] | None = Field(None, description="true: think first; other values are ignored.")
     response_format: dict[str, Any] | None = None
+    stop: str | list[str] | None = Field(None, description="Up to 4 strings; the answer ends before the first of them.")
+    presence_penalty: float | None = Field(None, description="Only 0 is supported.")
+    frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
+    logit_bias: dict[str, Any] | None = Field(None, description="Only an empty object is supported.")
     n: int | None = None
     tools: list[Any] | None = None
+    tool_choice: Any = Field(None, description='Only "none" and "auto" are supported.')
     functions: list[Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -84,6 +135,7 @@ class Asked:
         text: The question, or the object's name.
         image_url: None: the question is asked without an image.
         reasoning: Whether to think first.
+        stop: Strings that end an answer.
     """
 
     kind: type[Query] | type[Detect] | type[Point]
@@ -91,6 +143,7 @@ class Asked:
     image_url: str | None
     reasoning: bool
     settings: Settings
+    stop: tuple[str, ...] = ()
 
     def request(self, image: Any) -> Query | Detect | Point:
         """The request to the model.
@@ -99,7 +152,7 @@ class Asked:
             ValueError: The text says nothing, or an image is needed and is None.
         """
         if self.kind is Query:
-            return Query(image, self.text, self.reasoning, settings=self.settings)
+            return Query(image, self.text, self.reasoning, settings=self.settings, stop=self.stop)
         return self.kind(image, self.text, settings=self.settings)
 
 
@@ -119,26 +172,24 @@ def read_body(body: ChatBody) -> Asked:
         raise ServerError(400, "messages: the last user message has no text, so nothing is asked", param="messages")
     system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
     text = question if skill else "\n".join([said for said in system if said.strip()] + [question])
-    return Asked(skill or Query, text, _image_url(body.messages), body.reasoning is True, _settings(body))
+    settings, stop = _settings(body), _stop_of(body, skill)
+    return Asked(skill or Query, text, _image_url(body.messages), body.reasoning is True, settings, stop)
 
 
 def _refuse_unsupported(body: ChatBody) -> None:
-    """Say what cannot be had, rather than leave it out of an answer that somebody relies on."""
-    refused = {
-        "n": body.n not in (None, 1),
-        "tools": bool(body.tools),
-        "functions": bool(body.functions),
-        "logprobs": bool(body.logprobs),
-        "top_logprobs": bool(body.top_logprobs),
-        "modalities": not set(body.modalities or ()) <= {"text"},
-        "audio": body.audio is not None,
-    }
-    for name, is_refused in refused.items():
-        if is_refused:
-            given = f"{getattr(body, name)!r:.100}"
+    """Reject parameters that change the answer and are not supported, instead of ignoring them.
+
+    Raises:
+        ServerError: One of them has a value that is not neutral.
+    """
+    given = {**(body.model_extra or {}), **{name: getattr(body, name) for name in ChatBody.model_fields}}
+    for name, neutral in NEUTRAL.items():
+        value = given.get(name)
+        if value is not None and value not in neutral:
             raise ServerError(
                 400,
-                f"{name} is not supported here and was {given}: Moondream 2 gives one answer in text; leave {name} out",
+                f"{name} is not supported here and was {value!r:.100}: Moondream 2 gives one answer in text;"
+                f" leave {name} out",
                 kind="unsupported_parameter",
                 param=name,
             )
@@ -197,6 +248,24 @@ def _image_urls(message: Message) -> Iterator[str]:
                 kind="unsupported_content",
                 param="messages",
             )
+
+
+def _stop_of(body: ChatBody, skill: type[Detect] | type[Point] | None) -> tuple[str, ...]:
+    """The stop strings of a body.
+
+    Raises:
+        ServerError: They are invalid, or the answer is a list of boxes or points.
+    """
+    if body.stop is None or body.stop == []:
+        return ()
+    if skill is not None:
+        raise ServerError(
+            400, f"stop is not supported for {skill.skill}; leave stop out", kind="unsupported_parameter", param="stop"
+        )
+    try:
+        return Query(None, "?", stop=body.stop).stop  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ServerError(400, str(error), param="stop") from error
 
 
 def _settings(body: ChatBody) -> Settings:

@@ -47,6 +47,17 @@ def jpeg(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def test_stop_strings_are_rejected_instead_of_ignored(server: RemoteServer) -> None:
+    request = Query(None, "What?", stop=("a",))
+    with remote(server) as model:
+        (result,) = model.run([request])
+        assert isinstance(result, ErrorResult)
+        assert isinstance(result.error, UnsupportedSkill)
+        with pytest.raises(UnsupportedSkill, match="stop strings"):
+            model.stream(request)
+    assert not server.asked
+
+
 def test_results_come_in_the_order_of_the_requests(server: RemoteServer) -> None:
     first_may_answer = threading.Event()
 

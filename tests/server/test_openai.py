@@ -225,6 +225,26 @@ def test_a_stream_that_takes_too_long(uri: str) -> None:
         list(ask(client, [user(text(QUESTION), image(uri))], stream=True, **LONG))
 
 
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_answer_ends_before_a_stop_string(talker: Any, uri: str, stream: bool, as_list: bool) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    whole = ask(talker, messages, **SOME)
+    content = whole.choices[0].message.content
+    stop = content[len(content) // 2 :][:3]
+    reply = ask(talker, messages, stream=stream, stop=["never in it", stop] if as_list else stop, **SOME)
+    if stream:
+        choices = [chunk.choices[0] for chunk in reply]
+        answer, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+    else:
+        answer, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+        assert reply.usage.completion_tokens < whole.usage.completion_tokens
+    assert (answer, reason) == (content[: content.index(stop)], "stop")
+
+
 # --- boxes and points -------------------------------------------------------------------------------------------------
 
 

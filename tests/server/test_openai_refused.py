@@ -75,6 +75,27 @@ UNSUPPORTED = {
     "logprobs": ({"logprobs": True}, "logprobs", "unsupported_parameter"),
     "top_logprobs": ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter"),
     "modalities": ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
+    "presence_penalty": ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
+    "frequency_penalty": ({"frequency_penalty": -1}, "frequency_penalty", "unsupported_parameter"),
+    "logit_bias": ({"logit_bias": {"5": 10}}, "logit_bias", "unsupported_parameter"),
+    "verbosity": ({"verbosity": "low"}, "verbosity", "unsupported_parameter"),
+    "reasoning_effort": ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_parameter"),
+    "web_search_options": ({"web_search_options": {}}, "web_search_options", "unsupported_parameter"),
+    "tool_choice": ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+    "best_of": ({"extra_body": {"best_of": 2}}, "best_of", "unsupported_parameter"),
+    "top_k": ({"extra_body": {"top_k": 5}}, "top_k", "unsupported_parameter"),
+    "min_p": ({"extra_body": {"min_p": 0.1}}, "min_p", "unsupported_parameter"),
+    "repetition_penalty": ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty", "unsupported_parameter"),
+    "guided_json": ({"extra_body": {"guided_json": {"type": "object"}}}, "guided_json", "unsupported_parameter"),
+    "five stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop", None),
+    "empty stop string": ({"stop": ""}, "stop", None),
+    "long stop string": ({"stop": "a" * 257}, "stop", None),
+    "stop of numbers": ({"stop": [1]}, "stop", None),
+    "stop with boxes": (
+        {"stop": "a", "response_format": named("moondream_detect")},
+        "stop",
+        "unsupported_parameter",
+    ),
     "audio": ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio", "unsupported_parameter"),
     "json_object": ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_response_format"),
     "other schema": ({"response_format": named("person")}, "response_format", "unsupported_response_format"),
@@ -109,6 +130,30 @@ def test_what_is_refused(client: Any, name: str) -> None:
         ask(client, **{"messages": [user(QUESTION)], **options})
     assert (caught.value.param, caught.value.code, caught.value.type) == (param, code, "invalid_request_error")
     assert caught.value.body["message"]
+
+
+NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "stop": [],
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "verbosity": "medium",
+    "reasoning_effort": "none",
+    "tool_choice": "none",
+    "parallel_tool_calls": False,
+    "user": "me",
+    "store": False,
+    "metadata": {"run": "1"},
+    "service_tier": "auto",
+    "prediction": {"type": "content", "content": "2"},
+    "extra_body": {"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "best_of": 1, "guided_json": None},
+}
+
+
+def test_neutral_parameters_do_not_change_the_answer(client: Any) -> None:
+    plain, full = ask(client, [user(QUESTION)]), ask(client, [user(QUESTION)], **NEUTRAL)
+    assert full.choices[0].message == plain.choices[0].message
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in one message", "in two messages"])
