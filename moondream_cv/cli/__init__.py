@@ -16,9 +16,10 @@ from typer.core import TyperGroup
 
 from moondream_cv import __version__
 from moondream_cv.errors import MoondreamError
+from moondream_cv.escaping import EscapingFormatter
 
 from . import caption, demo, detect, download, point, query, serve, video
-from .output import error_text
+from .output import error_text, shown
 
 
 class _Commands(TyperGroup):
@@ -80,7 +81,7 @@ for _command in (
 def main() -> None:
     """Run the command line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(EscapingFormatter("%(message)s"))
     logger = logging.getLogger("moondream_cv")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -90,4 +91,4 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     """Show a warning without the line of code that it came from."""
-    typer.echo(f"Warning: {message}", err=True)
+    typer.echo(f"Warning: {shown(str(message))}", err=True)

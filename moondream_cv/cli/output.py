@@ -12,6 +12,7 @@ import typer
 
 from moondream_cv import __version__
 from moondream_cv.errors import MoondreamError
+from moondream_cv.escaping import escaped
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -58,13 +59,13 @@ class Report:
         return self._failed
 
     def print(self, text: RenderableType = "", end: str = "\n") -> None:
-        """Print for people; nothing is shown where JSON was asked for."""
+        """Print for people, without control characters; nothing is shown where JSON was asked for."""
         if not self.as_json:
-            self._out.print(text, end=end, highlight=False, soft_wrap=isinstance(text, str), markup=False)
+            _print(self._out, text, end)
 
     def notice(self, text: str) -> None:
         """Say something on standard error."""
-        self._err.print(text, highlight=False, soft_wrap=True, markup=False)
+        _print(self._err, text)
 
     def working(self, text: str) -> Any:
         """Give a context in which a terminal shows that something goes on."""
@@ -122,8 +123,14 @@ def shown_model(name: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Return text that every terminal can print: file names may hold bytes that are no characters."""
-    return text.encode("utf-8", "replace").decode()
+    """Return text on one line that every terminal can print, such as a file's name: control characters are escaped."""
+    return escaped(text)
+
+
+def _print(console: Console, text: RenderableType, end: str = "\n") -> None:
+    if isinstance(text, str):
+        text = escaped(text, multiline=True)
+    console.print(text, end=end, highlight=False, soft_wrap=isinstance(text, str), markup=False, emoji=False)
 
 
 def _console(stderr: bool) -> Console:

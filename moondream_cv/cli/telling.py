@@ -85,7 +85,7 @@ def _print_and_add(
         result = cast("QueryResult | CaptionResult", reply)
         if isinstance(result, QueryResult) and result.reasoning is not None:
             _print_reasoning(report, result.reasoning)
-        report.print(shown(result.answer if isinstance(result, QueryResult) else result.caption))
+        report.print(result.answer if isinstance(result, QueryResult) else result.caption)
     if result.truncated:
         report.notice("The text was cut off; --max-tokens allows for more.")
     saved = {} if target is None else {"annotated": str(target)}
@@ -102,17 +102,17 @@ def _stream(report: Report, model: Any, request: Request) -> QueryResult | Capti
         reasoning, first = first, ""
         _print_reasoning(report, reasoning)
     parts = [first]
-    report.print(shown(first), end="")
+    report.print(first, end="")
     for piece in pieces:
         parts.append(piece)
-        report.print(shown(piece), end="")
+        report.print(piece, end="")
     report.print()
     text = "".join(parts)
     return QueryResult(text, reasoning) if report.command == "query" else CaptionResult(text)
 
 
 def _print_reasoning(report: Report, reasoning: Reasoning) -> None:
-    report.print(f"Thoughts: {shown(reasoning.text.strip())}")
+    report.print(f"Thoughts: {reasoning.text.strip()}")
     report.print()
 
 

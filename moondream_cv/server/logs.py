@@ -1,10 +1,15 @@
-"""Logs of a server: one JSON object a line, with the id of the request that it is about."""
+"""Logs of a server: one JSON object per line with the request's ID, or text for terminals.
+
+Clients cannot forge lines or send escape sequences to a terminal: JSON is ASCII, and text is escaped.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 from contextvars import ContextVar
+
+from moondream_cv.escaping import EscapingFormatter
 
 request_id: ContextVar[str | None] = ContextVar("moondream_cv_request_id", default=None)
 
@@ -21,7 +26,7 @@ class _WithRequestId(logging.Filter):
 
 
 def set_up_logging(level: str = "INFO", as_json: bool = True) -> None:
-    """Send everything that this package and uvicorn log to standard error.
+    """Send everything that this package and uvicorn log to standard error, and warnings of other libraries.
 
     Args:
         level: A level of `logging`, by name.
@@ -35,8 +40,10 @@ def set_up_logging(level: str = "INFO", as_json: bool = True) -> None:
         renamed = {"levelname": "level", "name": "logger", "asctime": "time"}
         handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=renamed))
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(EscapingFormatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     for name in ("moondream_cv", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())
+    if logging.lastResort is not None:  # for other loggers, such as asyncio's, whose tracebacks may quote client data
+        logging.lastResort.setFormatter(handler.formatter)
