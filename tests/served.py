@@ -18,6 +18,7 @@ from PIL import Image
 
 from moondream_cv.server.app import create_app
 from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.running import server_config
 from moondream_cv.server.service import Service
 
 
@@ -59,9 +60,7 @@ def served(
     """
     app = create_app(model, name=name, options=ServerOptions(**options))
     secure = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
-    config = uvicorn.Config(
-        wrap(app), host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10, **secure
-    )
+    config = server_config(wrap(app), app.state.service.options, host="127.0.0.1", port=0, **secure)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server under test", daemon=True)
     thread.start()

@@ -23,6 +23,10 @@ class ServerOptions:
         keep: Bytes of decoded images that are kept for when the same file comes again.
         private_urls: Whether image URLs may lead to loopback, private and link-local addresses.
         cors_origins: Origins whose pages may call the server from a browser; "*" is every page.
+        connections_per_client: Maximum open connections from one address; a further one closes the oldest silent one.
+        allowed_hosts: Host names that requests may be addressed to, besides loopback and the address that the server
+            listens on; "*" allows all. They are not checked if there are API keys.
+        decode_timeout: Time limit for decoding one image, in seconds.
         page: Whether the playground is served at `/`.
     """
 
@@ -36,14 +40,17 @@ class ServerOptions:
     keep: int = 256 * MIB
     private_urls: bool = False
     cors_origins: tuple[str, ...] = ()
+    connections_per_client: int = 512
+    allowed_hosts: tuple[str, ...] = ()
+    decode_timeout: float = 10.0
     page: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("queue", "max_body", "max_pixels", "max_download", "keep"):
+        for name in ("queue", "max_body", "max_pixels", "max_download", "keep", "connections_per_client"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
-        for name in ("timeout", "drain"):
+        for name in ("timeout", "drain", "decode_timeout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number of seconds above 0, not {value!r}")

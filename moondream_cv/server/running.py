@@ -7,18 +7,22 @@ import logging
 import os
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from moondream_cv.errors import MoondreamError
 
+from .connections import ConnectionTable, LimitedProtocol
+from .options import ServerOptions
 from .service import Service
 
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 75  # seconds; longer than clients keep a connection for another request, so that none runs into its end
 CONNECTIONS = 1024  # beyond those that hold a place: each may hold a request's body in memory
+SPARE_FILES = 256  # of the process, other than connections of clients
 
 
 class _Server(uvicorn.Server):
@@ -65,22 +69,47 @@ def run_server(
     """
     listening = listen(host, port)  # before the model is loaded, so that a taken address is known at once
     service: Service = app.state.service
-    config = uvicorn.Config(
+    config = server_config(
+        app, service.options, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
+    )
+    raise_file_limit(service.options.queue + CONNECTIONS + SPARE_FILES)
+    _Server(config, service).run(sockets=listening)
+    if service.failure is not None:
+        raise service.failure
+
+
+def server_config(app: Any, options: ServerOptions, **settings: Any) -> uvicorn.Config:
+    """Return uvicorn's configuration with the limits of this server.
+
+    Args:
+        app: The ASGI application.
+        options: How the server behaves.
+        **settings: Further settings of `uvicorn.Config`, such as host and port.
+    """
+    table = ConnectionTable(options.queue + CONNECTIONS, options.connections_per_client)
+    return uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        http=LimitedProtocol.configure(table, options.timeout),
+        ws="none",
         access_log=False,  # ours has the request's id and its time
         log_config=None,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(service.options.drain) + 1,
-        limit_concurrency=service.options.queue + CONNECTIONS,
-        ssl_certfile=certificate,
-        ssl_keyfile=certificate_key,
+        timeout_graceful_shutdown=int(options.drain) + 1,
+        **settings,
     )
-    _Server(config, service).run(sockets=listening)
-    if service.failure is not None:
-        raise service.failure
+
+
+def raise_file_limit(count: int) -> None:
+    """Raise the soft limit on open files as far as the system allows: each connection is one."""
+    if os.name != "posix":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
