@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import httpx
 
+from tests.signals import default_signals
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -37,10 +39,11 @@ class ServeProcess:
             stderr=self._log,  # a pipe that nobody reads would stop the server once it is full
             stdout=subprocess.DEVNULL,
             env=environment,
+            preexec_fn=default_signals,
         )
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.finish()[1]
             with contextlib.suppress(httpx.TransportError):
@@ -56,7 +59,7 @@ class ServeProcess:
 
     def finish(self) -> tuple[int, str]:
         """Wait until it ends by itself; likewise."""
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=240)
         self._log.seek(0)
         return status, self._log.read().decode()
 

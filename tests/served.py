@@ -58,26 +58,26 @@ def served(
         tls: Certificate and key, both paths of PEM files.
         **options: Of `ServerOptions`.
     """
-    app = create_app(model, name=name, options=ServerOptions(**options))
+    app = create_app(model, name=name, options=ServerOptions(**{"drain": 240.0, **options}))
     secure = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
     config = server_config(wrap(app), app.state.service.options, host="127.0.0.1", port=0, **secure)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server under test", daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not server.started:
         assert thread.is_alive(), "the server ended while it started"
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"{'https' if tls else 'http'}://localhost:{port}"
-    with httpx.Client(base_url=url, timeout=60, verify=tls is None) as client:
+    with httpx.Client(base_url=url, timeout=300, verify=tls is None) as client:
         try:
             yield Served(url, app.state.service, client)
         finally:
             client.close()  # uvicorn waits for connections with TLS that are kept for another request
             server.should_exit = True
-            thread.join(timeout=60)
+            thread.join(timeout=300)
             assert not thread.is_alive(), "the server did not stop"
 
 
@@ -88,8 +88,8 @@ def data_uri(image: Image.Image, format: str = "PNG") -> str:
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for something that happens in another thread."""
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Wait for something that happens in another thread; the limit only ends a test that hangs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

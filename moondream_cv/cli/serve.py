@@ -136,13 +136,13 @@ def serve(
         options=chosen,
     )
     scheme = "http" if certificate is None else "https"
-    typer.echo(
-        f"Serving {shown_model(model)} at {scheme}://{'localhost' if host == '127.0.0.1' else host}:{port}", err=True
-    )
+    shown_host = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
+    announcement = f"Serving {shown_model(model)} at {scheme}://{shown_host}:{port}"
     if not chosen.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo(f"Warning: everyone who reaches {host} may use it; {KEYS_VARIABLE} asks for a key", err=True)
     files = (None if file is None else str(file) for file in (certificate, certificate_key))
-    run_server(app, host, port, **dict(zip(("certificate", "certificate_key"), files, strict=True)))
+    announce = partial(typer.echo, announcement, err=True)
+    run_server(app, host, port, announce, **dict(zip(("certificate", "certificate_key"), files, strict=True)))
 
 
 def check_installed() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -51,14 +54,23 @@ class _Server(uvicorn.Server):
 
 
 def run_server(
-    app: FastAPI, host: str, port: int, *, certificate: str | None = None, certificate_key: str | None = None
+    app: FastAPI,
+    host: str,
+    port: int,
+    announce: Callable[[], None] = lambda: None,
+    *,
+    certificate: str | None = None,
+    certificate_key: str | None = None,
 ) -> None:
-    """Serve an application made by `create_app` until SIGTERM or SIGINT; what is running is finished first.
+    """Serve an application made by `create_app` until SIGTERM or SIGINT; requests in progress are finished first.
+
+    Returns after SIGTERM, so that the process ends with status 0. After SIGINT, `KeyboardInterrupt` is raised.
 
     Args:
-        app: It.
-        host: Address to listen at.
-        port: Port to listen at.
+        app: The application.
+        host: Address to listen on.
+        port: Port to listen on.
+        announce: Called when the address is known to be free.
         certificate: PEM file, for https.
         certificate_key: PEM file of its private key.
 
@@ -73,7 +85,12 @@ def run_server(
         app, service.options, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
     )
     raise_file_limit(service.options.queue + CONNECTIONS + SPARE_FILES)
-    _Server(config, service).run(sockets=listening)
+    announce()
+    server = _Server(config, service)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn sends the process the signal once more after the shutdown; by default that ends it with status 143.
+        signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
+    server.run(sockets=listening)
     if service.failure is not None:
         raise service.failure
 
@@ -89,7 +106,7 @@ def server_config(app: Any, options: ServerOptions, **settings: Any) -> uvicorn.
     table = ConnectionTable(options.queue + CONNECTIONS, options.connections_per_client)
     return uvicorn.Config(
         app,
-        http=LimitedProtocol.configure(table, options.timeout),
+        http=LimitedProtocol.configure(table),
         ws="none",
         access_log=False,  # ours has the request's id and its time
         log_config=None,
