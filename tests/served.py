@@ -71,7 +71,8 @@ def served(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"{'https' if tls else 'http'}://localhost:{port}"
-    with httpx.Client(base_url=url, timeout=300, verify=tls is None) as client:
+    headers = {"Content-Type": "application/json"}  # for `content=`, which has none of its own
+    with httpx.Client(base_url=url, timeout=300, verify=tls is None, headers=headers) as client:
         try:
             yield Served(url, app.state.service, client)
         finally:

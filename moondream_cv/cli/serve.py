@@ -62,6 +62,9 @@ def serve(
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", min=1, metavar="N", help="Pixels of an image.")
     ] = 50_000_000,
+    decode_timeout: Annotated[
+        float, typer.Option("--decode-timeout", min=0.1, metavar="SECONDS", help="Time limit for decoding an image.")
+    ] = 10,
     private_urls: Annotated[
         bool,
         typer.Option("--allow-private-urls", help="Fetch image URLs also from loopback and private addresses."),
@@ -69,6 +72,15 @@ def serve(
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", metavar="ORIGIN", help="Let pages of this origin call; repeatable.", show_default=False),
+    ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host",
+            metavar="NAME",
+            help="Host name under which clients may address a server without API keys; repeatable; * allows all.",
+            show_default=False,
+        ),
     ] = None,
     page: Annotated[bool, typer.Option("--page/--no-page", help="The playground at /.")] = True,
     certificate: Annotated[
@@ -106,6 +118,7 @@ def serve(
     from moondream_cv.server.logs import set_up_logging
     from moondream_cv.server.options import MIB, ServerOptions
     from moondream_cv.server.running import run_server
+    from moondream_cv.server.sites import hosts_of
 
     if is_url(model) and (device or adapter):
         raise ValueError(
@@ -125,6 +138,8 @@ def serve(
         max_pixels=max_pixels,
         private_urls=private_urls,
         cors_origins=tuple(cors or ()),
+        allowed_hosts=(*hosts_of(host), *(allowed_hosts or ())),
+        decode_timeout=decode_timeout,
         page=page,
     )
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())

@@ -21,17 +21,17 @@ from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
-from pydantic_core import from_json
-from starlette.requests import ClientDisconnect
 
 from moondream_cv.requests import ErrorResult, Request
 
-from .errors import ClientLeft, ServerError, explain, invalid
+from .bodies import parse_json
+from .errors import ServerError, explain, invalid
 from .moondream import (
     ERRORS,
     Body,
     CaptionBody,
     DetectBody,
+    GazeBody,
     Open,
     PointBody,
     QueryBody,
@@ -42,11 +42,18 @@ from .moondream import (
 from .service import Service
 
 MAX_LINES = 10_000
+MAX_NEWLINES = 2 * MAX_LINES  # blank lines included
 IN_FLIGHT = 16  # lines that are computed, or have been and wait for those before them
 LARGEST_ID = 2**53  # what every JSON reader keeps exactly
-BODIES: dict[str, type[Body]] = {"caption": CaptionBody, "query": QueryBody, "detect": DetectBody, "point": PointBody}
+BODIES: dict[str, type[Body]] = {
+    "caption": CaptionBody,
+    "query": QueryBody,
+    "detect": DetectBody,
+    "point": PointBody,
+    "gaze": GazeBody,
+}
 _LINES = "application/x-ndjson"
-_ERRORS = {status: ERRORS[status] for status in (400, 401, 413, 429, 503)}  # others are those of a line
+_ERRORS = {status: ERRORS[status] for status in (400, 401, 403, 413, 415, 429, 503)}  # others are those of a line
 _EXAMPLE = '{"custom_id": "a", "skill": "detect", "image_url": "https://example.com/dog.jpg", "object": "dog"}\n'
 
 router = APIRouter(tags=["moondream"])
@@ -136,7 +143,7 @@ class Batch:
         answer: dict[str, Any] = {"index": index, "custom_id": None}
         limit = self._service.options.timeout
         try:
-            values = _parsed(line)
+            values = await _parsed(line)
             answer["custom_id"] = _custom_id(values)
             answer["result"] = await asyncio.wait_for(self._result(values), limit)
         except (asyncio.TimeoutError, TimeoutError):
@@ -170,10 +177,9 @@ async def read_lines(http: HttpRequest) -> Iterator[bytes]:
     Raises:
         ServerError: There are none, or too many.
     """
-    try:
-        body = await http.body()
-    except ClientDisconnect as error:
-        raise ClientLeft from error
+    body = await http.body()
+    if body.count(b"\n") > MAX_NEWLINES:
+        raise ServerError(413, f"the batch must have at most {MAX_NEWLINES:,} line breaks")
     count = sum(1 for _ in _lines(body))
     if not count:
         raise ServerError(400, "the batch is empty; send one JSON object a line")
@@ -203,8 +209,7 @@ async def open_batch(lines: Annotated[Iterator[bytes], Depends(read_lines)], exc
         "requestBody": {
             "required": True,
             "content": {
-                kind: {"schema": {"type": "string"}, "example": _EXAMPLE}
-                for kind in (_LINES, "application/jsonl", "text/plain")
+                kind: {"schema": {"type": "string"}, "example": _EXAMPLE} for kind in (_LINES, "application/jsonl")
             },
         }
     },
@@ -212,9 +217,9 @@ async def open_batch(lines: Annotated[Iterator[bytes], Depends(read_lines)], exc
 async def batch(batch: Annotated[Batch, Depends(open_batch)]) -> StreamingResponse:
     """Answer many requests, one JSON object a line, in their order and as soon as they are there.
 
-    A line has `skill` ("detect", "point", "query" or "caption"), the keys that the skill's own route takes, and
+    A line has `skill` ("detect", "point", "query", "caption" or "gaze"), the keys that the skill's own route takes, and
     `custom_id` if you like, which comes back. Lines are answered by themselves: one that is wrong gets an `error` in
-    its place. The time limit is one for each line. Blank lines are skipped, and the body's type is not looked at.
+    its place. The time limit is one for each line. Blank lines are skipped.
     """
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(batch.answers(), media_type=_LINES, headers=headers)
@@ -232,9 +237,9 @@ def _lines(body: bytes) -> Iterator[bytes]:
             yield line
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+async def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        values = from_json(line, allow_inf_nan=False)
+        values = await parse_json(line)
     except ValueError as error:
         raise ServerError(400, f"the line is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD = 64 * 1024  # bytes of headers, trailers and chunk extensions
 MAX_URL = 16 * 1024  # bytes
+REQUEST_SECONDS = 120.0  # from the end of the headers to the end of the body
 HEAD_SECONDS = 20.0  # from the connection, or the first byte of a further request, to the end of the headers
 WRITE_SECONDS = 60.0  # a client that reads nothing of the response for this long is disconnected
 RETRY_SECONDS = 5  # Retry-After of a 503
@@ -83,17 +84,15 @@ class LimitedProtocol(HttpToolsProtocol):
     """
 
     table: ConnectionTable
-    request_seconds: float
 
     @classmethod
-    def configure(cls, table: ConnectionTable, request_seconds: float) -> type[LimitedProtocol]:
+    def configure(cls, table: ConnectionTable) -> type[LimitedProtocol]:
         """Return a subclass for one server.
 
         Args:
             table: Counts the connections.
-            request_seconds: Time limit for a whole request to arrive, in seconds.
         """
-        return type("ConfiguredProtocol", (cls,), {"table": table, "request_seconds": request_seconds})
+        return type("ConfiguredProtocol", (cls,), {"table": table})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._rejection: tuple[int, str] | None = None
@@ -149,7 +148,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._progress += 1
-        self._start_timer(self.request_seconds)
+        self._start_timer(REQUEST_SECONDS)
         is_probe = self.url.split(b"?")[0] in PROBE_PATHS
         self.app = self.config.loaded_app if self._has_room or is_probe else _answer_busy
         super().on_headers_complete()

@@ -58,7 +58,7 @@ class Answering:
         return answer
 
 
-apps = APIRouter(prefix=APP, tags=["fal"], responses=refusals(400, 401, 408, 413, 422, 429, 503, 504))
+apps = APIRouter(prefix=APP, tags=["fal"], responses=refusals(400, 401, 403, 408, 413, 415, 422, 429, 503, 504))
 Opened = Annotated[Answering, Depends()]
 _STREAMED: dict[str, Any] = {
     "response_class": StreamingResponse,

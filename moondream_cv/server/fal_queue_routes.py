@@ -87,7 +87,7 @@ class QueueCancellation(QueueTicket):
 _SUBMIT: dict[str, Any] = {
     "responses": {
         200: {"model": QueueAccepted, "headers": HEADERS},
-        **refusals(400, 401, 408, 413, 422, 429, 503),
+        **refusals(400, 401, 403, 408, 413, 415, 422, 429, 503),
     }
 }
 _STATUS: dict[int | str, dict[str, Any]] = {

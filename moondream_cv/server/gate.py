@@ -13,14 +13,18 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .bodies import check_content_type, check_json, key_in_body
 from .dialect import Dialect, find_dialect
-from .errors import ServerError, explain
+from .errors import ClientLeft, ServerError, explain
 from .logs import request_id
 from .service import Service
+from .sites import check_site
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json", "/favicon.ico"})
+PROBE_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = PROBE_PATHS | {"/", "/openapi.json", "/favicon.ico", "/info"}
+LINES_PATHS = frozenset({"/v1/batch"})  # each line is checked by itself
 BODY_SECONDS = 30  # between two parts of a body
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")
@@ -77,7 +81,11 @@ class Entrance:
 
 
 class Gate:
-    """Refuses who has no key and what is too large, and answers what routes raise, each in the path's dialect."""
+    """Rejects what no route should see, and answers what routes raise, each in the path's dialect.
+
+    In this order: requests for other hosts or from other sites, without a valid key, with bodies of another type, too
+    large, or not worth parsing. Bodies are read completely before a route sees the request.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, dialects: Sequence[Dialect]) -> None:
         self._app, self._service, self._dialects = app, service, dialects
@@ -87,32 +95,6 @@ class Gate:
             await self._app(scope, receive, send)
             return
         dialect = find_dialect(self._dialects, scope["path"])
-        limit = self._service.options.max_body
-        authorised = self._service.check_key(list(keys_of(scope)))
-        scope.setdefault("state", {})["authorised"] = authorised
-        if not authorised and scope["path"] not in OPEN_PATHS and not dialect.key_in_body:
-            await dialect.answer(no_key())(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared[:20]) > limit:
-            await dialect.answer(_too_large(limit))(scope, receive, send)
-            return
-        taken, complete = 0, False
-
-        async def receive_limited() -> Message:
-            nonlocal taken, complete
-            if complete:
-                return await receive()  # waits for the client to leave
-            try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
-            except (asyncio.TimeoutError, TimeoutError) as error:
-                raise ServerError(408, f"nothing of the request's body came for {BODY_SECONDS} seconds") from error
-            taken += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if taken > limit:
-                raise _too_large(limit)
-            return message
-
         begun = False
 
         async def send_noting(message: Message) -> None:
@@ -121,11 +103,79 @@ class Gate:
             await send(message)
 
         try:
-            await self._app(scope, receive_limited, send_noting)
+            receive = await self._check(scope, receive, dialect)
+            await self._app(scope, receive, send_noting)
         except Exception as error:
             if begun:  # the answer breaks off, which is all that can still be said
                 raise
             await dialect.answer(explain(error))(scope, receive, send)
+
+    async def _check(self, scope: Scope, receive: Receive, dialect: Dialect) -> Receive:
+        """Return what the routes read the request from.
+
+        Raises:
+            ServerError: The request is rejected.
+            ClientLeft: The client disconnected before its request was complete.
+        """
+        # Checks that need only the head
+        options, headers = self._service.options, Headers(scope=scope)
+        if not options.api_keys and scope["path"] not in PROBE_PATHS:
+            check_site(scope, headers, options)
+        has_key = self._service.check_key(list(keys_of(scope)))
+        needs_key = not has_key and scope["path"] not in OPEN_PATHS
+        if needs_key and not (dialect.key_in_body and scope["method"] == "POST"):
+            raise no_key()
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return receive
+        check_content_type(scope, headers)
+        declared = headers.get("content-length", "0")
+        if declared.isdigit() and int(declared[:20]) > options.max_body:
+            raise _too_large(options.max_body)
+
+        # Checks that need the body
+        body = await _read_body(receive, options.max_body)
+        if needs_key and not self._service.check_key(await key_in_body(body)):
+            raise no_key()
+        if scope["path"] not in LINES_PATHS:
+            await check_json(body)
+        return _Replay(body, receive)
+
+
+class _Replay:
+    """Gives a body that has been read already, then whatever comes after it."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is None:
+            return await self._receive()  # waits until the client disconnects
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes:
+    """Read a body completely.
+
+    Raises:
+        ServerError: It is larger than `limit` bytes, or does not arrive in time.
+        ClientLeft: The client disconnected.
+    """
+    parts, size = [], 0
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), BODY_SECONDS)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise ServerError(408, f"no part of the request body arrived for {BODY_SECONDS} seconds") from error
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise _too_large(limit)
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def keys_of(scope: Scope) -> Iterator[str]:

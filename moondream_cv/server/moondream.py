@@ -20,6 +20,7 @@ from moondream_cv.requests import (
     Detect,
     DetectedObject,
     DetectedPoint,
+    Gaze,
     Point,
     PointResult,
     Query,
@@ -118,6 +119,22 @@ class PointBody(DetectBody):
         return Point(image, self.object, wire_settings(self.settings))
 
 
+class GazeBody(Body):
+    """A request for a gaze.
+
+    Attributes:
+        eye: (x, y) between the eyes, as fractions of the image.
+        force_detect: Return a point even if the model sees no target in the image.
+    """
+
+    image_url: str
+    eye: Annotated[list[float], Field(min_length=2, max_length=2)]
+    force_detect: bool | None = None
+
+    def request(self, image: Any) -> Request:
+        return Gaze(image, (self.eye[0], self.eye[1]), bool(self.force_detect), wire_settings(self.settings))
+
+
 class Answer(BaseModel):
     """What every answer has.
 
@@ -179,6 +196,20 @@ class PointAnswer(Answer):
     count: int
 
 
+class GazePoint(BaseModel):
+    """A point in fractions of the image."""
+
+    x: float
+    y: float
+
+
+class GazeAnswer(BaseModel):
+    """The target of a gaze; None if the model sees none in the image."""
+
+    request_id: str
+    gaze: GazePoint | None
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str
@@ -227,6 +258,13 @@ async def point(body: PointBody, http: HttpRequest, exchange: Open) -> Any:
     return await _reply(body, http, exchange)
 
 
+@router.post("/gaze", summary="Gaze", response_model=GazeAnswer, responses=_STREAMED)
+async def gaze(body: GazeBody, http: HttpRequest, exchange: Open) -> Any:
+    """Find the point that a person looks at. Events: `{"gaze": {...}}`, `{"completed": true}`."""
+    reply = await _reply(body.model_copy(update={"stream": None}), http, exchange)
+    return event_stream(_whole({"gaze": reply["gaze"]})) if body.stream else reply
+
+
 @router.post("/segment", summary="Not in Moondream 2", status_code=400, response_model=ErrorAnswer)
 async def segment() -> NoReturn:
     """Say that Moondream 2 has no segmentation."""
@@ -268,6 +306,12 @@ def check_model(body: Body, service: Service) -> None:
 def described(result: Any) -> dict[str, Any]:
     """A result, which is no error, as this dialect has it."""
     return result.to_dict() | ({"count": len(result.points)} if isinstance(result, PointResult) else {})
+
+
+async def _whole(reply: dict[str, Any]) -> AsyncIterator[bytes]:
+    """A stream of a reply that has no pieces."""
+    yield event(reply)
+    yield event({"completed": True})
 
 
 async def _events(stream: Stream) -> AsyncIterator[bytes]:

@@ -50,7 +50,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
-_CHAT_REFUSALS = refusals(400, 401, 404, 408, 413, 429, 503, 504)
+_CHAT_REFUSALS = refusals(400, 401, 403, 404, 408, 413, 415, 429, 503, 504)
 
 
 @router.post(
@@ -59,8 +59,9 @@ _CHAT_REFUSALS = refusals(400, 401, 404, 408, 413, 429, 503, 504)
 async def chat_completions(body: ChatBody, exchange: Open) -> Any:
     """Answer the last user message about the one image of the conversation.
 
-    `response_format` of type `json_schema` with the name `moondream_detect` or `moondream_point` gives JSON with boxes
-    or points of the object that the text names.
+    `response_format` of type `json_schema` constrains the answer to JSON that conforms to the schema, and `json_object`
+    to any JSON object. The schema names `moondream_detect` and `moondream_point` give boxes or points of the object
+    that the text names instead.
     """
     served = exchange.service.name
     _check_model(body.model, served)

@@ -10,9 +10,11 @@ from pydantic import BaseModel
 _MEANINGS: dict[int | str, str] = {
     400: "A value is out of range, the image cannot be read, or Moondream 2 cannot do that.",
     401: "The API key is missing or wrong.",
+    403: "The host or the origin is not allowed.",
     404: "The model is not the one that is served.",
     408: "The body stopped coming.",
     413: "The body is too large.",
+    415: "The content type is neither JSON nor multipart.",
     422: "The body does not fit the schema.",
     429: "The queue is full.",
     503: "There is no model, or it failed.",
@@ -20,7 +22,7 @@ _MEANINGS: dict[int | str, str] = {
     "4XX": "Something else is wrong with the request.",
 }
 _RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-OF_A_SKILL = (400, 401, 404, 408, 413, 422, 429, 503, 504)  # of a route that asks the model
+OF_A_SKILL = (400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)  # of a route that asks the model
 
 
 def refusals(

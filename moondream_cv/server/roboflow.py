@@ -26,7 +26,6 @@ from moondream_cv.requests import Detect, DetectedObject, DetectResult, ErrorRes
 
 from .dialect import Dialect
 from .errors import ClientLeft, ServerError, explain
-from .gate import no_key
 from .moondream import is_served
 from .refusals import OF_A_SKILL, refusals
 from .service import Exchange, Service, open_exchange, service_of
@@ -142,27 +141,9 @@ def info(http: HttpRequest) -> Info:
     return Info(name="moondream-cv", version=__version__, uuid=_own_uuid(), has_scores=scores)
 
 
-async def check_key(http: HttpRequest) -> None:
-    """A FastAPI dependency: refuses whoever has a key neither in the headers nor the query nor the body.
-
-    Raises:
-        ServerError: 401.
-    """
-    if http.state.authorised:
-        return
-    try:
-        body = await http.json()  # FastAPI has parsed it before
-    except (ValueError, RecursionError):
-        body = None
-    key = body.get("api_key") if isinstance(body, dict) else None
-    if not isinstance(key, str) or not service_of(http).check_key([key.strip()]):
-        raise no_key()
-
-
 _LMM: dict[str, Any] = {
     "summary": "Detect",
     "response_model": LmmAnswer | list[LmmAnswer],
-    "dependencies": [Depends(check_key)],
     "responses": refusals(Refused, *OF_A_SKILL),
 }
 

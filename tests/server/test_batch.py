@@ -133,11 +133,11 @@ WRONG: list[tuple[Any, int, str]] = [
     (b'{"skill": "detect"', 400, "not JSON"),
     (b'{"skill": "query", "question": "' + b"\xff" + b'"}', 400, "not JSON"),
     (b'{"skill": "query", "question": "What?", "settings": {"temperature": NaN}}', 400, "not JSON"),
-    (b"[" * 100_000, 400, "not JSON"),
-    (b'{"a":' * 100_000, 400, "not JSON"),
+    (b"[" * 10_000, 400, "at most 64 levels"),
+    (b'{"a":' * 100_000, 413, "at most 20,000 values"),
     (b'[{"skill": "caption"}]', 400, "JSON object, not list"),
     (b"null", 400, "JSON object, not NoneType"),
-    ({}, 400, "skill must be one of caption, query, detect, point, not None"),
+    ({}, 400, "skill must be one of caption, query, detect, point, gaze, not None"),
     ({"skill": "segment", "object": "cat"}, 400, "'segment'"),
     ({"skill": ["detect"]}, 400, "skill"),
     ({"skill": "detect", "object": "cat"}, 422, "image_url"),
@@ -185,11 +185,10 @@ def test_own_ids_come_back(server: Served, own: Any) -> None:
     ],
     ids=["blank lines", "line ends of Windows", "no line end at the end", "byte order mark"],
 )
-@pytest.mark.parametrize("kind", ["application/x-ndjson", "application/jsonl", "text/plain; charset=utf-8", None])
-def test_what_lines_are(server: Served, change: Callable[[list[bytes]], bytes], kind: str | None) -> None:
+@pytest.mark.parametrize("kind", ["application/x-ndjson", "application/jsonl", "application/json; charset=utf-8"])
+def test_what_lines_are(server: Served, change: Callable[[list[bytes]], bytes], kind: str) -> None:
     lines = [json.dumps({"skill": "query", "question": "What?", "custom_id": i}).encode() for i in range(3)]
-    headers = {} if kind is None else {"Content-Type": kind}
-    answer = server.client.post("/v1/batch", content=change(lines), headers=headers)
+    answer = server.client.post("/v1/batch", content=change(lines), headers={"Content-Type": kind})
     assert answer.status_code == 200
     answers = [json.loads(line) for line in answer.text.splitlines()]
     assert [(line["index"], line["custom_id"]) for line in answers] == [(0, 0), (1, 1), (2, 2)]
@@ -374,6 +373,6 @@ async def ended(service: Service) -> None:
 
 def test_the_schema_says_what_a_batch_is(server: Served) -> None:
     post = server.client.get("/openapi.json").json()["paths"]["/v1/batch"]["post"]
-    assert {"application/x-ndjson", "application/jsonl", "text/plain"} == post["requestBody"]["content"].keys()
+    assert {"application/x-ndjson", "application/jsonl"} == post["requestBody"]["content"].keys()
     assert {"200", "400", "401", "413", "429", "503"} <= post["responses"].keys()
     assert post["responses"]["200"]["content"].keys() == {"application/x-ndjson"}

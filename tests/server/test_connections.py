@@ -97,7 +97,8 @@ def test_connections_without_a_complete_request_are_closed(
     tiny: LocalModel, monkeypatch: pytest.MonkeyPatch, sent: bytes, status: bytes
 ) -> None:
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
-    with served(tiny, timeout=0.3) as server, connected(server) as client:
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
+    with served(tiny) as server, connected(server) as client:
         client.sendall(sent)
         assert status in read_all(client).split(b"\r\n")[0]
 

@@ -356,7 +356,7 @@ def test_a_body_that_is_too_large(tiny: LocalModel, lossless: Any) -> None:
 
 def test_the_schema_says_what_is_answered(server: Served) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
-    for skill in ("caption", "query", "detect", "point"):
+    for skill in ("caption", "query", "detect", "point", "gaze"):
         answers = paths[f"/v1/{skill}"]["post"]["responses"]
         assert {"200", "400", "401", "404", "413", "422", "429", "503", "504"} <= answers.keys()
         assert {"application/json", "text/event-stream"} == answers["200"]["content"].keys()

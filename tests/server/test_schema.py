@@ -43,6 +43,7 @@ REQUEST = f"{QUEUE}/requests/{{request_id}}"
 IMAGE = data_uri(Image.new("RGB", (8, 8), "red"))
 FEW = {"max_tokens": 3}
 DETECT, CAPTION = {"image_url": IMAGE, "object": "cat"}, {"image_url": IMAGE, "settings": FEW}
+GAZE = {"image_url": IMAGE, "eye": [0.5, 0.25]}
 SAID = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 3}
 FOUND = {"response_format": {"type": "json_schema", "json_schema": {"name": "moondream_detect"}}}
 SEEN = [{"type": "text", "text": "cat"}, {"type": "image_url", "image_url": {"url": IMAGE}}]
@@ -55,6 +56,8 @@ GOOD: dict[str, tuple[str, Any]] = {  # all of these need the model
     "query with thoughts": ("/v1/query", {"image_url": IMAGE, "question": "What?", "reasoning": True, "settings": FEW}),
     "detect": ("/v1/detect", DETECT),
     "point": ("/v1/point", DETECT),
+    "gaze": ("/v1/gaze", GAZE),
+    "gaze, streamed": ("/v1/gaze", {**GAZE, "force_detect": True, "stream": True}),
     "batch": ("/v1/batch", {"skill": "detect", **DETECT}),
     "chat": (CHAT, SAID),
     "chat with thoughts": (CHAT, {**SAID, "reasoning": True}),
@@ -79,6 +82,7 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "range": ("/v1/detect", {**DETECT, "settings": {"temperature": -1}}, 400),
     "another model": ("/v1/detect", {**DETECT, "model": "yolo"}, 404),
     "no object": ("/v1/detect", {"image_url": IMAGE}, 422),
+    "an eye outside of the image": ("/v1/gaze", {**GAZE, "eye": [2, 0]}, 400),
     "segments": ("/v1/segment", {}, 400),
     "an empty batch": ("/v1/batch", None, 400),
     "chat without messages": (CHAT, {}, 400),

@@ -109,7 +109,8 @@ def test_a_client_that_leaves_frees_its_place(talking: Served, uri: str, streame
     body = json.dumps(caption(uri) | {"stream": streamed}).encode()
     host, port = talking.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        head = f"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = "POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         until(lambda: rows(talking) == 1)
         assert talking.service.taken == before + 1
@@ -119,7 +120,7 @@ def test_a_client_that_leaves_frees_its_place(talking: Served, uri: str, streame
 def test_a_client_that_leaves_while_it_sends_costs_nothing(talking: Served) -> None:
     host, port = talking.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        client.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
     assert talking.client.get("/health").status_code == 200
     until(lambda: talking.service.taken == 0)
 

@@ -1,0 +1,106 @@
+"""Request bodies: their content type, and what is checked before JSON is parsed.
+
+Parsing turns a few bytes into objects of a hundred: the number of values is limited before that, whatever the schema of
+the route. Bodies above `LARGE` are checked and parsed in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from pydantic_core import from_json
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from .errors import ServerError
+
+T = TypeVar("T")
+
+LARGE = 2**20  # bytes; what is smaller is parsed faster than a thread is woken
+MAX_VALUES = 20_000  # in one JSON document; commas and brackets inside of strings count as well
+MAX_DEPTH = 64
+JSON_TYPES = re.compile(r"application/(json|jsonl|x-ndjson|ndjson|[a-z0-9.-]+\+json)", re.IGNORECASE)
+MULTIPART = "multipart/form-data"
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def check_content_type(scope: Scope, headers: Headers) -> None:
+    """Reject POST requests that a web page could send without asking the server first.
+
+    Args:
+        scope: Of the request.
+        headers: Of the request.
+
+    Raises:
+        ServerError: 415; the content type is neither JSON nor multipart.
+    """
+    given = headers.get("content-type", "")
+    kind = given.partition(";")[0].strip().lower()
+    has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+    if scope["method"] != "POST" or kind == MULTIPART or JSON_TYPES.fullmatch(kind) or not (has_body or kind):
+        return
+    raise ServerError(415, f"the Content-Type must be application/json, got {given[:100]!r}")
+
+
+async def check_json(body: bytes) -> None:
+    """Reject JSON that takes long to parse or much memory.
+
+    Args:
+        body: A document; it need not be valid.
+
+    Raises:
+        ServerError: 413, it has too many values; 400, it is nested too deeply.
+    """
+    await _in_thread_if_large(_check_json, body)
+
+
+async def parse_json(text: bytes) -> object:
+    """Check and parse a JSON document.
+
+    Raises:
+        ServerError: As `check_json`.
+        ValueError: It is not valid JSON.
+    """
+    return await _in_thread_if_large(_checked_and_parsed, text)
+
+
+async def key_in_body(body: bytes) -> list[str]:
+    """Return the API key in `api_key` of a JSON object; an empty list if there is none."""
+    try:
+        parsed = await parse_json(body)
+    except (ServerError, ValueError):
+        return []
+    key = parsed.get("api_key") if isinstance(parsed, dict) else None
+    return [key.strip()] if isinstance(key, str) else []
+
+
+async def _in_thread_if_large(work: Callable[[bytes], T], body: bytes) -> T:
+    return await asyncio.to_thread(work, body) if len(body) > LARGE else work(body)
+
+
+def _checked_and_parsed(text: bytes) -> object:
+    _check_json(text)
+    return from_json(text, allow_inf_nan=False)
+
+
+def _check_json(body: bytes) -> None:
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets + body.count(b",") > MAX_VALUES:
+        raise ServerError(413, f"the JSON body must have at most {MAX_VALUES:,} values; send several requests")
+    if brackets > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+        raise ServerError(400, f"the JSON body must be nested at most {MAX_DEPTH} levels deep")
+
+
+def _depth(body: bytes) -> int:
+    deepest = depth = 0
+    for match in _TOKENS.finditer(body):
+        token = match[0]
+        if token in (b"[", b"{"):
+            depth += 1
+            deepest = max(deepest, depth)
+        elif token in (b"]", b"}"):
+            depth -= 1
+    return deepest

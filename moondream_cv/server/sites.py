@@ -1,0 +1,89 @@
+"""Protection of servers without API keys against web pages: DNS rebinding and cross-site requests.
+
+A page on any site can make its visitor's browser send requests to this machine. With API keys that is harmless, because
+the page does not have one.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from .errors import ServerError
+from .options import ServerOptions
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+WILDCARDS = frozenset({"0.0.0.0", "::", ""})
+
+
+def hosts_of(listening: str) -> tuple[str, ...]:
+    """Return the names and addresses under which a server may be addressed, given the address it listens on.
+
+    Args:
+        listening: A host name or an IP address; "0.0.0.0" and "::" stand for every address of this machine.
+
+    Returns:
+        Names for `ServerOptions.allowed_hosts`, loopback not included. "ip" stands for every IP address, which no
+        attacker's domain name can imitate.
+    """
+    if listening in WILDCARDS:
+        return ("ip", socket.gethostname().lower())
+    return () if listening in LOOPBACK else (listening.lower(),)
+
+
+def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
+    """Reject requests that are addressed to another host, or that another site's page sends.
+
+    Args:
+        scope: Of the request.
+        headers: Of the request.
+        options: `allowed_hosts` and `cors_origins` count.
+
+    Raises:
+        ServerError: 403.
+    """
+    host = headers.get("host", "")
+    name = host_name(host)
+    if "*" not in options.allowed_hosts and not _is_allowed(name, options.allowed_hosts):
+        raise ServerError(
+            403,
+            f"the host {name[:100]!r} is not allowed; start the server with --allowed-host {name[:100]} or with an"
+            " API key",
+            kind="host_not_allowed",
+        )
+    origin = headers.get("origin")
+    if origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        return
+    allowed = set(options.cors_origins)
+    if origin not in allowed and "*" not in allowed and urlsplit(origin).netloc.lower() != host.lower():
+        raise ServerError(
+            403,
+            f"the origin {origin[:100]!r} is not allowed; start the server with --cors {origin[:100]}",
+            kind="origin_not_allowed",
+        )
+
+
+def host_name(host: str) -> str:
+    """Return the name or address in a Host header, in lower case, without port and brackets."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def _is_allowed(name: str, allowed: tuple[str, ...]) -> bool:
+    if name in LOOPBACK or name in (host.lower() for host in allowed):
+        return True
+    return "ip" in allowed and _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
