@@ -13,6 +13,10 @@ class ImageError(MoondreamError, ValueError):
     """An image that cannot be read, has no pixels, or has too many."""
 
 
+class SchemaError(MoondreamError, ValueError):
+    """A JSON schema that is invalid, unsupported or too complex to constrain an answer."""
+
+
 class CheckpointError(MoondreamError):
     """A checkpoint, adapter or tokenizer that is missing, damaged or does not fit; the message names file or key."""
 

@@ -6,15 +6,20 @@ dict that the published model's method of that name returns; `confidence`, `trun
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Union
 
+from moondream_cv.errors import SchemaError
+
 CAPTION_LENGTHS = ("short", "normal", "long")
 MAX_PROMPT_CHARACTERS = 100_000
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 256
+MAX_SCHEMA_BYTES = 64 * 1024
+MAX_SCHEMA_DEPTH = 64
 SpatialRef = tuple[float, ...]
 
 
@@ -112,6 +117,8 @@ class Query:
         reasoning: Think first, and return the thoughts.
         spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the question is about.
         stop: Up to 4 strings; the answer ends before the first occurrence of one of them. A single string is accepted.
+        json_schema: JSON schema that the answer conforms to, as a mapping or as JSON text; kept as text. An answer that
+            `max_tokens` truncates is incomplete JSON. The reasoning is not constrained.
     """
 
     skill: ClassVar[str] = "query"
@@ -121,10 +128,12 @@ class Query:
     spatial_refs: tuple[SpatialRef, ...] = ()
     settings: Settings = field(default_factory=Settings)
     stop: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spatial_refs", _spatial_refs(self.spatial_refs))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
         if self.spatial_refs and self.image is None:
             raise ValueError("spatial_refs point into an image, and image is None")
         _check_request(self, self.question, "question", image_required=False)
@@ -365,6 +374,41 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
                 f"strings of stop must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(string)}: {string!r:.100}"
             )
     return strings
+
+
+def _schema_text(schema: Mapping[str, Any] | str | None) -> str | None:
+    """Return a JSON schema as text, which is hashable and can be pickled.
+
+    Raises:
+        SchemaError: It is not a JSON object, or it is too large.
+    """
+    if schema is None:
+        return None
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(parsed, Mapping):
+            raise SchemaError(f"json_schema must be a JSON object, got {schema!r:.100}")
+        text = json.dumps(dict(parsed), ensure_ascii=True, allow_nan=False)
+    except RecursionError as error:
+        raise SchemaError(f"json_schema must have at most {MAX_SCHEMA_DEPTH} levels") from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, SchemaError):
+            raise
+        raise SchemaError(f"json_schema must be valid JSON: {error}") from error
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise SchemaError(f"json_schema must have at most {MAX_SCHEMA_BYTES:,} bytes, got {len(text):,}")
+    if _depth(parsed) > MAX_SCHEMA_DEPTH:
+        raise SchemaError(f"json_schema must have at most {MAX_SCHEMA_DEPTH} levels")
+    return text
+
+
+def _depth(value: Any) -> int:
+    """Return how many arrays and objects of a JSON value are nested."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, Mapping | list | tuple)]:
+        depth += 1
+        level = [child for item in level for child in (item.values() if isinstance(item, Mapping) else item)]
+    return depth
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

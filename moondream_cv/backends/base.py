@@ -201,6 +201,8 @@ class RemoteModel(PublishedMethods):
             raise self._unsupported(f"{request.skill}, only {able}", _ELSEWHERE[request.skill])
         if isinstance(request, Query) and request.stop:
             raise self._unsupported("end an answer at stop strings", "a model from moondream_cv.load() can")
+        if isinstance(request, Query) and request.json_schema is not None:
+            raise self._unsupported("constrain an answer to a JSON schema", "a model from moondream_cv.load() can")
 
     def _result(self, request: Request, picture: _Picture) -> Result:
         try:

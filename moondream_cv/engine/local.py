@@ -16,6 +16,7 @@ from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
 from moondream_cv.engine.image_cache import Coming, ImageCache, ImageKey
 from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.engine.scheduler import Limits, Scheduler
+from moondream_cv.engine.structured_output import GrammarCompiler
 from moondream_cv.errors import MoondreamError
 from moondream_cv.images import to_rgb
 from moondream_cv.model.adapters import Adapter, load_adapter
@@ -41,6 +42,7 @@ class LocalModel(PublishedMethods):
         calibration: What turns scores into probabilities, where the checkpoint came with it.
         limits: How much decodes at a time in each call; halved where memory runs out.
         image_cache: Keeps encoded images for when they come again; None keeps none.
+        grammar_compiler: Compiles JSON schemas for structured output.
     """
 
     has_scores = True
@@ -63,6 +65,7 @@ class LocalModel(PublishedMethods):
         positions = self.config.prefix_length * text.n_layers * text.n_kv_heads * text.head_dim
         self.limits = Limits.of(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
+        self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
         self._variants: dict[str, Adapter] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -199,6 +202,7 @@ class LocalModel(PublishedMethods):
             return
         self._closed = True
         device = self.device
+        self.grammar_compiler.close()
         self.network.to("meta")
         self.adapter, self._variants = None, {}
         if self.image_cache is not None:

@@ -109,6 +109,8 @@ def _write(network: MoondreamNetwork, rows: Sequence[Row], logits: Tensor, hidde
         [row.request.settings.top_p for row in texts],
         [row.draw for row in texts],
         [row.banned for row in texts],
+        # Computed on the CPU while the device runs the decoder
+        [row.grammar.bitmask() if row.grammar and row.head is Head.TOKEN else None for row in texts],
     )
     embeddings, coordinates = network.text.embed(tokens), torch.zeros_like(logprobs)
     thinking = [i for i, row in enumerate(texts) if row.head is Head.THOUGHT]

@@ -20,6 +20,7 @@ from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.confidence import AXIS_FEATURES, confidence
 from moondream_cv.engine.prompts import Prompt, answer_prompt
 from moondream_cv.engine.stop_strings import StopStringMatcher
+from moondream_cv.engine.structured_output import GrammarMatcher
 from moondream_cv.engine.words import WordStream
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import MoondreamConfig
@@ -160,9 +161,11 @@ class TextRow(Row):
         tokenizer: For its text.
         draw: A random number in 0..1 that chooses the next token; None takes the likeliest one.
         banned: Tokens that must not come next.
+        grammar: Constrains the answer; None leaves it free.
     """
 
     tokenizer: Tokenizer
+    grammar: GrammarMatcher | None = None
     draw: float | None = None
     banned: tuple[int, ...] = ()
     thoughts: list[tuple[list[int], list[float]]] = field(default_factory=lambda: [([], [])])
@@ -202,6 +205,8 @@ class TextRow(Row):
 
     def _write(self, token: int, logprob: float) -> bool:
         config, limit = self.config.tokenizer, self.request.settings.max_tokens
+        if self.grammar is not None:
+            self.grammar.accept(token)
         if token == config.eos_id or self.count == limit:
             return self._finish(token != config.eos_id, logprob)
         self.count += 1
@@ -209,6 +214,8 @@ class TextRow(Row):
         if self._say(self._words.add(token)):
             return self._complete(False)
         self.banned = (config.answer_id,) if config.has_control_tokens else ()  # of earlier releases, it is a word
+        if self.grammar is not None and self.grammar.finished:
+            return self._finish(False, None)
         return True if self.room else self._finish(True, None)
 
     def _think(self, token: int, coordinate: float) -> Prompt | bool:
@@ -280,11 +287,13 @@ def make_row(
     tokenizer: Tokenizer,
     calibration: Calibration | None,
     length: int,
+    grammar: GrammarMatcher | None = None,
 ) -> Row:
     """The row of a request.
 
     Args:
         length: Positions that its image takes.
+        grammar: Constrains an answer.
     """
     common: dict[str, Any] = {"key": key, "request": request, "config": config, "length": length}
     if isinstance(request, Detect | Point | Gaze):
@@ -298,7 +307,7 @@ def make_row(
             calibration=calibration,
         )
     reasoning = isinstance(request, Query) and request.reasoning
-    return TextRow(**common, head=Head.THOUGHT if reasoning else Head.TOKEN, tokenizer=tokenizer)
+    return TextRow(**common, head=Head.THOUGHT if reasoning else Head.TOKEN, tokenizer=tokenizer, grammar=grammar)
 
 
 def _assemble(tokenizer: Tokenizer, parts: list[tuple[list[int], list[float]]]) -> Reasoning:

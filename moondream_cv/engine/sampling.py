@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ def choose(
     top_ps: Sequence[float],
     draws: Sequence[float | None],
     banned: Sequence[Sequence[int]],
+    bitmasks: Sequence[np.ndarray | None] = (),
 ) -> tuple[Tensor, Tensor]:
     """Choose a token for each row; what is chosen does not depend on the other rows.
 
@@ -28,6 +30,8 @@ def choose(
         top_ps: One for each row.
         draws: A random number in 0..1 for each row; None takes the likeliest token.
         banned: Tokens that a row must not choose.
+        bitmasks: [ceil(vocab_size / 32)] int32 bitmask of the tokens that each row may choose, lowest bit first; None
+            allows all. Empty: no row is constrained.
 
     Returns:
         [R] token ids; [R] logarithms of their probabilities before temperature and top-p, among what is not banned.
@@ -37,6 +41,13 @@ def choose(
     if ban:
         rows, tokens = torch.tensor(ban, device=device).unbind(1)
         logits = logits.index_put((rows, tokens), torch.tensor(-torch.inf, device=device))
+    constrained = [row for row, bitmask in enumerate(bitmasks) if bitmask is not None]
+    if constrained:
+        index = torch.tensor(constrained, device=device)
+        packed = torch.from_numpy(np.stack([bitmask for bitmask in bitmasks if bitmask is not None])).to(device)
+        bits = packed[..., None] >> torch.arange(32, dtype=torch.int32, device=device) & 1  # [n, W, 32]
+        allowed = bits.flatten(1)[:, : logits.shape[-1]].bool()
+        logits = logits.index_put((index,), logits[index].masked_fill(~allowed, -torch.inf))
     chosen = logits.argmax(-1)
     sampled = [row for row, draw in enumerate(draws) if draw is not None]
     if sampled:

@@ -21,6 +21,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,18 @@ from moondream_cv.engine.memory import free_after, is_out_of_memory
 from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.engine.prompts import write_prompt
 from moondream_cv.engine.rows import make_row
+from moondream_cv.engine.structured_output import GrammarMatcher
 from moondream_cv.engine.waiting import GATHER, Crowd, Entry, Job, WaitingImage, source_key
 from moondream_cv.errors import MoondreamError, RequestCancelled
 from moondream_cv.images import to_rgb
-from moondream_cv.requests import ErrorResult, Request, Result
+from moondream_cv.requests import ErrorResult, Query, Request, Result
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
 
 logger = logging.getLogger(__name__)
+
+COMPILER_POLL = 0.005  # seconds that an idle step waits for the grammar of a request
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Scheduler:
         self._submitted: list[Job] = []
         self._cancelled: list[Job] = []
         self._finished: list[Job] = []
+        self._compiling: dict[Job, Future[GrammarMatcher]] = {}  # those that wait for their grammar
         self._queue: dict[WaitingImage, None] = {}  # those that requests wait for, in their order
         self._open: dict[Any, WaitingImage] = {}  # those of them that take more requests, by their keys
         self._lanes: dict[str | None, _Lane] = {}
@@ -136,6 +141,8 @@ class Scheduler:
             self._receive(job)
         if cancelled:
             self._drop(cancelled)
+        if self._compiling:
+            self._receive_compiled()
         self._admit()
         for variant, lane in list(self._lanes.items()):
             if lane.entries:
@@ -143,9 +150,31 @@ class Scheduler:
             if not lane.entries:
                 del self._lanes[variant]
         with self._lock:
-            return bool(self._submitted or self._cancelled or self._queue or self._lanes)
+            return bool(self._submitted or self._cancelled or self._compiling or self._queue or self._lanes)
 
     def _receive(self, job: Job) -> None:
+        """Queue a request, or compile its grammar first, while others decode."""
+        if isinstance(job.request, Query) and isinstance(job.request.json_schema, str):
+            self._compiling[job] = self._model.grammar_compiler.submit(job.request.json_schema)
+        else:
+            self._enqueue(job, None)
+
+    def _receive_compiled(self) -> None:
+        """Queue the requests whose grammars are ready."""
+        if not self._queue and not self._lanes:
+            wait(self._compiling.values(), COMPILER_POLL, FIRST_COMPLETED)
+        for job, future in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[job]
+            try:
+                grammar = future.result()
+            except Exception as error:  # of this request alone
+                self._finish(job, ErrorResult(error))
+                continue
+            self._enqueue(job, grammar)
+
+    def _enqueue(self, job: Job, grammar: GrammarMatcher | None) -> None:
         request, model = job.request, self._model
         try:
             prompt = write_prompt(request, model.tokenizer, model.config.tokenizer)
@@ -158,7 +187,7 @@ class Scheduler:
                 )
             image = self._image(request)
             calibration = model.calibration if model.calibrated and request.settings.variant is None else None
-            row = make_row(next(self._keys), request, model.config, model.tokenizer, calibration, length)
+            row = make_row(next(self._keys), request, model.config, model.tokenizer, calibration, length, grammar)
         except Exception as error:  # whatever is wrong with a request is its own affair
             self._finish(job, ErrorResult(error))
             return
@@ -183,6 +212,8 @@ class Scheduler:
         for job in jobs:
             if not job.done:
                 self._finish(job, ErrorResult(RequestCancelled("the request was cancelled")))
+            if (compiling := self._compiling.pop(job, None)) is not None:
+                compiling.cancel()
         for image in list(self._queue):
             self._tidy(image)
         for lane in self._lanes.values():
@@ -347,8 +378,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Requests that have been looked at and wait for room."""
-        return sum(len(image.entries) for image in self._queue)
+        """Requests that have been looked at and wait for room, or for their grammar."""
+        return len(self._compiling) + sum(len(image.entries) for image in self._queue)
 
     @property
     def _decoding(self) -> int:

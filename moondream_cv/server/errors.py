@@ -8,7 +8,14 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from moondream_cv.errors import BackendError, ImageError, MoondreamError, RequestCancelled, UnsupportedSkill
+from moondream_cv.errors import (
+    BackendError,
+    ImageError,
+    MoondreamError,
+    RequestCancelled,
+    SchemaError,
+    UnsupportedSkill,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +71,8 @@ def explain(error: BaseException) -> ServerError:
         return ServerError(400, str(error), kind="unsupported_skill")
     if isinstance(error, ImageError):
         return ServerError(400, str(error), kind="invalid_image")
+    if isinstance(error, SchemaError):
+        return ServerError(400, f"response_format: {error}", param="response_format")
     if isinstance(error, ValueError):
         return ServerError(400, str(error))
     if isinstance(error, RequestCancelled):

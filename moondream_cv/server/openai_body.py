@@ -9,7 +9,8 @@ Moondream 2 answers single questions, and was not trained on dialogues. So of a 
 - earlier questions and answers are not passed on: the model would take them for part of the question.
 
 `response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points instead. The
-text is then the object's name, and system messages do not matter.
+text is then the object's name, and system messages do not matter. Any other JSON schema constrains the answer; the
+prompt stays as it is.
 
 It knows nothing of how answers look: that is `openai`.
 """
@@ -111,7 +112,11 @@ class ChatBody(BaseModel):
     max_crops: int | None = Field(None, description="Local crops of the image, at the most; fewer are faster.")
     seed: int | None = None
     reasoning: bool | dict[str, Any] | None = Field(None, description="true: think first; other values are ignored.")
-    response_format: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(
+        None,
+        description="`json_schema`: JSON that conforms to a schema, or boxes or points with the schema name"
+        " `moondream_detect` or `moondream_point`. `json_object`: any JSON object.",
+    )
     stop: str | list[str] | None = Field(None, description="Up to 4 strings; the answer ends before the first of them.")
     presence_penalty: float | None = Field(None, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
@@ -136,6 +141,7 @@ class Asked:
         image_url: None: the question is asked without an image.
         reasoning: Whether to think first.
         stop: Strings that end an answer.
+        json_schema: JSON schema that an answer conforms to.
     """
 
     kind: type[Query] | type[Detect] | type[Point]
@@ -144,6 +150,7 @@ class Asked:
     reasoning: bool
     settings: Settings
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None
 
     def request(self, image: Any) -> Query | Detect | Point:
         """The request to the model.
@@ -152,7 +159,7 @@ class Asked:
             ValueError: The text says nothing, or an image is needed and is None.
         """
         if self.kind is Query:
-            return Query(image, self.text, self.reasoning, settings=self.settings, stop=self.stop)
+            return Query(image, self.text, self.reasoning, (), self.settings, self.stop, self.json_schema)
         return self.kind(image, self.text, settings=self.settings)
 
 
@@ -163,7 +170,7 @@ def read_body(body: ChatBody) -> Asked:
         ServerError: It asks for something that Moondream 2 cannot do, or says nothing.
     """
     _refuse_unsupported(body)
-    skill = _structured(body.response_format)
+    skill, json_schema = _structured(body.response_format)
     users = [message for message in body.messages if message.role == "user"]
     if not users:
         raise ServerError(400, 'messages: none has the role "user", so nothing is asked', param="messages")
@@ -173,7 +180,7 @@ def read_body(body: ChatBody) -> Asked:
     system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
     text = question if skill else "\n".join([said for said in system if said.strip()] + [question])
     settings, stop = _settings(body), _stop_of(body, skill)
-    return Asked(skill or Query, text, _image_url(body.messages), body.reasoning is True, settings, stop)
+    return Asked(skill or Query, text, _image_url(body.messages), body.reasoning is True, settings, stop, json_schema)
 
 
 def _refuse_unsupported(body: ChatBody) -> None:
@@ -195,22 +202,37 @@ def _refuse_unsupported(body: ChatBody) -> None:
             )
 
 
-def _structured(response_format: dict[str, Any] | None) -> type[Detect] | type[Point] | None:
-    """The skill that a response format asks for; None: an answer in text."""
-    if response_format is None or response_format.get("type") == "text":
-        return None
-    schema = response_format.get("json_schema")
-    name = schema.get("name") if isinstance(schema, dict) else None
-    if response_format.get("type") == "json_schema" and isinstance(name, str) and name in STRUCTURED:
-        return STRUCTURED[name]
-    given = f"{response_format.get('type')!r:.60}" + (f" with the schema name {name!r:.60}" if name else "")
-    raise ServerError(
-        400,
-        f"response_format {given} is not supported; type json_schema with the name {' or '.join(STRUCTURED)} gives"
-        " boxes or points of the object that the text names",
-        kind="unsupported_response_format",
-        param="response_format",
-    )
+def _structured(response_format: dict[str, Any] | None) -> tuple[type[Detect] | type[Point] | None, str | None]:
+    """Return the skill that a response format asks for, None for an answer; and the JSON schema of the answer, if any.
+
+    Raises:
+        ServerError: The type is unknown, or the schema is missing or not usable.
+    """
+    kind = None if response_format is None else response_format.get("type")
+    if response_format is None or kind == "text":
+        return None, None
+    if kind == "json_object":
+        return None, '{"type": "object"}'
+    given = response_format.get("json_schema")
+    if kind != "json_schema" or not isinstance(given, dict):
+        raise ServerError(
+            400,
+            f"response_format must have the type text, json_object or json_schema, the last with an object json_schema,"
+            f" got {response_format!r:.100}",
+            kind="unsupported_response_format",
+            param="response_format",
+        )
+    name = given.get("name")
+    if isinstance(name, str) and name in STRUCTURED:
+        return STRUCTURED[name], None
+    if given.get("schema") is None:
+        raise ServerError(
+            400, "response_format: json_schema.schema is missing; send a JSON schema", param="response_format"
+        )
+    try:
+        return None, Query(None, "?", json_schema=given["schema"]).json_schema  # type: ignore[return-value]
+    except ValueError as error:
+        raise ServerError(400, f"response_format: {error}", param="response_format") from error
 
 
 def _text_of(message: Message) -> str:

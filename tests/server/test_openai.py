@@ -6,11 +6,11 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from moondream_cv.engine.local import LocalModel
 from tests.held import held_server
@@ -299,6 +299,64 @@ def test_the_clients_parser(client: Any, tiny: LocalModel, picture: Image.Image,
     messages = [user(text("blue square"), image(uri))]
     reply = client.chat.completions.parse(model="tiny", messages=messages, response_format=moondream_detect)
     assert reply.choices[0].message.parsed.model_dump() == tiny.detect(picture, "blue square")
+
+
+# --- structured output ------------------------------------------------------------------------------------------------
+
+
+class Animal(BaseModel):
+    kind: Literal["cat", "dog"]
+    count: int = Field(ge=0, le=9)
+
+
+class Report(BaseModel):
+    indoors: bool
+    animals: list[Animal] = Field(min_length=1, max_length=2)
+    color: Literal["red", "blue"] | None
+
+
+def test_the_client_parses_a_pydantic_model(talker: Any, uri: str) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    options = {"model": "tiny", "messages": messages, "response_format": Report, "temperature": 3.0, "top_p": 1}
+    replies = [talker.chat.completions.parse(**options, seed=seed) for seed in range(4)]
+    assert all(isinstance(reply.choices[0].message.parsed, Report) for reply in replies)
+    assert {reply.choices[0].finish_reason for reply in replies} == {"stop"}
+    assert len({reply.choices[0].message.content for reply in replies}) > 1
+    with talker.chat.completions.stream(**options, seed=0) as stream:
+        streamed = stream.get_final_completion()
+    assert streamed.choices[0].message.parsed == replies[0].choices[0].message.parsed
+
+
+def test_a_trained_model_answers_in_json(client: Any, uri: str) -> None:
+    reply = client.chat.completions.parse(
+        model="tiny", messages=[user(text(QUESTION), image(uri))], response_format=Report, temperature=0
+    )
+    assert isinstance(reply.choices[0].message.parsed, Report)
+
+
+def test_json_object(talker: Any, uri: str) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    settings = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 600}
+    replies = [ask(talker, messages, response_format={"type": "json_object"}, seed=s, **settings) for s in range(5)]
+    complete = [r.choices[0].message.content for r in replies if r.choices[0].finish_reason == "stop"]
+    assert all(isinstance(json.loads(content), dict) for content in complete)
+    assert all(reply.choices[0].message.content.startswith("{") for reply in replies)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_truncated_json_ends_with_length(talker: Any, uri: str, stream: bool) -> None:
+    schema = {"name": "report", "schema": Report.model_json_schema(), "strict": True}
+    options: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 5}
+    reply = ask(talker, [user(text(QUESTION), image(uri))], stream=stream, **options)
+    assert (list(reply)[-1] if stream else reply).choices[0].finish_reason == "length"
+
+
+def test_a_schema_constrains_the_answer_and_not_the_reasoning(talker: Any, uri: str) -> None:
+    schema = {"name": "kind", "schema": {"enum": ["cat", "dog"]}}
+    options: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 40}
+    reply = ask(talker, [user(text(QUESTION), image(uri))], extra_body={"reasoning": True}, **options)
+    assert json.loads(reply.choices[0].message.content) in ("cat", "dog")
+    assert reply.choices[0].message.reasoning["text"]
 
 
 # --- Moondream's own client -------------------------------------------------------------------------------------------

@@ -68,7 +68,12 @@ def test_the_list_of_models(client: Any) -> None:
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-UNSUPPORTED = {
+
+def schema(value: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": value}}
+
+
+UNSUPPORTED: dict[str, Any] = {
     "n": ({"n": 2}, "n", "unsupported_parameter"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
     "functions": ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
@@ -97,8 +102,21 @@ UNSUPPORTED = {
         "unsupported_parameter",
     ),
     "audio": ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio", "unsupported_parameter"),
-    "json_object": ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_response_format"),
-    "other schema": ({"response_format": named("person")}, "response_format", "unsupported_response_format"),
+    "other format": ({"response_format": {"type": "grammar"}}, "response_format", "unsupported_response_format"),
+    "no schema in json_schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+        "response_format",
+        None,
+    ),
+    "unknown type in the schema": ({"response_format": schema({"type": "person"})}, "response_format", None),
+    "unsupported keyword": ({"response_format": schema({"not": {"type": "string"}})}, "response_format", None),
+    "unsatisfiable schema": (
+        {"response_format": schema({"type": "integer", "minimum": 2, "maximum": 1})},
+        "response_format",
+        None,
+    ),
+    "schema that is a list": ({"response_format": schema([])}, "response_format", None),
+    "large schema": ({"response_format": schema({"enum": ["x" * 65536]})}, "response_format", None),
     "no schema": ({"response_format": {"type": "json_schema"}}, "response_format", "unsupported_response_format"),
     "temperature": ({"temperature": -1}, "temperature", None),
     "top_p": ({"top_p": 1.5}, "top_p", None),
