@@ -39,7 +39,7 @@ _ELSEWHERE = {  # skill → what has it
     "point": "MoondreamAPI can, and so can a model from moondream_cv.load()",
     "query": "MoondreamAPI can, and so can a model from moondream_cv.load()",
     "caption": "MoondreamAPI can, and so can a model from moondream_cv.load()",
-    "gaze": "a model from moondream_cv.load() can",
+    "gaze": "a model from moondream_cv.load() can, and so can MoondreamAPI with moondream-cv serve",
 }
 
 
@@ -162,6 +162,10 @@ class RemoteModel(PublishedMethods):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
+    def _has_skill(self, skill: str) -> bool:
+        """Return whether the server offers a skill."""
+        return skill in self.skills
+
     def _ask(self, request: Request, picture: EncodedPicture | None) -> Result:
         """Put one request to the server, whose skill this model has."""
         raise NotImplementedError
@@ -196,7 +200,7 @@ class RemoteModel(PublishedMethods):
     def _check(self, request: Request) -> None:
         if not isinstance(request, _KNOWN_REQUESTS):
             raise ValueError(f"a request is a Detect, Point, Query, Caption or Gaze, not {request!r:.100}")
-        if request.skill not in self.skills:
+        if not self._has_skill(request.skill):
             able = ", ".join(sorted(self.skills))
             raise self._unsupported(f"{request.skill}, only {able}", _ELSEWHERE[request.skill])
         if isinstance(request, Query) and request.stop:
@@ -250,6 +254,16 @@ def models_of(reply: dict[str, Any]) -> list[dict[str, Any]]:
 
 def model_has_scores(reply: dict[str, Any], model: str | None) -> bool:
     """Whether the list of models says that confidences are real: of this model, or of the first one."""
+    return _entry_of(reply, model).get("has_scores") is True
+
+
+def model_has_skill(reply: dict[str, Any], model: str | None, skill: str) -> bool:
+    """Return whether the list of models names a skill for this model, or for the first one."""
+    skills = _entry_of(reply, model).get("skills")
+    return isinstance(skills, list) and skill in skills
+
+
+def _entry_of(reply: dict[str, Any], model: str | None) -> dict[str, Any]:
     entries = models_of(reply)
     named = [entry for entry in entries if model is not None and entry.get("id") == model]
-    return any(entry.get("has_scores") is True for entry in (named or entries)[:1])
+    return next(iter(named or entries), {})

@@ -2,26 +2,30 @@
 
     MoondreamAPI("http://localhost:2020").caption(image)
 
-Gaze, segmentation and fine-tuning are left out.
+Segmentation and fine-tuning are left out. Gaze is offered if the server lists it, as `moondream-cv serve` does.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from moondream_cv.backends import replies
 from moondream_cv.backends.addresses import Address, find_key
-from moondream_cv.backends.base import RemoteModel, changed, model_has_scores
+from moondream_cv.backends.base import RemoteModel, changed, model_has_scores, model_has_skill
 from moondream_cv.backends.failures import Failure
 from moondream_cv.backends.http import Http, Probe
 from moondream_cv.backends.pictures import EncodedPicture
+from moondream_cv.errors import BackendError
 from moondream_cv.requests import (
     Caption,
     CaptionResult,
     Detect,
     DetectResult,
+    Gaze,
+    GazeResult,
     Point,
     PointResult,
     Query,
@@ -35,9 +39,11 @@ CLOUD = "https://api.moondream.ai/v1"
 
 
 class MoondreamAPI(RemoteModel):
-    """Moondream over its own API: captions, answers, boxes and points; text can be streamed."""
+    """Moondream over its own API: captions, answers, boxes, points and gaze; text can be streamed.
 
-    skills = frozenset({"detect", "point", "query", "caption"})
+    Attributes:
+        skills: Includes "gaze" if the server's list of models does, which is requested once.
+    """
 
     def __init__(
         self,
@@ -80,7 +86,22 @@ class MoondreamAPI(RemoteModel):
             max_idle=max_in_flight,
         )
         self.model = model
+        self._listed: Probe | None = None
+        self._listed_lock = threading.Lock()
         super().__init__(http, has_scores=has_scores, max_in_flight=max_in_flight, image_format=image_format)
+
+    @property
+    def skills(self) -> frozenset[str]:  # type: ignore[override]
+        """Skills of every server in this dialect, and gaze if the server lists it."""
+        return _SKILLS | {"gaze"} if self._has_skill("gaze") else _SKILLS
+
+    def _has_skill(self, skill: str) -> bool:
+        if skill != "gaze":
+            return skill in _SKILLS
+        try:
+            return model_has_skill(self._probe_scores().reply or {}, self.model, skill)
+        except BackendError:
+            return False  # the next call asks again
 
     def _ask(self, request: Request, picture: EncodedPicture | None) -> Result:
         path = f"/{request.skill}"
@@ -117,6 +138,8 @@ class MoondreamAPI(RemoteModel):
             body["object"] = request.object
         elif isinstance(request, Caption):
             body["length"] = request.length
+        elif isinstance(request, Gaze):
+            body.update({"eye": list(request.eye), **({"force_detect": True} if request.force else {})})
         elif isinstance(request, Query):
             body["question"] = request.question
             body.update({"reasoning": True} if request.reasoning else {})
@@ -131,6 +154,8 @@ class MoondreamAPI(RemoteModel):
             return DetectResult(*replies.limited(replies.objects_of(reply, self.has_scores), most, flag))
         if isinstance(request, Point):
             return PointResult(*replies.limited(replies.points_of(reply, self.has_scores), most, flag))
+        if isinstance(request, Gaze):
+            return GazeResult(replies.gaze_of(reply))
         text, logprob = replies.text_of(reply, _TEXT_KEYS[request.skill]), replies.logprob_of(reply)
         cut = flag is True or reply.get("finish_reason") == "length"
         if isinstance(request, Caption):
@@ -139,12 +164,19 @@ class MoondreamAPI(RemoteModel):
         return QueryResult(text, thoughts, cut, logprob)
 
     def _probe_scores(self) -> Probe:
-        return self._http.probe("/models")
+        with self._listed_lock:
+            if self._listed is not None:
+                return self._listed
+            probe = self._http.probe("/models")
+            if probe.status and probe.status != 429 and probe.status < 500:
+                self._listed = probe
+            return probe
 
     def _says_scores(self, reply: dict[str, Any]) -> bool:
         return model_has_scores(reply, self.model)
 
 
+_SKILLS = frozenset({"detect", "point", "query", "caption"})
 _TEXT_KEYS = {"query": "answer", "caption": "caption"}
 
 

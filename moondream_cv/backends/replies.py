@@ -98,6 +98,20 @@ def limited(items: list[Item], most: int, flag: object = None, sent: bool = True
     return tuple(items[:most]), more or len(items) > most
 
 
+def gaze_of(reply: Mapping[str, Any]) -> DetectedPoint | None:
+    """Return the point under `gaze`; None if the model sees no target.
+
+    Raises:
+        Failure: It is missing or invalid.
+    """
+    point = reply.get("gaze", ...)
+    if point is None:
+        return None
+    if not isinstance(point, Mapping):
+        raise Failure(_lacks(reply, "gaze", "a point or null"))
+    return DetectedPoint(_number(point, "x"), _number(point, "y"))
+
+
 def reasoning_of(value: object) -> Reasoning | None:
     """The thoughts before an answer, an object or plain text; None where there are none.
 

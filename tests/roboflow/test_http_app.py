@@ -168,6 +168,14 @@ def test_a_list_of_images_is_refused(url: str, body: dict[str, Any], count: int)
     assert (answer.status_code, answer.json()) == (500, INTERNAL)
 
 
+def test_lists_are_declared_to_be_answered_with_flat_lists(url: str) -> None:
+    """The response of models that take lists; ours answers with the same shape."""
+    responses = requests.get(url + "/openapi.json").json()["paths"]["/infer/lmm"]["post"]["responses"]
+    one, several, *_ = responses["200"]["content"]["application/json"]["schema"]["anyOf"]
+    assert several["type"] == "array"
+    assert several["items"] == one
+
+
 @pytest.mark.parametrize(
     ("changes", "faults"),
     [

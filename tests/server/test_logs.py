@@ -19,11 +19,11 @@ from tests.served import Served
 
 PATHS = ["/infer/%0aFAKE%1b%5b31m", "/%E2%80%A8%C2%9B31m%E2%80%AE", "/v1/%0d%0a%7f%07", "/%ff%ed%a0%80"]
 HEADS = [
-    b"GET /x HTTP/1.1\r\nHost: a\r\nX-Request-Id: a\x9b31m\xe2\x80\xa8\r\nConnection: close\r\n\r\n",
-    b"GET /x HTTP/1.1\r\nHost: a\r\nX-Request-Id: \x1b[31m\r\nConnection: close\r\n\r\n",
-    b"GET /\x1b[31m HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    b"GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\x9b31m\xe2\x80\xa8\r\nConnection: close\r\n\r\n",
+    b"GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: \x1b[31m\r\nConnection: close\r\n\r\n",
+    b"GET /\x1b[31m HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     b"\x1b[31m\nFAKE\r\n\r\n",
-    b'GET /x HTTP/1.1\r\nHost: a\r\nX-Request-Id: a","level":"FAKE\r\nConnection: close\r\n\r\n',
+    b'GET /x HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a","level":"FAKE\r\nConnection: close\r\n\r\n',
 ]
 
 
@@ -59,7 +59,7 @@ def raw(port: int, head: bytes) -> bytes:
 def test_requests_cannot_forge_lines(style: str) -> None:
     with serving("--model", "tiny", "--log-format", style) as server:
         for path in PATHS:
-            raw(server.port, f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+            raw(server.port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         for head in HEADS:
             answer = raw(server.port, head)
             assert b"\x1b" not in answer

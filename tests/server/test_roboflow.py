@@ -30,6 +30,8 @@ from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
 from moondream_cv.server.pictures import decode_base64
 from moondream_cv.server.roboflow import MAX_IMAGES
 from moondream_cv.vision_model import PublishedMethods
+from tests.remote_server import Answer as RemoteAnswer
+from tests.remote_server import Asked, remote_server
 from tests.served import Served, data_uri, served
 
 WIDTH, HEIGHT = 320, 240
@@ -160,6 +162,33 @@ def test_lists(server: Served, tiny: LocalModel, picture: Any, other: Any, most:
     for answer, image in zip(answers, images, strict=True):
         assert_finds(answer, image, "red circle", tiny, 1e-3)
     assert len({answer["inference_id"] for answer in answers}) == 3
+
+
+@pytest.mark.parametrize(
+    ("most", "count", "lengths"),
+    [(4, 6, [4, 2]), (2, 6, [2, 2, 2]), (4, 5, [4, None]), (6, 6, None), (16, 6, None), (1, 6, None)],
+)
+def test_the_client_nests_the_lists_of_several_requests(
+    server: Served, uri: str, most: int, count: int, lengths: list[int | None] | None
+) -> None:
+    """inference-sdk returns one entry per request and joins none, whichever server answers (see docs/server.md)."""
+    asked: list[int] = []
+
+    def as_roboflow(sent: Asked) -> RemoteAnswer:  # the response that Roboflow's server declares for lists
+        images = sent.body["image"]
+        asked.append(len(images) if isinstance(images, list) else 1)
+        return RemoteAnswer([{"predictions": []}] * len(images) if isinstance(images, list) else {"predictions": []})
+
+    with remote_server() as other:
+        other.on("/infer/lmm", as_roboflow)
+        for url in (server.url, other.url):
+            client = InferenceHTTPClient(api_url=url).configure(InferenceConfiguration(max_batch_size=most))
+            answers = client.infer_lmm([uri] * count, NAME, prompt="cat")
+            if lengths is None:
+                assert [type(answer) for answer in answers] == [dict] * count
+            else:
+                assert [len(answer) if isinstance(answer, list) else None for answer in answers] == lengths
+    assert sum(asked) == count
 
 
 def test_a_list_of_one_is_answered_with_a_list(server: Served, uri: str) -> None:

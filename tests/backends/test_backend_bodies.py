@@ -1,4 +1,4 @@
-"""Limits on the size of what remote servers answer. Run with `pytest tests/backends/test_bodies.py`."""
+"""Limits on the size of what remote servers answer. Run with `pytest tests/backends/test_backend_bodies.py`."""
 
 from __future__ import annotations
 

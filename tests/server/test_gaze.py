@@ -1,0 +1,117 @@
+"""`/v1/gaze`, gaze in a batch, and through the client of this project. Run with `pytest tests/server/test_gaze.py`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from moondream_cv import connect
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.requests import Gaze, GazeResult
+from tests.colour_model import ColourModel
+from tests.remote_server import Answer, remote_server
+from tests.served import Served, served
+
+EYE = [0.4, 0.3]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: LocalModel, picture: Image.Image) -> dict[str, float]:
+    """The point that the model returns if it is forced to."""
+    (result,) = tiny.run([Gaze(picture, (EYE[0], EYE[1]), force=True)])
+    assert isinstance(result, GazeResult)
+    assert result.gaze is not None
+    return {"x": result.gaze.x, "y": result.gaze.y}
+
+
+def test_gaze_returns_a_point(server: Served, uri: str, expected: dict[str, float]) -> None:
+    answer = server.post("/v1/gaze", {"image_url": uri, "eye": EYE, "force_detect": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {"request_id": answer.headers["x-request-id"], "gaze": pytest.approx(expected)}
+
+
+def test_gaze_without_force_is_that_of_the_model(
+    server: Served, tiny: LocalModel, picture: Image.Image, uri: str
+) -> None:
+    gaze = tiny.detect_gaze(picture, EYE)["gaze"]
+    answer = server.post("/v1/gaze", {"image_url": uri, "eye": EYE, "settings": {}, "model": "moondream2"})
+    assert answer.json()["gaze"] == (None if gaze is None else pytest.approx(gaze))
+
+
+def test_gaze_is_null_without_a_target(uri: str) -> None:
+    with served(ColourModel()) as running:
+        answer = running.post("/v1/gaze", {"image_url": uri, "eye": EYE})
+        assert answer.json() == {"request_id": answer.headers["x-request-id"], "gaze": None}
+        with connect(running.url) as model:
+            assert model.detect_gaze(Image.new("RGB", (8, 8)), EYE) == {"gaze": None}
+
+
+def test_gaze_can_be_streamed(server: Served, uri: str, expected: dict[str, float]) -> None:
+    answer = server.post("/v1/gaze", {"image_url": uri, "eye": EYE, "force_detect": True, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    found, completed = (json.loads(block.removeprefix("data: ")) for block in answer.text.split("\n\n")[:-1])
+    assert found == {"gaze": pytest.approx(expected)}
+    assert completed == {"completed": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"eye": None}, 422, "eye"),
+        ({"eye": [0.5]}, 422, "eye"),
+        ({"eye": [0.5, 0.5, 0.5]}, 422, "eye"),
+        ({"eye": [0.5, 1.5]}, 400, "fractions of the image"),
+        ({"eye": [0.5, "0.5"]}, 422, "eye"),
+        ({"image_url": None}, 422, "image_url"),
+        ({"image_url": "none"}, 400, ""),
+        ({"force_detect": "yes"}, 422, "force_detect"),
+        ({"model": "yolo"}, 404, "yolo"),
+    ],
+)
+def test_invalid_requests_are_rejected(
+    server: Served, uri: str, changes: dict[str, Any], status: int, said: str
+) -> None:
+    answer = server.post("/v1/gaze", {"image_url": uri, "eye": EYE, **changes})
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"]["message"] + str(answer.json()["error"]["param"])
+
+
+def test_gaze_in_a_batch(server: Served, uri: str, expected: dict[str, float]) -> None:
+    line = {"skill": "gaze", "image_url": uri, "eye": EYE, "force_detect": True}
+    text = "\n".join(map(json.dumps, (line, {**line, "eye": [2, 2]})))
+    good, bad = map(
+        json.loads,
+        server.client.post(
+            "/v1/batch", content=text, headers={"Content-Type": "application/x-ndjson"}
+        ).text.splitlines(),
+    )
+    assert good == {"index": 0, "custom_id": None, "result": {"gaze": pytest.approx(expected, abs=1e-4)}}
+    assert bad["error"]["code"] == 400
+
+
+def test_every_skill_that_is_listed_has_a_route(server: Served) -> None:
+    (model,) = server.client.get("/v1/models").json()["models"]
+    assert "gaze" in model["skills"]
+    routes = server.client.get("/openapi.json").json()["paths"]
+    assert {f"/v1/{skill}" for skill in model["skills"]} <= routes.keys()
+
+
+def test_the_client_of_this_project_has_gaze(
+    server: Served, tiny: LocalModel, picture: Image.Image, expected: dict[str, float]
+) -> None:
+    forced = {"force_detect": True}
+    with connect(server.url, image_format="png") as model:
+        assert model.skills == tiny.skills
+        assert model.detect_gaze(picture, EYE, unstable_settings=forced) == {"gaze": pytest.approx(expected)}
+
+
+def test_gateways_to_servers_without_gaze_reject_it(uri: str) -> None:
+    with remote_server() as remote:
+        remote.on("/v1/models", Answer({"models": [{"id": "moondream2", "skills": ["caption"]}]}))
+        with connect(remote.url, "moondream") as model, served(model) as gateway:
+            answer = gateway.post("/v1/gaze", {"image_url": uri, "eye": EYE})
+            assert (answer.status_code, answer.json()["error"]["type"]) == (400, "unsupported_skill")
+            assert "gaze" not in gateway.client.get("/v1/models").json()["models"][0]["skills"]
