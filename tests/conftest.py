@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,14 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.tiny import tiny_config, tiny_templates
 from moondream_cv.training.tokenizer import build_tokenizer
+from tests.signals import default_signals
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _default_signals() -> Iterator[None]:
+    """Default signals for all tests, whatever signals pytest was started with."""
+    with default_signals():
+        yield
 
 
 def random_model(seed: int = 0, device: str = "cpu", max_context: int | None = None) -> LocalModel:

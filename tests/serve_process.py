@@ -14,8 +14,6 @@ from collections.abc import Iterator
 
 import httpx
 
-from tests.signals import default_signals
-
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -39,7 +37,6 @@ class ServeProcess:
             stderr=self._log,  # a pipe that nobody reads would stop the server once it is full
             stdout=subprocess.DEVNULL,
             env=environment,
-            preexec_fn=default_signals,
         )
 
     def wait_until_ready(self) -> None:

@@ -1,15 +1,30 @@
-"""Child processes with default signals, whatever this process was started with.
+"""Default signals for the tests and for the processes that they start.
 
-Started by `nohup` or in the background of a shell, a process ignores SIGINT, and its children inherit that.
+Processes started by `nohup ... &` ignore SIGINT, and their children inherit that. So do processes that many CI systems
+start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
+
+NAMES = ("SIGINT", "SIGTERM", "SIGCHLD")  # not SIGHUP: a test run under nohup must survive its terminal
 
 
-def default_signals() -> None:
-    """Restore default signals; for `preexec_fn=` of `subprocess`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+@contextlib.contextmanager
+def default_signals() -> Iterator[None]:
+    """Restore the default handling of ignored signals and unblock all signals until the block ends."""
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, ()) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
