@@ -14,9 +14,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .bodies import check_content_type, check_json, key_in_body
+from .connections import address_group
 from .dialect import Dialect, find_dialect
 from .errors import ClientLeft, ServerError, explain
-from .logs import request_id
+from .logs import client_address, request_id
 from .service import Service
 from .sites import check_site
 
@@ -45,6 +46,7 @@ class Entrance:
         own = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = own
         token = request_id.set(own)
+        client_address.set(address_group(scope.get("client")))
         started, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:

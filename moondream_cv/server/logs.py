@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from moondream_cv.escaping import EscapingFormatter
 
 request_id: ContextVar[str | None] = ContextVar("moondream_cv_request_id", default=None)
+client_address: ContextVar[str] = ContextVar("moondream_cv_client_address", default="")  # as `address_group` gives it
 
 
 class _WithRequestId(logging.Filter):

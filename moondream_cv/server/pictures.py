@@ -21,9 +21,10 @@ from cachetools import LRUCache
 from PIL import Image
 
 from moondream_cv.errors import ImageError
-from moondream_cv.images import to_rgb
 
+from .decoding import Decoders, FairSlots
 from .fetching import Fetcher
+from .logs import client_address
 
 _DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]{0,30}:[/\\]{2}", re.IGNORECASE)
@@ -31,9 +32,10 @@ _SPACE = re.compile(r"\s+")
 
 
 class Pictures:
-    """Opens images in threads of its own, so that decoding holds up no other request.
+    """Opens images beside the event loop, fairly between clients.
 
-    Files that came last are kept decoded: clients ask several things about the same picture.
+    Files are decoded in processes with a time limit, and cut into crops in threads. The most recent ones are kept
+    decoded: clients ask several questions about the same image.
     """
 
     def __init__(
@@ -42,19 +44,23 @@ class Pictures:
         max_pixels: int,
         prepare: Callable[[np.ndarray], Any] = Image.fromarray,
         keep: int = 256 * 2**20,
+        timeout: float = 10.0,
     ) -> None:
         """Start nothing yet.
 
         Args:
             fetcher: For URLs.
-            max_pixels: Of an image at the most, judged before it is decoded.
+            max_pixels: Maximum width times height of an image, checked before it is decoded.
             prepare: Makes what the model takes of [H, W, 3] uint8 RGB; it is called in a thread.
             keep: Bytes of decoded images to keep.
+            timeout: Time limit for decoding one image, in seconds.
         """
-        self._fetcher, self._max_pixels, self._prepare = fetcher, max_pixels, prepare
+        self._fetcher, self._prepare = fetcher, prepare
         self._kept: LRUCache[bytes, Any] = LRUCache(keep, getsizeof=_nbytes)
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="moondream-cv decoding")
+        count = max(2, (os.cpu_count() or 1) - 1)
+        self._slots, self._decoders = FairSlots(count), Decoders(max_pixels, timeout)
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="moondream-cv decoding")
 
     async def open(self, value: str) -> Any:
         """The image that a client sent, in RGB and upright, as the model takes it; `size` is its (width, height).
@@ -68,22 +74,39 @@ class Pictures:
         text = value.strip()
         if not text:
             raise ImageError("the image is empty; send a data URI, base64 text or a URL")
-        loop = asyncio.get_running_loop()
         if _URL.match(text):
             encoded = await self._fetcher.fetch(text)
-            return await loop.run_in_executor(self._pool, self._decode, encoded)
-        return await loop.run_in_executor(self._pool, lambda: self._decode(decode_base64(text)))
+            return await self._in_turn(lambda: self._decode(encoded))
+        return await self._in_turn(lambda: self._decode(decode_base64(text)))
 
     async def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
         await self._fetcher.close()
+
+    async def _in_turn(self, work: Callable[[], Any]) -> Any:
+        """Do something in a thread when it is the client's turn."""
+        client, loop = client_address.get(), asyncio.get_running_loop()
+        await self._slots.acquire(client)
+        try:
+            running = self._pool.submit(work)
+        except BaseException:
+            self._slots.release(client)
+            raise
+
+        def release(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._slots.release, client)
+
+        running.add_done_callback(release)  # also if nobody waits any more: the thread is busy until then
+        return await asyncio.wrap_future(running)
 
     def _decode(self, encoded: bytes) -> Any:
         key = hashlib.blake2b(encoded, digest_size=32).digest()
         with self._lock:
             found = self._kept.get(key)
         if found is None:
-            found = self._prepare(to_rgb(encoded, max_pixels=self._max_pixels))
+            found = self._prepare(self._decoders.decode(encoded))
             with self._lock, contextlib.suppress(ValueError):  # one that is larger than all that may be kept
                 self._kept[key] = found
         return found

@@ -70,7 +70,7 @@ class Service:
         self.failure: Exception | None = None
         self.draining = False
         fetcher = Fetcher(max_bytes=options.max_download, allow_private=options.private_urls)
-        self.pictures = Pictures(fetcher, options.max_pixels, self._prepare, options.keep)
+        self.pictures = Pictures(fetcher, options.max_pixels, self._prepare, options.keep, options.decode_timeout)
         self._engine: Engine | None = None
         self._taken = 0
         self._idle = asyncio.Event()

@@ -1,0 +1,200 @@
+"""Decoding of images in processes of their own, with a time limit, and fairly between clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter, OrderedDict, deque
+from pathlib import Path
+
+import numpy as np
+
+import moondream_cv
+from moondream_cv.errors import ImageError
+
+from .decoder_process import FAILURE, READY, REPLY, REQUEST
+
+_PIPE_BYTES = 2**20
+_F_SETPIPE_SZ = 1031  # of Linux
+
+
+class FairSlots:
+    """A number of slots that clients acquire in turn.
+
+    With two slots or more, one always stays free of any single client: nobody waits longer than one piece of work of
+    others takes, however much of it one client has queued.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free, self._per_client = count, max(1, count - 1)
+        self._held: Counter[str] = Counter()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # clients in turn
+
+    async def acquire(self, client: str) -> None:
+        """Wait for a slot. Call `release` exactly once for each that is acquired."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
+        self._hand_out()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # handed out in the same moment
+                self.release(client)
+            raise
+
+    def release(self, client: str) -> None:
+        """Return a slot."""
+        self._free += 1
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        for client in list(self._waiting):
+            turns = self._waiting[client]
+            while turns and turns[0].done():  # cancelled
+                turns.popleft()
+            if not turns:
+                del self._waiting[client]
+            elif self._free and self._held[client] < self._per_client:
+                self._free -= 1
+                self._held[client] += 1
+                turns.popleft().set_result(None)
+                self._waiting.move_to_end(client)
+
+
+class Decoders:
+    """Decoder processes, started when they are first needed. Safe to use from any number of threads."""
+
+    def __init__(self, max_pixels: int, timeout: float) -> None:
+        """Start nothing yet.
+
+        Args:
+            max_pixels: Maximum width times height of an image.
+            timeout: Time limit for one image, in seconds.
+        """
+        self._max_pixels, self._timeout = max_pixels, timeout
+        self._idle: list[_DecoderProcess] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def decode(self, file: bytes) -> np.ndarray:
+        """Return the pixels of an image file, [H, W, 3] uint8 RGB, upright.
+
+        Raises:
+            ImageError: The file is not a supported image, has too many pixels or takes too long to decode.
+        """
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        process = process or _DecoderProcess(self._max_pixels)
+        try:
+            pixels = process.decode(file, self._timeout)
+        finally:
+            with self._lock:
+                keep = process.alive and not self._closed
+                if keep:
+                    self._idle.append(process)
+            if not keep:
+                process.end()
+        return pixels
+
+    def close(self) -> None:
+        """End all processes that are idle; the others end after their image."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.end()
+
+
+class _DecoderProcess:
+    """One process; used by one thread at a time."""
+
+    def __init__(self, max_pixels: int) -> None:
+        root = str(Path(moondream_cv.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moondream_cv.server.decoder_process", str(max_pixels)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # decoders print what files contain
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        if sys.platform == "linux":
+            import fcntl
+
+            for pipe in (self._requests, self._replies):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
+        self.alive = True
+        self._read_into(memoryview(bytearray(len(READY))))  # so that no image's time limit includes the start
+
+    def decode(self, file: bytes, timeout: float) -> np.ndarray:
+        """As `Decoders.decode`; after any other error than an image's own, `alive` is False."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()
+
+        timer = threading.Timer(timeout, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._exchange(file)
+        except (EOFError, OSError) as error:
+            self.alive = False
+            if expired.is_set():
+                raise ImageError(
+                    f"the image of {len(file)} bytes took longer than {timeout:g} s to decode; send it smaller, or as"
+                    " JPEG or PNG"
+                ) from error
+            raise ImageError(f"the image of {len(file)} bytes cannot be decoded; convert it to PNG") from error
+        finally:
+            timer.cancel()
+            if expired.is_set():
+                self.alive = False
+
+    def end(self) -> None:
+        """End the process and wait for that."""
+        self.alive = False
+        for pipe in (self._requests, self._replies):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _exchange(self, file: bytes) -> np.ndarray:
+        self._write(REQUEST.pack(len(file)))
+        self._write(file)
+        header = bytearray(REPLY.size)
+        self._read_into(memoryview(header))
+        kind, first, second = REPLY.unpack(header)
+        if kind == FAILURE:
+            message = bytearray(first)
+            self._read_into(memoryview(message))
+            raise ImageError(message.decode("utf-8", "replace"))
+        pixels = np.empty((second, first, 3), np.uint8)
+        self._read_into(pixels.data.cast("B"))
+        return pixels
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self._requests.write(left) :]
+
+    def _read_into(self, buffer: memoryview) -> None:
+        while buffer:
+            count = self._replies.readinto(buffer)  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError("the decoder process has ended")
+            buffer = buffer[count:]
