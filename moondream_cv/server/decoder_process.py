@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 import sys
+from typing import IO
 
 from moondream_cv.errors import ImageError
 from moondream_cv.images import readable_formats, to_rgb
@@ -38,15 +39,21 @@ def main() -> None:
         file = requests.read(size)
         if len(file) < size:
             return
-        try:
-            pixels = to_rgb(file, max_pixels=max_pixels)
-            replies.write(REPLY.pack(PIXELS, pixels.shape[1], pixels.shape[0]))
-            replies.write(pixels.data.cast("B"))
-        except ImageError as error:
-            message = str(error).encode("utf-8", "replace")
-            replies.write(REPLY.pack(FAILURE, len(message), 0))
-            replies.write(message)
-        replies.flush()
+        _answer(file, max_pixels, replies)
+        file = b""  # not kept while the process waits for the next one
+
+
+def _answer(file: bytes, max_pixels: int, replies: IO[bytes]) -> None:
+    try:
+        pixels = to_rgb(file, max_pixels=max_pixels)
+    except ImageError as error:
+        message = str(error).encode("utf-8", "replace")
+        replies.write(REPLY.pack(FAILURE, len(message), 0))
+        replies.write(message)
+    else:
+        replies.write(REPLY.pack(PIXELS, pixels.shape[1], pixels.shape[0]))
+        replies.write(pixels.data.cast("B"))
+    replies.flush()
 
 
 def _limit_memory(size: int) -> None:

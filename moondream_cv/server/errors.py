@@ -64,7 +64,23 @@ class ClientLeft(Exception):
 
 
 def explain(error: BaseException) -> ServerError:
-    """What an error that came up on the way is for the client."""
+    """Return the error that the client gets for any error that came up on the way.
+
+    The traceback of `error` is dropped: its frames refer to what the client sent, and often back to the error.
+    """
+    try:
+        return _explained(error)
+    finally:
+        _drop_traceback(error)
+
+
+def _drop_traceback(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _explained(error: BaseException) -> ServerError:
     if isinstance(error, ServerError):
         return error
     if isinstance(error, UnsupportedSkill):

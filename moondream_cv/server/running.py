@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import ctypes
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -26,6 +29,9 @@ logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients keep a connection for another request, so that none runs into its end
 CONNECTIONS = 1024  # beyond those that hold a place: each may hold a request's body in memory
 SPARE_FILES = 256  # of the process, other than connections of clients
+
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class _Server(uvicorn.Server):
@@ -85,6 +91,7 @@ def run_server(
         app, service.options, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
     )
     raise_file_limit(service.options.queue + CONNECTIONS + SPARE_FILES)
+    return_freed_memory()
     announce()
     server = _Server(config, service)
     if threading.current_thread() is threading.main_thread():
@@ -115,6 +122,13 @@ def server_config(app: Any, options: ServerOptions, **settings: Any) -> uvicorn.
         timeout_graceful_shutdown=int(options.drain) + 1,
         **settings,
     )
+
+
+def return_freed_memory() -> None:
+    """Let glibc return large blocks to the system when they are freed; by default it starts to keep those of bodies."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def raise_file_limit(count: int) -> None:

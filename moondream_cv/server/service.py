@@ -244,6 +244,7 @@ class Exchange:
             self._gone.cancel()
         for opening in self._opened.values():
             opening.cancel()
+        self._opened.clear()  # an error of one of them refers to this exchange, and so to what the client sent
         for call in list(self._calls):
             self.let_go(call)
         self.service.give_place_back()

@@ -145,7 +145,7 @@ def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
     *bad, good = json.loads(result.stdout)["images"]
     assert [image["image"] for image in bad] == ["missing.png", "broken.png", "no*.png", "magenta.png"]
     assert "no such image file" in bad[0]["error"]
-    assert "not an image of a format" in bad[1]["error"]
+    assert "not an image in a supported format" in bad[1]["error"]
     assert len(good["objects"]) == 1
     lines = result.stderr.splitlines()
     assert len(lines) == 4
