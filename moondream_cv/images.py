@@ -37,14 +37,14 @@ DEFAULT_MAX_PIXELS = 178_956_970
 """512 MiB of RGB, more than any camera's sensor gives; above it Pillow with its own defaults refuses a file too."""
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""By which a folder's images are told from its other files; whatever Pillow reads can be given by name."""
+"""Suffixes of the image files that are read from a folder; files in any of `FORMATS` can be given by name."""
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
 
 _LONGEST_PATH = 4096  # PATH_MAX of Linux; longer text is the picture itself, in base64
 
 # Pillow has decoders for 40 more formats. Among them are containers that open another image by themselves, with every
-# decoder there is, Ghostscript included, and formats whose pixel count says nothing about the time that decoding takes.
+# decoder there is, Ghostscript included, and formats that take minutes to decode from a few bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF", "ICO", "PPM", "TGA")
 """Formats that are decoded, by Pillow's names. AVIF needs Pillow 11.3, and HEIF needs `pillow-heif`."""
 

@@ -1,7 +1,7 @@
-"""Request bodies: their content type, and what is checked before JSON is parsed.
+"""Checks of request bodies before they are parsed: the content type, the number of JSON values, their nesting.
 
 Parsing turns a few bytes into objects of a hundred: the number of values is limited before that, whatever the schema of
-the route. Bodies above `LARGE` are checked and parsed in a thread.
+the route. Bodies above `LARGE` are checked in a thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .errors import ServerError
 
 T = TypeVar("T")
 
-LARGE = 2**20  # bytes; what is smaller is parsed faster than a thread is woken
+LARGE = 2**20  # bytes; smaller bodies are parsed faster than a thread wakes up
 MAX_VALUES = 20_000  # in one JSON document; commas and brackets inside of strings count as well
 MAX_DEPTH = 64
 JSON_TYPES = re.compile(r"application/(json|jsonl|x-ndjson|ndjson|[a-z0-9.-]+\+json)", re.IGNORECASE)
@@ -31,8 +31,8 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
     """Reject POST requests that a web page could send without asking the server first.
 
     Args:
-        scope: Of the request.
-        headers: Of the request.
+        scope: ASGI scope of the request.
+        headers: Headers of the request.
 
     Raises:
         ServerError: 415; the content type is neither JSON nor multipart.

@@ -1,4 +1,4 @@
-"""Decoding of images in processes of their own, with a time limit, and fairly between clients."""
+"""Decode images in separate processes, with a time limit, and fairly between clients."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
     """Reject requests that are addressed to another host, or that another site's page sends.
 
     Args:
-        scope: Of the request.
-        headers: Of the request.
+        scope: ASGI scope of the request.
+        headers: Headers of the request.
         options: `allowed_hosts` and `cors_origins` count.
 
     Raises:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
 from tests.served import Served, served, until
+from tests.test_image_formats import HOSTILE, bitmap, icon, jp2_of, tiff_with_tile
 
 MIB = 2**20
 JSON = {"Content-Type": "application/json"}
@@ -71,6 +72,16 @@ def bombs() -> Iterator[tuple[str, bytes]]:
         "jpeg of 65,500 × 65,500",
         b"\xff\xd8\xff\xc0\0\x11\x08\xff\xdc\xff\xdc\x03\x01\x22\0\x02\x11\x01\x03\x11\x01\xff\xd9",
     )
+
+
+def containers() -> Iterator[tuple[str, bytes]]:
+    """Images inside other files, and files that only a rejected decoder reads."""
+    for path in sorted(HOSTILE.iterdir()):
+        yield path.name, path.read_bytes()
+    yield "png of 60,000 × 60,000 in an icon", icon(png(60_000, 60_000, b""))
+    yield "bitmap of 60,000 × 60,000 in an icon", icon(bitmap(60_000, 60_000))
+    yield "jpeg 2000 that states another size", jp2_of((20, 20), (2_100, 2_100))
+    yield "tiff with a tile of 16,384 × 16,384", tiff_with_tile(16_384, 16_384)
 
 
 def damaged() -> Iterator[tuple[str, bytes]]:
@@ -131,7 +142,7 @@ TEXTS = [
 
 def images() -> list[tuple[str, str]]:
     """Hostile values of an image, as clients would send them."""
-    files = [*bombs(), *damaged(), *other_files()]
+    files = [*bombs(), *containers(), *damaged(), *other_files()]
     encoded = [(name, base64.b64encode(content).decode()) for name, content in files]
     return [
         *[(name, f"data:image/png;base64,{text}") for name, text in encoded],
@@ -207,7 +218,7 @@ PATHS = ["/v1/caption", "/v1/query", "/v1/detect", "/v1/point", "/v1/batch", "/v
 
 @pytest.fixture(scope="module")
 def target(tiny: LocalModel) -> Iterator[Served]:
-    with served(tiny, timeout=20, max_pixels=4_000_000) as running:
+    with served(tiny, timeout=240, max_pixels=4_000_000) as running:
         yield running
 
 
