@@ -53,7 +53,7 @@ def visiting(browser: Any) -> Iterator[Callable[..., Any]]:
     def visit(server: Served, **options: Any) -> Any:
         context = browser.new_context(permissions=["clipboard-read", "clipboard-write"], **options)
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(240_000)
         page = context.new_page()
         own = (f"{server.url}/", "data:", f"blob:{server.url}/")
         page.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))

@@ -71,6 +71,7 @@ class Known:
     Attributes:
         looked: The numbers of the frames that it was shown.
         busy: Whether it is at it.
+        sleep: Called with `seconds` during each call.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Known:
         seconds: float = 0.0,
         fails: Callable[[int], bool] = lambda number: False,
         tell: Callable[[np.ndarray], int] = number_of,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.things, self.seconds, self.fails, self.tell = things, seconds, fails, tell
+        self.things, self.seconds, self.fails, self.tell, self.sleep = things, seconds, fails, tell, sleep
         self.looked: list[int] = []
         self.busy = False
 
@@ -88,7 +90,7 @@ class Known:
         number = self.tell(image)
         self.looked.append(number)
         self.busy = True
-        time.sleep(self.seconds)
+        self.sleep(self.seconds)
         self.busy = False
         if self.fails(number):
             raise RuntimeError(f"frame {number} is too much")
@@ -274,4 +276,4 @@ def serving(answer: Callable[[Reply], None]) -> Iterator[str]:
         stopping.set()
         server.shutdown()
         server.server_close()
-        thread.join(5)
+        thread.join(240)

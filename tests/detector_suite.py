@@ -304,7 +304,7 @@ class DetectorBehaviour:
         together = threading.Barrier(8)
 
         def detect(frame: Pixels) -> sv.Detections:
-            together.wait(30)
+            together.wait(240)
             return detector(frame, names)
 
         with ThreadPoolExecutor(8) as pool:

@@ -16,7 +16,7 @@ from tests.certificates import Certificates
 from tests.served import Served
 
 NODE_MODULES = Path(__file__).parent / "npm" / "node_modules"
-SECONDS = 120
+SECONDS = 240
 
 PYTHON = """
 import asyncio, json, sys, time

@@ -45,7 +45,7 @@ class HeldModel:
             if self._left == 0 and self._fails:
                 raise RuntimeError("the device is lost")
             if self._left == 0:
-                self._open.wait(60)
+                self._open.wait(240)
             else:
                 self._left -= 1
             return step()
@@ -73,7 +73,7 @@ def held_server(steps: int = 0, then_fails: bool = False, **options: Any) -> Ite
 
 def wait_until(what: Callable[[], bool]) -> None:
     """Wait for something that another thread brings about."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.01)

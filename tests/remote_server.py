@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, answer: Answer) -> None:
         self.close_connection = bool(answer.fault)
         if answer.fault == "hang":
-            self.server.remote.stopping.wait(30)
+            self.server.remote.stopping.wait(240)
             return
         if answer.fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

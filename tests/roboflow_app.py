@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "WORKFLOWS_PLUGINS": "moondream_cv_blocks",
 }
 _STATIC_FOLDERS = ("static", "_next/static")  # of the landing page, which the wheel leaves out and the app insists on
-_START_SECONDS = 60
+_START_SECONDS = 240
 _torchvision_schemas: list[Any] = []  # a Library takes its schemas with it when it is collected
 
 

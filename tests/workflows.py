@@ -162,7 +162,7 @@ def engine_of(definition: dict[str, Any], model: Looks | None = None) -> Any:
     """An engine with a pool of its own, in which `tiny` is this model."""
     from moondream_cv_blocks import ModelPool
 
-    models = ModelPool(device="cpu", timeout=5)
+    models = ModelPool(device="cpu", timeout=240)
     if model is not None:
         models.add("tiny", model)  # type: ignore[arg-type]
     return compiled(definition, **{"moondream_cv_blocks.models": models})

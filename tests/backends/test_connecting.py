@@ -183,7 +183,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=cwd, env=environment
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=240, cwd=cwd, env=environment
     )
 
 

@@ -11,12 +11,12 @@ from moondream_cv.backends.deadlines import Callers
 
 def test_a_call_gives_what_the_function_gives() -> None:
     callers = Callers()
-    threads = {callers.call(threading.get_ident, 10) for _ in range(5)}
+    threads = {callers.call(threading.get_ident, 240) for _ in range(5)}
     assert len(threads) == 1
     assert threading.get_ident() not in threads
     with pytest.raises(KeyError, match="x"):
-        callers.call(lambda: {}["x"], 10)
-    assert callers.call(threading.get_ident, 10) in threads
+        callers.call(lambda: {}["x"], 240)
+    assert callers.call(threading.get_ident, 240) in threads
     callers.close()
 
 
@@ -24,15 +24,15 @@ def test_a_call_that_takes_too_long_is_left_behind() -> None:
     callers, release, ended = Callers(), threading.Event(), threading.Event()
 
     def slow() -> None:
-        release.wait(10)
+        release.wait(240)
         ended.set()
 
-    first = callers.call(threading.get_ident, 10)
+    first = callers.call(threading.get_ident, 240)
     with pytest.raises(TimeoutError, match=r"no answer within 0.01 s"):
         callers.call(slow, 0.01)
-    assert callers.call(threading.get_ident, 10) != first
+    assert callers.call(threading.get_ident, 240) != first
     release.set()
-    assert ended.wait(10)
+    assert ended.wait(240)
     callers.close()
 
 
@@ -42,16 +42,16 @@ def test_a_timeout_of_the_function_itself_is_its_own() -> None:
 
     callers = Callers()
     with pytest.raises(TimeoutError, match="mine"):
-        callers.call(fail, 10)
+        callers.call(fail, 240)
     callers.close()
 
 
 def test_threads_end_when_they_are_no_longer_needed() -> None:
     callers = Callers()
-    thread = callers.call(threading.current_thread, 10)
+    thread = callers.call(threading.current_thread, 240)
     callers.close()
-    thread.join(10)
+    thread.join(240)
     assert not thread.is_alive()
-    late = callers.call(threading.current_thread, 10)  # a call that was under way while it closed
-    late.join(10)
+    late = callers.call(threading.current_thread, 240)  # a call that was under way while it closed
+    late.join(240)
     assert not late.is_alive()

@@ -38,8 +38,8 @@ def test_serves_logs_in_json_and_ends_well_with_sigterm(uri: str) -> None:
     with serving("--model", "tiny", key=f"other {KEY}") as server:
         headers = {"X-Moondream-Auth": KEY, "X-Request-Id": "one"}
         body = {"image_url": uri, "object": "cat"}
-        assert httpx.post(f"{server.url}/v1/detect", json=body).status_code == 401
-        found = httpx.post(f"{server.url}/v1/detect?api_key={KEY}", json=body, headers=headers)
+        assert httpx.post(f"{server.url}/v1/detect", json=body, timeout=240).status_code == 401
+        found = httpx.post(f"{server.url}/v1/detect?api_key={KEY}", json=body, headers=headers, timeout=240)
         assert len(found.json()["objects"]) == 1
         status, log = server.end()
     assert status == 0
@@ -56,7 +56,7 @@ def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri
     model = endless_model()
     save_checkpoint(model.network, model.config, model.tokenizer, tmp_path)
     with serving("--model", str(tmp_path)) as server:
-        listed = httpx.get(f"{server.url}/v1/models").json()["data"]
+        listed = httpx.get(f"{server.url}/v1/models", timeout=240).json()["data"]
         assert [entry["id"] for entry in listed] == [tmp_path.name]  # the folder above it is nobody's business
         answers: list[httpx.Response] = []
         body: dict[str, Any] = {"image_url": uri, "settings": {"temperature": 0, "max_tokens": 1500}}
@@ -64,7 +64,7 @@ def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri
             target=lambda: answers.append(httpx.post(f"{server.url}/v1/caption", json=body, timeout=240))
         )
         thread.start()
-        while httpx.get(f"{server.url}/ready").json()["requests"] == 0:
+        while httpx.get(f"{server.url}/ready", timeout=240).json()["requests"] == 0:
             time.sleep(0.01)
         _, log = server.end()
         thread.join()

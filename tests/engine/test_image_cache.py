@@ -263,7 +263,7 @@ def test_threads_that_meet_at_an_image_encode_it_once(
         return encode_images(network, frames, **options)
 
     def call(_: int) -> EncodedImage | None:
-        together.wait(10)
+        together.wait(240)
         try:
             return model.encode_arrays([frame, frame], Settings())[1]
         except MemoryError:

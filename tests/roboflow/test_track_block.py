@@ -501,13 +501,13 @@ def test_two_threads(play: Play) -> None:
     found: dict[str, list[sv.Detections]] = {}
 
     def watch(source: str) -> None:
-        start.wait(10)
+        start.wait(240)
         found[source] = [tracked(player(frame)[0]) for frame in video(clips[source], source)]
 
     threads = [threading.Thread(target=watch, args=(source,)) for source in clips]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     for source in clips:
         check_same(found[source], expected[source])

@@ -43,7 +43,7 @@ def in_base64(rgb: np.ndarray) -> dict[str, str]:
 
 def post(url: str, definition: dict[str, Any], image: Any, **parameters: Any) -> requests.Response:
     inputs = {"image": image, **parameters}
-    return requests.post(f"{url}/workflows/run", json={"specification": definition, "inputs": inputs}, timeout=60)
+    return requests.post(f"{url}/workflows/run", json={"specification": definition, "inputs": inputs}, timeout=240)
 
 
 def outputs(answer: requests.Response) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def expected_boxes_of(detections: Any) -> list[list[float]]:
 
 @pytest.fixture(scope="module")
 def described(url: str) -> dict[str, dict[str, Any]]:
-    blocks = requests.post(f"{url}/workflows/blocks/describe", json={}, timeout=60).json()["blocks"]
+    blocks = requests.post(f"{url}/workflows/blocks/describe", json={}, timeout=240).json()["blocks"]
     return {
         block["manifest_type_identifier"]: block
         for block in blocks

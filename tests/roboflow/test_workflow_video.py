@@ -25,7 +25,7 @@ FRAMES = 60
 NAMES = ["dog", "red circle"]
 EVERY = 5
 LINE = 280  # x in pixels: the red circle crosses it, and nothing else does
-SECONDS = 60  # after which a runner hangs
+SECONDS = 240  # after which a runner hangs
 FAILING = range(20, 30)  # the calls of the model in the midst, where it is asked for each frame
 
 Prediction = tuple[dict[str, Any], Any]  # outputs, and the runner's `VideoFrame`

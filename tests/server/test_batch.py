@@ -47,7 +47,7 @@ def pictures() -> list[Image.Image]:
     ]
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
     """Wait for something that happens in another thread."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -304,13 +304,17 @@ def test_a_client_that_leaves_while_it_sends(tiny: LocalModel) -> None:
 
 
 def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> None:
-    with served(talker, queue=1, timeout=2.0) as running:  # one at a time: together they take longer than the limit
-        lines = [caption(uri, 2), caption(uri, ENDLESS), caption(uri, ENDLESS), caption(uri, 2)]
-        answers = post(running, lines)
-        assert ["result" in answer for answer in answers] == [True, False, False, True]
-        assert [answer["error"]["code"] for answer in answers[1:3]] == [504, 504]
-        assert "2 seconds" in answers[1]["error"]["message"]
-        assert not running.service._engine._driver.names
+    lines = [caption(uri, 2), caption(uri, ENDLESS), caption(uri, ENDLESS), caption(uri, 2)]
+    for limit in (2, 10, 50):  # the first one within which this machine answers a short line
+        # One at a time: together they take longer than the limit.
+        with served(talker, queue=1, timeout=limit) as running:
+            answers = post(running, lines)
+            assert not running.service._engine._driver.names
+        if "result" in answers[0] and "result" in answers[-1]:
+            break
+    assert ["result" in answer for answer in answers] == [True, False, False, True]
+    assert [answer["error"]["code"] for answer in answers[1:3]] == [504, 504]
+    assert f"{limit} seconds" in answers[1]["error"]["message"]
 
 
 def test_a_client_that_does_not_read_holds_up_the_rest(tiny: LocalModel, uri: str) -> None:

@@ -122,7 +122,7 @@ def test_a_key_is_not_needed_where_none_is_set(server: Served, uri: str) -> None
 
 @pytest.mark.parametrize("path", ["/v1//detect", "//v1/detect", "/v1///detect"])
 def test_doubled_slashes_are_accepted(server: Served, uri: str, path: str) -> None:
-    assert httpx.post(server.url + path, json=detection(uri)).json()["objects"]
+    assert httpx.post(server.url + path, json=detection(uri), timeout=240).json()["objects"]
 
 
 def test_every_answer_has_an_id_and_the_client_s_own_is_kept(server: Served) -> None:

@@ -47,7 +47,7 @@ def set_up(as_json: bool, stream: Any, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def raw(port: int, head: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=240) as connection:
         connection.sendall(head)
         answer = b""
         while piece := connection.recv(65536):

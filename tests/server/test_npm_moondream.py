@@ -71,7 +71,7 @@ def drive(url: str, image: str, *wanted: tuple[str, dict[str, Any]], key: str = 
     arguments = [f"{url}/v1", key, image, json.dumps(wanted)]
     ran = subprocess.run(
         ["node", "--input-type=module", "-e", SCRIPT, "--", *arguments],
-        cwd=PACKAGES, capture_output=True, text=True, timeout=120, check=False,
+        cwd=PACKAGES, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout)

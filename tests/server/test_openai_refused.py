@@ -228,7 +228,7 @@ def test_a_server_that_is_loading(tiny: LocalModel) -> None:
     loaded = threading.Event()
 
     def load() -> LocalModel:
-        loaded.wait(60)
+        loaded.wait(240)
         raise RuntimeError("never mind")
 
     with served(load) as loading, client_of(loading) as client:
@@ -250,7 +250,7 @@ def test_a_full_queue_is_retried_by_the_client() -> None:
             second = pool.submit(ask, patient, [user(QUESTION)], max_tokens=2)
             wait_until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.meters.text())
             held.go_on()
-            assert second.result(30).choices[0].message.content == first.result(30).choices[0].message.content
+            assert second.result(240).choices[0].message.content == first.result(240).choices[0].message.content
 
 
 @pytest.mark.parametrize("stream", [False, True])

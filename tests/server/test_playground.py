@@ -319,7 +319,7 @@ def run(code: str, recipe: str, folder: Path, **environment: str) -> str:
     command = ["sh", "-c", code] if recipe == "curl" else [sys.executable, "-c", code]
     path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=60
+        command, cwd=folder, env={**os.environ, **path, **environment}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -361,7 +361,7 @@ class Stuck:
 
     def stream(self, request: Request) -> Iterator[DetectedObject]:
         self.asked.set()
-        assert self.let_go.wait(60)
+        assert self.let_go.wait(240)
         yield DetectedObject(0.25, 0.25, 0.5, 0.5)
 
     def close(self) -> None:
@@ -379,7 +379,7 @@ def test_what_runs_can_be_cancelled_and_what_is_not_there_cannot_be_chosen(visit
         upload(page, png)
         page.locator("#prompt").fill("dog, cat")
         page.locator("#prompt").press("Enter")
-        assert model.asked.wait(20)
+        assert model.asked.wait(240)
         try:
             if way == "click":
                 page.locator("#cancel").click()
@@ -422,7 +422,7 @@ def test_a_model_that_is_still_loading_is_waited_for(visit: Open) -> None:
     go = threading.Event()
 
     def load_late() -> LocalModel:
-        assert go.wait(60)
+        assert go.wait(240)
         return load("tiny")
 
     with served(load_late) as running:

@@ -58,7 +58,7 @@ def run_through_kills(tiny: LocalModel, requests: int, kills: int) -> None:
             work_done = [pool.submit(work, client) for client in range(CLIENTS)]
             for _ in range(kills):
                 for _ in range(CLIENTS * requests // (kills + 2)):  # so much is answered between two kills
-                    assert answered.acquire(timeout=120)
+                    assert answered.acquire(timeout=240)
                 server.process.send_signal(signal.SIGKILL)
                 server.process.wait()
                 time.sleep(0.3)  # in which nobody listens

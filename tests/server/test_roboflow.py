@@ -272,7 +272,7 @@ def test_the_client_tries_again_when_the_queue_was_full(tiny: LocalModel, uri: s
             assert not answer.done()
             time.sleep(0.01)
         running.service.give_place_back()
-        assert len(answer.result(timeout=30)["predictions"]) == 1
+        assert len(answer.result(timeout=240)["predictions"]) == 1
 
 
 def test_a_server_that_shuts_down(tiny: LocalModel, uri: str) -> None:

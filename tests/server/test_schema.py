@@ -114,7 +114,7 @@ def lines(_: Any, value: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def target(tiny: LocalModel) -> Iterator[Served]:
-    with served(tiny, timeout=20) as running:
+    with served(tiny, timeout=240) as running:
         yield running
 
 
@@ -184,7 +184,7 @@ def fuzz(operation: Any, mode: GenerationMode, ended: str, examples: int, seen: 
         case.body = with_images(case.body)
         if len(str(case.path_parameters.get("request_id", "a"))) % 2 == 0:
             case.path_parameters["request_id"] = ended
-        seen[case.call_and_validate(timeout=60).status_code] += 1
+        seen[case.call_and_validate(timeout=240).status_code] += 1
 
     send()
 

@@ -29,7 +29,7 @@ from moondream_cv.vision_model import PublishedMethods
 from tests.conftest import endless_model, random_model
 from tests.served import Served, served, until
 
-LONG = 1_000  # tokens: about a second
+LONG = 1_000  # tokens: many more decoding steps than a detection takes
 ENDLESS = 100_000  # as many as the context allows
 
 
@@ -87,13 +87,16 @@ def test_a_request_that_takes_too_long_is_answered_with_504_and_leaves_the_engin
 
 
 def test_a_stream_that_takes_too_long_says_so_and_ends(talker: LocalModel, uri: str) -> None:
-    with served(talker, timeout=0.5) as running:
-        with running.client.stream("POST", "/v1/caption", json=caption(uri) | {"stream": True}) as answer:
-            assert answer.status_code == 200
-            events = [json.loads(line[6:]) for line in answer.iter_lines() if line]
-        assert "chunk" in events[0]
-        assert "0.5 seconds" in json.dumps(events[-1]["error"])
-        until(lambda: rows(running) == 0)
+    for limit in (0.5, 5, 50):  # the first one within which this machine begins to answer
+        with served(talker, timeout=limit) as running:
+            with running.client.stream("POST", "/v1/caption", json=caption(uri) | {"stream": True}) as answer:
+                events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line]
+            until(lambda: rows(running) == 0)
+        if "chunk" in events[0]:
+            break
+    assert answer.status_code == 200
+    assert "chunk" in events[0]
+    assert f"{limit} seconds" in json.dumps(events[-1]["error"])
 
 
 def test_streaming_begins_long_before_the_end(talking: Served, uri: str) -> None:
@@ -152,7 +155,7 @@ def test_until_the_model_is_loaded_requests_are_told_to_wait(tiny: LocalModel, u
     released = threading.Event()
 
     def load() -> LocalModel:
-        assert released.wait(30)
+        assert released.wait(240)
         return random_model()
 
     with served(load) as running:
@@ -181,7 +184,7 @@ def test_a_model_that_cannot_be_loaded_is_a_failure_of_the_service() -> None:
 def test_a_shutdown_finishes_what_is_running(talker: LocalModel, uri: str) -> None:
     with ThreadPoolExecutor() as pool:
         with served(talker) as running:
-            answer = pool.submit(httpx.post, f"{running.url}/v1/caption", json=caption(uri, LONG), timeout=60)
+            answer = pool.submit(httpx.post, f"{running.url}/v1/caption", json=caption(uri, LONG), timeout=300)
             until(lambda: rows(running) == 1)
         assert answer.result().status_code == 200
     assert answer.result().json()["truncated"]
@@ -252,7 +255,7 @@ def test_an_engine_that_stops_takes_nothing_more(talker: LocalModel) -> None:
         await asyncio.to_thread(engine.stop)
         call = Call(Query(None, "Why?"))
         engine.submit(call)
-        return await asyncio.wait_for(call.done, 5)
+        return await asyncio.wait_for(call.done, 240)
 
     result: Any = asyncio.run(go())
     assert "stopping" in str(result.error)

@@ -78,6 +78,6 @@ def test_posts_need_a_json_or_multipart_content_type(server: Served, path: str, 
     rejected = server.client.post(path, content=b"{}", headers={"Content-Type": kind})
     assert rejected.status_code == 415
     assert "Content-Type must be application/json, got " in rejected.text
-    assert httpx.post(server.url + path, content=b"{}").status_code == 415  # without any
+    assert httpx.post(server.url + path, content=b"{}", timeout=240).status_code == 415  # without any
     for accepted in ("application/json", "application/problem+json; charset=utf-8", "multipart/form-data; boundary=x"):
         assert server.client.post(path, content=b"", headers={"Content-Type": accepted}).status_code != 415

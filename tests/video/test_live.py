@@ -6,7 +6,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,17 +18,17 @@ from moondream_cv.video.live import LiveReader
 from moondream_cv.video.sources import open_source
 from tests.clips import Reply, deadline, number_of, numbered, serving
 
-TIMES = {"open_timeout": 2.0, "read_timeout": 0.4}
+TIMES = {"open_timeout": 120.0, "read_timeout": 120.0}
 
 
 @pytest.fixture(autouse=True)
 def _in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(live, "FIRST_PAUSE", 0.05)
-    with deadline(10):
+    with deadline(240):
         yield
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -57,13 +58,19 @@ class Camera:
         try:
             while True:
                 with self.ready:
-                    self.ready.wait_for(lambda: self.images, 5)
+                    self.ready.wait_for(lambda: self.images, 240)
                     image = self.images.pop(0)
                 if image is None:
                     return
                 yield image
         finally:
             self.released += 1
+
+
+def increase(numbers: list[int]) -> bool:
+    """Whether each number comes after the one before; numbers start again after 255."""
+    steps = np.diff(numbers) % 256
+    return bool(((steps > 0) & (steps < 128)).all())
 
 
 def numbers(images: int) -> list[np.ndarray]:
@@ -123,24 +130,31 @@ def test_a_lost_source_is_opened_again(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "LONGEST_PAUSE", 0.2)
-    camera, attempts = Camera(), []
+    now, attempts = [0.0], []
+
+    class Closing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            now[0] += timeout or 0.0
+            return self.is_set()
+
+    monkeypatch.setattr(live, "FIRST_PAUSE", 0.0625)
+    monkeypatch.setattr(live, "LONGEST_PAUSE", 0.25)
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(live, "threading", SimpleNamespace(**{**vars(threading), "Event": Closing}))
+    camera = Camera()
     camera.push(numbered(0), None)
 
     def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
-        attempts.append(time.monotonic())
+        camera.gone = len(attempts) > 0
+        attempts.append(now[0])
         return camera(reader)
 
     reader = LiveReader(open_frames, name="camera", reconnect_for=1.0, **TIMES)
-    camera.gone = True
     assert number_of(next(reader).image) == 0
     with pytest.raises(VideoError, match=r"camera is gone, although it was tried again for 1 s: the camera is gone"):
         next(reader)
     assert list(reader) == []
-    pauses = np.diff(attempts)
-    assert 5 <= len(pauses) <= 7
-    assert (pauses[:4] > np.array([0.05, 0.1, 0.2, 0.2]) - 0.01).all()
-    assert 0.9 < sum(pauses) < 1.5
+    assert np.diff(attempts).tolist() == [0.0625, 0.125, 0.25, 0.25, 0.25, 0.0625]
     assert (camera.opened, camera.released) == (1, 1)
 
 
@@ -154,14 +168,21 @@ def test_the_waiting_frame_comes_before_the_error() -> None:
 
 
 def test_the_first_attempt_is_not_repeated() -> None:
-    camera = Camera()
-    camera.gone = True
-    start = time.monotonic()
+    attempts: list[int] = []
+
+    def gone(reader: LiveReader) -> Iterator[np.ndarray]:
+        attempts.append(1)
+        raise VideoError("the camera is gone")
+
+    def ended(reader: LiveReader) -> Iterator[np.ndarray]:
+        attempts.append(2)
+        return iter([])
+
     with pytest.raises(VideoError, match=r"^the camera is gone$"):
-        LiveReader(camera, name="camera", **TIMES)
+        LiveReader(gone, name="camera", **TIMES)
     with pytest.raises(VideoError, match=r"^camera ended$"):
-        LiveReader(lambda _: iter([]), name="camera", **TIMES)
-    assert time.monotonic() - start < 0.5
+        LiveReader(ended, name="camera", **TIMES)
+    assert attempts == [1, 2]
 
 
 def test_errors_of_a_driver_are_wrapped() -> None:
@@ -179,18 +200,16 @@ def test_a_driver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
         yield numbered(0)
-        hang.wait(8)
+        hang.wait(240)
 
-    start = time.monotonic()
-    reader = LiveReader(open_frames, name="camera", reconnect_for=0.1, open_timeout=0.2, read_timeout=0.2)
+    reader = LiveReader(open_frames, name="camera", reconnect_for=0.1, open_timeout=120, read_timeout=0.2)
     assert number_of(next(reader).image) == 0
     with pytest.raises(VideoError, match=r"camera is gone: no frame for 1\.3 s"):
         next(reader)
-    assert time.monotonic() - start < 2
     reader.close()
 
     def never(reader: LiveReader) -> Iterator[np.ndarray]:
-        hang.wait(8)
+        hang.wait(240)
         return iter(())
 
     with pytest.raises(VideoError, match=r"camera gave no frame within 0\.3 s"):
@@ -198,34 +217,36 @@ def test_a_driver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     hang.set()
 
 
-def test_closing_from_another_thread_ends_the_wait() -> None:
+def test_closing_from_another_thread_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "CLOSING_SECONDS", 240.0)
     camera = Camera()
     camera.push(numbered(0))
-    reader = LiveReader(camera, name="camera", open_timeout=2, read_timeout=8)
+    reader = LiveReader(camera, name="camera", **TIMES)
     next(reader)
     ended = []
     consumer = threading.Thread(target=lambda: ended.append(list(reader)))
     consumer.start()
-    time.sleep(0.05)
-    start = time.monotonic()
-    threading.Timer(0.1, camera.push, [None]).start()  # lets the thread out of the camera
-    reader.close()
-    consumer.join(2)
-    assert ended == [[]]
+    until(lambda: len(reader._changed._waiters) == 1)  # type: ignore[attr-defined]
+    closer = threading.Thread(target=reader.close)
+    closer.start()
+    consumer.join(240)
+    assert ended == [[]]  # although the camera still waits for an image
+    assert reader._thread.is_alive()
+    camera.push(None)
+    closer.join(240)
     assert not reader._thread.is_alive()
-    assert time.monotonic() - start < 1
     assert camera.released == 1
     reader.close()
     assert list(reader) == []
 
 
 def test_closing_while_waiting_to_connect_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "FIRST_PAUSE", 8.0)
-    reader = LiveReader(lambda _: iter(numbers(1)), name="camera", **TIMES)
+    monkeypatch.setattr(live, "FIRST_PAUSE", 1000.0)
+    monkeypatch.setattr(live, "LONGEST_PAUSE", 1000.0)
+    monkeypatch.setattr(live, "CLOSING_SECONDS", 120.0)
+    reader = LiveReader(lambda _: iter(numbers(1)), name="camera", reconnect_for=10_000, **TIMES)
     until(lambda: reader._received == 1)
-    start = time.monotonic()
     reader.close()
-    assert time.monotonic() - start < 0.5
     assert not reader._thread.is_alive()
 
 
@@ -260,21 +281,22 @@ def test_an_mjpeg_stream() -> None:
         assert (source.fps, source.frame_count, source.resolution_wh) == (None, None, (128, 64))
         frames = list(islice(source, 5))
         found = [number_of(frame.image) for frame in frames]
-        assert found == sorted(set(found))
+        assert increase(found)
         assert [frame.index for frame in frames] == list(range(5))
-        time.sleep(0.3)
-        next(source)  # waited
-        late = next(source)
-        assert number_of(late.image) > found[-1] + 4  # what came meanwhile is skipped: two frames were read
+        assert isinstance(source, LiveReader)
+        dropped = source.dropped
+        until(lambda: source.dropped >= dropped + 5)
+        late = number_of(next(source).image)
+        assert (late - found[-1]) % 256 > 4  # the frames that arrived meanwhile are skipped
         assert source.problems == 0
 
 
 @pytest.mark.parametrize("failure", ["stalls", "dies", "refuses"])
 def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCaptureFixture) -> None:
-    requests: list[float] = []
+    requests: list[int] = []
 
     def answer(reply: Reply) -> None:
-        requests.append(time.monotonic())
+        requests.append(1)
         if len(requests) == 2 and failure == "refuses":
             reply.start("text/plain", 503)
             return
@@ -284,13 +306,17 @@ def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCapture
         for number in range(5):
             reply.send_jpeg(numbered(number), 0.02)
         if failure == "stalls":
-            reply.stopping.wait(5)
+            reply.stopping.wait(240)
 
-    with serving(answer) as address, open_source(address, reconnect_for=5, **TIMES) as source:
+    times = {**TIMES, "read_timeout": 1.0} if failure == "stalls" else TIMES
+    with serving(answer) as address, open_source(address, reconnect_for=120, **times) as source:
         before = next(source)
         frame = next(frame for frame in source if number_of(frame.image) >= 100)
         assert frame.time > before.time
-        assert len(requests) == (3 if failure == "refuses" else 2)
+        if failure == "stalls":
+            assert len(requests) >= 2  # on a slow machine, the stream that returned may seem to stall as well
+        else:
+            assert len(requests) == (3 if failure == "refuses" else 2)
         assert f"{address} was lost" in caplog.text
 
 
@@ -308,32 +334,30 @@ def test_a_stream_that_ends_for_good() -> None:
 
     with serving(answer) as address, open_source(address, reconnect_for=0.5, **TIMES) as source:
         found: list[int] = []
-        start = time.monotonic()
         with pytest.raises(VideoError, match=rf"^{address} is gone, although it was tried again for 0\.5 s: "):
             found.extend(number_of(frame.image) for frame in source)
         assert found[-1] == 4
-        assert time.monotonic() - start < 3
-        assert len(requests) >= 3
+        assert len(requests) >= 2
 
 
-def test_closing_a_stream_that_stalls() -> None:
+def test_closing_a_stream_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "CLOSING_SECONDS", 0.1)
+
     def answer(reply: Reply) -> None:
         reply.start_mjpeg()
         for number in range(5):
             reply.send_jpeg(numbered(number), 0.02)
-        reply.stopping.wait(8)
+        reply.stopping.wait(240)
 
     with serving(answer) as address:
-        source = open_source(address, open_timeout=2, read_timeout=1)
+        source = open_source(address, **TIMES)
         next(source)
         threading.Timer(0.3, source.close).start()
-        start = time.monotonic()
-        rest = list(source)
-        assert time.monotonic() - start < 0.8
+        rest = list(source)  # ends long before the read time-out
         assert len(rest) <= 4
         source.close()
         assert isinstance(source, LiveReader)
-        assert not source._thread.is_alive()
+    until(lambda: not source._thread.is_alive())
 
 
 def test_a_damaged_picture_in_a_stream_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
@@ -359,13 +383,11 @@ def test_nobody_answers(scheme: str) -> None:
 
 
 def test_a_server_that_says_nothing() -> None:
-    start = time.monotonic()
     with (
-        serving(lambda reply: reply.stopping.wait(8) and None) as address,
+        serving(lambda reply: reply.stopping.wait(240) and None) as address,
         pytest.raises(VideoError, match="cannot be opened as a video: no answer in time"),
     ):
         open_source(address, open_timeout=0.4, read_timeout=0.4)
-    assert time.monotonic() - start < 2
 
 
 def test_h264_over_udp() -> None:
@@ -380,7 +402,7 @@ def test_h264_over_udp() -> None:
         with av.open(f"udp://127.0.0.1:{port}?pkt_size=1316", "w", format="mpegts") as container:
             stream = container.add_stream("libx264", rate=50, options={"tune": "zerolatency", "g": "5"})
             stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
-            for number in range(500):
+            for number in count():
                 frame = av.VideoFrame.from_ndarray(numbered(number % 256), format="bgr24")
                 frame.pts = number
                 container.mux(stream.encode(frame))
@@ -390,15 +412,14 @@ def test_h264_over_udp() -> None:
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     try:
-        with open_source(f"udp://127.0.0.1:{port}", open_timeout=6, read_timeout=1) as source:
+        with open_source(f"udp://127.0.0.1:{port}", open_timeout=120, read_timeout=10) as source:
             found = [number_of(frame.image) for frame in islice(source, 20)]
-            assert found == sorted(set(found))
+            assert increase(found)
             assert source.live
             assert source.resolution_wh == (128, 64)
-            stop.set()
     finally:
         stop.set()
-        sender.join(5)
+        sender.join(240)
 
 
 def test_a_udp_stream_without_a_sender() -> None:

@@ -25,7 +25,7 @@ IMAGES = [numbered(number) for number in range(31)]
 
 @pytest.fixture(autouse=True)
 def _in_time() -> Iterator[None]:
-    with deadline(10):
+    with deadline(240):
         yield
 
 
@@ -484,15 +484,15 @@ def test_closing_from_another_thread(tmp_path: Path) -> None:
     def images() -> Iterator[np.ndarray]:
         yield IMAGES[0]
         taken.set()
-        go_on.wait(5)
+        go_on.wait(240)
         yield IMAGES[1]
 
     source = open_source(images())
     next(source)
-    closer = threading.Thread(target=lambda: (taken.wait(5), threading.Timer(0.1, go_on.set).start(), source.close()))
+    closer = threading.Thread(target=lambda: (taken.wait(240), threading.Timer(0.1, go_on.set).start(), source.close()))
     closer.start()
     assert list(source) == []
-    closer.join(5)
+    closer.join(240)
     assert not closer.is_alive()
 
     video = open_source(write_clip(tmp_path / "clip.mp4", IMAGES * 20))
@@ -507,7 +507,7 @@ def test_closing_from_another_thread(tmp_path: Path) -> None:
 def test_a_finite_video_over_http_loses_no_frame(tmp_path: Path, faststart: bool) -> None:
     content = write_clip(tmp_path / "clip.mp4", IMAGES, faststart=faststart).read_bytes()
     with serving(lambda reply: reply.send_file(content, "video/mp4")) as address:
-        source, frames = read(f"{address}/clip.mp4", open_timeout=3, read_timeout=3)
+        source, frames = read(f"{address}/clip.mp4", open_timeout=120, read_timeout=120)
     assert numbers(frames) == list(range(31))
     assert (source.live, source.fps, source.frame_count) == (False, 25.0, 31)
     assert source.name == f"{address}/clip.mp4"
@@ -521,9 +521,9 @@ def test_a_finite_video_whose_server_stalls_is_an_error(tmp_path: Path) -> None:
         reply.start("video/mp4", Content_Length=str(len(content)))
         reply.handler.wfile.write(content[:70_000])
         reply.handler.wfile.flush()
-        reply.stopping.wait(8)
+        reply.stopping.wait(240)
 
-    with serving(answer) as address, open_source(address, open_timeout=2, read_timeout=0.3) as source:
+    with serving(answer) as address, open_source(address, open_timeout=120, read_timeout=1.0) as source:
         found: list[int] = []
         with pytest.raises(VideoError, match=rf"{address} broke off: no answer in time"):
             found.extend(number_of(frame.image) for frame in source)
@@ -563,5 +563,5 @@ def test_names_of_urls_hold_no_secrets(url: str, name: str) -> None:
 
 def test_importing_loads_neither_opencv_nor_pyav() -> None:
     code = "import sys, moondream_cv.video.sources; print(sorted({'av', 'cv2', 'torch'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == "[]"

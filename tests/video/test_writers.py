@@ -270,4 +270,4 @@ class TestWindow:
         # QT_QPA_PLATFORM other than xcb leaves it to OpenCV whether there is a screen.
         environment = os.environ | {"QT_QPA_PLATFORM": "offscreen"}
         command = [sys.executable, "-c", program]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True, env=environment).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, env=environment).stdout
