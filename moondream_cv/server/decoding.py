@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-import moondream_cv
 from moondream_cv.errors import ImageError
 
 from .decoder_process import FAILURE, READY, REPLY, REQUEST
@@ -116,7 +115,7 @@ class _DecoderProcess:
     """One process; used by one thread at a time."""
 
     def __init__(self, max_pixels: int) -> None:
-        root = str(Path(moondream_cv.__file__).parents[1])
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moondream_cv.server.decoder_process", str(max_pixels)],

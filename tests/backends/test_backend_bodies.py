@@ -123,7 +123,7 @@ CLIENTS: dict[str, tuple[Callable[[str], RemoteModel], str]] = {
 
 
 def call(model: RemoteModel, picture: np.ndarray) -> Any:
-    return model.detect(picture, "cat") if "detect" in model.skills else model.caption(picture)
+    return model.caption(picture) if isinstance(model, OpenAICompatible) else model.detect(picture, "cat")
 
 
 @pytest.mark.parametrize("name", CLIENTS)

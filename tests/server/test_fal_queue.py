@@ -137,8 +137,9 @@ def test_cancelling_what_is_not_there(server: Served) -> None:
     assert server.client.put(f"{QUEUE}/requests/{UUID(int=1)}/cancel").status_code == 404
 
 
-def test_addresses_are_those_that_the_client_used(server: Served, uri: str) -> None:
-    answer = server.post(QUEUE, {"image_url": uri}, headers={"Host": "vision.example:8443"})
+def test_addresses_are_those_that_the_client_used(tiny: LocalModel, uri: str) -> None:
+    with served(tiny, allowed_hosts=("vision.example",)) as server:
+        answer = server.post(QUEUE, {"image_url": uri}, headers={"Host": "vision.example:8443"})
     assert answer.json()["status_url"].startswith(f"http://vision.example:8443{QUEUE}/requests/")
 
 
