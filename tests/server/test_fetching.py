@@ -81,7 +81,7 @@ class Site(socketserver.ThreadingTCPServer):
 
     def connections(self) -> int:
         """How many came before this call. Connections are accepted in order, so one of our own shows the count."""
-        with socket.create_connection((str(self.server_address[0]), self.port), timeout=10) as own:
+        with socket.create_connection((str(self.server_address[0]), self.port), timeout=240) as own:
             own.sendall(b"GET /count HTTP/1.1\r\n\r\n")
             assert own.recv(1) == b""
         return self.accepted - 1
