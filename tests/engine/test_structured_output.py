@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -203,10 +202,8 @@ def test_a_schema_that_takes_long_to_compile_does_not_stall_other_requests(model
     while not fast.done:
         scheduler.step()
     assert not slow.done
-    started = time.monotonic()
     while scheduler.step():
         pass
-    assert time.monotonic() - started < 30
     assert slow.result is not None
     assert "too long to compile" in str(error_of(slow.result))
 

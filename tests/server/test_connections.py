@@ -96,11 +96,16 @@ def test_pipelined_requests_are_counted_one_by_one(server: Served) -> None:
 def test_connections_without_a_complete_request_are_closed(
     tiny: LocalModel, monkeypatch: pytest.MonkeyPatch, sent: bytes, status: bytes
 ) -> None:
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 0.3)
-    with served(tiny) as server, connected(server) as client:
-        client.sendall(sent)
-        assert status in read_all(client).split(b"\r\n")[0]
+    for seconds in (0.3, 3, 30):  # until this machine sends in time
+        monkeypatch.setattr(connections, "HEAD_SECONDS", seconds)
+        monkeypatch.setattr(connections, "REQUEST_SECONDS", seconds)
+        with served(tiny) as server, connected(server) as client:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(sent)
+            answer = read_all(client).split(b"\r\n")[0]
+        if status in answer:
+            break
+    assert status in answer
 
 
 def test_silent_connections_lock_nobody_out(tiny: LocalModel) -> None:
