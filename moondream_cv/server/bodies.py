@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from pydantic_core import from_json
@@ -25,6 +27,52 @@ MAX_DEPTH = 64
 JSON_TYPES = re.compile(r"application/(json|jsonl|x-ndjson|ndjson|[a-z0-9.-]+\+json)", re.IGNORECASE)
 MULTIPART = "multipart/form-data"
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+class ReceiveBudget:
+    """Bytes of bodies that may be received from one client at a time.
+
+    A body is read only when all of it fits, so that bodies that never end fill no memory and only delay others of the
+    same client.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Start with nothing reserved.
+
+        Args:
+            size: Bytes for each client; no body may be larger.
+        """
+        self._size = size
+        self._reserved: Counter[str] = Counter()
+        self._waiting: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
+
+    @asynccontextmanager
+    async def reserve(self, client: str, size: int) -> AsyncIterator[None]:
+        """Wait until a body of this size fits, first come, first served; it is returned at the end of the context."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append((size, turn))
+        self._hand_out(client)
+        try:
+            await turn
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._reserved[client] -= size
+            self._hand_out(client)
+
+    def _hand_out(self, client: str) -> None:
+        waiting = self._waiting.get(client, deque())
+        while waiting:
+            size, turn = waiting[0]
+            if not turn.done():
+                if self._reserved[client] + size > self._size:
+                    return
+                self._reserved[client] += size
+                turn.set_result(None)
+            waiting.popleft()
+        self._waiting.pop(client, None)
+        if not self._reserved[client]:
+            del self._reserved[client]
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .bodies import check_content_type, check_json, key_in_body
+from .bodies import ReceiveBudget, check_content_type, check_json, key_in_body
 from .connections import address_group
 from .dialect import Dialect, find_dialect
 from .errors import ClientLeft, ServerError, explain
@@ -91,6 +91,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Service, dialects: Sequence[Dialect]) -> None:
         self._app, self._service, self._dialects = app, service, dialects
+        self._receiving = ReceiveBudget(2 * service.options.max_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,12 +131,14 @@ class Gate:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         check_content_type(scope, headers)
-        declared = headers.get("content-length", "0")
-        if declared.isdigit() and int(declared[:20]) > options.max_body:
+        declared = headers.get("content-length", "")
+        size = int(declared[:20]) if declared.isdigit() else options.max_body
+        if size > options.max_body:
             raise _too_large(options.max_body)
 
         # Checks that need the body
-        body = await _read_body(receive, options.max_body)
+        async with self._receiving.reserve(client_address.get(), size):
+            body = await _read_body(receive, options.max_body)
         if needs_key and not self._service.check_key(await key_in_body(body)):
             raise no_key()
         if scope["path"] not in LINES_PATHS:

@@ -17,13 +17,13 @@ from moondream_cv.server import connections
 from moondream_cv.server.connections import MAX_HEAD, MAX_URL, address_group
 from tests.served import Served, served
 
-WAIT = 120  # seconds, only to end a test that hangs
+WAIT = 240  # seconds, only to end a test that hangs
 
 
 @contextlib.contextmanager
-def connected(server: Served) -> Iterator[socket.socket]:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=WAIT) as client:
+def connected(server: Served, source: str = "127.0.0.1") -> Iterator[socket.socket]:
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=WAIT, source_address=(source, 0)) as client:
         yield client
 
 
