@@ -4,7 +4,8 @@
     GET /v1/models/{name}
 
 The list of models is in `operations`; what a conversation asks of Moondream 2 is in `openai_body`. With
-`"reasoning": true`, as Moondream's own client sends it, a message has `reasoning` beside `content`.
+`"reasoning": true`, as Moondream's own client sends it, a message has `reasoning` beside `content`. If `tool_choice`
+forces the call of a function, the answer is the arguments of that call, in `tool_calls` instead of `content`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
 
+from moondream_cv.errors import SchemaError
 from moondream_cv.requests import DetectResult, PointResult, Reasoning
 
 from . import operations
 from .dialect import Dialect
 from .driving import Usage
-from .errors import KINDS, ServerError
-from .openai_body import Asked, ChatBody, read_body
+from .errors import KINDS, ServerError, explain
+from .openai_body import Asked, ChatBody, ForcedCall, read_body
 from .openai_schema import ChatCompletion, ModelCard, refusals
 from .service import Exchange, Stream, open_exchange, service_of
 from .sse import event, event_stream
@@ -60,8 +62,9 @@ async def chat_completions(body: ChatBody, exchange: Open) -> Any:
     """Answer the last user message about the one image of the conversation.
 
     `response_format` of type `json_schema` constrains the answer to JSON that conforms to the schema, and `json_object`
-    to any JSON object. The schema names `moondream_detect` and `moondream_point` give boxes or points of the object
-    that the text names instead.
+    to any JSON object. A `tool_choice` that forces the call of one of the `tools` constrains the answer to the
+    parameters of that function. The schema names `moondream_detect` and `moondream_point` give boxes or points of the
+    object that the text names instead.
     """
     served = exchange.service.name
     _check_model(body.model, served)
@@ -69,11 +72,15 @@ async def chat_completions(body: ChatBody, exchange: Open) -> Any:
     image = None if asked.image_url is None else await exchange.picture(asked.image_url)
     request = asked.request(image)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served}
-    if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage is True
-        return event_stream(_events(asked, await exchange.stream(request), head, with_usage))
-    result, usage = await exchange.answer(request)
-    choice = {"index": 0, "message": _message(result), "logprobs": None, "finish_reason": _finish_reason(result)}
+    try:
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage is True
+            return event_stream(_events(asked, await exchange.stream(request), head, with_usage))
+        result, usage = await exchange.answer(request)
+    except SchemaError as error:
+        raise _schema_error(asked, explain(error)) from error
+    choice = {"index": 0, "message": _message(asked, result), "logprobs": None}
+    choice["finish_reason"] = _finish_reason(asked, result)
     return {**head, "object": "chat.completion", "choices": [choice], "usage": _usage(usage)}
 
 
@@ -102,18 +109,35 @@ def _check_model(name: str | None, served: str) -> None:
     )
 
 
-def _message(result: Any) -> dict[str, Any]:
-    """What the assistant says."""
+def _schema_error(asked: Asked, error: ServerError) -> ServerError:
+    """Return an error that names the parameter the JSON schema came from: `tools` for a forced call."""
+    if asked.call is None or error.param != "response_format":
+        return error
+    message = error.message.removeprefix("response_format: ")
+    return ServerError(error.status, f"tools: {message}", kind=error.kind, param="tools")
+
+
+def _message(asked: Asked, result: Any) -> dict[str, Any]:
+    """Return the message of the assistant."""
     if isinstance(result, DetectResult | PointResult):
         return {"role": "assistant", "content": json.dumps(result.to_dict()), "refusal": None}
     thoughts = {} if result.reasoning is None else {"reasoning": result.reasoning.to_dict()}
-    return {"role": "assistant", "content": result.answer, "refusal": None, **thoughts}
+    message = {"role": "assistant", "content": result.answer, "refusal": None, **thoughts}
+    if asked.call is None:
+        return message
+    return {**message, "content": None, "tool_calls": [_tool_call(asked.call, result.answer)]}
 
 
-def _finish_reason(result: Any) -> str:
+def _tool_call(call: ForcedCall, arguments: str) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _finish_reason(asked: Asked, result: Any) -> str:
     """Why an answer ends. A list that was cut is still complete JSON, and says so itself, in `truncated`."""
-    is_cut = result.truncated and not isinstance(result, DetectResult | PointResult)
-    return "length" if is_cut else "stop"
+    if result.truncated and not isinstance(result, DetectResult | PointResult):
+        return "length"
+    return "stop" if asked.call is None else asked.call.finish_reason
 
 
 def _usage(usage: Usage) -> dict[str, int] | None:
@@ -132,24 +156,36 @@ async def _events(asked: Asked, stream: Stream, head: dict[str, Any], with_usage
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     try:
-        yield chunk({"role": "assistant", "content": ""})
+        yield chunk(_first_delta(asked))
         async for delta in _deltas(asked, stream):
             yield chunk(delta)
-        yield chunk({}, _finish_reason(stream.result))
+        yield chunk({}, _finish_reason(asked, stream.result))
         if with_usage:
             yield event({**head, "choices": [], "usage": _usage(stream.usage)})
     except ServerError as error:
-        yield event(error_body(error))
+        yield event(error_body(_schema_error(asked, error)))
         return
     yield event("[DONE]")
 
 
+def _first_delta(asked: Asked) -> dict[str, Any]:
+    """Return the start of a streamed message; of a tool call, everything but the arguments."""
+    if asked.call is None:
+        return {"role": "assistant", "content": ""}
+    return {"role": "assistant", "content": None, "tool_calls": [{"index": 0, **_tool_call(asked.call, "")}]}
+
+
 async def _deltas(asked: Asked, stream: Stream) -> AsyncIterator[dict[str, Any]]:
-    """What is added to a message bit by bit: text, thoughts in one piece, or the JSON of boxes and points."""
+    """Yield what extends a message: reasoning in one piece, text, arguments, or the JSON of boxes and points."""
     name = LISTS.get(asked.kind.skill)
     if name is None:
         async for piece in stream:
-            yield {"reasoning": piece.to_dict()} if isinstance(piece, Reasoning) else {"content": piece}
+            if isinstance(piece, Reasoning):
+                yield {"reasoning": piece.to_dict()}
+            elif asked.call is None:
+                yield {"content": piece}
+            else:
+                yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
         return
     before = f'{{"{name}": ['
     async for item in stream:

@@ -10,14 +10,15 @@ Moondream 2 answers single questions, and was not trained on dialogues. So of a 
 
 `response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points instead. The
 text is then the object's name, and system messages do not matter. Any other JSON schema constrains the answer; the
-prompt stays as it is.
+prompt stays as it is. So do the parameters of a function that `tool_choice` forces the model to call.
 
 It knows nothing of how answers look: that is `openai`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +69,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # parameters that are rejected → valu
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
+}
+
+# Keywords of JSON schemas
+COMBINING = ("allOf", "anyOf", "oneOf")
+OBJECT_KEYWORDS = {"properties", "patternProperties", "additionalProperties", "required"}
+OPENING_KEYWORDS = {"additionalProperties", "patternProperties", "minProperties"}
+EXCLUDING_KEYWORDS = {
+    "oneOf",
+    "not",
+    "if",
+    "dependencies",
+    "dependentSchemas",
+    "dependentRequired",
+    "unevaluatedProperties",
+    "$dynamicRef",
 }
 
 
@@ -122,13 +138,34 @@ class ChatBody(BaseModel):
     frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
     logit_bias: dict[str, Any] | None = Field(None, description="Only an empty object is supported.")
     n: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = Field(None, description='Only "none" and "auto" are supported.')
+    tools: list[Any] | None = Field(
+        None, description="Functions, one of which `tool_choice` must force; JSON that conforms to its parameters."
+    )
+    tool_choice: Any = Field(
+        None,
+        description='`{"type": "function", "function": {"name": ...}}`, or "required" with a single tool. Without tools'
+        ' also "none" and "auto".',
+    )
     functions: list[Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     modalities: list[str] | None = None
     audio: Any = None
+
+
+@dataclass(frozen=True)
+class ForcedCall:
+    """The function that the model is forced to call.
+
+    Attributes:
+        name: Name of the function.
+        json_schema: JSON schema of the arguments, as text.
+        finish_reason: Finish reason of a complete call.
+    """
+
+    name: str
+    json_schema: str
+    finish_reason: Literal["stop", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +179,7 @@ class Asked:
         reasoning: Whether to think first.
         stop: Strings that end an answer.
         json_schema: JSON schema that an answer conforms to.
+        call: The function call that the answer is the arguments of; None for an answer in `content`.
     """
 
     kind: type[Query] | type[Detect] | type[Point]
@@ -151,6 +189,7 @@ class Asked:
     settings: Settings
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
+    call: ForcedCall | None = None
 
     def request(self, image: Any) -> Query | Detect | Point:
         """The request to the model.
@@ -169,8 +208,9 @@ def read_body(body: ChatBody) -> Asked:
     Raises:
         ServerError: It asks for something that Moondream 2 cannot do, or says nothing.
     """
-    _refuse_unsupported(body)
-    skill, json_schema = _structured(body.response_format)
+    call = _forced_call(body)
+    _refuse_unsupported(body, () if call is None else ("tools", "tool_choice"))
+    skill, json_schema = _structured(body.response_format) if call is None else (None, call.json_schema)
     users = [message for message in body.messages if message.role == "user"]
     if not users:
         raise ServerError(400, 'messages: none has the role "user", so nothing is asked', param="messages")
@@ -180,11 +220,16 @@ def read_body(body: ChatBody) -> Asked:
     system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
     text = question if skill else "\n".join([said for said in system if said.strip()] + [question])
     settings, stop = _settings(body), _stop_of(body, skill)
-    return Asked(skill or Query, text, _image_url(body.messages), body.reasoning is True, settings, stop, json_schema)
+    url, reasoning = _image_url(body.messages), body.reasoning is True
+    return Asked(skill or Query, text, url, reasoning, settings, stop, json_schema, call)
 
 
-def _refuse_unsupported(body: ChatBody) -> None:
+def _refuse_unsupported(body: ChatBody, supported: Collection[str]) -> None:
     """Reject parameters that change the answer and are not supported, instead of ignoring them.
+
+    Args:
+        body: Request body.
+        supported: Names of parameters that this body uses in a supported way.
 
     Raises:
         ServerError: One of them has a value that is not neutral.
@@ -192,14 +237,91 @@ def _refuse_unsupported(body: ChatBody) -> None:
     given = {**(body.model_extra or {}), **{name: getattr(body, name) for name in ChatBody.model_fields}}
     for name, neutral in NEUTRAL.items():
         value = given.get(name)
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and name not in supported:
+            or_force = ", or force the call of one function with tool_choice" if name == "tools" else ""
             raise ServerError(
                 400,
                 f"{name} is not supported here and was {value!r:.100}: Moondream 2 gives one answer in text;"
-                f" leave {name} out",
+                f" leave {name} out{or_force}",
                 kind="unsupported_parameter",
                 param=name,
             )
+
+
+def _forced_call(body: ChatBody) -> ForcedCall | None:
+    """Return the function that `tool_choice` forces the model to call; None if it forces none.
+
+    Raises:
+        ServerError: The combination of parameters is not supported, or a tool is not valid.
+    """
+    # Find the name in tool_choice
+    choice, tools = body.tool_choice, body.tools
+    chosen = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    is_named = isinstance(chosen, dict) and "name" in chosen
+    if not tools or not (is_named or choice == "required"):
+        return None
+
+    # Reject combinations that are not supported
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        raise _unsupported_tools("not supported together with response_format; leave one of them out")
+    if not is_named and len(tools) > 1:
+        raise _unsupported_tools(
+            f'tool_choice "required" supports a single tool, got {len(tools)}; name one function in tool_choice'
+        )
+
+    # Select the function
+    functions = [_function_of(tool) for tool in tools]
+    names = [function["name"] for function in functions]
+    name = chosen["name"] if isinstance(chosen, dict) and is_named else names[0]
+    if names.count(name) != 1:
+        found = "several tools" if name in names else "none of the tools"
+        raise ServerError(400, f"tool_choice: {found} have the name {name!r:.100}", param="tool_choice")
+    if name in STRUCTURED:
+        raise _unsupported_tools(f"the name {name} is reserved; ask for boxes or points with response_format")
+    schema = _arguments_schema(functions[names.index(name)].get("parameters"))
+    return ForcedCall(name, schema, "stop" if is_named else "tool_calls")
+
+
+def _unsupported_tools(message: str) -> ServerError:
+    return ServerError(400, f"tools: {message}", kind="unsupported_parameter", param="tools")
+
+
+def _function_of(tool: Any) -> dict[str, Any]:
+    """Return the function of a tool.
+
+    Raises:
+        ServerError: The tool is not a function with a name.
+    """
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name or not name.isprintable():
+        raise ServerError(
+            400,
+            'tools: each must have the type "function" and an object function with a printable name,'
+            f" got {tool!r:.100}",
+            param="tools",
+        )
+    return function
+
+
+def _arguments_schema(parameters: Any) -> str:
+    """Return the JSON schema of a function's arguments, which are always an object.
+
+    Raises:
+        ServerError: The parameters are not a JSON schema of an object, or the schema is too large.
+    """
+    schema = {} if parameters is None else parameters
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        raise ServerError(
+            400,
+            f'tools: function.parameters must be a JSON schema of the type "object", got {schema!r:.100}',
+            param="tools",
+        )
+    try:
+        return str(Query(None, "?", json_schema=_closed({**schema, "type": "object"})).json_schema)
+    except ValueError as error:
+        message = str(error).replace("json_schema", "function.parameters", 1)
+        raise ServerError(400, f"tools: {message}", param="tools") from error
 
 
 def _structured(response_format: dict[str, Any] | None) -> tuple[type[Detect] | type[Point] | None, str | None]:
@@ -230,9 +352,55 @@ def _structured(response_format: dict[str, Any] | None) -> tuple[type[Detect] | 
             400, "response_format: json_schema.schema is missing; send a JSON schema", param="response_format"
         )
     try:
-        return None, Query(None, "?", json_schema=given["schema"]).json_schema  # type: ignore[return-value]
+        return None, Query(None, "?", json_schema=_closed(given["schema"])).json_schema  # type: ignore[return-value]
     except ValueError as error:
         raise ServerError(400, f"response_format: {error}", param="response_format") from error
+
+
+def _closed(schema: Any) -> Any:
+    """Return a JSON schema whose objects have no properties but those in `properties`, unless it allows others.
+
+    JSON that conforms to it conforms to the original schema, too. Without this, a model that does not see the schema
+    can add properties until it reaches the token limit. OpenAI requires closed objects for `strict` schemas. A schema
+    that combines subschemas of the same object is returned as it is, because closing each of them would contradict the
+    others.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    copied = copy.deepcopy(schema)
+    subschemas = list(_subschemas(copied))
+    if any(_combines_objects(subschema) for subschema in subschemas):
+        return schema
+    for subschema in subschemas:
+        properties, required = subschema.get("properties"), subschema.get("required", [])
+        if not isinstance(properties, dict) or subschema.keys() & OPENING_KEYWORDS:
+            continue
+        if isinstance(required, list) and all(isinstance(name, str) and name in properties for name in required):
+            subschema["additionalProperties"] = False
+    return copied
+
+
+def _combines_objects(schema: dict[str, Any]) -> bool:
+    """Return whether several subschemas, or an alternative that excludes others, apply to the same value."""
+    all_of = schema.get("allOf")
+    combined = [schema.keys() & OBJECT_KEYWORDS, "$ref" in schema, "allOf" in schema, "anyOf" in schema]
+    has_several = sum(map(bool, combined)) > 1 or (isinstance(all_of, list) and len(all_of) > 1)
+    return has_several or bool(schema.keys() & EXCLUDING_KEYWORDS)
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield a JSON schema and everything in it that is a JSON schema."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for keyword, value in schema.items():
+        children: Iterable[Any] = ()
+        if keyword in ("properties", "patternProperties", "$defs", "definitions"):
+            children = value.values() if isinstance(value, dict) else ()
+        elif keyword in ("items", "prefixItems", "additionalItems", "additionalProperties", "contains", *COMBINING):
+            children = value if isinstance(value, list) else (value,)
+        for child in children:
+            yield from _subschemas(child)
 
 
 def _text_of(message: Message) -> str:

@@ -13,22 +13,42 @@ from .moondream import Thoughts
 from .refusals import refusals as documented
 
 
+class ToolCallFunction(BaseModel):
+    """The function to call; `arguments` is JSON, which is incomplete if a limit truncated it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: ToolCallFunction
+
+
 class ChatAnswer(BaseModel):
-    """What the assistant says; `reasoning` only where it was asked for."""
+    """The message of the assistant: `content`, or `tool_calls` if `tool_choice` forces the call of a function.
+
+    `reasoning` is returned only on request.
+    """
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
     reasoning: Thoughts | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
-    """The one answer; it ends with "length" where a limit cut it."""
+    """The one answer.
+
+    `finish_reason` is "length" if a limit truncated the answer, and "tool_calls" for `tool_choice` "required".
+    """
 
     index: int
     message: ChatAnswer
     logprobs: None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatUsage(BaseModel):

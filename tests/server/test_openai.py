@@ -359,6 +359,181 @@ def test_a_schema_constrains_the_answer_and_not_the_reasoning(talker: Any, uri: 
     assert reply.choices[0].message.reasoning["text"]
 
 
+NULL = {"type": "null"}
+CLOSED: dict[str, dict[str, Any]] = {
+    "one object": {"properties": {"a": NULL}, "required": ["a"]},
+    "a reference": {
+        "properties": {"a": {"$ref": "#/$defs/b"}},
+        "required": ["a"],
+        "$defs": {"b": {"type": "object", "properties": {}}},
+    },
+    "nested": {
+        "properties": {
+            "a": {"anyOf": [{"type": "array", "items": {"type": "object", "properties": {}}, "maxItems": 2}]}
+        },
+        "required": ["a"],
+    },
+    "a property named properties": {"properties": {"a": NULL, "properties": NULL}, "required": ["a"]},
+}
+OPEN: dict[str, dict[str, Any]] = {
+    "additionalProperties": {"properties": {"a": NULL}, "required": ["a"], "additionalProperties": True},
+    "several in allOf": {"allOf": [{"properties": {name: NULL}, "required": [name]} for name in ("a", "b")]},
+    "a required property without a schema": {"properties": {"b": NULL}, "required": ["a"]},
+    "minProperties": {"properties": {"a": NULL}, "required": ["a"], "minProperties": 2},
+    "anyOf": {"properties": {"b": NULL}, "anyOf": [{"required": ["a"]}]},
+}
+
+
+def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object", **schema}}}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_an_object_has_only_the_properties_in_its_schema(talker: Any, uri: str, name: str) -> None:
+    for seed in range(3):
+        settings = {**SOME, "max_tokens": 60, "seed": seed, "response_format": with_schema(CLOSED[name])}
+        choice = ask(talker, [user(text(QUESTION), image(uri))], **settings).choices[0]
+        assert choice.finish_reason == "stop"
+        assert json.loads(choice.message.content).keys() - {"properties"} == {"a"}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_schemas_that_need_other_properties_are_not_closed(talker: Any, uri: str, name: str) -> None:
+    # A schema without a conforming object would get 400
+    reply = ask(talker, [user(text(QUESTION), image(uri))], **SOME, response_format=with_schema(OPEN[name]))
+    assert reply.choices[0].message.content.startswith("{")
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+
+def tool_of(model: type[BaseModel]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": model.__name__, "parameters": model.model_json_schema()}}
+
+
+def choice_of(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools", "reason"),
+    [
+        (choice_of("Report"), [Report], "stop"),
+        (choice_of("Report"), [Animal, Report], "stop"),
+        ("required", [Report], "tool_calls"),
+    ],
+    ids=["named", "one of two", "required"],
+)
+def test_a_forced_call_has_conforming_arguments(
+    talker: Any, uri: str, choice: Any, tools: list[type[BaseModel]], reason: str
+) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    options = {"tools": [tool_of(tool) for tool in tools], "tool_choice": choice, "temperature": 3.0, "top_p": 1}
+    replies = [ask(talker, messages, **options, seed=seed).choices[0] for seed in range(3)]
+    for reply in replies:
+        (call,) = reply.message.tool_calls
+        Report.model_validate_json(call.function.arguments)
+        assert (call.function.name, call.type, reply.message.content) == ("Report", "function", None)
+        assert (reply.finish_reason, call.id[:5]) == (reason, "call_")
+    calls = [reply.message.tool_calls[0] for reply in replies]
+    assert len({call.id for call in calls}) == 3
+    assert len({call.function.arguments for call in calls}) > 1
+
+
+def test_a_forced_call_returns_what_the_response_format_returns(client: Any, uri: str) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    schema = {"name": "report", "schema": Report.model_json_schema()}
+    plain = ask(client, messages, response_format={"type": "json_schema", "json_schema": schema})
+    forced = ask(client, messages, tools=[tool_of(Report)], tool_choice="required", response_format={"type": "text"})
+    assert forced.choices[0].message.tool_calls[0].function.arguments == plain.choices[0].message.content
+    assert forced.usage == plain.usage
+
+
+@pytest.mark.parametrize("function", [{}, {"parameters": None}, {"parameters": {}}], ids=["missing", "null", "empty"])
+def test_a_tool_without_parameters_takes_any_object(talker: Any, uri: str, function: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "note", **function}}
+    reply = ask(
+        talker, [user(text(QUESTION), image(uri))], tools=[tool], tool_choice="required", **{**SOME, "max_tokens": 600}
+    )
+    (call,) = reply.choices[0].message.tool_calls
+    assert call.function.arguments.startswith("{")
+    if reply.choices[0].finish_reason == "tool_calls":
+        assert isinstance(json.loads(call.function.arguments), dict)
+
+
+class Node(BaseModel):
+    name: Literal["a", "b"]
+    child: Node | None  # the schema is a reference without a type
+
+
+def test_parameters_can_be_a_reference(talker: Any, uri: str) -> None:
+    reply = ask(
+        talker, [user(text(QUESTION), image(uri))], tools=[tool_of(Node)], tool_choice="required", max_tokens=600
+    )
+    (call,) = reply.choices[0].message.tool_calls
+    assert call.function.arguments.startswith('{"name": ')
+    if reply.choices[0].finish_reason == "tool_calls":
+        Node.model_validate_json(call.function.arguments)
+
+
+@pytest.mark.parametrize(("choice", "reason"), [(choice_of("Report"), "stop"), ("required", "tool_calls")])
+def test_a_streamed_call(talker: Any, uri: str, choice: Any, reason: str) -> None:
+    messages = [user(text(QUESTION), image(uri))]
+    options = {"tools": [tool_of(Report)], "tool_choice": choice, "temperature": 3.0, "seed": 1}
+    whole = ask(talker, messages, **options).choices[0].message.tool_calls[0]
+    streamed = ask(talker, messages, stream=True, stream_options={"include_usage": True}, **options)
+    choices = [chunk.choices[0] for chunk in streamed if chunk.choices]
+    first, last = choices[0], choices.pop()
+    (start,) = first.delta.tool_calls
+    assert (first.delta.role, first.delta.content, start.index, start.type) == ("assistant", None, 0, "function")
+    assert (start.function.name, start.function.arguments, start.id[:5]) == ("Report", "", "call_")
+    deltas = [call for choice in choices[1:] for call in choice.delta.tool_calls]
+    assert {(call.index, call.id, call.type, call.function.name) for call in deltas} == {(0, None, None, None)}
+    assert "".join(call.function.arguments for call in deltas) == whole.function.arguments
+    assert len(deltas) > 3
+    assert (last.finish_reason, last.delta.tool_calls) == (reason, None)
+    assert {choice.finish_reason for choice in choices} == {None}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", [choice_of("Report"), "required"])
+def test_a_truncated_call_ends_with_length(talker: Any, uri: str, choice: Any, stream: bool) -> None:
+    options: dict[str, Any] = {"tools": [tool_of(Report)], "tool_choice": choice, "max_tokens": 5}
+    reply = ask(talker, [user(text(QUESTION), image(uri))], stream=stream, **options)
+    assert (list(reply)[-1] if stream else reply).choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("choice", [choice_of("Report"), "required"])
+def test_the_client_parses_and_streams_the_arguments_of_a_call(talker: Any, uri: str, choice: Any) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [user(text(QUESTION), image(uri))],
+        "tools": [openai.pydantic_function_tool(Report)],
+        "tool_choice": choice,
+        "temperature": 3.0,
+        "seed": 1,
+    }
+    (call,) = talker.chat.completions.parse(**options).choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Report)
+    with talker.chat.completions.stream(**options) as stream:
+        kinds = [event.type for event in stream]
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed.function == call.function
+    assert kinds.count("tool_calls.function.arguments.done") == 1
+    assert kinds.count("tool_calls.function.arguments.delta") > 3
+
+
+def test_a_forced_call_after_reasoning(talker: Any, uri: str) -> None:
+    options: dict[str, Any] = {"tools": [tool_of(Animal)], "tool_choice": "required", "max_tokens": 60}
+    messages, options["extra_body"] = [user(text(QUESTION), image(uri))], {"reasoning": True}
+    message = ask(talker, messages, **options).choices[0].message
+    Animal.model_validate_json(message.tool_calls[0].function.arguments)
+    deltas = [chunk.choices[0].delta for chunk in ask(talker, messages, stream=True, **options)]
+    assert [delta.reasoning for delta in deltas if hasattr(delta, "reasoning")] == [message.reasoning]
+    pieces = [call.function.arguments for delta in deltas for call in delta.tool_calls or ()]
+    assert "".join(pieces) == message.tool_calls[0].function.arguments
+
+
 # --- Moondream's own client -------------------------------------------------------------------------------------------
 
 

@@ -73,9 +73,70 @@ def schema(value: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": value}}
 
 
+def tool(**function: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "report", **function}}
+
+
+def forced(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def with_parameters(parameters: Any) -> dict[str, Any]:
+    return {"tools": [tool(parameters=parameters)], "tool_choice": forced("report")}
+
+
 UNSUPPORTED: dict[str, Any] = {
     "n": ({"n": 2}, "n", "unsupported_parameter"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
+    "tools with auto": ({"tools": [tool()], "tool_choice": "auto"}, "tools", "unsupported_parameter"),
+    "tools with none": ({"tools": [tool()], "tool_choice": "none"}, "tools", "unsupported_parameter"),
+    "allowed tools": (
+        {
+            "tools": [tool()],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [forced("report")]},
+            },
+        },
+        "tools",
+        "unsupported_parameter",
+    ),
+    "several tools with required": (
+        {"tools": [tool(), tool(name="other")], "tool_choice": "required"},
+        "tools",
+        "unsupported_parameter",
+    ),
+    "tools with a schema": (
+        {"tools": [tool()], "tool_choice": "required", "response_format": schema({"type": "object"})},
+        "tools",
+        "unsupported_parameter",
+    ),
+    "tools with boxes": (
+        {"tools": [tool()], "tool_choice": forced("report"), "response_format": named("moondream_detect")},
+        "tools",
+        "unsupported_parameter",
+    ),
+    "boxes as a tool": (
+        {"tools": [tool(name="moondream_detect")], "tool_choice": "required"},
+        "tools",
+        "unsupported_parameter",
+    ),
+    "tool_choice without tools": ({"tool_choice": forced("report")}, "tool_choice", "unsupported_parameter"),
+    "tool_choice with another name": ({"tools": [tool()], "tool_choice": forced("other")}, "tool_choice", None),
+    "tool_choice with a name that is not unique": (
+        {"tools": [tool(), tool()], "tool_choice": forced("report")},
+        "tool_choice",
+        None,
+    ),
+    "custom tool": ({"tools": [{"type": "custom", "custom": {"name": "f"}}], "tool_choice": "required"}, "tools", None),
+    "tool without a name": ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools", None),
+    "tool with an unprintable name": ({"tools": [tool(name="\u2028")], "tool_choice": "required"}, "tools", None),
+    "parameters that are a list": (with_parameters([]), "tools", None),
+    "parameters of another type": (with_parameters({"type": "array"}), "tools", None),
+    "parameters without an object": (with_parameters({"enum": [1, 2]}), "tools", None),
+    "parameters with an unknown type": (with_parameters({"properties": {"a": {"type": "person"}}}), "tools", None),
+    "parameters with an unsupported keyword": (with_parameters({"not": {"required": ["a"]}}), "tools", None),
+    "large parameters": (with_parameters({"properties": {"a": {"enum": ["x" * 65536]}}}), "tools", None),
     "functions": ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
     "logprobs": ({"logprobs": True}, "logprobs", "unsupported_parameter"),
     "top_logprobs": ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter"),
@@ -148,6 +209,12 @@ def test_what_is_refused(client: Any, name: str) -> None:
         ask(client, **{"messages": [user(QUESTION)], **options})
     assert (caught.value.param, caught.value.code, caught.value.type) == (param, code, "invalid_request_error")
     assert caught.value.body["message"]
+
+
+def test_invalid_parameters_of_a_tool_are_rejected_before_a_stream_starts(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="tools: the JSON schema is invalid") as caught:
+        ask(client, [user(QUESTION)], stream=True, **with_parameters({"properties": {"a": {"type": "person"}}}))
+    assert caught.value.param == "tools"
 
 
 NEUTRAL: dict[str, Any] = {

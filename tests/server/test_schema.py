@@ -46,6 +46,7 @@ DETECT, CAPTION = {"image_url": IMAGE, "object": "cat"}, {"image_url": IMAGE, "s
 GAZE = {"image_url": IMAGE, "eye": [0.5, 0.25]}
 SAID = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 3}
 FOUND = {"response_format": {"type": "json_schema", "json_schema": {"name": "moondream_detect"}}}
+TOOL = {"type": "function", "function": {"name": "answer"}}
 SEEN = [{"type": "text", "text": "cat"}, {"type": "image_url", "image_url": {"url": IMAGE}}]
 SENT = {"type": "base64", "value": IMAGE}
 
@@ -62,6 +63,7 @@ GOOD: dict[str, tuple[str, Any]] = {  # all of these need the model
     "chat": (CHAT, SAID),
     "chat with thoughts": (CHAT, {**SAID, "reasoning": True}),
     "chat with boxes": (CHAT, {"messages": [{"role": "user", "content": SEEN}], **FOUND}),
+    "chat with a forced call": (CHAT, {**SAID, "tools": [TOOL], "tool_choice": "required"}),
     "chat, streamed": (CHAT, {**SAID, "stream": True, "stream_options": {"include_usage": True}}),
     "lmm": (LMM, {"model_id": "moondream2", "prompt": "cat", "image": SENT}),
     "lmm of two": (LMM, {"model_id": "moondream2", "prompt": "cat", "image": [SENT, SENT]}),
@@ -87,6 +89,15 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "an empty batch": ("/v1/batch", None, 400),
     "chat without messages": (CHAT, {}, 400),
     "chat with tools": (CHAT, {**SAID, "tools": [{}]}, 400),
+    "chat with parameters of a tool that are not an object": (
+        CHAT,
+        {
+            **SAID,
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": []}}],
+            "tool_choice": "required",
+        },
+        400,
+    ),
     "chat with another model": (CHAT, {**SAID, "model": "gpt"}, 404),
     "lmm without a prompt": (LMM, {"model_id": "moondream2", "image": SENT}, 400),
     "lmm without an image": (LMM, {}, 422),
