@@ -25,12 +25,12 @@ KEYS_VARIABLE = "MOONDREAM_CV_API_KEYS"
 def serve(
     model: options.Model = "moondream2",
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Where to listen; 0.0.0.0 is every network.")
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is every network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, metavar="N")] = 2020,
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="NAME", help="What clients know the model as.", show_default=False),
+        typer.Option("--name", metavar="NAME", help="Model name shown to clients.", show_default=False),
     ] = None,
     device: options.Device = None,
     adapter: Annotated[
@@ -45,25 +45,26 @@ def serve(
             "--api-key",
             envvar=KEYS_VARIABLE,
             metavar="KEY",
-            help="What opens the server; repeatable. The variable keeps keys out of the list of processes.",
+            help="API key clients must send; repeatable. Prefer the variable: other users can see command lines.",
             show_default=False,
         ),
     ] = None,
     queue: Annotated[
-        int, typer.Option("--queue", min=1, metavar="N", help="Requests at a time; one more is answered with 429.")
+        int, typer.Option("--queue", min=1, metavar="N", help="Maximum concurrent requests; further ones get 429.")
     ] = 256,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Then a request is answered with 504.")
+        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Limit per request; slower ones get 504.")
     ] = 120,
     drain: Annotated[
-        float, typer.Option("--drain", min=0.1, metavar="SECONDS", help="How long a shutdown waits for requests.")
+        float, typer.Option("--drain", min=0.1, metavar="SECONDS", help="Time that a shutdown waits for requests.")
     ] = 30,
-    max_body: Annotated[int, typer.Option("--max-body", min=1, metavar="MIB", help="Size of a request.")] = 32,
+    max_body: Annotated[int, typer.Option("--max-body", min=1, metavar="MIB", help="Maximum size of a request.")] = 32,
     max_pixels: Annotated[
-        int, typer.Option("--max-pixels", min=1, metavar="N", help="Pixels of an image.")
+        int, typer.Option("--max-pixels", min=1, metavar="N", help="Maximum number of pixels of an image.")
     ] = 50_000_000,
     decode_timeout: Annotated[
-        float, typer.Option("--decode-timeout", min=0.1, metavar="SECONDS", help="Time limit for decoding an image.")
+        float,
+        typer.Option("--decode-timeout", min=0.1, metavar="SECONDS", help="Limit per image; slower ones get 400."),
     ] = 10,
     private_urls: Annotated[
         bool,
@@ -78,7 +79,7 @@ def serve(
         typer.Option(
             "--allowed-host",
             metavar="NAME",
-            help="Host name under which clients may address a server without API keys; repeatable; * allows all.",
+            help="Host name to accept in the Host header, without port; repeatable; * accepts all.",
             show_default=False,
         ),
     ] = None,
@@ -154,7 +155,8 @@ def serve(
     shown_host = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
     announcement = f"Serving {shown_model(model)} at {scheme}://{shown_host}:{port}"
     if not chosen.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo(f"Warning: everyone who reaches {host} may use it; {KEYS_VARIABLE} asks for a key", err=True)
+        warning = f"Warning: without an API key, everyone who can reach {host} can use the server; set {KEYS_VARIABLE}"
+        typer.echo(warning, err=True)
     files = (None if file is None else str(file) for file in (certificate, certificate_key))
     announce = partial(typer.echo, announcement, err=True)
     run_server(app, host, port, announce, **dict(zip(("certificate", "certificate_key"), files, strict=True)))

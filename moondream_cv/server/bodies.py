@@ -26,6 +26,7 @@ MAX_VALUES = 20_000  # in one JSON document; commas and brackets inside of strin
 MAX_DEPTH = 64
 JSON_TYPES = re.compile(r"application/(json|jsonl|x-ndjson|ndjson|[a-z0-9.-]+\+json)", re.IGNORECASE)
 MULTIPART = "multipart/form-data"
+LINES_PATHS = frozenset({"/v1/batch"})  # bodies of JSON lines, each of which is checked by itself
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
 
 
@@ -90,7 +91,9 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
     has_body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
     if scope["method"] != "POST" or kind == MULTIPART or JSON_TYPES.fullmatch(kind) or not (has_body or kind):
         return
-    raise ServerError(415, f"the Content-Type must be application/json, got {given[:100]!r}")
+    expected = "application/x-ndjson" if scope["path"] in LINES_PATHS else "application/json"
+    received = repr(given[:100]) if given else "none"
+    raise ServerError(415, f"the Content-Type must be {expected}, got {received}")
 
 
 async def check_json(body: bytes) -> None:

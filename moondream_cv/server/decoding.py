@@ -154,8 +154,7 @@ class _DecoderProcess:
             self.alive = False
             if expired.is_set():
                 raise ImageError(
-                    f"the image of {len(file)} bytes took longer than {timeout:g} s to decode; send it smaller, or as"
-                    " JPEG or PNG"
+                    f"the image of {len(file)} bytes took longer than {timeout:g} s to decode; send a smaller image"
                 ) from error
             raise ImageError(f"the image of {len(file)} bytes cannot be decoded; convert it to PNG") from error
         finally:

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .bodies import ReceiveBudget, check_content_type, check_json, key_in_body
+from .bodies import LINES_PATHS, ReceiveBudget, check_content_type, check_json, key_in_body
 from .connections import address_group
 from .dialect import Dialect, find_dialect
 from .errors import ClientLeft, ServerError, explain
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 PROBE_PATHS = frozenset({"/health", "/ready"})
 OPEN_PATHS = PROBE_PATHS | {"/", "/openapi.json", "/favicon.ico", "/info"}
-LINES_PATHS = frozenset({"/v1/batch"})  # each line is checked by itself
 BODY_SECONDS = 30  # between two parts of a body
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -87,6 +87,9 @@ EXCLUDING_KEYWORDS = {
 }
 
 
+MAX_ITEMS = 1_000  # of lists: an error message for each of many thousands would take seconds to make
+
+
 class ImageUrl(BaseModel):
     url: str
     detail: str | None = Field(None, description="Accepted and ignored: every image is looked at closely.")
@@ -100,7 +103,7 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_ITEMS)] | None = None
 
 
 class StreamOptions(BaseModel):
@@ -117,7 +120,7 @@ class ChatBody(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
@@ -133,7 +136,9 @@ class ChatBody(BaseModel):
         description="`json_schema`: JSON that conforms to a schema, or boxes or points with the schema name"
         " `moondream_detect` or `moondream_point`. `json_object`: any JSON object.",
     )
-    stop: str | list[str] | None = Field(None, description="Up to 4 strings; the answer ends before the first of them.")
+    stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = Field(
+        None, description="Up to 4 strings; the answer ends before the first of them."
+    )
     presence_penalty: float | None = Field(None, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
     logit_bias: dict[str, Any] | None = Field(None, description="Only an empty object is supported.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 MIB = 2**20
+_HOST = re.compile(r"\*|[a-z0-9._-]+|[0-9a-f:.]+", re.IGNORECASE)
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,5 +57,11 @@ class ServerOptions:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number of seconds above 0, not {value!r}")
+        for host in self.allowed_hosts:
+            if not _HOST.fullmatch(host):
+                raise ValueError(f"an allowed host must be a name without scheme and port, got {host!r}")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"a CORS origin must be like https://page.example, without a path, got {origin!r}")
         if any(not key.strip() or not key.isascii() for key in self.api_keys):
             raise ValueError("an API key must be ASCII text and not be blank")

@@ -49,10 +49,10 @@ def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
     host = headers.get("host", "")
     name = host_name(host)
     if "*" not in options.allowed_hosts and not _is_allowed(name, options.allowed_hosts):
+        advice = f"start the server with --allowed-host {name[:100]} or with an API key"
         raise ServerError(
             403,
-            f"the host {name[:100]!r} is not allowed; start the server with --allowed-host {name[:100]} or with an"
-            " API key",
+            f"the host {name[:100]!r} is not allowed; {advice}" if name else "the Host header must not be empty",
             kind="host_not_allowed",
         )
     origin = headers.get("origin")
@@ -62,17 +62,19 @@ def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
     if origin not in allowed and "*" not in allowed and urlsplit(origin).netloc.lower() != host.lower():
         raise ServerError(
             403,
-            f"the origin {origin[:100]!r} is not allowed; start the server with --cors {origin[:100]}",
+            f"the origin {origin[:100]!r} is not allowed; start the server with --cors {origin[:100]}, or let a"
+            " reverse proxy before it forward the Host header",
             kind="origin_not_allowed",
         )
 
 
 def host_name(host: str) -> str:
-    """Return the name or address in a Host header, in lower case, without port and brackets."""
+    """Return the name or address in a Host header, in lower case, without port, brackets and final dot."""
     host = host.strip().lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
+    name = host.rpartition(":")[0] if host.count(":") == 1 else host
+    return name.removesuffix(".")
 
 
 def _is_allowed(name: str, allowed: tuple[str, ...]) -> bool:

@@ -19,6 +19,7 @@ from moondream_cv.server.options import ServerOptions
 from tests.served import Served, served
 
 KEY = "correct horse"
+NAMES = {"api_keys": "API key", "allowed_hosts": "allowed host", "cors_origins": "CORS origin"}  # in messages
 
 
 @pytest.fixture(scope="module")
@@ -262,9 +263,10 @@ def test_settings_that_are_unknown_null_or_huge_do_no_harm(server: Served, uri: 
 
 @pytest.mark.parametrize(
     "given",
-    [{"queue": 0}, {"queue": 1.5}, {"timeout": 0}, {"timeout": float("inf")}, {"max_body": -1}, {"api_keys": (" ",)},
+    [{"allowed_hosts": ("http://a",)}, {"allowed_hosts": ("a b",)}, {"allowed_hosts": ("",)}, {"cors_origins": ("https://a/",)},
+     {"queue": 0}, {"queue": 1.5}, {"timeout": 0}, {"timeout": float("inf")}, {"max_body": -1}, {"api_keys": (" ",)},
      {"api_keys": ("ключ",)}],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(given: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(given)) if "api_keys" not in given else "API key"):
+    with pytest.raises(ValueError, match=NAMES.get(next(iter(given)), next(iter(given)))):
         ServerOptions(**given)  # type: ignore[arg-type]

@@ -31,7 +31,8 @@ def test_other_hosts_are_rejected(server: Served, host: str) -> None:
     for path in ("/", "/v1/models", "/metrics"):
         assert server.client.get(path, headers={"Host": host}).status_code == 403
     rejected = server.client.get("/v1/models", headers={"Host": host})
-    assert f"--allowed-host {host_name(host)}" in rejected.json()["error"]["message"]
+    expected = f"--allowed-host {host_name(host)}" if host else "the Host header must not be empty"
+    assert expected in rejected.json()["error"]["message"]
     assert server.client.get("/health", headers={"Host": host}).status_code == 200  # probes use any name
 
 
@@ -77,7 +78,7 @@ def test_cross_site_requests_are_rejected(server: Served, tiny: LocalModel) -> N
 def test_posts_need_a_json_or_multipart_content_type(server: Served, path: str, kind: str) -> None:
     rejected = server.client.post(path, content=b"{}", headers={"Content-Type": kind})
     assert rejected.status_code == 415
-    assert "Content-Type must be application/json, got " in rejected.text
+    assert "Content-Type must be application/" in rejected.text
     assert httpx.post(server.url + path, content=b"{}", timeout=240).status_code == 415  # without any
     for accepted in ("application/json", "application/problem+json; charset=utf-8", "multipart/form-data; boundary=x"):
         assert server.client.post(path, content=b"", headers={"Content-Type": accepted}).status_code != 415
