@@ -298,6 +298,8 @@ def _icon_sizes(file: IO[bytes]) -> Iterator[tuple[int, int]]:
         file.seek(offset)
         header = file.read(24)  # of a PNG, or of a bitmap without a file header
         if header.startswith(_PNG_SIGNATURE):
+            if header[12:16] != b"IHDR":
+                raise UnidentifiedImageError
             width, height = struct.unpack(">16xII", header)
             yield width, height
         else:

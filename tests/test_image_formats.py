@@ -35,6 +35,12 @@ def icon(image: bytes) -> bytes:
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 20, 20, 0, 0, 1, 32, len(image), 22) + image
 
 
+def late_header() -> bytes:
+    """A PNG whose first chunk is not its header."""
+    image = saved("PNG", (3000, 2000))
+    return image[:8] + struct.pack(">I4sIII", 8, b"tEXt", 16, 16, 0) + image[8:]
+
+
 def bitmap(width: int, height: int) -> bytes:
     """The header of a bitmap, as icons contain it: the height includes the mask."""
     return struct.pack("<IiiHHIIiiII", 40, width, 2 * height, 1, 24, 0, 0, 0, 0, 0, 0)
@@ -108,7 +114,9 @@ def test_hidden_sizes_are_checked_before_decoding(content: bytes, size: str) -> 
     assert peak < 3 * LIMIT  # not even one copy of the pixels that are allowed
 
 
-@pytest.mark.parametrize("content", [icon(b""), icon(b"\x89PNG"), saved("ICO")[:10], saved("JPEG2000")[:60]])
+@pytest.mark.parametrize(
+    "content", [icon(b""), icon(b"\x89PNG"), icon(late_header()), saved("ICO")[:10], saved("JPEG2000")[:60]]
+)
 def test_truncated_containers_are_image_errors(content: bytes) -> None:
     with pytest.raises(ImageError):
         to_rgb(content)

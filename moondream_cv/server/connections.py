@@ -101,7 +101,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._progress = 0  # parser events other than headers
         self._unparsed = 0  # bytes received since the last of these events
         self._head_bytes = 0
-        self._receiving = False
+        self._receiving = self._in_head = False
         super().connection_made(transport)
         self._has_room = self.table.add(self)
         self._start_timer(HEAD_SECONDS)
@@ -131,7 +131,7 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.send_400_response("")
 
     def on_message_begin(self) -> None:
-        self._head_bytes, self._receiving = 0, True
+        self._head_bytes, self._receiving, self._in_head = 0, True, True
         self._start_timer(HEAD_SECONDS)
         super().on_message_begin()
 
@@ -144,10 +144,12 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD:
             self._abort_parsing(431, f"the headers exceed {MAX_HEAD:,} bytes")
-        super().on_header(name, value)
+        if self._in_head:  # trailers are no headers: they arrive after the checks
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._progress += 1
+        self._in_head = False
         self._start_timer(REQUEST_SECONDS)
         is_probe = self.url.split(b"?")[0] in PROBE_PATHS
         self.app = self.config.loaded_app if self._has_room or is_probe else _answer_busy

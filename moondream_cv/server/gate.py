@@ -13,11 +13,12 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .bodies import LINES_PATHS, ReceiveBudget, check_content_type, check_json, key_in_body
+from .bodies import LARGE, LINES_PATHS, ReceiveBudget, check_content_type, check_json, key_in_body
 from .connections import address_group
 from .dialect import Dialect, find_dialect
 from .errors import ClientLeft, ServerError, explain
 from .logs import client_address, request_id
+from .memory import MemoryTrimmer
 from .service import Service
 from .sites import check_site
 
@@ -91,6 +92,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service, dialects: Sequence[Dialect]) -> None:
         self._app, self._service, self._dialects = app, service, dialects
         self._receiving = ReceiveBudget(2 * service.options.max_body)
+        self._memory = MemoryTrimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,12 +107,15 @@ class Gate:
             await send(message)
 
         try:
-            receive = await self._check(scope, receive, dialect)
-            await self._app(scope, receive, send_noting)
+            checked = await self._check(scope, receive, dialect)
+            await self._app(scope, checked, send_noting)
         except Exception as error:
             if begun:  # the answer breaks off, which is all that can still be said
                 raise
             await dialect.answer(explain(error))(scope, receive, send)
+        finally:
+            if declared_size(Headers(scope=scope), 0) > LARGE:
+                self._memory.trim()
 
     async def _check(self, scope: Scope, receive: Receive, dialect: Dialect) -> Receive:
         """Return what the routes read the request from.
@@ -130,8 +135,7 @@ class Gate:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         check_content_type(scope, headers)
-        declared = headers.get("content-length", "")
-        size = int(declared[:20]) if declared.isdigit() else options.max_body
+        size = declared_size(headers, options.max_body)
         if size > options.max_body:
             raise _too_large(options.max_body)
 
@@ -180,6 +184,12 @@ async def _read_body(receive: Receive, limit: int) -> bytes:
             raise _too_large(limit)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def declared_size(headers: Headers, unknown: int) -> int:
+    """Return the Content-Length of a request, or `unknown` if it has none."""
+    declared = headers.get("content-length", "")
+    return int(declared[:20]) if declared.isascii() and declared.isdigit() else unknown
 
 
 def keys_of(scope: Scope) -> Iterator[str]:

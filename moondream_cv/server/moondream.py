@@ -297,7 +297,7 @@ def check_model(body: Body, service: Service) -> None:
         raise ServerError(404, f"this server has no finetunes, and variant is {body.variant!r:.200}", param="variant")
     if not body.model or body.model == service.name:
         return
-    if _FINETUNE.search(body.model):
+    if _FINETUNE.search(body.model[-200:]):
         raise ServerError(404, f"this server has no finetunes, and model is {body.model!r:.200}; {own}", param="model")
     if not is_served(body.model, service):
         raise ServerError(404, f"this server does not have the model {body.model!r:.200}; {own}", param="model")

@@ -154,7 +154,7 @@ class ChatBody(BaseModel):
     functions: list[Any] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = None
     audio: Any = None
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
-import ctypes
 import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -21,6 +18,7 @@ from fastapi import FastAPI
 from moondream_cv.errors import MoondreamError
 
 from .connections import ConnectionTable, LimitedProtocol
+from .memory import release_large_blocks
 from .options import ServerOptions
 from .service import Service
 
@@ -28,10 +26,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 75  # seconds; longer than clients keep a connection for another request, so that none runs into its end
 CONNECTIONS = 1024  # beyond those that hold a place: each may hold a request's body in memory
-SPARE_FILES = 256  # of the process, other than connections of clients
-
-
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+FILES = 65_536  # connections of which TLS is still being negotiated are not counted, and one address has fewer ports
 
 
 class _Server(uvicorn.Server):
@@ -90,8 +85,8 @@ def run_server(
     config = server_config(
         app, service.options, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
     )
-    raise_file_limit(service.options.queue + CONNECTIONS + SPARE_FILES)
-    return_freed_memory()
+    raise_file_limit(FILES)
+    release_large_blocks()
     announce()
     server = _Server(config, service)
     if threading.current_thread() is threading.main_thread():
@@ -122,13 +117,6 @@ def server_config(app: Any, options: ServerOptions, **settings: Any) -> uvicorn.
         timeout_graceful_shutdown=int(options.drain) + 1,
         **settings,
     )
-
-
-def return_freed_memory() -> None:
-    """Let glibc return large blocks to the system when they are freed; by default it starts to keep those of bodies."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def raise_file_limit(count: int) -> None:

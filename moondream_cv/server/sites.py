@@ -7,6 +7,7 @@ the page does not have one.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from starlette.types import Scope
 from .errors import ServerError
 from .options import ServerOptions
 
+_HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(:[0-9]{0,5})?")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 
@@ -46,20 +48,22 @@ def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
     Raises:
         ServerError: 403.
     """
-    host = headers.get("host", "")
+    hosts, origins = headers.getlist("host"), headers.getlist("origin")
+    host = hosts[0] if len(hosts) == 1 else ""
     name = host_name(host)
     if "*" not in options.allowed_hosts and not _is_allowed(name, options.allowed_hosts):
         advice = f"start the server with --allowed-host {name[:100]} or with an API key"
         raise ServerError(
             403,
-            f"the host {name[:100]!r} is not allowed; {advice}" if name else "the Host header must not be empty",
+            f"the host {name[:100]!r} is not allowed; {advice}"
+            if name
+            else "the request must have one valid Host header",
             kind="host_not_allowed",
         )
-    origin = headers.get("origin")
-    if origin is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-        return
     allowed = set(options.cors_origins)
-    if origin not in allowed and "*" not in allowed and urlsplit(origin).netloc.lower() != host.lower():
+    for origin in () if scope["method"] in ("GET", "HEAD", "OPTIONS") or "*" in allowed else origins:
+        if origin in allowed or urlsplit(origin).netloc.lower() == host.lower():
+            continue
         raise ServerError(
             403,
             f"the origin {origin[:100]!r} is not allowed; start the server with --cors {origin[:100]}, or let a"
@@ -69,12 +73,12 @@ def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
 
 
 def host_name(host: str) -> str:
-    """Return the name or address in a Host header, in lower case, without port, brackets and final dot."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    name = host.rpartition(":")[0] if host.count(":") == 1 else host
-    return name.removesuffix(".")
+    """Return the name or address in a Host header, in lower case, without port, brackets and final dot.
+
+    It is empty if the header is invalid.
+    """
+    found = _HOST.fullmatch(host.strip().lower())
+    return (found["address"] or found["name"]).removesuffix(".") if found else ""
 
 
 def _is_allowed(name: str, allowed: tuple[str, ...]) -> bool:

@@ -24,14 +24,25 @@ def test_loopback_hosts_are_accepted(server: Served, host: str) -> None:
     assert status_of(server, Host=host) != 403
 
 
-@pytest.mark.parametrize("host", ["attacker.example", "localhost.attacker.example", "192.0.2.1", "", "localhost:1:2"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "attacker.example",
+        "localhost.attacker.example",
+        "192.0.2.1",
+        "",
+        "localhost:1:2",
+        "[::1]a.example",
+        "localhost:x@a.example",
+    ],
+)
 def test_other_hosts_are_rejected(server: Served, host: str) -> None:
     for path in ("/v1/detect", "/infer/lmm", "/v1/batch", "/v1/chat/completions", "/fal-ai/moondream2"):
         assert status_of(server, path, Host=host) == 403
     for path in ("/", "/v1/models", "/metrics"):
         assert server.client.get(path, headers={"Host": host}).status_code == 403
     rejected = server.client.get("/v1/models", headers={"Host": host})
-    expected = f"--allowed-host {host_name(host)}" if host else "the Host header must not be empty"
+    expected = f"--allowed-host {host_name(host)}" if host_name(host) else "the request must have one valid Host header"
     assert expected in rejected.json()["error"]["message"]
     assert server.client.get("/health", headers={"Host": host}).status_code == 200  # probes use any name
 
@@ -80,5 +91,6 @@ def test_posts_need_a_json_or_multipart_content_type(server: Served, path: str, 
     assert rejected.status_code == 415
     assert "Content-Type must be application/" in rejected.text
     assert httpx.post(server.url + path, content=b"{}", timeout=240).status_code == 415  # without any
-    for accepted in ("application/json", "application/problem+json; charset=utf-8", "multipart/form-data; boundary=x"):
+    multipart = () if path == "/v1/batch" else ("multipart/form-data; boundary=x",)
+    for accepted in ("application/json", "application/problem+json; charset=utf-8", *multipart):
         assert server.client.post(path, content=b"", headers={"Content-Type": accepted}).status_code != 415
