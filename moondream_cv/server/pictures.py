@@ -32,7 +32,7 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 class Pictures:
-    """Opens images beside the event loop, fairly between clients.
+    """Opens images outside the event loop, fairly between clients.
 
     Files are decoded in processes with a time limit, and cut into crops in threads. The most recent ones are kept
     decoded: clients ask several questions about the same image.

@@ -55,9 +55,7 @@ def check_site(scope: Scope, headers: Headers, options: ServerOptions) -> None:
         advice = f"start the server with --allowed-host {name[:100]} or with an API key"
         raise ServerError(
             403,
-            f"the host {name[:100]!r} is not allowed; {advice}"
-            if name
-            else "the request must have one valid Host header",
+            f"the host {name[:100]!r} is not allowed; {advice}" if name else "the Host header is missing or invalid",
             kind="host_not_allowed",
         )
     allowed = set(options.cors_origins)
