@@ -9,8 +9,9 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
+from fractions import Fraction
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,26 @@ if TYPE_CHECKING:
 Image: TypeAlias = npt.NDArray[np.uint8]
 """[H, W, 3] uint8 BGR, C-contiguous."""
 
-TimedImage: TypeAlias = tuple[Image, float | None]
-"""An image, and seconds on the source's own clock; None where it has none."""
+
+class TimedImage(NamedTuple):
+    """An image with the times that its source gives.
+
+    Attributes:
+        image: [H, W, 3] uint8 BGR.
+        seconds: When it is shown, on the source's own clock; None if there is none.
+        duration: Seconds for which it is shown; None if the source does not say.
+    """
+
+    image: Image
+    seconds: float | None = None
+    duration: float | None = None
+
 
 ASSUMED_FPS = 30.0
 """Frames per second of what has no clock of its own: folders of images and iterables."""
+
+LARGEST_CLOCK_ERROR = 2.5
+"""Frames by which a source's clock may fall back before another recording is assumed to begin there."""
 
 CLOSING_SECONDS = 2.0
 """How long `close` waits for a read that is under way in another thread; that thread then cleans up by itself."""
@@ -50,6 +66,8 @@ class Source(ABC):
         fps: Average frames per second; None where that is unknown.
         frame_count: Estimate of the container, which may be wrong; None where there is none.
         resolution_wh: Width and height of the first frame, upright. Later frames may differ.
+        sample_aspect_ratio: Width of a pixel divided by its height, upright; None if unknown, which means square.
+        start_time: Seconds of the first frame on the source's own clock, which its sound shares; None without a clock.
         problems: Frames that could not be decoded and were skipped.
         ahead: Whether frames may be fetched ahead in another thread: not those of an iterable, which is its owner's.
     """
@@ -63,6 +81,8 @@ class Source(ABC):
         self.fps: float | None = None
         self.frame_count: int | None = None
         self.resolution_wh: tuple[int, int] | None = None
+        self.sample_aspect_ratio: Fraction | None = None
+        self.start_time: float | None = None
         self.problems = 0
         self._warned = False
 
@@ -106,8 +126,8 @@ class Source(ABC):
 class FiniteSource(Source):
     """Frames in their order, none dropped, until there are no more.
 
-    Times are counted from the first frame. Where the source's own clock falls back, as in a stream pasted together from
-    two, they go on from there.
+    Times are counted from the first frame. If the source's own clock falls back by more than `LARGEST_CLOCK_ERROR`
+    frames, as in a file made of two recordings, they go on from there.
     """
 
     def __init__(self, read: Callable[[Source], Generator[TimedImage, None, None]], *, name: str) -> None:
@@ -132,7 +152,8 @@ class FiniteSource(Source):
         if self._first is None:
             tried = f"; {self.problems} could not be decoded" if self.problems else ""
             raise VideoError(f"{name} has no frames{tried}")
-        height, width = self._first[0].shape[:2]
+        self.start_time = self._first.seconds
+        height, width = self._first.image.shape[:2]
         self.resolution_wh = (width, height)
 
     def __next__(self) -> Frame:
@@ -144,8 +165,7 @@ class FiniteSource(Source):
                 self._closed = True
                 self._images.close()
                 raise StopIteration
-            image, seconds = timed
-            frame = Frame(image, self._given, self._time_of(seconds))
+            frame = Frame(timed.image, self._given, self._time_of(timed.seconds), timed.duration)
             self._given, self._time = self._given + 1, frame.time
             return frame
 
@@ -160,10 +180,11 @@ class FiniteSource(Source):
 
     def _time_of(self, seconds: float | None) -> float:
         """Return seconds since the first frame, given those on the source's own clock."""
-        expected = self._time + 1 / (self.fps or ASSUMED_FPS) if self._given else 0.0
+        step = 1 / (self.fps or ASSUMED_FPS)
+        expected = self._time + step if self._given else 0.0
         if seconds is None:
             return expected
-        if self._start is None or seconds - self._start < self._time:
+        if self._start is None or seconds - self._start < self._time - LARGEST_CLOCK_ERROR * step:
             self._start = seconds - expected
         return max(seconds - self._start, self._time)  # max, since subtracting twice may lose the last bit
 

@@ -5,6 +5,7 @@ PyAV is imported when a video is opened: on macOS it and OpenCV clash when both 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video.base import ASSUMED_FPS, FiniteSource, Image, Source, TimedImage
+from moondream_cv.video.timestamps import FrameTimestamps
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})  # FFmpeg draws any text file as a video of letters
+MAX_PLAUSIBLE_FPS = 1000
+_MEASURED_PACKETS = 64
 _ERRORS_IN_A_ROW = 8  # of the container, after which reading on is pointless
 
 logger = logging.getLogger(__name__)
@@ -124,13 +128,92 @@ def reason(error: Exception) -> str:
 
 
 def average_rate(stream: VideoStream) -> float | None:
-    """Return the average frames per second; None where the container does not tell."""
-    return float(stream.average_rate) if stream.average_rate else None
+    """Return the average frames per second; None if the container gives no plausible rate."""
+    rate = stream.average_rate
+    if rate and rate > MAX_PLAUSIBLE_FPS:  # some containers give the unit of their clock instead
+        rate = stream.frames / (stream.duration * _unit(stream)) if stream.frames and stream.duration else None
+    return float(rate) if rate else None
 
 
-def decode(stream: VideoStream, packet: Packet[Any] | None, source: Source) -> list[Image]:
-    """Return what a packet gives, upright; note what it fails to give."""
-    return [image for frame in _decoded(stream, packet, source) if (image := _upright(frame, source)) is not None]
+class FrameDecoder:
+    """Decodes the packets of one stream into upright BGR images with their times.
+
+    Attributes:
+        newest: Latest timestamp of a frame, in ticks of the stream; None before the first frame.
+        newest_packet: Latest timestamp of a packet.
+    """
+
+    def __init__(self, container: InputContainer, source: Source) -> None:
+        """Prepare to decode a container's video stream.
+
+        Args:
+            container: An open container.
+            source: Gets the problems and the shape of the pixels.
+        """
+        from moondream_cv.video.colors import BGRConverter  # not above, since it uses PyAV's types
+
+        self.stream = video_stream(container, source.name)
+        self._source = source
+        self._timestamps = FrameTimestamps(container.format.name)
+        self._to_bgr = BGRConverter(self.stream, source.name)
+        self._problems = source.problems
+        self.newest: int | None = None
+        self.newest_packet: int | None = None
+
+    def frames(self, packet: Packet[Any] | None) -> Iterator[tuple[VideoFrame, int | None]]:
+        """Decode a packet into frames with their timestamps; note a problem if it cannot be decoded."""
+        if packet is not None:
+            stamp = self._timestamps.add_packet(packet)
+            if stamp is not None:
+                self.newest_packet = stamp if self.newest_packet is None else max(self.newest_packet, stamp)
+        for frame in self._decoded(packet):
+            if self._source.problems > self._problems:
+                self._timestamps.skip_damaged(frame.dts)
+                self._problems = self._source.problems
+            stamp = self._timestamps.of(frame)
+            if stamp is not None:
+                self.newest = stamp if self.newest is None else max(self.newest, stamp)
+            yield frame, stamp
+
+    def image(self, frame: VideoFrame, stamp: int | None) -> TimedImage | None:
+        """Convert a frame to an upright image; None, with a problem noted, if its pixels cannot be converted."""
+        import av
+
+        try:
+            pixels = self._to_bgr(frame)
+            side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+        except (av.error.FFmpegError, ValueError) as error:
+            self._source.note_problem(f"its pixels cannot be converted: {reason(error)}")
+            return None
+        pixels, is_turned = _upright(pixels, side_data)
+        ratio = self.stream.sample_aspect_ratio
+        if self._source.sample_aspect_ratio is None and ratio:
+            self._source.sample_aspect_ratio = 1 / ratio if is_turned else ratio
+        unit = _unit(self.stream)
+        duration = self._timestamps.duration(stamp)
+        return TimedImage(
+            np.ascontiguousarray(pixels),
+            None if stamp is None else float(stamp * unit),
+            None if duration is None else float(duration * unit),
+        )
+
+    def images(self, packet: Packet[Any] | None) -> Iterator[TimedImage]:
+        """Decode a packet into images."""
+        for frame, stamp in self.frames(packet):
+            image = self.image(frame, stamp)
+            if image is not None:
+                yield image
+
+    def _decoded(self, packet: Packet[Any] | None) -> list[VideoFrame]:
+        import av
+
+        try:
+            return self.stream.codec_context.decode(packet)
+        except av.error.EOFError:  # emptied twice
+            return []
+        except av.error.FFmpegError as error:
+            self._source.note_problem(f"it cannot be decoded: {reason(error)}")
+            return []
 
 
 def _read(
@@ -138,27 +221,25 @@ def _read(
 ) -> Generator[TimedImage, None, None]:
     """Give all images of a container, with the seconds at which they are shown."""
     try:
-        stream = video_stream(container, source.name)
+        decoder = FrameDecoder(container, source)
+        stream = decoder.stream
         stream.thread_type = "AUTO"
-        source.fps = average_rate(stream)
-        source.frame_count = _frame_count(container, stream)
+        source.fps = average_rate(stream) or (_measured_rate(reopen, source.name) if is_file else None)
+        source.frame_count = _frame_count(container, stream, source.fps)
         begin, end = None, None  # of the packets, in the stream's units
-        newest_packet = newest_frame = None
         problems = 0  # those noted before the newest frame
         for packet in _packets(container, stream, source, is_file):
             if packet.pts is not None:
                 begin = packet.pts if begin is None else min(begin, packet.pts)
-                newest_packet = packet.pts if newest_packet is None else max(newest_packet, packet.pts)
                 end = max(end or 0, packet.pts + (packet.duration or 0))
-            for frame in _decoded(stream, packet, source):
-                stamp = _stamp(frame)
-                newest_frame, problems = stamp if stamp is not None else newest_frame, source.problems
-                image = _upright(frame, source)
+            for frame, stamp in decoder.frames(packet):
+                problems = source.problems
+                image = decoder.image(frame, stamp)
                 if image is not None:
-                    yield image, _seconds(stamp, stream)
-        if newest_packet is not None and (newest_frame is None or newest_frame < newest_packet):
+                    yield image
+        if decoder.newest_packet is not None and (decoder.newest is None or decoder.newest < decoder.newest_packet):
             source.problems = min(problems, source.problems)
-            yield from _last_frames(reopen, newest_frame, source)
+            yield from _last_frames(reopen, decoder.newest, source)
         _warn_if_short(container, stream, begin, end, source)
     finally:
         container.close()
@@ -167,29 +248,45 @@ def _read(
 def _last_frames(
     reopen: Callable[[], InputContainer], after: int | None, source: Source
 ) -> Generator[TimedImage, None, None]:
-    """Give the images shown after a stamp.
+    """Give the images shown after a timestamp.
 
     When the decoder is emptied at the end, several threads' frames come at once, and PyAV loses those beside a damaged
-    one. Decoded anew without threads, they come one by one.
+    one. Decoded again without threads, they come one by one.
     """
     container = reopen()
     try:
-        stream = video_stream(container, source.name)
-        stream.thread_type = "NONE"
+        decoder = FrameDecoder(container, source)
+        decoder.stream.thread_type = "NONE"
         if after is not None:
-            container.seek(after, stream=stream)
-        for packet in _packets(container, stream, source, True):
+            container.seek(after, stream=decoder.stream)
+        for packet in _packets(container, decoder.stream, source, True):
             late = after is None or packet.pts is None or packet.pts > after
             already = source.problems
-            for frame in _decoded(stream, packet, source):
-                stamp = _stamp(frame)
-                image = _upright(frame, source) if after is None or (stamp is not None and stamp > after) else None
+            for frame, stamp in decoder.frames(packet):
+                is_new = after is None or (stamp is not None and stamp > after)
+                image = decoder.image(frame, stamp) if is_new else None
                 if image is not None:
-                    yield image, _seconds(stamp, stream)
+                    yield image
             if not late:
                 source.problems = already  # seen and counted the first time
     finally:
         container.close()
+
+
+def _measured_rate(reopen: Callable[[], InputContainer], name: str) -> float | None:
+    """Return the frames per second between the first packets of a file; None if they have no times."""
+    import av
+
+    container = reopen()
+    try:
+        stream = video_stream(container, name)
+        packets = itertools.islice(container.demux(stream), _MEASURED_PACKETS)
+        stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
+    except av.error.FFmpegError:
+        return None
+    finally:
+        container.close()
+    return float(1 / (np.median(np.diff(stamps)) * _unit(stream))) if len(stamps) > 2 else None
 
 
 def _packets(container: InputContainer, stream: VideoStream, source: Source, is_file: bool) -> Iterator[Packet[Any]]:
@@ -215,46 +312,19 @@ def _packets(container: InputContainer, stream: VideoStream, source: Source, is_
                 return
 
 
-def _decoded(stream: VideoStream, packet: Packet[Any] | None, source: Source) -> list[VideoFrame]:
-    import av
-
-    try:
-        return stream.codec_context.decode(packet)
-    except av.error.EOFError:  # emptied twice
-        return []
-    except av.error.FFmpegError as error:
-        source.note_problem(f"it cannot be decoded: {reason(error)}")
-        return []
-
-
-def _upright(frame: VideoFrame, source: Source) -> Image | None:
-    """Return a frame's pixels, turned and mirrored as its display matrix says."""
-    import av
-
-    try:
-        image = frame.to_ndarray(format="bgr24")
-        side_data: Any = frame.side_data.get("DISPLAYMATRIX")
-    except (av.error.FFmpegError, ValueError) as error:
-        source.note_problem(f"its pixels cannot be converted: {reason(error)}")
-        return None
-    if side_data is not None:
-        # [[a, b, u], [c, d, v], [x, y, w]]: a pixel (p, q) is shown at (a p + c q, b p + d q), up to scale.
-        matrix = np.frombuffer(side_data, np.int32, 9).reshape(3, 3).astype(np.int64)
-        if abs(matrix[0, 1]) > abs(matrix[0, 0]):
-            image = image.transpose(1, 0, 2)
-            right, down = matrix[1, 0], matrix[0, 1]
-        else:
-            right, down = matrix[0, 0], matrix[1, 1]
-        image = image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
-    return np.ascontiguousarray(image, np.uint8)
-
-
-def _stamp(frame: VideoFrame) -> int | None:
-    return frame.pts if frame.pts is not None else frame.dts
-
-
-def _seconds(stamp: int | None, stream: VideoStream) -> float | None:
-    return None if stamp is None else float(stamp * _unit(stream))
+def _upright(image: Image, display_matrix: Any) -> tuple[Image, bool]:
+    """Return pixels turned and mirrored as a display matrix says, and whether rows became columns."""
+    if display_matrix is None:
+        return image, False
+    # [[a, b, u], [c, d, v], [x, y, w]]: a pixel (p, q) is shown at (a p + c q, b p + d q), up to scale.
+    matrix = np.frombuffer(display_matrix, np.int32, 9).reshape(3, 3).astype(np.int64)
+    is_turned = bool(abs(matrix[0, 1]) > abs(matrix[0, 0]))
+    if is_turned:
+        image = image.transpose(1, 0, 2)
+        right, down = matrix[1, 0], matrix[0, 1]
+    else:
+        right, down = matrix[0, 0], matrix[1, 1]
+    return image[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1], is_turned
 
 
 def _unit(stream: VideoStream) -> Fraction:
@@ -270,10 +340,9 @@ def _duration(container: InputContainer, stream: VideoStream) -> float | None:
     return None
 
 
-def _frame_count(container: InputContainer, stream: VideoStream) -> int | None:
+def _frame_count(container: InputContainer, stream: VideoStream, rate: float | None) -> int | None:
     if stream.frames:
         return stream.frames
-    rate = average_rate(stream)
     seconds = _duration(container, stream) or (container.duration or 0) / 1_000_000
     return round(seconds * rate) or None if rate else None
 

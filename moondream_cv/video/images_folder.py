@@ -77,15 +77,15 @@ def _converted(items: Iterable[Any], source: Source) -> Generator[TimedImage, No
     first_error = None
     given = False
     for item in items:
-        image, seconds = (item.image, item.time) if isinstance(item, Frame) else (item, None)
+        timed = TimedImage(item.image, item.time, item.duration) if isinstance(item, Frame) else TimedImage(item)
         try:
-            bgr = to_bgr(image)
+            bgr = to_bgr(timed.image)
         except ImageError as error:
             first_error = first_error or error
             source.note_problem(error)
             continue
         given = True
-        yield bgr, seconds
+        yield timed._replace(image=bgr)
     if first_error and not given:
         raise VideoError(f"{source.name} has no frames that can be read: {first_error}") from first_error
 

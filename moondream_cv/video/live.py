@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.base import CLOSING_SECONDS, Image, Source, to_bgr
-from moondream_cv.video.container import average_rate, decode, open_container, reason, video_stream
+from moondream_cv.video.base import CLOSING_SECONDS, Image, Source, TimedImage, to_bgr
+from moondream_cv.video.container import FrameDecoder, average_rate, open_container, reason
 from moondream_cv.video.frame import Frame
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ FIRST_PAUSE = 0.5
 
 LONGEST_PAUSE = 8.0
 
+MAX_CLOCK_DRIFT = 10.0
+"""Seconds by which a stream's own clock may differ from the clock of arrival before it is no longer trusted."""
+
 _UNTIMED = frozenset({"mjpeg", "mpjpeg"})  # pictures without a clock, of which FFmpeg says 25 per second
 
 logger = logging.getLogger(__name__)
@@ -30,7 +33,8 @@ class LiveReader(Source):
     """The newest frame of a source that does not wait.
 
     A daemon thread reads; at most one frame waits, and a newer one replaces it. When the source ends or fails, it is
-    opened again and again, with pauses of 0.5 s that double up to 8 s. The time of a frame is when it arrived.
+    opened again and again, with pauses of 0.5 s that double up to 8 s. The times of frames are those of the stream's
+    own clock; if it has none, and after a loss, those at which they arrived.
 
     Attributes:
         dropped: Frames that were replaced before anyone fetched them.
@@ -40,7 +44,7 @@ class LiveReader(Source):
 
     def __init__(
         self,
-        open_frames: Callable[[LiveReader], Iterator[Image]],
+        open_frames: Callable[[LiveReader], Iterator[Image | TimedImage]],
         *,
         name: str,
         open_timeout: float = 10.0,
@@ -50,10 +54,10 @@ class LiveReader(Source):
         """Open the source and wait for its first frame.
 
         Args:
-            open_frames: Opens the source and gives its images, [H, W, 3] uint8 BGR; called in the thread, and again
-                after each loss. Given this reader, which it may tell `fps` and problems. It observes the time-outs
-                itself as far as it can, and raises VideoError to say why it failed. If what it returns has `close`,
-                that is called in the end.
+            open_frames: Opens the source and returns an iterator of its images, [H, W, 3] uint8 BGR, with or without
+                their times; called in the thread, and again after each loss. It gets this reader, whose `fps`,
+                `sample_aspect_ratio` and problems it may set. It observes the time-outs itself as far as it can, and
+                raises VideoError to say why it failed. If the iterator has `close`, that is called in the end.
             name: What messages call the source.
             open_timeout: Seconds that opening may take.
             read_timeout: Seconds that may pass without a frame before the source counts as lost.
@@ -72,7 +76,8 @@ class LiveReader(Source):
         self._longest_silence = read_timeout + reconnect_for + 1.0  # ends the wait for a thread that hangs
         self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._newest: tuple[Image, float] | None = None  # an image and when it arrived
+        self._newest: tuple[Image, float] | None = None  # an image and its time
+        self._clock = _LiveClock()
         self._error: VideoError | None = None
         self._arrived = 0.0  # when the newest came, fetched or not
         self._received = self._given = 0
@@ -102,9 +107,9 @@ class LiveReader(Source):
             if self._closing.is_set():
                 raise StopIteration
             if self._newest is not None:
-                (image, arrived), self._newest = self._newest, None
-                self._start = self._start if self._given else arrived
-                frame = Frame(image, self._given, arrived - self._start)
+                (image, seconds), self._newest = self._newest, None
+                self._start = self._start if self._given else seconds
+                frame = Frame(image, self._given, seconds - self._start)
                 self._given += 1
                 return frame
             self._closing.set()
@@ -155,6 +160,7 @@ class LiveReader(Source):
         frames = None
         try:
             frames = self._open_frames(self)
+            self._clock.restart()
             for image in frames:
                 if self._closing.is_set():
                     break
@@ -170,13 +176,46 @@ class LiveReader(Source):
             if frames is not None and hasattr(frames, "close"):
                 frames.close()
 
-    def _put(self, image: Image) -> None:
+    def _put(self, item: Image | TimedImage) -> None:
+        timed = item if isinstance(item, TimedImage) else TimedImage(item)
         with self._changed:
             self.dropped += self._newest is not None
             self._arrived = time.monotonic()
-            self._newest = (image, self._arrived)
+            self._newest = (timed.image, self._clock.time(timed.seconds, self._arrived))
             self._received += 1
             self._changed.notify_all()
+
+
+class _LiveClock:
+    """Times of frames, in seconds, from a stream's own clock and from that of arrival."""
+
+    def __init__(self) -> None:
+        self._time = 0.0  # of the last frame
+        self._seconds: float | None = None  # the same on the stream's own clock
+        self._arrived: float | None = None  # the same on the clock of arrival
+        self._lead = 0.0  # seconds by which frames are ahead of their arrival, since the first one
+
+    def restart(self) -> None:
+        """Forget the stream's own clock: after a loss it may start again from anywhere."""
+        self._seconds = None
+
+    def time(self, seconds: float | None, arrived: float) -> float:
+        """Return the time of the next frame, which never falls.
+
+        Args:
+            seconds: Of the frame on the stream's own clock; None if it has none.
+            arrived: When the frame arrived, in seconds of a clock that never falls.
+        """
+        waited = arrived - self._arrived if self._arrived is not None else 0.0
+        step = waited
+        if seconds is not None and self._seconds is not None and seconds > self._seconds:
+            own_step = seconds - self._seconds
+            if abs(self._lead + own_step - waited) <= MAX_CLOCK_DRIFT:
+                step = own_step
+        self._lead += step - waited
+        self._time += step
+        self._seconds, self._arrived = seconds, arrived
+        return self._time
 
 
 def check_times(open_timeout: float, read_timeout: float, reconnect_for: float) -> None:
@@ -188,10 +227,10 @@ def check_times(open_timeout: float, read_timeout: float, reconnect_for: float) 
         raise ValueError(f"reconnect_for must be a number of seconds, 0 or more, not {reconnect_for}")
 
 
-def webcam_frames(index: int) -> Callable[[LiveReader], Iterator[Image]]:
+def webcam_frames(index: int) -> Callable[[LiveReader], Iterator[Image | TimedImage]]:
     """Return what opens a webcam through OpenCV for a `LiveReader`."""
 
-    def frames(reader: LiveReader) -> Iterator[Image]:
+    def frames(reader: LiveReader) -> Iterator[Image | TimedImage]:
         import cv2
 
         capture = cv2.VideoCapture(index)
@@ -216,7 +255,7 @@ def webcam_frames(index: int) -> Callable[[LiveReader], Iterator[Image]]:
 
 def stream_frames(
     url: str, *, name: str, timeout: tuple[float, float], opened: InputContainer | None = None
-) -> Callable[[LiveReader], Iterator[Image]]:
+) -> Callable[[LiveReader], Iterator[Image | TimedImage]]:
     """Return what opens a stream through PyAV for a `LiveReader`.
 
     Args:
@@ -227,16 +266,18 @@ def stream_frames(
     """
     ready = [opened] if opened is not None else []
 
-    def frames(reader: LiveReader) -> Iterator[Image]:
+    def frames(reader: LiveReader) -> Iterator[Image | TimedImage]:
         import av
 
         container = ready.pop() if ready else open_stream(url, name=name, timeout=timeout)
         try:
-            stream = video_stream(container, name)
-            stream.thread_type = "SLICE"  # threads that each hold a frame would delay all of them
-            reader.fps = None if container.format.name in _UNTIMED else average_rate(stream)
-            for packet in container.demux(stream):
-                yield from decode(stream, packet, reader)
+            decoder = FrameDecoder(container, reader)
+            decoder.stream.thread_type = "SLICE"  # threads that each hold a frame would delay all of them
+            is_untimed = container.format.name in _UNTIMED
+            reader.fps = None if is_untimed else average_rate(decoder.stream)
+            for packet in container.demux(decoder.stream):
+                for timed in decoder.images(packet):
+                    yield timed.image if is_untimed else timed
         except av.error.FFmpegError as error:
             raise VideoError(f"{name} broke off: {reason(error)}") from None
         finally:

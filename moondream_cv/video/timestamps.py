@@ -1,0 +1,85 @@
+"""Presentation times of decoded frames: the containers' own, repaired where they are missing or wrong."""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+
+_WITHOUT_PTS = frozenset({"avi"})
+"""Containers that store one slot per frame instead of presentation times."""
+
+_MAX_PENDING = 256  # packets, more than any decoder holds back
+
+
+class FrameTimestamps:
+    """Assigns a presentation timestamp to each frame of one stream, in ticks of its time base.
+
+    Most containers store presentation timestamps (pts). If those fall more often than the decoding timestamps (dts), as
+    in old files with B-frames, the dts are taken instead, which is FFmpeg's rule, too.
+
+    AVI stores neither: packet n has slot n, and what FFmpeg derives from that is wrong for B-frames. Frames leave the
+    decoder in presentation order, so that the nth frame gets the nth slot.
+    """
+
+    def __init__(self, container_format: str) -> None:
+        """Start before the first packet.
+
+        Args:
+            container_format: FFmpeg's name of the container, e.g. "avi" or "mov,mp4,m4a,3gp,3g2,mj2".
+        """
+        self._slots: list[int] | None = [] if container_format in _WITHOUT_PTS else None  # heap of unused slots
+        self._delay = 0  # largest distance seen between a frame's slot and that of the packet that released it
+        self._last_pts: int | None = None
+        self._last_dts: int | None = None
+        self._faulty_pts = self._faulty_dts = 0
+        self._durations: dict[int, int] = {}  # of packets whose frames have not come yet, by timestamp
+
+    def add_packet(self, packet: Packet[Any]) -> int | None:
+        """Take note of a packet before it is decoded, and return its own timestamp, None if it has none."""
+        stamp = packet.pts if self._slots is None else packet.dts
+        if stamp is None or not packet.size:
+            return None
+        if self._slots is not None:
+            heapq.heappush(self._slots, stamp)
+        if packet.duration:
+            self._durations[stamp] = packet.duration
+            if len(self._durations) > _MAX_PENDING:
+                self._durations.pop(next(iter(self._durations)))
+        return stamp
+
+    def duration(self, stamp: int | None) -> int | None:
+        """Return how long the frame with a timestamp is shown, in ticks; None if the container does not say."""
+        return None if stamp is None else self._durations.pop(stamp, None)
+
+    def skip_damaged(self, released_at: int | None) -> None:
+        """Drop the slots of packets that gave no frame.
+
+        Args:
+            released_at: Decoding timestamp of the first frame after the damage.
+        """
+        if self._slots is None or released_at is None:
+            return
+        while len(self._slots) > 1 and self._slots[0] < released_at - self._delay:
+            heapq.heappop(self._slots)
+
+    def of(self, frame: VideoFrame) -> int | None:
+        """Return the timestamp of the next frame in presentation order; None if there is nothing to derive it from."""
+        if self._slots is not None:
+            slot = heapq.heappop(self._slots) if self._slots else None
+            if slot is not None and frame.dts is not None:
+                self._delay = max(self._delay, frame.dts - slot)
+            return slot
+        pts, dts = frame.pts, frame.dts
+        if pts is not None and self._last_pts is not None:
+            self._faulty_pts += pts <= self._last_pts
+        if dts is not None and self._last_dts is not None:
+            self._faulty_dts += dts <= self._last_dts
+        self._last_pts = pts if pts is not None else self._last_pts
+        self._last_dts = dts if dts is not None else self._last_dts
+        if pts is not None and (self._faulty_pts <= self._faulty_dts or dts is None):
+            return pts
+        return dts
