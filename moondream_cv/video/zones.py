@@ -1,16 +1,15 @@
-"""Lines that objects cross and areas that they stand in: read from JSON, counted frame by frame.
+"""Lines that objects cross and zones that they enter: read from JSON, counted on every frame.
 
-An object is where the middle of its box's lower edge is, for lines and for zones. What crosses and what stands inside
-is decided by `sv.LineZone` and `sv.PolygonZone`; the sums are kept here, so that they outlast a change of resolution.
-Drawing is left to `Annotator`.
+An object is at the middle of its box's lower edge, unless the file names other anchors. `crossings` detects line
+crossings and `sv.PolygonZone` the boxes inside a zone; the counts are kept here, so that they survive a change of
+resolution. The format of the files is in `zone_files`, drawing is left to `Annotator`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +19,15 @@ import numpy.typing as npt
 import supervision as sv
 
 from moondream_cv.errors import VideoError
-
-_ANCHOR = (sv.Position.BOTTOM_CENTER,)
+from moondream_cv.video.crossings import MAX_TRACKS, LineCrossings
+from moondream_cv.video.zone_files import LineEntry, ZoneEntry, check_zone_file, zone_schema
 
 
 class Shape(NamedTuple):
     """A line or zone as it is drawn.
 
     Attributes:
-        points: [K, 2] int32 pixels; of a line, its start and end.
+        points: [K, 2] int32 pixels: the start and end of a line, or the corners of a zone.
         closed: Whether it is a zone.
         text: Its name and counts.
     """
@@ -39,11 +38,12 @@ class Shape(NamedTuple):
 
 
 class _Line:
-    """A line with what crossed it so far."""
+    """A line and its crossings so far."""
 
-    def __init__(self, name: str, points: npt.NDArray[np.float64]) -> None:
-        self.name, self.points = name, points
-        self.zone: sv.LineZone | None = None
+    def __init__(self, entry: LineEntry) -> None:
+        self.name, self.points = entry.name, entry.array()
+        self._entry = entry
+        self._crossings: LineCrossings | None = None
         self.crossed_in: Counter[str] = Counter()
         self.crossed_out: Counter[str] = Counter()
 
@@ -51,17 +51,20 @@ class _Line:
     def text(self) -> str:
         return f"{self.name}: {self.crossed_in.total()} in, {self.crossed_out.total()} out"
 
-    def build(self, points: npt.NDArray[np.float64]) -> None:
-        start, end = (sv.Point(float(x), float(y)) for x, y in points)
-        self.zone = sv.LineZone(start, end, triggering_anchors=_ANCHOR)
+    def build(self, points: npt.NDArray[np.float64], resolution_wh: tuple[int, int]) -> None:
+        self._crossings = LineCrossings(
+            points,
+            resolution_wh,
+            anchors=_positions(self._entry.triggering_anchors),
+            threshold=self._entry.minimum_crossing_threshold,
+            distance=self._entry.minimum_crossing_distance,
+        )
 
     def update(self, detections: sv.Detections, names: npt.NDArray[np.object_]) -> None:
-        assert self.zone is not None, "built before the first update"
-        ids = track_ids(detections)
-        tracked = ids >= 0  # the others have no history, so that they cannot cross
-        crossed_in, crossed_out = self.zone.trigger(sv.Detections(detections.xyxy[tracked], tracker_id=ids[tracked]))
-        self.crossed_in.update(names[tracked][crossed_in].tolist())
-        self.crossed_out.update(names[tracked][crossed_out].tolist())
+        assert self._crossings is not None, "built before the first update"
+        crossed_in, crossed_out = self._crossings.update(np.asarray(detections.xyxy, np.float64), track_ids(detections))
+        self.crossed_in.update(names[crossed_in].tolist())
+        self.crossed_out.update(names[crossed_out].tolist())
 
     def counts(self) -> dict[str, Any]:
         classes = sorted({*self.crossed_in, *self.crossed_out})
@@ -72,17 +75,19 @@ class _Line:
         }
 
     def reset(self) -> None:
-        self.zone = None
+        self._crossings = None
         self.crossed_in.clear()
         self.crossed_out.clear()
 
 
 class _Area:
-    """A polygon with what stands in it, and what ever did."""
+    """A polygon, the objects that are inside, and the IDs of those that ever were."""
 
-    def __init__(self, name: str, points: npt.NDArray[np.float64]) -> None:
-        self.name, self.points = name, points
-        self.zone: sv.PolygonZone | None = None
+    def __init__(self, entry: ZoneEntry) -> None:
+        self.name, self.points = entry.name, entry.array()
+        self._entry = entry
+        self._zone: sv.PolygonZone | None = None
+        self._presence = _Presence(entry.minimum_crossing_threshold)
         self.now: Counter[str] = Counter()
         self.ids: set[int] = set()
 
@@ -91,41 +96,71 @@ class _Area:
         seen = f" ({len(self.ids)} so far)" if self.ids else ""
         return f"{self.name}: {self.now.total()}{seen}"
 
-    def build(self, points: npt.NDArray[np.float64]) -> None:
-        self.zone = sv.PolygonZone(np.rint(points).astype(np.int64), triggering_anchors=_ANCHOR)
+    def build(self, points: npt.NDArray[np.float64], resolution_wh: tuple[int, int]) -> None:
+        anchors = _positions(self._entry.triggering_anchors)
+        self._zone = sv.PolygonZone(np.rint(points).astype(np.int64), triggering_anchors=anchors)
 
     def update(self, detections: sv.Detections, names: npt.NDArray[np.object_]) -> None:
-        assert self.zone is not None, "built before the first update"
-        inside = self.zone.trigger(detections)
-        self.now = Counter(names[inside].tolist())
+        assert self._zone is not None, "built before the first update"
         ids = track_ids(detections)
+        inside = self._presence.update(self._zone.trigger(detections), ids)
+        self.now = Counter(names[inside].tolist())
         self.ids.update(ids[inside & (ids >= 0)].tolist())
 
     def counts(self) -> dict[str, Any]:
         return {"now": self.now.total(), "ids": len(self.ids), "classes": dict(sorted(self.now.items()))}
 
     def reset(self) -> None:
-        self.zone = None
+        self._zone = None
+        self._presence = _Presence(self._entry.minimum_crossing_threshold)
         self.now.clear()
         self.ids.clear()
+
+
+class _Presence:
+    """Whether tracks are in a zone: from so many frames inside in a row to so many outside."""
+
+    def __init__(self, threshold: int) -> None:
+        self._threshold = threshold
+        self._tracks: OrderedDict[int, tuple[bool, int]] = OrderedDict()  # in the zone, and frames that say otherwise
+
+    def update(self, inside: npt.NDArray[np.bool_], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return which boxes count as in the zone, [N], given which are inside on this frame.
+
+        Boxes without a track ID count at once.
+        """
+        if self._threshold == 1:
+            return inside
+        counted = inside.copy()
+        for row in np.flatnonzero(ids >= 0):
+            present, run = self._tracks.pop(int(ids[row]), (False, 0))
+            run = run + 1 if inside[row] != present else 0
+            if run >= self._threshold:
+                present, run = not present, 0
+            self._tracks[int(ids[row])] = present, run
+            counted[row] = present
+        while len(self._tracks) > MAX_TRACKS + len(ids):
+            self._tracks.popitem(last=False)
+        return counted
 
 
 class Zones:
     """Lines and zones of one stream, with their counts; made by `Zones.read` or `Zones.from_dict`.
 
-    Seen by somebody who walks a line from its start to its end, what crosses to the left is counted as in, to the
-    right as out: of a line drawn from left to right, upwards is in.
+    Seen from a line's start to its end, a crossing to the left counts as in and one to the right as out: at a line
+    drawn from left to right, upwards is in. An object that trembles on a line does not count, because a crossing must
+    be clear of the line by a fraction of the box (`minimum_crossing_distance`).
     """
 
-    def __init__(self, lines: Sequence[_Line], areas: Sequence[_Area], *, normalised: bool, source: str) -> None:
+    def __init__(self, lines: Sequence[_Line], areas: Sequence[_Area], *, normalized: bool, source: str) -> None:
         self._lines, self._areas = tuple(lines), tuple(areas)
         self._items: tuple[_Line | _Area, ...] = (*self._lines, *self._areas)
-        self._normalised, self._source = normalised, source
+        self._normalized, self._source = normalized, source
         self._resolution_wh: tuple[int, int] | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Zones:
-        """Read a JSON file; see `from_dict` for what it holds.
+        """Read a JSON file; `from_dict` describes the format.
 
         Raises:
             VideoError: The file cannot be read, or is not JSON.
@@ -133,44 +168,40 @@ class Zones:
         """
         name = os.fspath(path)
         try:
-            data = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+            text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+            data = json.loads(text, object_pairs_hook=_without_duplicates)
         except OSError as error:
             raise VideoError(f"{name}: the zones cannot be read: {error.strerror or error}") from error
+        except _DuplicateKey as error:
+            raise ValueError(f"{name}: {error}") from None
         except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
             raise VideoError(f"{name} is not JSON: {error}") from error
         return cls.from_dict(data, source=name)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "zones") -> Zones:
-        """Make zones of what a JSON file would hold.
+        """Make zones from the contents of a zone file.
 
         Args:
             data: `{"lines": [{"name": "door", "start": [x, y], "end": [x, y]}],
                 "zones": [{"name": "queue", "polygon": [[x, y], ...]}]}`, either of which may be left out. Coordinates
-                are pixels, or with `"normalised": true` fractions of the frame's width and height.
-            source: What messages call it.
+                are pixels, or with `"normalized": true` fractions of the frame's width and height. Lines and
+                zones take `triggering_anchors` and `minimum_crossing_threshold`, lines also
+                `minimum_crossing_distance`. `json_schema` describes all of them.
+            source: Name of the data in messages.
 
         Raises:
-            ValueError: A key is unknown or missing, two lines or two zones share a name, a coordinate is not a finite
-                number or no fraction where it should be, a line has no length or a polygon no area.
+            ValueError: A key is unknown or missing, two lines or two zones share a name, a value is out of range, a
+                line has no length or a polygon no area.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f'{source} must hold an object with "lines" or "zones", not {_shown(data)}')
-        _check_keys(data, (), ("lines", "zones", "normalised"), source)
-        normalised = data.get("normalised", False)
-        if not isinstance(normalised, bool):
-            raise ValueError(f'{source}: "normalised" must be true or false, not {_shown(normalised)}')
-        lines, areas = [], []
-        for where, name, entry in _entries(data, "lines", ("start", "end"), source):
-            points = np.array([_point(entry[key], f'{where}: "{key}"', normalised) for key in ("start", "end")])
-            if (points[0] == points[1]).all():
-                raise ValueError(f"{where}: start and end are the same point, {_shown(entry['start'])}")
-            lines.append(_Line(name, points))
-        for where, name, entry in _entries(data, "zones", ("polygon",), source):
-            areas.append(_Area(name, _polygon(entry["polygon"], where, normalised)))
-        if not lines and not areas:
-            raise ValueError(f'{source} names neither "lines" nor "zones"; there is nothing to count')
-        return cls(lines, areas, normalised=normalised, source=source)
+        file = check_zone_file(data, source)
+        lines, areas = [_Line(entry) for entry in file.lines], [_Area(entry) for entry in file.zones]
+        return cls(lines, areas, normalized=file.has_fractions, source=source)
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Return the JSON schema (draft 2020-12) of zone files, for editors and validators."""
+        return zone_schema()
 
     def __repr__(self) -> str:
         names = ", ".join(repr(item.name) for item in self._items)
@@ -188,7 +219,7 @@ class Zones:
         """
         if resolution_wh != self._resolution_wh:
             for item in self._items:
-                item.build(self._pixels(item, resolution_wh))
+                item.build(self._pixels(item, resolution_wh), resolution_wh)
             self._resolution_wh = resolution_wh
         names = np.array(class_names(detections), dtype=object)
         for item in self._items:
@@ -215,7 +246,7 @@ class Zones:
         self._resolution_wh = None
 
     def shapes(self, resolution_wh: tuple[int, int]) -> list[Shape]:
-        """Return what there is to draw in a frame of a size, lines first.
+        """Return the lines and zones to draw in a frame of a size, lines first.
 
         Raises:
             ValueError: A line or zone lies outside a frame of this size.
@@ -228,7 +259,7 @@ class Zones:
     def _pixels(self, item: _Line | _Area, resolution_wh: tuple[int, int]) -> npt.NDArray[np.float64]:
         """Return the points of a line or zone in pixels, [K, 2]."""
         size = np.array(resolution_wh, np.float64)
-        points = item.points * size if self._normalised else item.points
+        points = item.points * size if self._normalized else item.points
         outside = (points.max(0) < 0) | (points.min(0) > size)
         # A zone's mask reaches to its last corner, so that a distant one would take memory without end.
         if outside.any() or (points < -size).any() or (points > 2 * size).any():
@@ -237,7 +268,7 @@ class Zones:
             raise ValueError(
                 f'{self._source}: {kind} "{item.name}" at {corners} lies outside a frame of '
                 f"{resolution_wh[0]}x{resolution_wh[1]} pixels; correct it, or use fractions and "
-                '"normalised": true to fit every size'
+                '"normalized": true to fit every size'
             )
         return points
 
@@ -254,78 +285,24 @@ def class_names(detections: sv.Detections, classes: Sequence[str] = ()) -> list[
 
 
 def track_ids(detections: sv.Detections) -> npt.NDArray[np.int64]:
-    """Return the id of each row, [N]; negative (as trackers give to what they are not sure of) where there is none."""
+    """Return the track ID of each row, [N]; negative if it has none or the tracker has not confirmed it."""
     if detections.tracker_id is None:
         return np.full(len(detections), -1)
     return np.asarray(detections.tracker_id, np.int64)
 
 
-def _entries(
-    data: Mapping[str, Any], kind: str, keys: tuple[str, ...], source: str
-) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return where each line or zone stands, its name and what it holds; its keys and name are checked."""
-    entries = data.get(kind, [])
-    if not isinstance(entries, (list, tuple)):
-        raise ValueError(f'{source}: "{kind}" must be a list, not {_shown(entries)}')
-    found: list[tuple[str, str, Mapping[str, Any]]] = []
-    for number, entry in enumerate(entries):
-        where = f"{source}: {kind}[{number}]"
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"{where} must be an object with {_listed(('name', *keys))}, not {_shown(entry)}")
-        _check_keys(entry, ("name", *keys), (), where)
-        name = entry["name"]
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f'{where}: "name" must be a text that is not empty, not {_shown(name)}')
-        if any(name == other for _, other, _ in found):
-            raise ValueError(f'{where}: the name "{name}" is taken; each of the {kind} needs its own')
-        found.append((f'{where} "{name}"', name, entry))
+def _positions(anchors: Sequence[str]) -> list[sv.Position]:
+    return [sv.Position(anchor) for anchor in anchors]
+
+
+class _DuplicateKey(Exception):
+    """A JSON object has a key twice, of which Python keeps the last one."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateKey(f'an object has the key "{key}" twice; merge the two')
+        found[key] = value
     return found
-
-
-def _check_keys(entry: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str], where: str) -> None:
-    for key in entry:
-        if key not in needed and key not in optional:
-            raise ValueError(f"{where}: unknown key {_shown(key)}; known are {_listed((*needed, *optional))}")
-    for key in needed:
-        if key not in entry:
-            raise ValueError(f'{where}: "{key}" is missing; needed are {_listed(needed)}')
-
-
-def _polygon(corners: object, where: str, normalised: bool) -> npt.NDArray[np.float64]:
-    if not isinstance(corners, (list, tuple)) or len(corners) < 3:
-        raise ValueError(f'{where}: "polygon" needs at least 3 corners [x, y], not {_shown(corners)}')
-    points = np.array(
-        [_point(corner, f"{where}: corner {number}", normalised) for number, corner in enumerate(corners)]
-    )
-    spread = points - points.mean(0)
-    if np.linalg.matrix_rank(spread, tol=1e-9 * max(1.0, float(np.abs(points).max()))) < 2:
-        raise ValueError(f"{where}: the corners lie on one line and enclose nothing: {_shown(corners)}")
-    if not normalised and points.min() >= 0 and points.max() <= 1:
-        raise ValueError(f'{where} is not larger than a pixel; if these are fractions, add "normalised": true')
-    return points
-
-
-def _point(value: object, where: str, normalised: bool) -> tuple[float, float]:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError(f"{where} must be [x, y], not {_shown(value)}")
-    for number in value:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{where} must be two finite numbers, not {_shown(value)}")
-        if normalised and not 0 <= number <= 1:
-            raise ValueError(
-                f'{where} must be fractions from 0 to 1, because "normalised" is true, not {_shown(value)}'
-            )
-    return float(value[0]), float(value[1])
-
-
-def _listed(keys: Sequence[str]) -> str:
-    return ", ".join(f'"{key}"' for key in keys)
-
-
-def _shown(value: object) -> str:
-    """Return a value as JSON has it, shortened so that it fits in a message."""
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else f"{text[:70]}..."

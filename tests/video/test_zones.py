@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import supervision as sv
@@ -24,7 +25,7 @@ QUEUE = {"name": "queue", "polygon": [[0, 0], [100, 0], [100, 100], [0, 100]]}
 def standing(
     feet: Sequence[tuple[float, float]], ids: Sequence[int] | None = None, names: Sequence[str] | None = None
 ) -> sv.Detections:
-    """Boxes of 10×20 pixels that stand at points."""
+    """Boxes of 10×20 pixels whose lower edge is centered on a point."""
     names = names or ["dog"] * len(feet)
     xyxy = np.array([(x - 5, y - 20, x + 5, y) for x, y in feet], np.float32).reshape(-1, 4)
     return sv.Detections(
@@ -99,7 +100,7 @@ def test_an_object_is_where_its_box_stands() -> None:
 def test_fractions_fit_every_size_and_counts_outlast_a_change() -> None:
     zones = Zones.from_dict(
         {
-            "normalised": True,
+            "normalized": True,
             "lines": [{"name": "door", "start": [0, 0.5], "end": [1, 0.5]}],
             "zones": [{"name": "left", "polygon": [[0, 0], [0.5, 0], [0.5, 1], [0, 1]]}],
         }
@@ -136,49 +137,320 @@ def test_counts_are_ready_for_json(tmp_path: Path) -> None:
     assert zones.counts()["zones"]["queue"]["classes"] == {"object": 1}
 
 
+# Trembling boxes ----------------------------------------------------------------------------------------------------
+
+
+def crossings(zones: dict[str, Any], *frames: sv.Detections) -> tuple[int, int]:
+    counts = walk(Zones.from_dict(zones), *frames)["lines"]["door"]
+    return counts["in"], counts["out"]
+
+
+def at(*heights: float, x: float = 50, number: int = 7) -> list[sv.Detections]:
+    """One object per frame with its lower edge centered on (x, height), its box 10×20 pixels."""
+    return [standing([(x, height)], [number]) for height in heights]
+
+
+TREMBLE = [50 + 1.5 * (-1) ** number for number in range(40)]
+
+
+def test_a_line_of_supervision_counts_an_object_that_trembles_on_it() -> None:
+    """The tests below show the opposite; this one shows that their frames are a test at all."""
+    zone = sv.LineZone(sv.Point(0, 50), sv.Point(200, 50), triggering_anchors=(sv.Position.BOTTOM_CENTER,))
+    for detections in at(*TREMBLE):
+        zone.trigger(detections)
+    assert (zone.in_count, zone.out_count) == (20, 19)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([], [], (0, 0)),
+        ([80, 60], [], (0, 0)),  # comes from below and stays
+        ([80, 60], [60, 80], (0, 0)),  # turns around on the line
+        ([80, 60], [40, 20], (1, 0)),  # waits on the line and goes on
+        ([20, 40], [60, 80], (0, 1)),
+        ([], [40, 20], (0, 0)),  # stood on the line from the beginning
+        ([], [60, 80], (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 7])  # with a period of one frame, and slowly
+def test_an_object_that_trembles_on_a_line_counts_only_when_it_is_clear_of_it(
+    before: list[float], after: list[float], expected: tuple[int, int], step: int
+) -> None:
+    heights = [*before, *np.repeat(TREMBLE, step), *after]
+    assert crossings({"lines": [DOOR]}, *at(*heights)) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_trembling_does_not_count(seed: int) -> None:
+    offsets = np.random.default_rng(seed).normal(0, 0.05 * 20, 1000)  # 5 % of the box's height
+    assert crossings({"lines": [DOOR]}, *at(*(50 + offsets))) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("heights", "expected"),
+    [
+        ([99, 1], (1, 0)),  # within one frame
+        ([60, 45], (1, 0)),  # and the video ends
+        ([52, 40], (1, 0)),  # first seen on the line
+        ([51, 49, 47, 40], (1, 0)),  # first seen on the line, and moves straight across
+        ([48, 60], (0, 1)),
+        ([52, 60], (0, 0)),  # first seen on the line, and leaves on the same side
+        ([80, 20, 80, 20], (2, 1)),
+        ([80, 47.5], (0, 0)),  # still on the line
+    ],
+)
+def test_a_crossing_counts_once_as_soon_as_the_box_is_clear_of_the_line(
+    heights: list[float], expected: tuple[int, int]
+) -> None:
+    assert crossings({"lines": [DOOR]}, *at(*heights)) == expected
+
+
+def test_the_distance_is_a_fraction_of_the_box_across_the_line() -> None:
+    upright = {"name": "door", "start": [100, 100], "end": [100, 0]}  # in is to the left
+    for distance, expected in ((0.2, 1), (0.4, 0), (0, 1)):  # the box is 10 pixels wide: 2, 4 and 0 pixels
+        frames = [standing([(x, 60)], [7]) for x in (130, 97)]
+        data = {"lines": [{**upright, "minimum_crossing_distance": distance}]}
+        assert crossings(data, *frames) == (expected, 0)
+    assert crossings(line(minimum_crossing_distance=0), *at(*TREMBLE)) == (20, 19)
+
+
+@pytest.mark.parametrize(("y", "heights"), [(99, [50, 100]), (1, [50, 0]), (100, [50, 100])])
+def test_a_line_next_to_the_border_counts_objects_that_leave_the_frame(y: float, heights: list[float]) -> None:
+    door = {"name": "door", "start": [0, y], "end": [200, y], "minimum_crossing_distance": 1}
+    assert sum(crossings({"lines": [door]}, *at(*heights))) == 1
+
+
+def test_a_track_that_is_lost_on_the_line_still_crosses() -> None:
+    absent = [sv.Detections.empty()] * 100
+    assert crossings({"lines": [DOOR]}, *at(80, 60), *absent, *at(40)) == (1, 0)
+    assert crossings({"lines": [DOOR]}, *at(80, 60), *absent, *at(70)) == (0, 0)
+
+
+def test_walking_around_the_end_of_a_line_does_not_count() -> None:
+    short = {"lines": [{"name": "door", "start": [0, 50], "end": [100, 50]}]}
+    around = [standing([place], [7]) for place in ((50, 80), (150, 80), (150, 20), (50, 20))]
+    assert crossings(short, *around) == (0, 0)
+    assert crossings(short, *around, *at(80)) == (0, 1)  # and back through the line
+    diagonal = [standing([place], [7]) for place in ((80, 80), (110, 30))]
+    assert crossings(short, *diagonal) == (1, 0)  # meets the line at 98, and is past its end only behind it
+
+
+@pytest.mark.parametrize(
+    ("threshold", "heights", "expected"),
+    [
+        (3, [80, 20, 20, 80, 80, 80], (0, 0)),
+        (3, [80, 20, 20, 20, 80, 80], (1, 0)),
+        (3, [80, 20, 20, 20, 80, 80, 80], (1, 1)),
+        (3, [80, 20, 50, 20, 50, 20], (1, 0)),  # on the line is neither side
+        (2, [51, 20, 20], (1, 0)),
+        (1, [80, 20, 80], (1, 1)),
+    ],
+)
+def test_minimum_crossing_threshold_requires_frames_on_the_other_side(
+    threshold: int, heights: list[float], expected: tuple[int, int]
+) -> None:
+    assert crossings(line(minimum_crossing_threshold=threshold), *at(*heights)) == expected
+
+
+@pytest.mark.parametrize(
+    ("anchors", "heights", "expected"),
+    [
+        (["BOTTOM_CENTER"], [80, 45], 1),
+        (["TOP_CENTER"], [90, 72, 64], 1),  # the box is 20 pixels high: its top at 70, 52, 44
+        (["CENTER"], [80, 62, 55], 1),
+        (["TOP_LEFT", "TOP_RIGHT", "BOTTOM_LEFT", "BOTTOM_RIGHT"], [80, 64, 55], 0),
+        (["TOP_LEFT", "TOP_RIGHT", "BOTTOM_LEFT", "BOTTOM_RIGHT"], [80, 64, 55, 45], 1),
+    ],
+)
+def test_triggering_anchors_decide_where_an_object_is_at_a_line(
+    anchors: list[str], heights: list[float], expected: int
+) -> None:
+    for end in range(1, len(heights)):
+        assert crossings(line(triggering_anchors=anchors), *at(*heights[:end])) == (0, 0)
+    assert crossings(line(triggering_anchors=anchors), *at(*heights)) == (expected, 0)
+
+
+def test_triggering_anchors_decide_what_is_inside_a_zone() -> None:
+    upper = {"name": "queue", "polygon": [[0, 0], [200, 0], [200, 50], [0, 50]]}
+    frame = standing([(50, 45), (50, 60), (50, 90)])
+    for anchors, expected in ((["TOP_CENTER"], 2), (["BOTTOM_CENTER"], 1), (["TOP_CENTER", "BOTTOM_CENTER"], 1)):
+        zones = Zones.from_dict({"zones": [{**upper, "triggering_anchors": anchors}]})
+        assert walk(zones, frame)["zones"]["queue"]["now"] == expected
+
+
+def test_a_zone_with_a_threshold_ignores_objects_that_touch_it_briefly() -> None:
+    inside, outside = (standing([(x, 50)], [7]) for x in (99, 101))
+    zones = Zones.from_dict(queue(minimum_crossing_threshold=3))
+    seen = [walk(zones, frame)["zones"]["queue"] for frame in [inside, outside] * 5]
+    assert seen[-1] == {"now": 0, "ids": 0, "classes": {}}
+    now = [walk(zones, frame)["zones"]["queue"]["now"] for frame in [inside] * 3 + [outside, outside, inside]]
+    assert now == [0, 0, 1, 1, 1, 1]
+    now = [walk(zones, frame)["zones"]["queue"]["now"] for frame in [outside] * 3]
+    assert now == [1, 1, 0]
+    assert walk(zones, standing([(50, 50)]))["zones"]["queue"] == {"now": 1, "ids": 1, "classes": {"dog": 1}}
+    zones.reset()
+    assert [walk(zones, inside)["zones"]["queue"]["now"] for _ in range(3)] == [0, 0, 1]
+
+
+# The format ---------------------------------------------------------------------------------------------------------
+
+
 def line(**changes: object) -> dict[str, Any]:
     return {"lines": [{**DOOR, **changes}]}
 
 
-def zone(polygon: object, **more: object) -> dict[str, Any]:
+def zone(polygon: object = QUEUE["polygon"], **more: object) -> dict[str, Any]:
     return {"zones": [{"name": "queue", "polygon": polygon}], **more}
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ([], r'must hold an object with "lines" or "zones", not \[\]'),
-        ({}, 'names neither "lines" nor "zones"'),
-        ({"line": []}, 'unknown key "line"; known are "lines", "zones", "normalised"'),
-        ({"lines": {}}, r'"lines" must be a list, not \{\}'),
-        ({"lines": [5]}, r'lines\[0\] must be an object with "name", "start", "end", not 5'),
-        (line(colour="red"), r'lines\[0\]: unknown key "colour"; known are "name", "start", "end"'),
-        ({"lines": [{"name": "door", "start": [0, 1]}]}, r'lines\[0\]: "end" is missing'),
-        (line(name=" "), r'"name" must be a text that is not empty, not " "'),
-        ({"lines": [DOOR, DOOR]}, r'lines\[1\]: the name "door" is taken'),
-        (line(start=[1, 2, 3]), r'lines\[0\] "door": "start" must be \[x, y\], not \[1, 2, 3\]'),
-        (line(start=[1, "2"]), r'two finite numbers, not \[1, "2"\]'),
-        (line(start=[True, 2]), r"two finite numbers, not \[true, 2\]"),
-        (line(start=[float("nan"), 2]), r"two finite numbers, not \[NaN, 2\]"),
-        (line(start=[float("inf"), 2]), r"two finite numbers, not \[Infinity, 2\]"),
-        (line(start=[200, 50]), r"start and end are the same point, \[200, 50\]"),
-        (zone([[0, 0], [5, 5]]), r"at least 3 corners \[x, y\], not \[\[0, 0\], \[5, 5\]\]"),
-        (zone("round"), 'at least 3 corners .* not "round"'),
-        (zone([[0, 0], [5, 5], 7]), r'zones\[0\] "queue": corner 2 must be \[x, y\], not 7'),
-        (zone([[0, 0], [5, 5], [9, 9]]), "lie on one line and enclose nothing"),
-        (zone([[0, 0], [0.5, 0], [0.5, 1]]), 'if these are fractions, add "normalised": true'),
-        (zone([[0, 0], [50, 0], [50, 90]], normalised=True), r"fractions from 0 to 1, .* not \[50, 0\]"),
-        (zone([[0, 0], [50, 0], [50, 90]], normalised="yes"), '"normalised" must be true or false, not "yes"'),
-    ],
-)
-def test_what_is_wrong_is_named(data: Any, message: str, tmp_path: Path) -> None:
+def queue(**changes: object) -> dict[str, Any]:
+    return {"zones": [{**QUEUE, **changes}]}
+
+
+FRACTIONS = {"name": "door", "start": [0, 0.5], "end": [1, 0.5]}
+
+GOOD: list[dict[str, Any]] = [
+    {"lines": [DOOR]},
+    {"zones": [QUEUE]},
+    {"lines": [DOOR], "zones": [QUEUE]},
+    {"lines": [DOOR], "zones": []},
+    {"$schema": "docs/zones.schema.json", "lines": [DOOR]},
+    {"normalized": True, "lines": [FRACTIONS]},
+    {"normalised": True, "lines": [FRACTIONS]},
+    {"normalized": False, "lines": [DOOR]},
+    line(name="Tür 1"),
+    line(start=[-10.5, 1e3]),
+    line(minimum_crossing_threshold=3, minimum_crossing_distance=0, triggering_anchors=["CENTER"]),
+    line(minimum_crossing_threshold=3.0, minimum_crossing_distance=1),
+    line(triggering_anchors=["TOP_LEFT", "TOP_RIGHT", "BOTTOM_LEFT", "BOTTOM_RIGHT"]),
+    queue(minimum_crossing_threshold=2, triggering_anchors=["TOP_CENTER"]),
+    zone([[0, 0], [0.5, 0], [0.5, 1]], normalized=True),
+]
+
+BAD: list[tuple[Any, str]] = [
+    ([], r'must hold an object with "lines" or "zones", not \[\]'),
+    (None, r'must hold an object with "lines" or "zones", not null'),
+    ({}, 'names neither "lines" nor "zones"'),
+    ({"lines": [], "zones": []}, 'names neither "lines" nor "zones"'),
+    ({"line": []}, 'unknown key "line"; did you mean "lines"'),
+    ({"shapes": [], "lines": [DOOR]}, 'unknown key "shapes"; known are .*"normalized", .*"lines", "zones"'),
+    ({"lines": {}}, r'"lines" must be a list, not \{\}'),
+    ({"lines": [5]}, r'lines\[0\] must be an object with "name", "start", "end", not 5'),
+    ({"$schema": 5, "lines": [DOOR]}, r'"\$schema" must be a text, not 5'),
+    (
+        line(color="red"),
+        r'lines\[0\] "door": unknown key "color"; known are "name", "start", "end", "triggering_anchors"',
+    ),
+    (queue(minimum_crossing_distance=0), r'zones\[0\] "queue": unknown key "minimum_crossing_distance"'),
+    ({"lines": [{"name": "door", "stat": [0, 1], "end": [2, 3]}]}, 'unknown key "stat"; did you mean "start"'),
+    (
+        {"lines": [{"name": "door", "start": [0, 1]}]},
+        r'lines\[0\] "door": "end" is missing; needed are "name", "start"',
+    ),
+    (line(name=" "), r'lines\[0\]: "name" must be a text that is not empty, not " "'),
+    (line(name=7), '"name" must be a text that is not empty, not 7'),
+    (line(start=[1, 2, 3]), r'lines\[0\] "door": "start" must be \[x, y\], not \[1, 2, 3\]'),
+    (line(start=[1, "2"]), r'two finite numbers, not \[1, "2"\]'),
+    (line(start=[True, 2]), r"two finite numbers, not \[true, 2\]"),
+    (line(start=[10**400, 2]), r"two finite numbers, not \[1000"),
+    (zone([[0, 0], [5, 5]]), r'zones\[0\] "queue": "polygon" needs at least 3 corners .* not \[\[0, 0\], \[5, 5\]\]'),
+    (zone("round"), 'at least 3 corners .* not "round"'),
+    (zone([[0, 0], [5, 5], 7]), r'zones\[0\] "queue": corner 2 must be \[x, y\], not 7'),
+    (zone([[0, 0], [50, 0], [50, 90]], normalized=True), r'"queue" must have fractions .* not \[50, 0\]'),
+    (zone([[0, 0], [50, 0], [50, 90]], normalised=True), r'"queue" must have fractions .* not \[50, 0\]'),
+    ({"normalized": True, "lines": [DOOR]}, r'lines\[0\] "door" must have fractions .* not \[0, 50\]'),
+    (zone(normalized="yes"), '"normalized" must be true or false, not "yes"'),
+    (zone(normalized=1), '"normalized" must be true or false, not 1'),
+    ({"normalized": True, "normalised": True, "lines": [FRACTIONS]}, 'has both "normalized" and "normalised"'),
+    (
+        line(triggering_anchors=["BOTTOM"]),
+        r'"door": "triggering_anchors" has the unknown anchor "BOTTOM"; known are "CENTER"',
+    ),
+    (line(triggering_anchors=["CENTER_OF_MASS"]), 'the unknown anchor "CENTER_OF_MASS"'),
+    (line(triggering_anchors=[["CENTER"]]), r'the unknown anchor \["CENTER"\]'),
+    (
+        line(triggering_anchors="CENTER"),
+        r'must be a list of one or more anchors, such as \["BOTTOM_CENTER"\], not "CENTER"',
+    ),
+    (queue(triggering_anchors=[]), r"must be a list of one or more anchors, .* not \[\]"),
+    (queue(triggering_anchors=["CENTER", "CENTER"]), "must not name an anchor twice"),
+    (line(minimum_crossing_threshold=0), "must be a whole number of frames from 1 to 1000, not 0"),
+    (line(minimum_crossing_threshold=1.5), "a whole number of frames from 1 to 1000, not 1.5"),
+    (line(minimum_crossing_threshold="3"), 'a whole number of frames from 1 to 1000, not "3"'),
+    (queue(minimum_crossing_threshold=True), "a whole number of frames from 1 to 1000, not true"),
+    (line(minimum_crossing_distance=-0.1), "a fraction of the box from 0 to 1, not -0.1"),
+    (line(minimum_crossing_distance=None), "a fraction of the box from 0 to 1, not null"),
+]
+
+# No JSON schema can express these.
+ONLY_IN_CODE: list[tuple[Any, str]] = [
+    ({"lines": [DOOR, DOOR]}, r'lines\[1\]: the name "door" is taken'),
+    (line(start=[200, 50]), r'lines\[0\] "door": start and end are the same point, \[200, 50\]'),
+    (zone([[0, 0], [5, 5], [9, 9]]), r"lie on one line and enclose nothing: \[\[0, 0\], \[5, 5\], \[9, 9\]\]"),
+    (zone([[0, 0], [0.5, 0], [0.5, 1]]), 'if these are fractions, add "normalized": true'),
+    ({"lines": [FRACTIONS]}, r'lines\[0\] "door" is not larger than a pixel; if these are fractions'),
+    (line(start=[float("nan"), 2]), r"two finite numbers, not \[NaN, 2\]"),
+    (line(start=[float("inf"), 2]), r"two finite numbers, not \[Infinity, 2\]"),
+]
+
+
+def schema_accepts(data: Any) -> bool:
+    return jsonschema.Draft202012Validator(Zones.json_schema()).is_valid(data)
+
+
+@pytest.mark.parametrize("data", GOOD, ids=json.dumps)
+def test_schema_and_reader_accept_good_files(data: Any) -> None:
+    assert schema_accepts(data)
+    Zones.from_dict(data)
+
+
+@pytest.mark.parametrize(("data", "message"), BAD, ids=json.dumps)
+def test_schema_rejects_bad_files(data: Any, message: str) -> None:
+    assert not schema_accepts(data)
+
+
+@pytest.mark.parametrize(("data", "message"), BAD + ONLY_IN_CODE, ids=json.dumps)
+def test_errors_name_the_file_the_place_the_value_and_the_remedy(data: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=message) as refused:
+    with pytest.raises(ValueError, match=message) as raised:
         Zones.read(path)
-    assert str(refused.value).startswith(str(path))
+    assert str(raised.value).startswith(str(path))
     with pytest.raises(ValueError, match=message):
         Zones.from_dict(data)
+
+
+def test_published_schema_is_the_one_of_the_code_and_is_valid() -> None:
+    published = json.loads((Path(__file__).parents[2] / "docs" / "zones.schema.json").read_text(encoding="utf-8"))
+    assert published == Zones.json_schema(), "run scripts/zone_schema.py"
+    jsonschema.Draft202012Validator.check_schema(published)
+
+
+def test_every_example_of_the_documentation_is_a_valid_zone_file() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "zones.md").read_text(encoding="utf-8")
+    examples = [json.loads(part.partition("```")[0]) for part in text.split("```json\n")[1:]]
+    assert len(examples) >= 2
+    for example in examples:
+        assert schema_accepts(example)
+        Zones.from_dict(example)
+
+
+def test_every_key_is_documented_in_the_schema_and_on_the_page() -> None:
+    schema = Zones.json_schema()
+    page = (Path(__file__).parents[2] / "docs" / "zones.md").read_text(encoding="utf-8")
+    objects = [schema, *schema["$defs"].values()]
+    keys = {key for part in objects for key in part["properties"]}
+    assert {"triggering_anchors", "minimum_crossing_threshold", "minimum_crossing_distance", "normalized"} <= keys
+    assert all(field["description"] for part in objects for field in part["properties"].values())
+    assert [key for key in sorted(keys) if f"`{key}`" not in page] == []
+
+
+def test_a_key_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "twice.json"
+    path.write_text(f'{{"lines": [{json.dumps(DOOR)}], "lines": []}}')  # Python's decoder keeps the last one, silently
+    with pytest.raises(ValueError, match=r'twice\.json: an object has the key "lines" twice; merge the two'):
+        Zones.read(path)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
