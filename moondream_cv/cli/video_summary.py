@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moondream_cv.video.pipeline import ClassSummary
 
 STDOUT = "-"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
 def sum_up(report: Report, summary: Summary, targets: Iterable[str], has_scores: bool, stopped: bool = False) -> None:
@@ -37,7 +38,7 @@ def sum_up(report: Report, summary: Summary, targets: Iterable[str], has_scores:
     if summary.failed:
         which = f"{summary.failed} of {summary.looked + summary.failed} frames" if summary.looked else "every frame"
         report.notice(f"Warning: the model failed on {which}")
-    files = [shown(target) for target in targets if target != STDOUT and os.path.exists(os.path.expanduser(target))]
+    files = [_file_text(target, summary) for target in targets if target != STDOUT and _exists(target)]
     say(
         f"{'Stopped after ' if stopped else ''}{_number(summary.frames, 'frame')} in {summary.elapsed:.1f} s "
         f"({summary.fps:.1f} fps), {summary.looked} looked at ({summary.looked_fps:.1f} fps)"
@@ -45,6 +46,17 @@ def sum_up(report: Report, summary: Summary, targets: Iterable[str], has_scores:
     )
     if summary.failed and not summary.looked and not stopped:
         raise typer.Exit(1)
+
+
+def _exists(target: str) -> bool:
+    return os.path.exists(os.path.expanduser(target))
+
+
+def _file_text(target: str, summary: Summary) -> str:
+    saved = summary.saved_frames
+    if saved is None or saved == summary.frames or not target.lower().endswith(VIDEO_SUFFIXES):
+        return shown(target)
+    return f"{shown(target)} ({saved} of {_number(summary.frames, 'frame')})"
 
 
 def _class_text(seen: ClassSummary, has_scores: bool) -> str:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from fractions import Fraction
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from moondream_cv.video.frame import Frame
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+Colorspace = Literal["bt601", "bt709"]
+"""Matrix between RGB and YUV: BT.601 for standard definition, BT.709 for HD."""
 
 Image: TypeAlias = npt.NDArray[np.uint8]
 """[H, W, 3] uint8 BGR, C-contiguous."""
@@ -67,6 +70,7 @@ class Source(ABC):
         frame_count: Estimate of the container, which may be wrong; None where there is none.
         resolution_wh: Width and height of the first frame, upright. Later frames may differ.
         sample_aspect_ratio: Width of a pixel divided by its height, upright; None if unknown, which means square.
+        colorspace: Matrix of the source's colors, "bt601" or "bt709"; None if they are not stored as YUV or unknown.
         start_time: Seconds of the first frame on the source's own clock, which its sound shares; None without a clock.
         problems: Frames that could not be decoded and were skipped.
         ahead: Whether frames may be fetched ahead in another thread: not those of an iterable, which is its owner's.
@@ -82,6 +86,7 @@ class Source(ABC):
         self.frame_count: int | None = None
         self.resolution_wh: tuple[int, int] | None = None
         self.sample_aspect_ratio: Fraction | None = None
+        self.colorspace: Colorspace | None = None
         self.start_time: float | None = None
         self.problems = 0
         self._warned = False

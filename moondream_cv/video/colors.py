@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.base import Image
+from moondream_cv.video.base import Colorspace, Image
 
 if TYPE_CHECKING:
     from av.filter import Graph
@@ -72,6 +72,11 @@ class BGRConverter:
             )
         return np.asarray(converted.to_ndarray(), np.uint8)
 
+    @staticmethod
+    def colorspace(frame: VideoFrame) -> Colorspace:
+        """Return the matrix with which a frame is read."""
+        return "bt709" if _swscale_matrix(frame) in (_BT709, _BT2020) else "bt601"
+
     def _tone_mapped(self, frame: VideoFrame) -> Image | None:
         """Return a frame mapped to BT.709; None if it is SDR and this FFmpeg cannot map colors."""
         import av
@@ -98,6 +103,11 @@ class BGRConverter:
         return _HDR_TRANSFERS.get(int(getattr(frame, "color_trc", self._context.color_trc)))
 
 
+def usual_colorspace(width: int, height: int) -> Colorspace:
+    """Return the matrix that players assume for a video of this size without a tag."""
+    return "bt709" if width >= 1280 or height >= 720 else "bt601"
+
+
 def _pulled(graph: Graph) -> Any:
     return graph.pull()  # of a video graph a video frame; the stubs allow audio frames too
 
@@ -106,8 +116,7 @@ def _swscale_matrix(frame: VideoFrame) -> int:
     matrix = int(frame.colorspace)
     if matrix in _SWSCALE_MATRICES:
         return _SWSCALE_MATRICES[matrix]
-    is_hd = frame.width >= 1280 or frame.height >= 720
-    return _BT709 if is_hd else _SWSCALE_BT601
+    return _BT709 if usual_colorspace(frame.width, frame.height) == "bt709" else _SWSCALE_BT601
 
 
 def _tone_mapping_graph(frame: VideoFrame) -> Graph:

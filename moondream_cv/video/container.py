@@ -141,6 +141,7 @@ class FrameDecoder:
     Attributes:
         newest: Latest timestamp of a frame, in ticks of the stream; None before the first frame.
         newest_packet: Latest timestamp of a packet.
+        timestamps: The times of the stream's packets.
     """
 
     def __init__(self, container: InputContainer, source: Source) -> None:
@@ -154,7 +155,7 @@ class FrameDecoder:
 
         self.stream = video_stream(container, source.name)
         self._source = source
-        self._timestamps = FrameTimestamps(container.format.name)
+        self.timestamps = FrameTimestamps(container.format.name)
         self._to_bgr = BGRConverter(self.stream, source.name)
         self._problems = source.problems
         self.newest: int | None = None
@@ -163,14 +164,14 @@ class FrameDecoder:
     def frames(self, packet: Packet[Any] | None) -> Iterator[tuple[VideoFrame, int | None]]:
         """Decode a packet into frames with their timestamps; note a problem if it cannot be decoded."""
         if packet is not None:
-            stamp = self._timestamps.add_packet(packet)
+            stamp = self.timestamps.add_packet(packet)
             if stamp is not None:
                 self.newest_packet = stamp if self.newest_packet is None else max(self.newest_packet, stamp)
         for frame in self._decoded(packet):
             if self._source.problems > self._problems:
-                self._timestamps.skip_damaged(frame.dts)
+                self.timestamps.skip_damaged(frame.dts)
                 self._problems = self._source.problems
-            stamp = self._timestamps.of(frame)
+            stamp = self.timestamps.of(frame)
             if stamp is not None:
                 self.newest = stamp if self.newest is None else max(self.newest, stamp)
             yield frame, stamp
@@ -189,13 +190,10 @@ class FrameDecoder:
         ratio = self.stream.sample_aspect_ratio
         if self._source.sample_aspect_ratio is None and ratio:
             self._source.sample_aspect_ratio = 1 / ratio if is_turned else ratio
-        unit = _unit(self.stream)
-        duration = self._timestamps.duration(stamp)
-        return TimedImage(
-            np.ascontiguousarray(pixels),
-            None if stamp is None else float(stamp * unit),
-            None if duration is None else float(duration * unit),
-        )
+        if self._source.colorspace is None and not frame.format.is_rgb:
+            self._source.colorspace = self._to_bgr.colorspace(frame)
+        seconds = None if stamp is None else float(stamp * _unit(self.stream))
+        return TimedImage(np.ascontiguousarray(pixels), seconds)
 
     def images(self, packet: Packet[Any] | None) -> Iterator[TimedImage]:
         """Decode a packet into images."""
@@ -219,30 +217,56 @@ class FrameDecoder:
 def _read(
     container: InputContainer, reopen: Callable[[], InputContainer], source: Source, is_file: bool
 ) -> Generator[TimedImage, None, None]:
-    """Give all images of a container, with the seconds at which they are shown."""
+    """Give all images of a container, with the seconds at which and for which they are shown."""
     try:
         decoder = FrameDecoder(container, source)
         stream = decoder.stream
         stream.thread_type = "AUTO"
         source.fps = average_rate(stream) or (_measured_rate(reopen, source.name) if is_file else None)
         source.frame_count = _frame_count(container, stream, source.fps)
-        begin, end = None, None  # of the packets, in the stream's units
-        problems = 0  # those noted before the newest frame
-        for packet in _packets(container, stream, source, is_file):
-            if packet.pts is not None:
-                begin = packet.pts if begin is None else min(begin, packet.pts)
-                end = max(end or 0, packet.pts + (packet.duration or 0))
-            for frame, stamp in decoder.frames(packet):
-                problems = source.problems
-                image = decoder.image(frame, stamp)
-                if image is not None:
-                    yield image
-        if decoder.newest_packet is not None and (decoder.newest is None or decoder.newest < decoder.newest_packet):
-            source.problems = min(problems, source.problems)
-            yield from _last_frames(reopen, decoder.newest, source)
-        _warn_if_short(container, stream, begin, end, source)
+        held: TimedImage | None = None
+        try:
+            for image in _images(container, reopen, decoder, source, is_file):
+                if held is not None:
+                    yield held._replace(duration=_difference(image.seconds, held.seconds))
+                held = image
+        except VideoError:  # what came before it is shown first
+            if held is not None:
+                yield held
+            raise
+        end = decoder.timestamps.end
+        if held is not None:
+            yield held._replace(duration=_difference(None if end is None else float(end * _unit(stream)), held.seconds))
     finally:
         container.close()
+
+
+def _difference(later: float | None, earlier: float | None) -> float | None:
+    """Return the seconds from one time to a later one; None if one is unknown or it is not later."""
+    if later is None or earlier is None or later <= earlier:
+        return None
+    return later - earlier
+
+
+def _images(
+    container: InputContainer,
+    reopen: Callable[[], InputContainer],
+    decoder: FrameDecoder,
+    source: Source,
+    is_file: bool,
+) -> Iterator[TimedImage]:
+    """Give all images of a container, with the seconds at which they are shown."""
+    problems = 0  # those noted before the newest frame
+    for packet in _packets(container, decoder.stream, source, is_file):
+        for frame, stamp in decoder.frames(packet):
+            problems = source.problems
+            image = decoder.image(frame, stamp)
+            if image is not None:
+                yield image
+    if decoder.newest_packet is not None and (decoder.newest is None or decoder.newest < decoder.newest_packet):
+        source.problems = min(problems, source.problems)
+        yield from _last_frames(reopen, decoder.newest, source)
+    _warn_if_short(container, decoder, source)
 
 
 def _last_frames(
@@ -347,13 +371,12 @@ def _frame_count(container: InputContainer, stream: VideoStream, rate: float | N
     return round(seconds * rate) or None if rate else None
 
 
-def _warn_if_short(
-    container: InputContainer, stream: VideoStream, begin: int | None, end: int | None, source: Source
-) -> None:
-    claimed = _duration(container, stream)
-    if claimed is None or begin is None or end is None:
+def _warn_if_short(container: InputContainer, decoder: FrameDecoder, source: Source) -> None:
+    claimed = _duration(container, decoder.stream)
+    start, end = decoder.timestamps.start, decoder.timestamps.end
+    if claimed is None or start is None or end is None:
         return
-    lasted = float((end - begin) * _unit(stream))
+    lasted = float((end - start) * _unit(decoder.stream))
     if lasted + 3 / (source.fps or ASSUMED_FPS) < claimed:
         logger.warning("%s is cut off: it ends after %.2f s of %.2f", source.name, lasted, claimed)
 

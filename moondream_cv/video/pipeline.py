@@ -57,6 +57,8 @@ class Summary:
         problems: Frames that could not be decoded.
         classes: What was seen of each.
         zones: `Zones.counts` at the end; None without zones.
+        saved_frames: Frames in the video file once it is closed, fewer than `frames` if the disk was full; None before,
+            and without a video file.
     """
 
     frames: int = 0
@@ -68,6 +70,7 @@ class Summary:
     problems: int = 0
     classes: dict[str, ClassSummary] = field(default_factory=dict)
     zones: dict[str, Any] | None = None
+    saved_frames: int | None = None
 
     @property
     def fps(self) -> float:
@@ -119,7 +122,7 @@ def annotate_video(
         json: Where to write JSON lines, one a frame.
         mot: Where to write a MOT challenge text.
         show: Show the frames in a window as well; closing it ends the video.
-        audio: Copy the sound of a video file.
+        audio: Copy the sound tracks and the subtitles of a video file.
         on_frame: Called after each frame with what there is so far; always the same object.
 
     Returns:
@@ -140,9 +143,17 @@ def annotate_video(
         writers = opened.enter_context(ExitStack())
         pictures: list[Writer] = []
         texts: list[Writer] = []
+        output: VideoWriter | None = None
         if target is not None:
-            sound = _file(source) if audio else None
-            pictures.append(writers.enter_context(VideoWriter(Path(target), fps=video.fps, audio_from=sound)))
+            output = VideoWriter(
+                Path(target),
+                fps=video.fps,
+                audio_from=_file(source) if audio else None,
+                start_time=video.start_time,
+                sample_aspect_ratio=video.sample_aspect_ratio,
+                colorspace=video.colorspace,
+            )
+            pictures.append(writers.enter_context(output))
         if json is not None:
             texts.append(writers.enter_context(JsonLinesWriter(json)))
         if mot is not None:
@@ -155,14 +166,17 @@ def annotate_video(
         )
         summary = Summary(frame_count=video.frame_count)
         tally = _Tally(names, summary)
-        with writers:  # they close first: a model may take its time
-            for tracked in watched:
-                _write(tracked, annotator, counted, pictures, texts)
-                tally.add(tracked, watched, counted)
-                if on_frame is not None:
-                    on_frame(summary)
-                if window is not None and window.closed:
-                    break
+        try:
+            with writers:  # they close first: a model may take its time
+                for tracked in watched:
+                    _write(tracked, annotator, counted, pictures, texts)
+                    tally.add(tracked, watched, counted)
+                    if on_frame is not None:
+                        on_frame(summary)
+                    if window is not None and window.closed:
+                        break
+        finally:
+            summary.saved_frames = None if output is None else output.saved_frames
     return summary
 
 

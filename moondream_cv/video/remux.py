@@ -1,4 +1,4 @@
-"""Copying the packets of a video, and the sound of another file, into one file: nothing is encoded anew."""
+"""Copying the packets of an encoded video, and the sound and subtitles of another file, into one file."""
 
 from __future__ import annotations
 
@@ -7,162 +7,267 @@ import heapq
 import io
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video.writers import reason
 
 if TYPE_CHECKING:
     from av import Packet
-    from av.container import InputContainer
+    from av.container import InputContainer, OutputContainer
     from av.stream import Stream
 
 logger = logging.getLogger(__name__)
 
-_PREROLL = 0.1  # seconds of sound kept before the first picture, unheard: decoders need some to set in
+MATROSKA = "matroska"
+_COPIED_TYPES = {"audio": "audio", "subtitle": "subtitles"}  # FFmpeg's names of stream types → those in messages
+_COPIED_TAGS = ("language", "title", "handler_name")
+_PREROLL = 0.1  # seconds of sound kept before the first image, not played: decoders need some to set in
+
+
+@dataclass(frozen=True)
+class SideStreams:
+    """Sound and subtitles of a file, to be copied beside a video.
+
+    Attributes:
+        path: The file.
+        indices: Numbers of its streams that the target can hold, in the file's order.
+        start: Seconds on the file's clock that belong to the first image of the video.
+        has_sound: Whether one of the streams is sound.
+    """
+
+    path: Path
+    indices: tuple[int, ...]
+    start: float
+    has_sound: bool
 
 
 def av_errors() -> tuple[type[Exception], ...]:
-    """What PyAV raises when a file cannot be read or written."""
+    """Return what PyAV raises when a file cannot be read or written."""
     import av
 
     return (av.error.FFmpegError, OSError, ValueError)
 
 
-def check_sound(source: Path, target: Path, file_format: str) -> bool:
-    """Tell whether a file has sound that a target can hold; log a warning where only the target stands against it.
+def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tuple[int, ...], bool]:
+    """Return which streams of sound and subtitles a target can hold; log a warning that names the others.
 
     Args:
         source: A media file.
         target: Named in the warning.
         file_format: FFmpeg's name of the target's format.
 
+    Returns:
+        The streams' numbers in the source, and whether one of them is sound.
+
     Raises:
         VideoError: The source cannot be read.
     """
     import av
 
+    copied: list[int] = []
+    left_out: list[str] = []
+    has_sound, matroska_holds_all = False, True
     try:
-        with av.open(str(source)) as opened:
-            if not opened.streams.audio:
-                return False
-            track = opened.streams.audio[0]
-            try:
-                av.open(io.BytesIO(), "w", format=file_format).add_stream_from_template(track, opaque=True)
-            except av_errors() as error:
-                codec = track.codec_context.name if track.codec_context else "unknown"
-                logger.warning(
-                    "%s is written without the sound of %s, whose codec is %s: %s", target, source, codec, reason(error)
-                )
-                return False
-            return True
+        with av.open(str(source), metadata_errors="replace") as opened:
+            for stream in opened.streams:
+                kind = str(stream.type)
+                if kind not in _COPIED_TYPES:
+                    continue
+                if stream.codec_context is not None and _can_hold(file_format, stream):
+                    copied.append(stream.index)
+                    has_sound = has_sound or kind == "audio"
+                else:
+                    left_out.append(_described(stream))
+                    is_held = stream.codec_context is not None and _can_hold(MATROSKA, stream)
+                    matroska_holds_all = matroska_holds_all and is_held
     except av_errors() as error:
         raise VideoError(
             f"the sound of {source} cannot be read: {reason(error)}; leave audio_from out for a silent video"
         ) from error
+    if left_out:
+        names = ", ".join(left_out)
+        advice = "; write a .mkv file to keep them" if matroska_holds_all and file_format != MATROSKA else ""
+        logger.warning(
+            "%s is written without the %s of %s: its format cannot hold that%s", target, names, source, advice
+        )
+    return tuple(copied), has_sound
 
 
-def count_pictures(path: Path) -> int:
-    """Count the pictures of a file that are whole, up to where it can be read.
+def image_times(path: Path) -> npt.NDArray[np.int64]:
+    """Return the timestamps of a file's images that are whole, up to where it can be read: [N] ticks, as stored.
 
-    This is how a full disk is noticed at the end of a file: FFmpeg does not always report it.
+    Their number is how a full disk is noticed at the end of a file: FFmpeg does not always report it.
     """
     import av
 
-    pictures = 0
+    times: list[int] = []
     with contextlib.suppress(*av_errors()), av.open(str(path)) as opened:
-        for packet in opened.demux(opened.streams.video):
-            pictures += packet.size > 0 and not packet.is_corrupt
-    return pictures
+        for packet in opened.demux(opened.streams.video) if opened.streams.video else ():
+            if packet.size and not packet.is_corrupt:
+                times.append(packet.pts if packet.pts is not None else 0)
+    return np.array(times, np.int64)
 
 
 def remux(
-    video: Path, target: Path, file_format: str, audio_from: Path | None, start: float, end: float, step: float
+    video: Path, target: Path, file_format: str, times: npt.NDArray[np.int64], last: float, side: SideStreams | None
 ) -> None:
-    """Copy a video's packets into a file with its index in front, and beside them the sound of another file.
+    """Copy a video's packets into a file with its index in front, and the packets of other streams with them.
 
     Args:
-        video: Has one stream; may end in the middle.
-        target: Written anew.
+        video: A file with one stream of H.264; may end in the middle.
+        target: File to write.
         file_format: FFmpeg's name of the target's format.
-        audio_from: A file whose first sound track is copied from `start` on. Its time 0 is its first picture.
-        start: Seconds in `audio_from` of the video's first picture.
-        end: Seconds in the video after which no sound begins.
-        step: Seconds that a picture lasts where the video does not say it.
+        times: `image_times` of the video.
+        last: Seconds for which its last image is shown.
+        side: Sound and subtitles to copy; those before the first image and after the last are left out.
 
     Raises:
-        One of `av_errors`: The target cannot be written, the video not be opened, or the sound not be copied.
+        One of `av_errors`: The target cannot be written, the video not be opened, or the streams not be copied.
     """
     import av
 
     with contextlib.ExitStack() as files:
-        pictures = files.enter_context(av.open(str(video)))
-        options = {} if file_format == "matroska" else {"movflags": "faststart"}
+        images = files.enter_context(av.open(str(video)))
+        options = {} if file_format == MATROSKA else {"movflags": "faststart"}
         output = files.enter_context(av.open(str(target), "w", format=file_format, container_options=options))
-        source = pictures.streams.video[0]
-        preroll = 0.0 if file_format == "matroska" else _PREROLL  # Matroska has no times below 0; it would move all
-        tracks = [
-            _moved(
-                _lasting(_packets(pictures, source), step), output.add_stream_from_template(source, opaque=True), 0.0
-            )
-        ]
-        if audio_from is not None:
-            other = files.enter_context(av.open(str(audio_from)))
-            sound = other.streams.audio[0]
-            zero = start + _first_picture(other)
-            heard = _between(_packets(other, sound), zero - preroll, zero + end)
-            tracks.append(_moved(heard, output.add_stream_from_template(sound, opaque=True), -zero))
-        for packet in heapq.merge(*tracks, key=_decoding_time):
+        source = images.streams.video[0]
+        unit = Fraction(source.time_base or 1)
+        timeline = _Timeline(times, max(1, round(last / unit)))
+        total = float(timeline.total * unit)
+        stream = output.add_stream_from_template(source, opaque=True)
+        # Matroska stores this rate, from which OpenCV derives its own.
+        stream.codec_context.framerate = Fraction(len(times) / total).limit_denominator(1001)
+        merged = [timeline.timed(_packets(images, [source]), stream)]
+        if side is not None and side.indices:
+            other = files.enter_context(av.open(str(side.path), metadata_errors="replace"))
+            copies = {index: _copied_stream(output, other.streams[index]) for index in side.indices}
+            preroll = 0.0 if file_format == MATROSKA else _PREROLL  # Matroska has no times below 0; it would move all
+            merged.append(_shifted(other, copies, side.start, total, preroll))
+        for packet in heapq.merge(*merged, key=_decoding_time):
             output.mux(packet)
 
 
-def _packets(opened: InputContainer, stream: Stream) -> Iterator[Packet[Stream]]:
-    """Give the packets of a stream that are whole and have a time, as far as it can be read."""
+def _can_hold(file_format: str, stream: Stream) -> bool:
     import av
 
     try:
-        for packet in opened.demux(stream):
-            if packet.dts is not None and packet.pts is not None and not packet.is_corrupt:
+        with av.open(io.BytesIO(), "w", format=file_format) as trial:
+            trial.add_stream_from_template(stream, opaque=True)
+            trial.start_encoding()
+    except av_errors():
+        return False
+    return True
+
+
+def _described(stream: Stream) -> str:
+    codec = stream.codec_context.name if stream.codec_context else "unknown codec"
+    language = stream.metadata.get("language", "")
+    details = ", ".join([codec, *([language] if language and language != "und" else [])])
+    return f"{_COPIED_TYPES[str(stream.type)]} ({details})"
+
+
+def _copied_stream(output: OutputContainer, stream: Stream) -> Stream:
+    """Add a stream like another one, with its language and title."""
+    copy = output.add_stream_from_template(stream, opaque=True)
+    copy.metadata.update({key: stream.metadata[key] for key in _COPIED_TAGS if key in stream.metadata})
+    disposition = getattr(stream, "disposition", None)
+    if disposition is not None:
+        with contextlib.suppress(AttributeError):  # read-only before PyAV 15
+            copy.disposition = disposition
+    return copy
+
+
+def _packets(opened: InputContainer, streams: list[Any]) -> Iterator[Packet[Any]]:
+    """Give the packets of some streams that are whole and have a time, as far as they can be read."""
+    import av
+
+    try:
+        for packet in opened.demux(streams):
+            if packet.dts is not None and packet.pts is not None and packet.size and not packet.is_corrupt:
                 yield packet
     except av.error.FFmpegError as error:
         logger.warning("%s cannot be read to its end: %s", opened.name, reason(error))
 
 
-def _first_picture(opened: InputContainer) -> float:
-    """When a file's first picture is shown, in seconds of its own clock; 0 where it has none."""
-    for stream in opened.streams.video:
-        if stream.start_time is not None and stream.time_base is not None:
-            return float(stream.start_time * stream.time_base)
-    return 0.0
+class _Timeline:
+    """Decoding times and durations of a video's packets, from the times at which their images are shown.
 
+    The decoding times are the presentation times in rising order, all moved back by what the order of the packets
+    needs. MP4 stores only their differences, which are then the durations of all images but in another order, so that
+    the total is right, gaps included.
 
-def _between(packets: Iterator[Packet[Stream]], start: float, end: float) -> Iterator[Packet[Stream]]:
-    """Give the packets that begin from one time on and before another, in seconds."""
-    for packet in packets:
-        seconds = float((packet.pts or 0) * packet.time_base)
-        if seconds >= end:
-            return
-        if seconds >= start:
+    Attributes:
+        total: Ticks from the first image to the end of the last one.
+    """
+
+    def __init__(self, shown: npt.NDArray[np.int64], last: int) -> None:
+        """Plan the packets.
+
+        Args:
+            shown: [N] ticks at which the images are shown, in the order of the packets.
+            last: Ticks for which the last image is shown.
+        """
+        rising = np.sort(shown)
+        self._rising, self._last = rising, last
+        self._durations = np.append(np.diff(rising), last)
+        self._decoded = rising - (rising - shown).max(initial=0)
+        self.total = int(rising[-1] - rising[0]) + last if len(rising) else 0
+
+    def timed(self, packets: Iterator[Packet[Any]], stream: Stream) -> Iterator[Packet[Any]]:
+        """Give the packets to another stream, with their decoding times and durations."""
+        for number, packet in enumerate(packets):
+            if number == len(self._decoded):
+                return
+            packet.dts = int(self._decoded[number])
+            is_last = number == len(self._decoded) - 1  # its duration ends the file, although another image may be last
+            packet.duration = (
+                self._last if is_last else int(self._durations[np.searchsorted(self._rising, packet.pts or 0)])
+            )
+            packet.stream = stream
             yield packet
 
 
-def _lasting(packets: Iterator[Packet[Stream]], seconds: float) -> Iterator[Packet[Stream]]:
-    """Give packets that have a duration, without which the last one would not be shown."""
-    for packet in packets:
-        if not packet.duration:
-            packet.duration = max(1, round(seconds / packet.time_base))
+def _shifted(
+    opened: InputContainer, copies: dict[int, Stream], start: float, end: float, preroll: float
+) -> Iterator[Packet[Any]]:
+    """Give the packets of several streams to their copies, moved to the video's time.
+
+    Args:
+        opened: File that they come from.
+        copies: Number of a stream in that file → its copy.
+        start: Seconds on the file's clock of the video's first image.
+        end: Seconds from there after which nothing begins.
+        preroll: Seconds before the first image from which sound is kept.
+    """
+    running = set(copies)
+    for packet in _packets(opened, [opened.streams[index] for index in copies]):
+        index = packet.stream.index
+        packet_pts, packet_dts = packet.pts or 0, packet.dts or 0
+        begin = float(packet_pts * packet.time_base) - start
+        if begin >= end:
+            running.discard(index)
+            if not running:
+                return
+            continue
+        ticks = round(start / packet.time_base)
+        pts, dts = packet_pts - ticks, packet_dts - ticks
+        if packet.stream.type == "subtitle":
+            if begin < 0:  # shown since before the first image: what is left of it
+                packet.duration, pts, dts = max(0, (packet.duration or 0) + pts), 0, 0
+            if not packet.duration:
+                continue
+        elif begin < -preroll:
+            continue
+        packet.pts, packet.dts, packet.stream = pts, dts, copies[index]
         yield packet
 
 
-def _moved(packets: Iterator[Packet[Stream]], stream: Stream, seconds: float) -> Iterator[Packet[Stream]]:
-    """Give packets to another stream, later by some seconds."""
-    for packet in packets:
-        ticks = round(seconds / packet.time_base)
-        packet.pts, packet.dts = (packet.pts or 0) + ticks, (packet.dts or 0) + ticks
-        packet.stream = stream
-        yield packet
-
-
-def _decoding_time(packet: Packet[Stream]) -> float:
+def _decoding_time(packet: Packet[Any]) -> float:
     return float((packet.dts or 0) * packet.time_base)

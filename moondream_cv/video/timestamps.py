@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
-_WITHOUT_PTS = frozenset({"avi"})
-"""Containers that store one slot per frame instead of presentation times."""
+_WITHOUT_PTS = "avi"
+"""FFmpeg's name of the container that stores one slot per frame instead of presentation times."""
 
-_MAX_PENDING = 256  # packets, more than any decoder holds back
+_WITHOUT_DURATIONS = "mov"
+"""Part of FFmpeg's name of the container that stores differences of decoding times instead of durations."""
 
 
 class FrameTimestamps:
@@ -31,12 +32,16 @@ class FrameTimestamps:
         Args:
             container_format: FFmpeg's name of the container, e.g. "avi" or "mov,mp4,m4a,3gp,3g2,mj2".
         """
-        self._slots: list[int] | None = [] if container_format in _WITHOUT_PTS else None  # heap of unused slots
+        self._slots: list[int] | None = [] if container_format == _WITHOUT_PTS else None  # heap of unused slots
+        self._has_durations = _WITHOUT_DURATIONS not in container_format.split(",")
         self._delay = 0  # largest distance seen between a frame's slot and that of the packet that released it
         self._last_pts: int | None = None
         self._last_dts: int | None = None
         self._faulty_pts = self._faulty_dts = 0
-        self._durations: dict[int, int] = {}  # of packets whose frames have not come yet, by timestamp
+        self._first_pts: int | None = None
+        self._first_dts: int | None = None
+        self._end: int | None = None  # of the packets, in the order in which their frames are shown
+        self._decoding_end: int | None = None  # of the packets, in the order in which they are stored
 
     def add_packet(self, packet: Packet[Any]) -> int | None:
         """Take note of a packet before it is decoded, and return its own timestamp, None if it has none."""
@@ -45,15 +50,28 @@ class FrameTimestamps:
             return None
         if self._slots is not None:
             heapq.heappush(self._slots, stamp)
-        if packet.duration:
-            self._durations[stamp] = packet.duration
-            if len(self._durations) > _MAX_PENDING:
-                self._durations.pop(next(iter(self._durations)))
+        self._first_pts = stamp if self._first_pts is None else min(self._first_pts, stamp)
+        if packet.dts is not None:
+            self._first_dts = packet.dts if self._first_dts is None else self._first_dts
+        if not getattr(packet, "is_discard", False):  # outside the part that an edit list shows
+            self._end = max(self._end or stamp, stamp + (packet.duration or 0))
+            if packet.dts is not None:
+                self._decoding_end = packet.dts + (packet.duration or 0)
         return stamp
 
-    def duration(self, stamp: int | None) -> int | None:
-        """Return how long the frame with a timestamp is shown, in ticks; None if the container does not say."""
-        return None if stamp is None else self._durations.pop(stamp, None)
+    @property
+    def start(self) -> int | None:
+        """Earliest timestamp of the packets so far; None without packets."""
+        return self._first_pts
+
+    @property
+    def end(self) -> int | None:
+        """Timestamp at which the last frame ends, according to the packets so far; None without packets."""
+        known = (self._first_pts, self._first_dts, self._decoding_end)
+        if self._has_durations or None in known:
+            return self._end
+        first_pts, first_dts, decoding_end = known
+        return decoding_end + first_pts - first_dts  # type: ignore[operator]  # none of them is None
 
     def skip_damaged(self, released_at: int | None) -> None:
         """Drop the slots of packets that gave no frame.

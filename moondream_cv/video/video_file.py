@@ -1,8 +1,8 @@
-"""Frames as an H.264 file that browsers play, with the times of the frames and the sound of another file.
+"""Frames as an H.264 file that browsers play, with the times of the frames, and sound and subtitles of another file.
 
-While frames come, `NAME.part.mp4` beside the target is complete but for the last seconds: an MP4 in fragments, which
-plays after a crash and on a full disk. `close` copies its packets, unchanged, and those of the sound into the final
-form, with the index in front, and moves that to the target.
+While frames come, `NAME.part.mp4` beside the target holds everything but the last second: an MP4 in fragments, which
+plays after a crash and on a full disk. `close` copies its packets, unchanged, and those of the sound and the subtitles
+into the final form, with the index in front, and moves that to the target.
 """
 
 from __future__ import annotations
@@ -12,45 +12,42 @@ import itertools
 import logging
 import math
 import os
-from collections import deque
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from moondream_cv.errors import VideoError
+from moondream_cv.video.base import Colorspace
+from moondream_cv.video.colors import usual_colorspace
+from moondream_cv.video.encoder import TICKS, H264Encoder, Preset
 from moondream_cv.video.frame import Frame
-from moondream_cv.video.remux import av_errors, check_sound, count_pictures, remux
+from moondream_cv.video.remux import SideStreams, av_errors, copyable_streams, image_times, remux
 from moondream_cv.video.writers import Writer, cannot_be_written, reason
 
 if TYPE_CHECKING:
-    import av
     import supervision as sv
 
 logger = logging.getLogger(__name__)
 
-Preset = Literal[
-    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
-]
-"""Of libx264: how much time it takes for a smaller file."""
-
 _FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-TICKS = 90_000  # a second; the usual frame rates are whole numbers of ticks
-_LONGEST_STEP = 6 * 3600 * TICKS  # a picture's duration has 32 bits in MP4, 13 hours of ticks
+_LONGEST_STEP = 6 * 3600 * TICKS  # an image's duration has 32 bits in MP4, 13 hours of ticks
 _DEFAULT_FPS = 30.0
-_FRAGMENT_MICROSECONDS = 2_000_000
-_BT709 = 1  # FFmpeg's number of it: as matrix, as primaries and as transfer curve
-_LIMITED_RANGE = 1
 
 
 class VideoWriter(Writer):
-    """Writes an H.264 file that plays in browsers: yuv420p in BT.709 colours, its index in front.
+    """Writes an H.264 file that plays in browsers: yuv420p, its index in front.
 
     Frames keep the times that they have, so a variable frame rate stays one. What was written plays after `close`, also
     when an exception or Ctrl-C came between; until then the target is not touched. Closing copies the file, so for a
     moment it takes its size twice. Without a frame there is no file.
+
+    Attributes:
+        path: The target.
+        saved_frames: Number of frames in the file; None before `close`.
     """
 
     def __init__(
@@ -59,6 +56,9 @@ class VideoWriter(Writer):
         *,
         fps: float | None = None,
         audio_from: str | Path | None = None,
+        start_time: float | None = None,
+        sample_aspect_ratio: Fraction | float | None = None,
+        colorspace: Colorspace | None = None,
         crf: int = 23,
         preset: Preset = "veryfast",
     ) -> None:
@@ -66,34 +66,46 @@ class VideoWriter(Writer):
 
         Args:
             path: The target, which ends in .mp4, .mov or .mkv; `~` is expanded, an existing file is replaced.
-            fps: Frames a second, nominally: what the last frame lasts, and the step where times do not rise. None for
-                as long as the step before, 1/30 s at the start.
-            audio_from: A file whose first sound track is copied, as it is. Time 0 of the frames is its first picture
-                (its beginning, where it has none); sound before the first frame written and after the last is left
-                out. A track that the target cannot hold is left out with a logged warning; a file without one too,
-                silently.
+            fps: Frames per second, nominally: the duration of the last frame, unless that has one, and the step if
+                times do not rise. None for the step before, 1/30 s at the start.
+            audio_from: A file whose sound tracks and subtitles are copied, as they are. Time 0 of the frames is its
+                first image (its beginning, if it has none); what begins before the first frame written and after the
+                last is left out. Tracks that the target cannot hold are left out with a logged warning; a file without
+                sound too, silently.
+            start_time: Seconds on the clock of `audio_from` that belong to time 0 of the frames: `Source.start_time`.
+                None to decode its first image and take the time of that.
+            sample_aspect_ratio: Width of a pixel divided by its height; None for square pixels.
+            colorspace: Matrix with which colors are stored, "bt601" or "bt709"; None for BT.709 from 1280 columns or
+                720 lines up and BT.601 below, which programs assume that ignore the tag, OpenCV among them.
             crf: Quality of libx264, from 1 (best, large) to 51.
             preset: Speed of libx264.
 
         Raises:
-            ValueError: A number or the preset is out of range.
+            ValueError: A number, the preset or the colorspace is out of range.
             VideoError: The target cannot be written, or the source of the sound not be read.
         """
-        if fps is not None and not (math.isfinite(fps) and 0.001 <= fps <= 1000):
-            raise ValueError(f"fps must be from 0.001 to 1000, not {fps}")
+        if fps is not None and not (math.isfinite(fps) and 0.001 <= fps <= TICKS):
+            raise ValueError(f"fps must be between 0.001 and {TICKS}, got {fps}")
         if not 1 <= crf <= 51:
             raise ValueError(f"crf must be from 1 (best) to 51, not {crf}")
         if preset not in get_args(Preset):
             raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}, not {preset!r}")
+        if colorspace is not None and colorspace not in get_args(Colorspace):
+            raise ValueError(f"colorspace must be one of {', '.join(get_args(Colorspace))}, got {colorspace!r}")
+        if sample_aspect_ratio is not None and not 0.01 <= sample_aspect_ratio <= 100:
+            raise ValueError(f"sample_aspect_ratio must be between 0.01 and 100, got {sample_aspect_ratio}")
         self.path = Path(path)
-        self._options = {"crf": str(crf), "preset": preset}
+        self.saved_frames: int | None = None
+        self._crf, self._preset, self._colorspace = crf, preset, colorspace
+        ratio = Fraction(sample_aspect_ratio or 1).limit_denominator(1000)
+        self._sample_aspect_ratio = None if sample_aspect_ratio is None else ratio
         self._target = _checked_target(self.path)
         self._format = _FORMATS[self._target.suffix.lower()]
-        self._audio_from = None if audio_from is None else Path(audio_from).expanduser()
-        if self._audio_from is not None and not check_sound(self._audio_from, self.path, self._format):
-            self._audio_from = None
+        self._side = None
+        if audio_from is not None:
+            self._side = _side_streams(Path(audio_from).expanduser(), self.path, self._format, start_time)
         self._clock = _Clock(fps)
-        self._encoder: _Encoder | None = None
+        self._encoder: H264Encoder | None = None
         self._size = (0, 0)  # width, height
         self._frames = 0
         self._size_changed = self._failed = self._closed = False
@@ -127,8 +139,16 @@ class VideoWriter(Writer):
         try:
             if self._encoder is None:
                 self._size = (image.shape[1], image.shape[0])
-                self._encoder = _Encoder(self._part, self._size, self._clock.rate, self._options)
-            self._encoder.write(self._fitted(image), *self._clock.at(frame.time))
+                self._encoder = H264Encoder(
+                    self._part,
+                    self._size,
+                    rate=self._clock.rate,
+                    crf=self._crf,
+                    preset=self._preset,
+                    colorspace=self._colorspace or usual_colorspace(*self._size),
+                    sample_aspect_ratio=self._sample_aspect_ratio,
+                )
+            self._encoder.write(self._fitted(image), self._clock.at(frame.time, frame.duration))
             self._frames += 1
         except av_errors() as error:
             self._failed = True
@@ -143,6 +163,7 @@ class VideoWriter(Writer):
         if self._closed:
             return
         self._closed = True
+        self.saved_frames = 0
         if self._encoder is None:
             self._part.unlink(missing_ok=True)
             return
@@ -152,7 +173,8 @@ class VideoWriter(Writer):
         except av_errors() as error:
             failure = error
         finally:
-            kept = self._publish()
+            self._publish()
+        kept = self.saved_frames
         if not self._failed and (failure is not None or kept < self._frames):
             raise self._write_error(failure or OSError(f"{kept} of {self._frames} frames fit")) from failure
 
@@ -171,37 +193,41 @@ class VideoWriter(Writer):
             image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         return np.ascontiguousarray(image)
 
-    def _publish(self) -> int:
-        """Move what was written to the target, in its final form or else as it is; return its number of pictures."""
-        pictures = count_pictures(self._part)
-        if not pictures:
+    def _publish(self) -> None:
+        """Move what was written to the target, in its final form or else as it is, and count its images."""
+        times = image_times(self._part)
+        if not len(times):
             self._part.unlink(missing_ok=True)
-            return 0
+            return
         best, final = self._part, self._part.with_suffix(f".final{self._target.suffix}")
         try:
-            if self._finish(final, self._audio_from, pictures) or (
-                self._audio_from is not None and self._finish(final, None, pictures)
-            ):
+            if (self._side is not None and self._finish(final, times, self._side)) or self._finish(final, times, None):
                 best = final
-        finally:  # a second Ctrl-C leaves the file in fragments, which plays too
+        except BaseException:  # a second Ctrl-C leaves the file in fragments, which plays too
+            lost = ["its index in front", *([] if self._side is None else [f"the sound of {self._side.path}"])]
+            logger.warning(
+                "%s was interrupted while it was closed; it plays, without %s", self.path, " and ".join(lost)
+            )
+            raise
+        finally:
             try:
                 os.replace(best, self._target)
+                self.saved_frames = len(times)
             except OSError as error:
                 raise VideoError(f"{self.path} cannot be replaced: {reason(error)}; the video is {best}") from error
             for left in (self._part, final):
                 with contextlib.suppress(OSError):
                     left.unlink(missing_ok=True)
-        return pictures
 
-    def _finish(self, final: Path, audio_from: Path | None, pictures: int) -> bool:
-        """Copy the packets of the part, and those of the sound, into the final file; log why where that fails."""
+    def _finish(self, final: Path, times: npt.NDArray[np.int64], side: SideStreams | None) -> bool:
+        """Copy the packets of the part and of sound and subtitles into the final file; log why if that fails."""
         try:
-            clock = self._clock
-            remux(self._part, final, self._format, audio_from, clock.origin, clock.end, clock.step)
-            if count_pictures(final) < pictures:
+            moved = None if side is None else replace(side, start=side.start + self._clock.origin)
+            remux(self._part, final, self._format, times, self._clock.last_duration, moved)
+            if len(image_times(final)) < len(times):
                 raise OSError("there is no room for a second copy")
         except av_errors() as error:
-            lost = f"the sound of {audio_from}" if audio_from else "its index in front, so it may start later"
+            lost = f"the sound of {side.path}" if side else "its index in front, so it may start later"
             logger.warning("%s is without %s: %s", self.path, lost, reason(error))
             return False
         return True
@@ -216,53 +242,6 @@ class VideoWriter(Writer):
         )
 
 
-class _Encoder:
-    """Pictures → H.264 packets in a file that can be read at any time."""
-
-    def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, options: dict[str, str]):
-        import av
-        from av.video.reformatter import VideoReformatter
-
-        fragments = {"movflags": "frag_keyframe+delay_moov", "frag_duration": str(_FRAGMENT_MICROSECONDS)}
-        self._container = av.open(str(path), "w", format="mp4", container_options=fragments)
-        self._stream = self._container.add_stream("libx264", rate=rate, options=options)
-        self._stream.width, self._stream.height = (side + side % 2 for side in size)
-        context = self._stream.codec_context
-        context.pix_fmt = "yuv420p"
-        context.time_base = Fraction(1, TICKS)
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = _LIMITED_RANGE
-        self._reformatter = VideoReformatter()  # one for all pictures: it keeps its tables
-
-    def write(self, image: npt.NDArray[np.uint8], ticks: int, duration: int) -> None:
-        """Encode one picture, [H, W, 3] uint8 BGR, contiguous, its sides even."""
-        import av
-        from av.video.reformatter import ColorRange, Colorspace
-
-        picture = self._reformatter.reformat(
-            av.VideoFrame.from_numpy_buffer(image, format="bgr24"),  # no copy: it is only read
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-        )
-        picture.pts, picture.time_base = ticks, Fraction(1, TICKS)
-        if hasattr(picture, "duration"):  # not in PyAV 14
-            picture.duration = duration
-        self._feed(picture)
-
-    def close(self) -> None:
-        """Write what the encoder holds back, and close the file in any case."""
-        try:
-            self._feed(None)
-        finally:
-            self._container.close()
-
-    def _feed(self, picture: av.VideoFrame | None) -> None:
-        # One call into C: between two statements a Ctrl-C would lose the packets, and with them pictures.
-        deque(map(self._container.mux, map(self._stream.encode, (picture,))), maxlen=0)
-
-
 class _Clock:
     """The times of frames in ticks: from 0, strictly rising."""
 
@@ -272,31 +251,49 @@ class _Clock:
         self._nominal = fps and max(1, round(TICKS / fps))
         self._step = round(TICKS / _DEFAULT_FPS)  # the last one, or what is to be expected
         self._last: int | None = None
+        self._last_duration: float | None = None  # seconds, as the source has it
         self._skipped = 0  # ticks
 
-    def at(self, time: float) -> tuple[int, int]:
-        """Return when a frame of this time is shown and how long it probably lasts, both in ticks."""
+    def at(self, time: float, duration: float | None = None) -> int:
+        """Return when a frame of this time, in seconds, is shown, in ticks."""
         usual = int(self._nominal or self._step)
+        self._last_duration = duration
         if self._last is None:
             self.origin = time if math.isfinite(time) else 0.0
             self._last, self._step = 0, usual
-            return 0, usual
+            return 0
         step = round((time - self.origin) * TICKS) - self._skipped - self._last if math.isfinite(time) else 0
         if step > _LONGEST_STEP:
             self._skipped += step - usual
         self._step = step if 0 < step <= _LONGEST_STEP else usual
         self._last += self._step
-        return self._last, int(self._nominal or self._step)
+        return self._last
 
     @property
-    def step(self) -> float:
-        """What a frame probably lasts, in seconds."""
+    def last_duration(self) -> float:
+        """Seconds for which the last frame is shown."""
+        if self._last_duration is not None and 1 <= self._last_duration * TICKS <= _LONGEST_STEP:
+            return self._last_duration
         return int(self._nominal or self._step) / TICKS
 
-    @property
-    def end(self) -> float:
-        """When the last frame ends, in seconds after the first one began."""
-        return 0.0 if self._last is None else self._last / TICKS + self.step
+
+def _side_streams(source: Path, target: Path, file_format: str, start_time: float | None) -> SideStreams | None:
+    """Return what to copy of a file beside a video; None if there is nothing."""
+    indices, has_sound = copyable_streams(source, target, file_format)
+    if not indices:
+        return None
+    return SideStreams(source, indices, _first_image(source) if start_time is None else start_time, has_sound)
+
+
+def _first_image(path: Path) -> float:
+    """Return when a file's first image that can be decoded is shown, in seconds on its own clock; 0 if it has none."""
+    from moondream_cv.video.container import open_file
+
+    try:
+        with open_file(path, str(path)) as source:
+            return source.start_time or 0.0
+    except VideoError:  # a file of sound
+        return 0.0
 
 
 def _checked_target(path: Path) -> Path:
