@@ -229,19 +229,54 @@ def _file_to_rgb(file: IO[bytes], max_pixels: int) -> npt.NDArray[np.uint8]:
 def _decode(file: IO[bytes], name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
     if not file.read(1):
         raise ImageError(f"{name} is empty; a file object that was read before needs seek(0)")
-    file.seek(0)
-    try:
+    with opened_image(file, name, max_pixels) as picture:
+        return _pixels(upright_image(picture, name, max_pixels), name)
+
+
+@contextlib.contextmanager
+def opened_image(file: IO[bytes], name: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image file in one of `FORMATS`, undecoded, for the length of a `with`.
+
+    Args:
+        file: A file object in binary mode.
+        name: Name of the file in messages.
+        max_pixels: As for `to_rgb`.
+
+    Raises:
+        ImageError: The file is not an image, is too large, or an error occurs in the `with` while it is decoded.
+    """
+    with decoding_errors(name):
         for width, height in _declared_sizes(file):
             _check_size(width, height, name, max_pixels)
         file.seek(0)
         with open_image(file) as picture:
-            _check_size(*picture.size, name, max_pixels)
-            for width, height in _tile_sizes(picture):
-                _check_size(width, height, name, max_pixels)
-            picture.load()
-            orientation = _orientation(picture)  # after load, because Pillow turns a TIFF itself
-            upright = picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
-            return _pixels(upright, name)
+            yield picture
+
+
+def upright_image(picture: Image.Image, name: str, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode the current frame of an opened image file, and return it upright.
+
+    Args:
+        picture: From `opened_image`, at any of its frames.
+        name: Name of the file in messages.
+        max_pixels: As for `to_rgb`; checked before decoding.
+
+    Raises:
+        ImageError: It has no pixels or too many. Pillow's own errors are passed on, for `decoding_errors`.
+    """
+    _check_size(*picture.size, name, max_pixels)
+    for width, height in _tile_sizes(picture):
+        _check_size(width, height, name, max_pixels)
+    picture.load()
+    orientation = _orientation(picture)  # after load, because Pillow turns a TIFF itself
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+@contextlib.contextmanager
+def decoding_errors(name: str) -> Iterator[None]:
+    """Turn what Pillow raises while it decodes a file in the `with` into an `ImageError` that names the file."""
+    try:
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:

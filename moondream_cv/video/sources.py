@@ -1,21 +1,25 @@
-"""`open_source`: whatever has frames → one kind of object that gives them one after another.
+"""`open_source`: any source of frames → one kind of object that gives them one after another.
 
-Reading is left to `container` (video files), `images_folder` (images, iterables) and `live` (webcams, streams).
+Reading is left to `container` (video files), `animations` (image files with several frames), `images_folder` (images,
+iterables) and `live` (webcams, streams).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from moondream_cv.errors import VideoError
-from moondream_cv.images import IMAGE_SUFFIXES
+from moondream_cv.images import IMAGE_SUFFIXES, readable_formats
+from moondream_cv.video.animations import frame_info, image_format, open_animation
 from moondream_cv.video.base import ASSUMED_FPS, Source
 from moondream_cv.video.container import open_file, open_finite
 from moondream_cv.video.images_folder import images_of, open_images, open_iterable
@@ -26,6 +30,8 @@ __all__ = ["ASSUMED_FPS", "Source", "SourceInput", "open_source", "url_name"]
 SourceInput: TypeAlias = str | os.PathLike[str] | int | Iterable[Any] | Source
 """A path, a glob, a URL, the index of a webcam, an iterable of images, or a source that is open already."""
 
+logger = logging.getLogger(__name__)
+
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
 _STREAMS = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
 _WEBCAM = re.compile(r"(?:/dev/video)?([0-9]+)", re.ASCII)
@@ -33,7 +39,12 @@ _SECRET = re.compile(r"((?:^|&)[^=&]*(?:auth|key|login|pass|pw|secret|sig|token|
 
 
 def open_source(
-    source: SourceInput, *, open_timeout: float = 10.0, read_timeout: float = 10.0, reconnect_for: float = 30.0
+    source: SourceInput,
+    *,
+    fps: float | None = None,
+    open_timeout: float = 10.0,
+    read_timeout: float = 10.0,
+    reconnect_for: float = 30.0,
 ) -> Source:
     """Open whatever has frames, and read the first one.
 
@@ -44,49 +55,71 @@ def open_source(
     Args:
         source: One of
             the path of a video file;
-            a folder of images, or a pattern like "frames/*.jpg", in natural order: img2 before img10;
+            the path of an animated GIF, WebP, PNG or AVIF: its frames with their durations, on white if transparent;
+            the path of a TIFF with several pages, which are separate images;
+            a folder of images, or a glob like "frames/*.jpg", in natural order: img2 before img10;
+            a pattern with the frame number like "frames/%04d.png", as in FFmpeg and OpenCV;
             the index of a webcam, also as digits or as "/dev/video0";
             the URL of a stream: RTSP, RTMP, HTTP(S), SRT, UDP, TCP or RTP;
             an iterable of images of any kind that `moondream_cv.images.to_rgb` takes (arrays are BGR), or of `Frame`s;
             an open `Source`, which is returned as it is.
+        fps: Frames per second of images and iterables, which have no clock; None for `ASSUMED_FPS`. `Frame`s of
+            an iterable keep their times.
         open_timeout: Seconds that opening a live source or a URL may take.
         read_timeout: Seconds that may pass without a frame before it counts as lost.
         reconnect_for: Seconds in which a lost live source is opened again and again; 0 for not at all.
 
     Returns:
-        The source, to be closed by the caller; best with `with`. Times of images and iterables, which have no clock,
-        run at `ASSUMED_FPS`.
+        The source, to be closed by the caller; best with `with`.
 
     Raises:
         VideoError: There is no such thing, it cannot be opened, or has no frames.
-        ValueError: `source` is of another kind, or a number of seconds is out of range.
+        ValueError: `source` is of another kind, a number of seconds or `fps` is out of range, or `fps` is given for a
+            source that has frame times.
     """
+    check_fps(fps)
     check_times(open_timeout, read_timeout, reconnect_for)
     live = partial(LiveReader, open_timeout=open_timeout, read_timeout=read_timeout, reconnect_for=reconnect_for)
     if isinstance(source, Source):
+        _reject_fps(fps, f"{source.name} is open already")
         return source
     if isinstance(source, (int, np.integer)) and not isinstance(source, bool):
         if source < 0:
             raise ValueError(f"a webcam's index is 0 or more, not {source}")
+        _reject_fps(fps, f"webcam {source} is live")
         return live(webcam_frames(int(source)), name=f"webcam {source}")
     if isinstance(source, str) and (webcam := _WEBCAM.fullmatch(source.strip())):
         index = int(webcam[1])
+        _reject_fps(fps, f"webcam {index} is live")
         return live(webcam_frames(index), name=f"webcam {index}")
     if isinstance(source, str) and (url := _URL.match(source)):
         if url[1].lower() not in _STREAMS:
             raise VideoError(
                 f"{url_name(source)} cannot be read; of URLs, {', '.join(_STREAMS)} can. Pass files as paths"
             )
+        _reject_fps(fps, f"{url_name(source)} has frame times")
         return _open_url(source, live, (open_timeout, read_timeout))
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(os.fspath(source))
+        return _open_path(os.fspath(source), fps)
     if isinstance(source, np.ndarray) and source.ndim < 4:
         raise ValueError(f"the array of shape {source.shape} is not a sequence of frames; pass a list of images")
     if isinstance(source, (bytes, bytearray, memoryview, Mapping)) or not isinstance(source, Iterable):
         raise ValueError(
             f"frames come from a path, a URL, a webcam's index or an iterable of images, not {type(source).__name__}"
         )
-    return open_iterable(source)
+    return open_iterable(source, fps)
+
+
+def check_fps(fps: float | None) -> None:
+    """Check a frame rate.
+
+    Raises:
+        ValueError: It is not a number from 0.001 to 1000.
+    """
+    if fps is None:
+        return
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0.001 <= fps <= 1000:  # false for NaN
+        raise ValueError(f"fps must be between 0.001 and 1000, got {fps!r}")
 
 
 def url_name(url: str) -> str:
@@ -113,7 +146,12 @@ def _open_url(url: str, live: partial[LiveReader], timeout: tuple[float, float])
     return live(stream_frames(url, name=name, timeout=timeout, opened=opened), name=name)
 
 
-def _open_path(text: str) -> Source:
+def _reject_fps(fps: float | None, why: str) -> None:
+    if fps is not None:
+        raise ValueError(f"fps={fps:g} is for images and iterables, which have no clock; {why}, so leave fps out")
+
+
+def _open_path(text: str, fps: float | None) -> Source:
     if not text:
         raise VideoError("the path of the video is empty")
     try:
@@ -123,11 +161,19 @@ def _open_path(text: str) -> Source:
         raise VideoError(f"{text!r} is not a path: {error}") from error
     files = images_of(path)
     if files is not None:
-        return open_images(files, repr(text))
+        return open_images(files, repr(text), fps)
     if not exists:
         raise VideoError(f"{text!r}: no such file or folder")
     if not path.is_file():  # opening a pipe or a device could block for ever
         raise VideoError(f"{text!r} is not a regular file; of a webcam, pass its index")
-    if path.suffix.lower() in IMAGE_SUFFIXES - {".gif"}:
-        return open_images([path], repr(text))
+    if info := frame_info(path):
+        if info.is_timed:
+            _reject_fps(fps, f"{text!r} has frame times")
+        return open_animation(path, info, repr(text), fps)
+    kind = image_format(path)
+    if kind in readable_formats() or path.suffix.lower() in IMAGE_SUFFIXES - {".gif"}:  # some .gif files are MP4
+        return open_images([path], repr(text), fps)
+    if kind is not None:
+        logger.warning("%r is read by FFmpeg, without an animation it may hold: this Pillow reads no %s", text, kind)
+    _reject_fps(fps, f"{text!r} has frame times")
     return open_file(path, repr(text))

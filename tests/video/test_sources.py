@@ -6,15 +6,18 @@ import logging
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
+from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from moondream_cv.errors import VideoError
+from moondream_cv.images import to_rgb
 from moondream_cv.video import container as container_module
 from moondream_cv.video.frame import Frame
 from moondream_cv.video.sources import Source, open_source, url_name
@@ -29,7 +32,7 @@ def _in_time() -> Iterator[None]:
         yield
 
 
-def read(source: Any, **settings: float) -> tuple[Source, list[Frame]]:
+def read(source: Any, **settings: float | None) -> tuple[Source, list[Frame]]:
     with open_source(source, **settings) as opened:
         return opened, list(opened)
 
@@ -301,6 +304,15 @@ def _bad_image(folder: Path) -> Path:
         (lambda folder: folder, r"holds no images; a folder needs files that end in \.bmp, .* or \.webp"),
         (lambda folder: folder / "*.jpg", r"\*\.jpg' matches no file"),
         (lambda folder: _text(folder).parent / "*", r"\*' matches 1 files, none of which ends in"),
+        (lambda folder: folder / "%04d.png", r"%04d\.png' matches no file; the folder has no images"),
+        (
+            lambda folder: _bad_image(folder).parent / "%d.png",
+            r"matches no file; the folder has 1 images, such as 'bad",
+        ),
+        (lambda folder: folder / "none" / "%04d.png", r"matches no file; there is no folder '.*none'"),
+        (lambda folder: folder / "cam%d" / "%04d.png", r"has several numbers; use one %d, or a glob"),
+        (lambda folder: folder / "100%done.mp4", r"100%done\.mp4': no such file or folder"),
+        (lambda folder: folder / "%f.png", r"%f\.png': no such file or folder"),
         (_text, r"notes\.txt' is text, not a video"),
         (_disguised_text, r"notes\.mp4' cannot be opened as a video: .*is it a video\?"),
         (_empty, r"empty\.mp4' cannot be opened as a video: .*the file is empty"),
@@ -392,12 +404,338 @@ def test_a_single_image(tmp_path: Path) -> None:
     assert (numbers(frames), source.frame_count) == ([0], 1)
 
 
-def test_an_animation_gives_all_its_frames(tmp_path: Path) -> None:
-    pictures = [Image.fromarray(image[..., ::-1].copy()) for image in IMAGES[:4]]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
-    _, frames = read(tmp_path / "a.gif")
+# Patterns and frame rates
+
+
+def _numbered_files(folder: Path, template: str, numbers: list[int]) -> Path:
+    for number in numbers:
+        target = folder / (template % number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(jpeg(IMAGES[number % 31]))
+    return folder / template
+
+
+@pytest.mark.parametrize(
+    ("template", "there", "expected"),
+    [
+        ("%04d.jpg", [0, 1, 2], [0, 1, 2]),
+        ("%04d.jpg", [7, 8, 9, 10], [7, 8, 9, 10]),  # does not start at 0 or 1
+        ("img_%d.jpg", [8, 9, 10, 11], [8, 9, 10, 11]),
+        ("%03d.jpg", [998, 999, 1000], [6, 7, 8]),  # more digits than the width
+        ("cam%d/frame.jpg", [2, 10], [2, 10]),
+        ("100%% of %02d.jpg", [1, 2], [1, 2]),
+        ("[a]%d*.jpg", [1, 2], [1, 2]),  # characters of a glob, literally
+    ],
+)
+def test_a_pattern_with_a_number_gives_the_files_in_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, template: str, there: list[int], expected: list[int]
+) -> None:
+    pattern = _numbered_files(tmp_path, template, there)
+    _numbered_files(tmp_path, "other%d.jpg", [5])
+    (tmp_path / "5.jpg").write_bytes(jpeg(IMAGES[30]))
+    source, frames = read(pattern)
+    assert numbers(frames) == expected
+    assert (source.frame_count, source.problems) == (len(there), 0)
+    assert caplog.records == []
+    assert numbers(read(str(pattern))[1]) == expected
+
+
+def test_the_width_of_a_pattern_decides_about_leading_zeros(tmp_path: Path) -> None:
+    for number, name in enumerate(["1.jpg", "02.jpg", "003.jpg", "0004.jpg", "12.jpg", "123.jpg"]):
+        (tmp_path / name).write_bytes(jpeg(IMAGES[number]))
+    assert numbers(read(tmp_path / "%d.jpg")[1]) == [0, 4, 5]
+    assert numbers(read(tmp_path / "%02d.jpg")[1]) == [1, 4, 5]
+    assert numbers(read(tmp_path / "%03d.jpg")[1]) == [2, 5]
+
+
+def test_gaps_in_the_numbers_are_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, frames = read(_numbered_files(tmp_path, "%04d.jpg", [3, 4, 7, 8, 12]), fps=10)
+    assert numbers(frames) == [3, 4, 7, 8, 12]
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    (record,) = caplog.records
+    assert "5 of the numbers from 3 to 12 are missing, the first is 5" in record.message
+
+
+def test_every_tenth_number_is_no_gap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert numbers(read(_numbered_files(tmp_path, "%03d.jpg", [0, 10, 20, 30]))[1]) == [0, 10, 20, 30]
+    assert caplog.records == []
+
+
+def test_a_file_that_is_named_like_a_pattern_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "%04d.jpg").write_bytes(jpeg(IMAGES[9]))
+    _numbered_files(tmp_path, "%04d.jpg", [1])
+    assert numbers(read(tmp_path / "%04d.jpg")[1]) == [9]
+
+
+@pytest.mark.parametrize("fps", [5, 12.5, 29.97])
+def test_fps_is_the_clock_of_images_and_iterables(tmp_path: Path, fps: float) -> None:
+    _folder(tmp_path, NATURAL)
+    single = tmp_path / NATURAL[0]
+    for given in (tmp_path, tmp_path / "*.jpg", IMAGES[:4], (image for image in IMAGES[:4])):
+        source, frames = read(given, fps=fps)
+        assert len(frames) >= 4
+        assert source.fps == fps
+        assert [frame.time for frame in frames] == pytest.approx([frame.index / fps for frame in frames])
+    assert read(single, fps=fps)[0].fps == fps
+
+
+def test_frames_with_times_keep_them_despite_fps(tmp_path: Path) -> None:
+    clip = open_source(write_clip(tmp_path / "clip.mp4", IMAGES[:4]))
+    _, frames = read(clip_frames := list(clip), fps=7)
+    assert [frame.time for frame in frames] == [frame.time for frame in clip_frames]
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9, True, "30"])
+def test_a_frame_rate_out_of_range_is_an_error(fps: Any) -> None:
+    with pytest.raises(ValueError, match=r"fps must be between 0\.001 and 1000, got "):
+        open_source(IMAGES, fps=fps)
+
+
+def _animated(folder: Path) -> Path:
+    return animation(folder / "a.gif", [100, 100])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: write_clip(folder / "clip.mp4", IMAGES[:2]), r"clip\.mp4' has frame times, so leave fps out"),
+        (_animated, r"a\.gif' has frame times"),
+        (lambda folder: 0, "webcam 0 is live"),
+        (lambda folder: "1", "webcam 1 is live"),
+        (lambda folder: "rtsp://me:secret@cam/live", "rtsp://cam/live has frame times"),
+        (lambda folder: open_source(IMAGES), "list of frames is open already"),
+    ],
+)
+def test_fps_for_a_source_with_a_clock_is_an_error(tmp_path: Path, make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^fps=10 is for images and iterables, which have no clock; .*{message}"):
+        open_source(make(tmp_path), fps=10)
+
+
+# Animations --------------------------------------------------------------------------------------------------------
+
+DURATIONS = [100, 250, 40, 1000]
+ANIMATED = ["a.gif", "a.webp", "a.png", "a.apng"] + (["a.avif"] if features.check("avif") else [])
+
+
+def pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., ::-1].copy())
+
+
+def animation(path: Path, durations: list[int], images: list[Image.Image] | None = None, **options: Any) -> Path:
+    images = images or [pil(IMAGES[number]) for number in range(len(durations))]
+    kind = {".apng": "PNG"}.get(path.suffix)
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    images[0].save(path, kind, save_all=True, append_images=images[1:], duration=durations, **{**lossless, **options})
+    return path
+
+
+@pytest.mark.parametrize("name", ANIMATED)
+def test_an_animation_gives_all_its_frames_with_their_times(tmp_path: Path, name: str) -> None:
+    source, frames = read(animation(tmp_path / name, DURATIONS, loop=3))
+    assert numbers(frames) == [0, 1, 2, 3]  # once, whatever the loop count
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.35, 0.39])
+    assert [frame.duration for frame in frames] == pytest.approx([0.1, 0.25, 0.04, 1.0])
+    assert (source.live, source.frame_count, source.resolution_wh, source.problems) == (False, 4, (128, 64), 0)
+    if not name.endswith("avif"):
+        assert source.fps == pytest.approx(4 / 1.39)
+        for frame, image in zip(frames, IMAGES, strict=False):
+            assert np.abs(frame.image.astype(int) - image).max() <= (0 if name != "a.gif" else 24)  # 256 colors
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+@pytest.mark.parametrize("duration", [0, 10])
+def test_durations_that_browsers_replace_are_replaced(tmp_path: Path, name: str, duration: int) -> None:
+    source, frames = read(animation(tmp_path / name, [duration, 500, duration]))
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.6])
+    assert frames[2].duration == pytest.approx(0.1)
+    assert source.fps == pytest.approx(3 / 0.7)
+
+
+def test_an_animated_webp_gives_the_frames_that_pillow_composes(tmp_path: Path) -> None:
+    images = [pil(numbered(number, (320, 192))).convert("RGBA") for number in range(20)]
+    path = animation(tmp_path / "a.webp", [100] * 20, images, lossless=False, quality=60)
+    source, frames = read(path)
+    with Image.open(path) as picture:
+        assert len(frames) == picture.n_frames == 20
+        for number, frame in enumerate(frames):
+            picture.seek(number)
+            np.testing.assert_array_equal(frame.image, np.asarray(picture.convert("RGB"))[..., ::-1])
+    assert [frame.time for frame in frames] == pytest.approx([number / 10 for number in range(20)])
+    assert source.fps == pytest.approx(10)
+
+
+def _sprite(number: int) -> Image.Image:
+    """A red square on a transparent ground, whose color is hidden."""
+    image = Image.new("RGBA", (64, 32), (0, 90, 0, 0))
+    image.paste((200, 30, 30, 255), (4 + 12 * number, 8, 14 + 12 * number, 18))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.gif", {"disposal": 2}),
+        ("a.gif", {"disposal": 3}),
+        ("a.webp", {}),
+        ("a.png", {"disposal": 0, "blend": 0}),
+        ("a.png", {"disposal": 1, "blend": 1}),
+        ("a.png", {"disposal": 2, "blend": 1}),
+    ],
+)
+def test_transparent_animations_are_shown_on_white(tmp_path: Path, name: str, options: dict[str, int]) -> None:
+    _, frames = read(animation(tmp_path / name, [100] * 4, [_sprite(number) for number in range(4)], **options))
+    for number, frame in enumerate(frames):
+        expected = np.full((32, 64, 3), 255)
+        expected[8:18, 4 + 12 * number : 14 + 12 * number] = (30, 30, 200)  # BGR; the square before is gone
+        assert np.abs(frame.image - expected).max() <= 8
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path: Path) -> None:
+    images = [Image.new("RGBA", (8, 8), (0, number, 0, 128)) for number in (0, 100)]
+    for name in ("a.png", "a.webp"):
+        _, frames = read(animation(tmp_path / name, [100, 100], images, **({"blend": 0} if name == "a.png" else {})))
+        assert [frame.image[4, 4].tolist() for frame in frames] == [[127, 127, 127], [127, 177, 127]]
+
+
+def test_the_default_image_of_an_animated_png_is_not_a_frame(tmp_path: Path) -> None:
+    images = [pil(IMAGES[number]) for number in (30, 0, 1, 2)]
+    source, frames = read(animation(tmp_path / "a.png", [100] * 3, images, default_image=True))
+    assert numbers(frames) == [0, 1, 2]
+    assert source.frame_count == 3
+    assert number_of(to_rgb(tmp_path / "a.png")[..., ::-1]) == 30  # but it is the still image
+
+
+@pytest.mark.parametrize("name", [*ANIMATED, "a.tif"])
+def test_still_images_are_the_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
+    path = animation(tmp_path / name, DURATIONS)
+    assert number_of(to_rgb(path)[..., ::-1]) == 0
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_an_image_with_one_frame_is_one_frame_at_any_rate(tmp_path: Path, name: str) -> None:
+    pil(IMAGES[7]).save(tmp_path / name)
+    source, frames = read(tmp_path / name, fps=4)
+    assert (numbers(frames), source.fps, frames[0].duration) == ([7], 4, None)
+
+
+def test_the_pages_of_a_tiff_are_separate_images(tmp_path: Path) -> None:
+    path = animation(tmp_path / "a.tif", [100] * 4)
+    source, frames = read(path)
     assert numbers(frames) == [0, 1, 2, 3]
-    assert frames[3].time == pytest.approx(0.3)
+    assert (source.fps, source.frame_count) == (None, 4)
+    assert [frame.time for frame in frames] == pytest.approx([0, 1 / 30, 2 / 30, 0.1])
+    assert [frame.time for frame in read(path, fps=2)[1]] == pytest.approx([0, 0.5, 1, 1.5])
+
+
+def _tiff_with_thumbnail(path: Path, numbers: list[int]) -> Path:
+    """A TIFF in which each page is followed by a thumbnail of it."""
+    with AppendingTiffWriter(str(path), new=True) as writer:
+        for number in numbers:
+            for image, kind in ((pil(IMAGES[number]), 0), (pil(IMAGES[number]).resize((16, 8)), 1)):
+                image.save(writer, "TIFF", tiffinfo={254: kind})
+                writer.newFrame()
+    return path
+
+
+def test_thumbnails_in_a_tiff_are_not_pages(tmp_path: Path) -> None:
+    assert numbers(read(_tiff_with_thumbnail(tmp_path / "a.tif", [3, 4]))[1]) == [3, 4]
+    source, frames = read(_tiff_with_thumbnail(tmp_path / "b.tif", [5]), fps=3)
+    assert (numbers(frames), source.fps) == ([5], 3)
+
+
+def test_a_damaged_page_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = animation(tmp_path / "a.tif", [100] * 3, compression="tiff_deflate")
+    with Image.open(path) as picture:
+        picture.seek(1)
+        (offset,) = picture.tag_v2[273]  # StripOffsets
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 20] = bytes(20)
+    path.write_bytes(content)
+    source, frames = read(path)
+    assert (numbers(frames), source.problems) == ([0, 2], 1)
+    assert "page 2 of" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+@pytest.mark.parametrize("share", np.linspace(0.1, 0.99, 20).tolist())
+def test_a_truncated_animation_ends_with_a_warning(
+    tmp_path: Path, name: str, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
+    path = animation(tmp_path / name, [100] * 12, [Image.fromarray(image) for image in noise])
+    source, frames = read(cut(path, share))
+    assert int(12 * share) - 1 <= len(frames) <= int(12 * share) + 1
+    assert source.problems == 1
+    assert f"ends after {len(frames)} of" in caplog.text
+
+
+@pytest.mark.parametrize("share", [0.12, 0.3, 0.6])
+def test_a_truncated_tiff_gives_its_whole_pages_and_a_warning(
+    tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = animation(tmp_path / "a.tif", [100] * 12)
+    source, frames = read(cut(path, share))
+    assert numbers(frames) == list(range(int(12 * share)))
+    assert source.problems >= 1
+    assert "page" in caplog.text
+
+
+def test_a_truncated_webp_is_an_error(tmp_path: Path) -> None:
+    path = cut(animation(tmp_path / "a.webp", DURATIONS), 0.6)  # libwebp reads nothing of it
+    with pytest.raises(VideoError, match=r"a\.webp' has no frames that can be read: .* is truncated or damaged"):
+        open_source(path)
+
+
+def test_an_animation_is_decoded_one_frame_at_a_time(tmp_path: Path) -> None:
+    path = animation(tmp_path / "a.webp", [100] * 200, [Image.new("RGB", (500, 400), (i, 0, 0)) for i in range(200)])
+    tracemalloc.start()
+    try:
+        with open_source(path) as source:
+            assert sum(1 for _ in source) == 200
+        assert tracemalloc.get_traced_memory()[1] < 20 * 500 * 400 * 3
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_every_frame_is_checked_against_the_largest_size(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = animation(tmp_path / name, [100, 100])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 64 // 3)  # an error from twice that on
+    with pytest.raises(VideoError, match="too large"):
+        open_source(path)
+
+
+def test_a_large_page_after_a_small_one_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small, large = Image.new("1", (8, 8)), Image.new("1", (20_000, 10_000))
+    small.save(tmp_path / "a.tif", save_all=True, append_images=[large, small], compression="group4")
+    source, frames = read(tmp_path / "a.tif")
+    assert (len(frames), source.problems) == (2, 1)
+    assert "page 2 of" in caplog.text
+    assert "too large" in caplog.text
+
+
+def test_in_a_folder_an_animation_is_one_frame_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _folder(tmp_path, ["1.jpg", "2.jpg"])
+    for name in ("3.webp", "4.png"):
+        animation(tmp_path / name, DURATIONS, [pil(IMAGES[number]) for number in (2, 8, 9, 10)])
+    _, frames = read(tmp_path)
+    assert numbers(frames) == [0, 1, 2, 2]
+    (record,) = caplog.records
+    assert "only the first of 4 frames of" in record.message
+    assert "3.webp" in record.message
+
+
+def test_a_video_that_is_called_gif_is_a_video(tmp_path: Path) -> None:
+    _, frames = read(write_clip(tmp_path / "clip.mp4", IMAGES[:5]).rename(tmp_path / "clip.gif"))
+    assert numbers(frames) == list(range(5))
+
+
+def test_an_animation_keeps_its_name_from_deciding(tmp_path: Path) -> None:
+    for number, kind in enumerate(["gif", "webp", "png"]):
+        path = animation(tmp_path / f"{number}.{kind}", DURATIONS).rename(tmp_path / f"{number}.dat")
+        assert numbers(read(path)[1]) == [0, 1, 2, 3]
 
 
 def test_a_generator_is_read_only_as_far_as_needed() -> None:
