@@ -101,6 +101,7 @@ def annotate_video(
     show: bool = False,
     audio: bool = True,
     device: str | None = None,
+    fps: float | None = None,
     on_frame: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Track what the names mean through a video, and write it with the boxes drawn.
@@ -115,7 +116,7 @@ def annotate_video(
         classes: Names, as for a `Detector`.
         annotate: Out of box, label, trace, dot, blur and pixelate, or "none". The last two make the tracking cautious;
             what no keyframe shows stays uncovered all the same, so look at every frame where that matters.
-        model: As for `track`, as are `every`, `confidence`, `tracking` and `device`.
+        model: As for `track`, as are `every`, `confidence`, `tracking`, `device` and `fps`.
         zones: Lines and zones to count at: `Zones`, a dict like its file, or the path of one.
         panel: Put a table of counts beside the picture.
         colour_by: Whether things of a class or with an id share a colour.
@@ -137,7 +138,7 @@ def annotate_video(
     if annotator.what & {"blur", "pixelate"}:
         tracking = replace(tracking or Tracking(), cautious=True)
     with ExitStack() as opened:
-        video = opened.enter_context(open_source(source))
+        video = opened.enter_context(open_source(source, fps=fps))
         if counted is not None and video.resolution_wh is not None:
             counted.shapes(video.resolution_wh)  # what lies outside is told now
         writers = opened.enter_context(ExitStack())

@@ -98,6 +98,7 @@ def track(
     confidence: float = 0.0,
     tracking: Tracking | None = None,
     device: str | None = None,
+    fps: float | None = None,
 ) -> Iterator[tuple[npt.NDArray[np.uint8], sv.Detections]]:
     """Track what the names mean through a video.
 
@@ -105,7 +106,7 @@ def track(
             ...
 
     Args:
-        source: A file, a folder or glob of images, a webcam's number, the URL of a stream, an iterable of frames, or
+        source: A file, a folder or pattern of images, a webcam's number, the URL of a stream, an iterable of frames, or
             an open `Source`.
         classes: Names, as for a `Detector`.
         model: A name for `load`, a model, a `Detector` or `Pointer`, or anything that takes a BGR frame and the classes
@@ -115,6 +116,7 @@ def track(
         confidence: What a detection must reach, for a model that is given by name or as such; a `Detector` has its own.
         tracking: How objects get their numbers.
         device: For a model that is given by name.
+        fps: Frames per second of images and iterables, which have no clock; None for 30.
 
     Yields:
         [H, W, 3] uint8 BGR frames, and their detections with `tracker_id`.
@@ -124,7 +126,7 @@ def track(
         ValueError: An argument is out of range.
     """
     watched = watch(
-        [source], classes, model=model, every=every, confidence=confidence, tracking=tracking, device=device
+        [source], classes, model=model, every=every, confidence=confidence, tracking=tracking, device=device, fps=fps
     )
     return _pairs(watched)
 
@@ -144,6 +146,7 @@ def watch(
     confidence: float = 0.0,
     tracking: Tracking | None = None,
     device: str | None = None,
+    fps: float | None = None,
 ) -> Watch:
     """Track what the names mean through several videos at a time, with one model that looks at their frames together.
 
@@ -166,7 +169,7 @@ def watch(
     opened: list[Source] = []
     try:
         for source in sources:
-            opened.append(open_source(source))
+            opened.append(open_source(source, fps=fps))
         own = isinstance(model, Detector) or (callable(model) and not hasattr(model, "run"))
         if own and confidence:
             raise ValueError(f"confidence={confidence!r} is for a model; a detector has its own threshold")
