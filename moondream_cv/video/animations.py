@@ -28,6 +28,9 @@ _REPLACEMENT_DURATION = 0.1
 _REDUCED_OR_MASK = 0b101  # bits of a TIFF page's NewSubfileType: a thumbnail, or a transparency mask
 _NEW_SUBFILE_TYPE = 254
 
+MIN_FPS = 0.001
+"""Lowest frame rate that a video can be written with."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -209,9 +212,10 @@ def _shown_for(milliseconds: float | None, kind: str | None) -> float:
 
 
 def _average_fps(path: Path, kind: str) -> float | None:
-    """Return the frames per second of an animation; None for AVIF, which is not scanned."""
+    """Return the frames per second of an animation; None if it is below `MIN_FPS`, and for AVIF."""
     durations = [_shown_for(duration, kind) for duration in _durations(path, kind)]
-    return len(durations) / sum(durations) if durations else None
+    average = len(durations) / sum(durations) if durations else 0.0
+    return average if average >= MIN_FPS else None
 
 
 def _durations(path: Path, kind: str) -> list[float]:

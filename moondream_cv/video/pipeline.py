@@ -14,6 +14,7 @@ import numpy as np
 import supervision as sv
 
 from moondream_cv.detector import check_classes
+from moondream_cv.video.animations import image_format
 from moondream_cv.video.annotation import Annotator
 from moondream_cv.video.json_lines import JsonLinesWriter
 from moondream_cv.video.mot import MotWriter
@@ -229,11 +230,11 @@ class _Tally:
 
 
 def _file(source: Any) -> Path | None:
-    """The path of a source that is a file."""
+    """The path of a source that is a file; None for images, which have no sound and which FFmpeg may not read."""
     if not isinstance(source, str | os.PathLike):
         return None
     path = Path(source).expanduser()
-    return path if path.is_file() else None
+    return path if path.is_file() and image_format(path) is None else None
 
 
 def _zones(zones: Zones | Mapping[str, Any] | str | os.PathLike[str] | None) -> Zones | None:

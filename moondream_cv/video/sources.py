@@ -19,7 +19,7 @@ import numpy as np
 
 from moondream_cv.errors import VideoError
 from moondream_cv.images import IMAGE_SUFFIXES, readable_formats
-from moondream_cv.video.animations import frame_info, image_format, open_animation
+from moondream_cv.video.animations import MIN_FPS, frame_info, image_format, open_animation
 from moondream_cv.video.base import ASSUMED_FPS, Source
 from moondream_cv.video.container import open_file, open_finite
 from moondream_cv.video.images_folder import images_of, open_images, open_iterable
@@ -29,6 +29,9 @@ __all__ = ["ASSUMED_FPS", "Source", "SourceInput", "open_source", "url_name"]
 
 SourceInput: TypeAlias = str | os.PathLike[str] | int | Iterable[Any] | Source
 """A path, a glob, a URL, the index of a webcam, an iterable of images, or a source that is open already."""
+
+MAX_FPS = 1000.0
+"""Highest frame rate of images and iterables."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,12 +117,12 @@ def check_fps(fps: float | None) -> None:
     """Check a frame rate.
 
     Raises:
-        ValueError: It is not a number from 0.001 to 1000.
+        ValueError: It is not a number from `MIN_FPS` to `MAX_FPS`.
     """
     if fps is None:
         return
-    if isinstance(fps, bool) or not isinstance(fps, Real) or not 0.001 <= fps <= 1000:  # false for NaN
-        raise ValueError(f"fps must be between 0.001 and 1000, got {fps!r}")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= fps <= MAX_FPS:  # NaN is not
+        raise ValueError(f"fps must be between {MIN_FPS:g} and {MAX_FPS:g}, got {fps!r}")
 
 
 def url_name(url: str) -> str:
