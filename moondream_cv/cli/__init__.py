@@ -1,7 +1,7 @@
 """The command line: `moondream-cv`, one file per subcommand.
 
-Exit status: 0 if all went well, 1 if an image or the model failed, 2 for wrong arguments, 130 after Ctrl-C. Nothing
-heavy is imported until a subcommand runs.
+Exit status: 0 if all went well, 1 if an image or the model failed, 2 for wrong arguments, 130 after Ctrl-C, 143 after
+SIGTERM. Nothing heavy is imported until a subcommand runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moondream_cv.escaping import EscapingFormatter
 
 from . import caption, demo, detect, download, point, query, serve, video
 from .output import error_text, shown
+from .stopping import Terminated, exit_status, stop_on_signals
 
 
 class _Commands(TyperGroup):
@@ -31,6 +32,8 @@ class _Commands(TyperGroup):
         except (MoondreamError, ValueError) as error:
             typer.echo(f"Error: {error_text(error)}", err=True)
             raise typer.Exit(1 if isinstance(error, MoondreamError) else 2) from error
+        except Terminated as error:
+            raise typer.Exit(exit_status(error)) from error
 
 
 app = typer.Typer(
@@ -86,6 +89,7 @@ def main() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    stop_on_signals()
     app()
 
 

@@ -20,6 +20,7 @@ from . import options
 from .locating import split_classes
 from .models import opened_model
 from .output import Report
+from .stopping import exit_status
 from .video_bar import Bar, few_of_a_kind
 from .video_summary import STDOUT, sum_up
 
@@ -32,7 +33,8 @@ def video(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A video file, a folder of images, a glob in quotes, a webcam's number, or the URL of a stream.",
+            help="A video or an animated image, a folder of images, a glob in quotes or a pattern like "
+            "frames/%04d.png, a webcam's number, or the URL of a stream.",
             show_default=False,
         ),
     ],
@@ -65,7 +67,9 @@ def video(
     ] = "box,label",
     zone: Annotated[
         Path | None,
-        typer.Option("--zone", metavar="FILE", help="JSON with lines and zones at which to count.", show_default=False),
+        typer.Option(
+            "--zone", metavar="FILE", help="JSON with lines and zones at which to count; see above.", show_default=False
+        ),
     ] = None,
     panel: Annotated[bool, typer.Option("--panel", help="Put a table of counts beside the picture.")] = False,
     colour_by: Annotated[str, typer.Option("--colour-by", metavar="class|id", help="What shares a colour.")] = "class",
@@ -84,6 +88,15 @@ def video(
             "--mot", metavar="FILE", help="Write the tracks as a MOT challenge file; or -.", show_default=False
         ),
     ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            "--fps",
+            metavar="RATE",
+            help="Frames per second of images, which have no clock. Default: 30.",
+            show_default=False,
+        ),
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Show the frames in a window; q closes it and ends.")] = False,
     no_audio: Annotated[bool, typer.Option("--no-audio", help="Leave the sound of the file out.")] = False,
     confidence: options.Confidence = 0.0,
@@ -93,12 +106,23 @@ def video(
     scene_change: Annotated[
         bool, typer.Option("--scene-change", help="Look for cuts, and carry no object over into another scene.")
     ] = False,
+    bridge: Annotated[
+        float | None,
+        typer.Option(
+            "--bridge",
+            metavar="SECONDS",
+            help="With blur or pixelate: seconds before and after each detection for which its object is covered. "
+            "Default: 0.7.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
     model: options.Model = "moondream2",
     device: options.Device = None,
 ) -> None:
     """Track what is named through a video: boxes with numbers, drawn and written.
 
-    Ctrl-C ends it early; what was written so far is complete and plays.
+    Ctrl-C and SIGTERM end it early; what was written so far is completed and plays. A second Ctrl-C skips the sound.
 
     \b
     [bold]Examples[/]
@@ -107,7 +131,14 @@ def video(
     $ moondream-cv video shop.mp4 person --zone door.json --panel -o out.mp4
     $ moondream-cv video rtsp://camera/stream dog --json - | head
     $ moondream-cv video 0 cup --show
-    $ moondream-cv video "frames/*.jpg" ball --mot tracks.txt
+    $ moondream-cv video frames/%04d.png ball --fps 25 --mot tracks.txt
+
+    \b
+    [bold]Zone file[/] (docs/zones.md has all keys, docs/zones.schema.json the JSON schema)
+    {"normalized": true,
+     "lines": \\[{"name": "door", "start": \\[0.1, 0.6], "end": \\[0.9, 0.6]}],
+     "zones": \\[{"name": "queue", "polygon": \\[\\[0, 0.6], \\[0.5, 0.6], \\[0.5, 1]]}]}
+    Optional: "triggering_anchors", "minimum_crossing_threshold", "minimum_crossing_distance".
     """
     files = {"--output": None if output is None else str(output), "--json": json, "--mot": mot}
     targets = {option: target for option, target in files.items() if target is not None}
@@ -128,12 +159,14 @@ def video(
             from moondream_cv.video.sources import url_name
 
             looks = check_every(int(every) if re.fullmatch(r"[+-]?\d+", every) else every)
-            tracking = Tracking(tracker, scene_change=scene_change)
+            tracking = Tracking(tracker, scene_change=scene_change, bridge_seconds=bridge)
             tracking.start()
             colours = cast("Literal['class', 'id']", colour_by)
-            Annotator(annotate, chosen, colour_by=colours)
+            drawn = Annotator(annotate, chosen, colour_by=colours).what
+            if bridge is not None and not drawn & {"blur", "pixelate"}:
+                raise ValueError(f"--bridge {bridge:g} needs --annotate blur or pixelate, got --annotate {annotate}")
             zones = None if zone is None else Zones.read(zone)
-            frames = _checked_source(source, opened)
+            frames = _checked_source(source, opened, fps)
             _check_targets(targets)
         vision_model = opened.enter_context(opened_model(model, device, {"detect"}, report))
         from moondream_cv.detector import Detector
@@ -157,6 +190,7 @@ def video(
                     mot=mot,
                     show=show,
                     audio=not no_audio,
+                    fps=fps,
                     on_frame=bar.update,
                 )
         except BaseException as error:
@@ -165,7 +199,7 @@ def video(
             if isinstance(error.__cause__, BrokenPipeError):
                 raise error.__cause__ from None  # whoever reads along has had enough, as `head` has
             if isinstance(error, KeyboardInterrupt) and bar.summary is not None:
-                raise typer.Exit(130) from None
+                raise typer.Exit(exit_status(error)) from None
             raise
         if bar.summary is not None:
             sum_up(report, bar.summary, targets.values(), vision_model.has_scores)
@@ -213,11 +247,11 @@ def _real(name: str) -> str:
     return os.path.realpath(os.path.expanduser(name))
 
 
-def _checked_source(source: str, opened: ExitStack) -> str | Source:
+def _checked_source(source: str, opened: ExitStack, fps: float | None) -> str | Source:
     """See that a source can be opened. A live one stays so; a file is left to be opened again, for its sound too."""
     from moondream_cv.video import open_source
 
-    found = opened.enter_context(open_source(source))
+    found = opened.enter_context(open_source(source, fps=fps))
     if found.live:
         return found
     found.close()

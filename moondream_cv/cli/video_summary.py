@@ -54,7 +54,7 @@ def _exists(target: str) -> bool:
 
 def _file_text(target: str, summary: Summary) -> str:
     saved = summary.saved_frames
-    if saved is None or saved == summary.frames or not target.lower().endswith(VIDEO_SUFFIXES):
+    if saved is None or saved >= summary.frames or not target.lower().endswith(VIDEO_SUFFIXES):
         return shown(target)
     return f"{shown(target)} ({saved} of {_number(summary.frames, 'frame')})"
 

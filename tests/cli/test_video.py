@@ -281,15 +281,18 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_interrupting_leaves_what_was_written(tmp_path: Path, ending: list[subprocess.Popen[str]]) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupting_leaves_what_was_written(
+    tmp_path: Path, ending: list[subprocess.Popen[str]], number: signal.Signals, status: int
+) -> None:
     write_clip(tmp_path / "long.mp4", [np.full((96, 160, 3), number % 250, np.uint8) for number in range(3000)])
     arguments = ("long.mp4", "dog", *TINY, "-o", "out.mp4", "--json", "out.jsonl", "--every", "1")
     running = process(*arguments, cwd=tmp_path)
     ending.append(running)
     wait_for_lines(tmp_path / "out.jsonl", 20)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     stdout, stderr = running.communicate(timeout=240)
-    assert running.returncode == 130, stderr
+    assert running.returncode == status, stderr
     assert "Traceback" not in stderr
     assert stdout.splitlines()[0] == "dog  nothing found"
     assert stdout.splitlines()[1].startswith("Stopped after ")

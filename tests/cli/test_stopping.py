@@ -1,0 +1,93 @@
+"""Signals that stop a command. Run with `pytest tests/cli/test_stopping.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals for another process")
+
+WAITING = """
+import signal, sys, time
+from moondream_cv.cli.stopping import Terminated, exit_status, stop_on_signals
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+stop_on_signals()
+try:
+    print("ready", flush=True)
+    time.sleep(240)
+except KeyboardInterrupt as error:
+    print(error, flush=True)
+    sys.exit(exit_status(error))
+"""
+
+COMMAND = """
+import sys, time
+import moondream_cv.cli.detect as detect
+def locate(*arguments, **options):
+    print("ready", flush=True)
+    time.sleep(240)
+detect.locate = locate
+sys.argv = ["moondream-cv", "detect", "a.png", "-c", "dog"]
+from moondream_cv.cli import main
+main()
+"""
+
+
+def started(code: str, *arguments: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signals_raise_keyboard_interrupt(name: str, status: int) -> None:
+    process = started(WAITING, "SIG_DFL")
+    process.send_signal(getattr(signal, name))
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == status, stderr
+    assert stdout.strip() == ("" if name == "SIGINT" else f"stopped by {name}")
+
+
+def test_sighup_stays_ignored_under_nohup() -> None:
+    process = started(WAITING, "SIG_IGN")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=240)[0].strip() == "stopped by SIGTERM"
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_commands_exit_with_the_signal(name: str, status: int) -> None:
+    process = started(COMMAND)
+    process.send_signal(getattr(signal, name))
+    stderr = process.communicate(timeout=240)[1]
+    assert process.returncode == status, stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or sys.platform != "linux",
+    reason="needs root on Linux, to make a process number 1 of a PID namespace",
+)
+def test_process_1_of_a_container_stops_on_sigterm(tmp_path: Path) -> None:
+    namespace = ["unshare", "--pid", "--fork", "--kill-child", "--"]
+    try:
+        subprocess.run([*namespace, "true"], check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no PID namespace can be made here: {error}")
+    code = "import os\nassert os.getpid() == 1\n" + WAITING
+    process = subprocess.Popen(
+        [*namespace, sys.executable, "-c", code, "SIG_DFL"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    assert process.communicate(timeout=240)[0].strip() == "stopped by SIGTERM"
