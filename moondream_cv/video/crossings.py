@@ -2,9 +2,10 @@
 
 `sv.LineZone` decides by the sign of the distance to the line. A box that trembles on the line counts again and again
 there, unless a crossing must last for more frames than the tremble. A track that is lost for two frames on the line is
-missed, and one that walks around the end of the line does. `LineCrossings` requires a distance instead: a track gets
-a side when it is clear of the line, and crosses when it is clear of it on the other side, if its path went through the
-line. Reading zone files and summing by class is left to `zones`.
+missed, and one that walks around the end of the line does. `LineCrossings` requires a distance instead: a track gets a
+side when it is clear of the line, and crosses when it is clear of it on the other side, if its path went through the
+line. The distance doubles with every crossing of the same track, so that larger tremble cannot go on counting. Reading
+zone files and summing by class is left to `zones`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import supervision as sv
 
 MAX_TRACKS = 10_000  # tracks that are remembered; beyond that, those that were seen longest ago are forgotten
+_MAX_DOUBLINGS = 10
 _COORDINATE_STEPS = 512  # two steps of the model's coordinates: smaller movements of a box are rounding
 
 
@@ -30,6 +32,7 @@ class _Track:
         across: Distance from the line at the last observation, in pixels; positive on the left.
         side: 1 on the left, -1 on the right, 0 before the track was clear of the line.
         run: Consecutive observations clear of the line on the other side.
+        crossings: Crossings so far.
         changes: Changes of the sign of `across` so far.
         through: Whether the last of those changes was between the line's ends.
     """
@@ -38,6 +41,7 @@ class _Track:
     across: float
     side: int = 0
     run: int = 0
+    crossings: int = 0
     changes: int = 0
     through: bool = False
 
@@ -68,7 +72,10 @@ class _Track:
         if self.run < threshold:
             return 0
         self.side, self.run = clear, 0
-        return clear if self.through else 0
+        if not self.through:
+            return 0
+        self.crossings += 1
+        return clear
 
 
 class LineCrossings:
@@ -90,8 +97,9 @@ class LineCrossings:
             resolution_wh: Width and height of the frames.
             anchors: Points of a box that must all be on one side for the box to be on that side.
             threshold: Consecutive observations on the new side that make a crossing.
-            distance: How far beyond the line a box must be, as a fraction of its extent across the line. At least two
-                steps of the model's coordinates and at most half the way to the frame's border; 0 for no distance.
+            distance: How far beyond the line a box must be, as a fraction of its size across the line. At least two
+                steps of the model's coordinates and at most half the way to the frame's border; doubled with every
+                crossing of a track, up to the size of the box. 0 for no distance.
         """
         self._start, (dx, dy) = points[0], points[1] - points[0]
         self._length = float(np.hypot(dx, dy))
@@ -126,16 +134,20 @@ class LineCrossings:
             np.stack([boxes.get_anchors_coordinates(anchor) for anchor in self._anchors]) - self._start
         )  # [A, N, 2]
         along, across = (offsets @ self._direction).mean(0), offsets @ self._normal  # [N], [A, N]
-        sizes = boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]
-        margin = np.maximum(self._distance * (sizes @ np.abs(self._normal)), self._least)
-        left = across.min(0) > np.minimum(margin, self._room[0])
-        right = across.max(0) <= -np.minimum(margin, self._room[1])
-        for row, clear, at, away in zip(rows, left.astype(int) - right, along, across.mean(0), strict=True):
-            track = self._track(int(ids[row]), float(at), float(away))
-            crossed[row] = track.cross(int(clear), self._threshold)
+        sizes = (boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]) @ np.abs(self._normal)
+        for row, at, away, size in zip(rows, along, across.T, sizes, strict=True):
+            track = self._track(int(ids[row]), float(at), float(away.mean()))
+            margin = self._margin(float(size), track.crossings)
+            left, right = away.min() > min(margin, self._room[0]), away.max() <= -min(margin, self._room[1])
+            crossed[row] = track.cross(int(left) - int(right), self._threshold)
         while len(self._tracks) > MAX_TRACKS + len(rows):
             self._tracks.popitem(last=False)
         return crossed > 0, crossed < 0
+
+    def _margin(self, size: float, crossings: int) -> float:
+        """Return how far from the line a box must be, in pixels, given its size across the line."""
+        margin = max(self._distance * size, self._least)
+        return min(margin * 2 ** min(crossings, _MAX_DOUBLINGS), max(margin, size))
 
     def _track(self, number: int, along: float, across: float) -> _Track:
         track = self._tracks.get(number)

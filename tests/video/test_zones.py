@@ -206,6 +206,16 @@ def test_a_crossing_counts_once_as_soon_as_the_box_is_clear_of_the_line(
     assert crossings({"lines": [DOOR]}, *at(*heights)) == expected
 
 
+@pytest.mark.parametrize("amplitude", [3, 5, 7, 9, 15])  # of a box that is 20 pixels high
+def test_trembling_beyond_the_distance_does_not_go_on_counting(amplitude: float) -> None:
+    heights = [50 + amplitude * (-1) ** number for number in range(100)]
+    assert sum(crossings({"lines": [DOOR]}, *at(*heights))) <= (0 if amplitude < 4 else 3)
+
+
+def test_an_object_that_really_goes_to_and_fro_counts_every_time() -> None:
+    assert crossings({"lines": [DOOR]}, *at(*[80, 20] * 20)) == (20, 19)
+
+
 def test_the_distance_is_a_fraction_of_the_box_across_the_line() -> None:
     upright = {"name": "door", "start": [100, 100], "end": [100, 0]}  # in is to the left
     for distance, expected in ((0.2, 1), (0.4, 0), (0, 1)):  # the box is 10 pixels wide: 2, 4 and 0 pixels

@@ -1,0 +1,104 @@
+"""Line counting through `annotate_video` and `watch`. Run with `pytest tests/video/test_line_counting.py`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import supervision as sv
+
+from moondream_cv.video import Zones, annotate_video, open_source, watch
+from tests.clips import deadline, number_of, numbered
+
+SIZE = (320, 192)
+FRAMES = 120
+IMAGES = [numbered(number, SIZE) for number in range(FRAMES)]
+LINE = {"lines": [{"name": "door", "start": [0, 120], "end": [320, 120]}]}  # in is upwards
+HEIGHT = 40.0
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    with deadline(240):
+        yield
+
+
+class OnPath:
+    """A detector of one object whose lower edge is at path(number of the frame)."""
+
+    def __init__(self, path: Callable[[int], float]) -> None:
+        self.path = path
+        self.calls = threading.Semaphore(0)
+
+    def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        bottom = self.path(number_of(image))
+        self.calls.release()
+        return sv.Detections(
+            np.array([[150, bottom - HEIGHT, 170, bottom]], np.float32),
+            confidence=np.array([0.9], np.float32),
+            class_id=np.array([0]),
+            data={"class_name": np.array([classes[0]])},
+        )
+
+
+def trembling(share: float) -> Callable[[int], float]:
+    """Stays on the line; each detection is off by a share of the height, up or down."""
+    signs = np.random.default_rng(3).choice([-1, 1], 256)
+    return lambda number: 120 + share * HEIGHT * float(signs[number])
+
+
+def walking(number: int) -> float:
+    """From below to above the line, with trembling."""
+    return 170 - number + trembling(0.05)(number) - 120
+
+
+def waiting(number: int) -> float:
+    """To the line, where it waits with trembling, and on in the last frames."""
+    if number < 30:
+        return 165 - 1.5 * number
+    return trembling(0.12)(number) if number < 100 else 120 - 2.0 * (number - 100)
+
+
+PATHS = [(trembling(0.04), 0), (trembling(0.12), 0), (walking, 1), (waiting, 1)]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize(("path", "expected"), PATHS)
+def test_objects_in_files_count_once(path: Callable[[int], float], expected: int, every: int) -> None:
+    summary = annotate_video(IMAGES, None, "dog", model=OnPath(path), every=every, zones=LINE)
+    assert summary.zones is not None
+    counts = summary.zones["lines"]["door"]
+    assert (counts["in"], counts["out"]) == (expected, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "every", "expected"),
+    [*((path, 1, expected) for path, expected in PATHS), (trembling(0.04), 5, 0), (walking, 5, 1), (waiting, 5, 1)],
+)
+def test_objects_of_live_sources_count_once(path: Callable[[int], float], every: int, expected: int) -> None:
+    assert live_counts(path, every) == (expected, 0)
+
+
+def test_predictions_that_overshoot_the_line_again_and_again_count_once_at_most() -> None:
+    assert sum(live_counts(trembling(0.12), 5)) <= 1  # predicted boxes are off by three times as much
+
+
+def live_counts(path: Callable[[int], float], every: int) -> tuple[int, int]:
+    detector, zones = OnPath(path), Zones.from_dict(LINE)
+
+    def camera() -> Iterator[np.ndarray]:
+        for number, image in enumerate(IMAGES):
+            if every > 1 and number % every == 1:  # the detector has the keyframe before
+                assert detector.calls.acquire(timeout=120)
+            yield image
+
+    source: Any = open_source(camera())
+    source.live = True  # boxes are predicted, and frames come out at once
+    with watch([source], "dog", model=detector, every=every) as watched:
+        for tracked in watched:
+            zones.update(tracked.detections, SIZE)
+    counts = zones.counts()["lines"]["door"]
+    return counts["in"], counts["out"]
