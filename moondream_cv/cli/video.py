@@ -190,7 +190,7 @@ def video(
                     mot=mot,
                     show=show,
                     audio=not no_audio,
-                    fps=fps,
+                    fps=fps if frames == source else None,
                     on_frame=bar.update,
                 )
         except BaseException as error:
@@ -248,11 +248,11 @@ def _real(name: str) -> str:
 
 
 def _checked_source(source: str, opened: ExitStack, fps: float | None) -> str | Source:
-    """See that a source can be opened. A live one stays so; a file is left to be opened again, for its sound too."""
+    """Open a source. A file is closed again, and returned by its name, because `annotate_video` copies its sound."""
     from moondream_cv.video import open_source
 
     found = opened.enter_context(open_source(source, fps=fps))
-    if found.live:
+    if found.live or not os.path.isfile(_real(source)):
         return found
     found.close()
     return source

@@ -125,9 +125,9 @@ def _warn_of_gaps(pattern: Path, numbers: list[int]) -> None:
     if missing:
         first = numbers[next(i for i, length in enumerate(steps) if length > step)] + step
         logger.warning(
-            "the pattern %r has gaps: %d of the numbers from %d to %d are missing, the first is %d; the frames around "
-            "a gap follow each other without a pause",
-            str(pattern), missing, numbers[0], numbers[-1], first,
+            "%r: gaps in the numbers from %d to %d, %d missing, the first is %d; the frames around a gap follow each "
+            "other without a pause",
+            str(pattern), numbers[0], numbers[-1], missing, first,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import moondream_cv
@@ -204,6 +205,21 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         ("frames red --mot zones.json --zone zones.json", 2, "zones.json would overwrite the original"),
         ("frames red -o out.mp4 --zone broken.json", 1, "broken.json is not JSON"),
         ("frames red -o out.mp4 --zone empty.json", 2, 'empty.json names neither "lines" nor "zones"'),
+        (
+            "frames red -o out.mp4 --zone typo.json",
+            2,
+            'typo.json: lines[0] "door": unknown key "strat"; did you mean "start"',
+        ),
+        (
+            "frames red -o out.mp4 --zone anchor.json",
+            2,
+            '"triggering_anchors" has the unknown anchor "FEET"; known are "CE',
+        ),
+        ("frames/%04d.png red -o out.mp4", 1, "matches no file; the folder has 10 images, such as '0.png'"),
+        ("nowhere/%d.png red -o out.mp4", 1, "'nowhere/%d.png' matches no file; there is no folder 'nowhere'"),
+        ("frames red -o out.mp4 --fps 0", 2, "fps must be between 0.001 and 1000, got 0"),
+        ("frames red -o out.mp4 --fps nan", 2, "fps must be between 0.001 and 1000, got nan"),
+        ("anim.webp red -o out.mp4 --fps 5", 2, "'anim.webp' has frame times, so leave fps out"),
         ("frames red -o out.mp4 --model other", 1, "there is no model 'other'"),
         ("frames red -o out.mp4 --device tpu", 2, "there is no device 'tpu'"),
     ],
@@ -214,6 +230,10 @@ def test_what_is_wrong_ends_with_one_line_before_anything_is_written(
     for name in ("broken.mp4", "broken.json"):
         Path(name).write_text('{"lines":')
     Path("empty.json").write_text("{}")
+    door = {"name": "door", "end": [40, 0]}
+    Path("typo.json").write_text(json.dumps({"lines": [{**door, "strat": [40, 60]}]}))
+    Path("anchor.json").write_text(json.dumps({"lines": [{**door, "start": [40, 60], "triggering_anchors": ["FEET"]}]}))
+    _animation("anim.webp")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     result = run("video", *arguments.split())
     assert result.exit_code == status
@@ -222,6 +242,56 @@ def test_what_is_wrong_ends_with_one_line_before_anything_is_written(
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     assert model.runs == []
+
+
+def _animation(path: str) -> None:
+    """The pictures of the folder, for 40 ms each and the last one for a second."""
+    images = [Image.open(f"frames/{number}.png") for number in range(10)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=[40] * 9 + [1000], lossless=True)
+
+
+def times_of(path: str) -> list[float]:
+    return [json.loads(line)["time"] for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("source", ["frames", "frames/%d.png", "frames/*.png"])
+def test_fps_is_the_frame_rate_of_images(run: Run, frames: Path, source: str) -> None:
+    result = run("video", source, "red", "--every", 1, "--fps", 5, "--json", "out.jsonl", "-o", "out.mp4")
+    assert result.exit_code == 0
+    assert times_of("out.jsonl") == pytest.approx([number / 5 for number in range(10)])
+    with av.open("out.mp4") as container:
+        assert container.streams.video[0].average_rate == 5
+
+
+@pytest.mark.parametrize("name", ["anim.webp", "anim.png", "anim.gif"])
+def test_an_animation_is_a_video_and_a_still_image(run: Run, frames: Path, name: str) -> None:
+    _animation(name)
+    assert run("video", name, "red", "--every", 1, "--json", "out.jsonl", "-o", "out.mp4").exit_code == 0
+    assert times_of("out.jsonl") == pytest.approx([number / 25 for number in range(10)])
+    assert len(pictures_of("out.mp4")) == 10
+    found = run("detect", name, "-c", "red", "--json")
+    assert found.exit_code == 0
+    assert json.loads(found.stdout)["images"][0]["objects"][0]["xyxy"] == pytest.approx(
+        [2, 20, 22, 40], abs=1
+    )  # first frame
+
+
+def test_gaps_in_a_pattern_are_told_once(run: Run, frames: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (frames / "4.png").unlink()
+    assert run("video", "frames/%d.png", "red", "--json", "out.jsonl").exit_code == 0
+    assert [record.message for record in caplog.records if "gaps in the numbers" in record.message] == [
+        "'frames/%d.png': gaps in the numbers from 0 to 9, 1 missing, the first is 4; the frames around a gap follow "
+        "each other without a pause"
+    ]
+
+
+def test_help_shows_a_zone_file_that_is_valid(run: Run) -> None:
+    text = run("video", "--help").stdout
+    start = text.index('{"normalized"')
+    data, _ = json.JSONDecoder().raw_decode(text[start:])
+    assert {"lines", "zones"} < {*data}
+    moondream_cv.video.Zones.from_dict(data)
+    assert "docs/zones.md" in text
 
 
 def test_a_video_is_not_written_over(run: Run, clip: Path) -> None:

@@ -453,7 +453,7 @@ def test_gaps_in_the_numbers_are_skipped_with_a_warning(tmp_path: Path, caplog: 
     assert numbers(frames) == [3, 4, 7, 8, 12]
     assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     (record,) = caplog.records
-    assert "5 of the numbers from 3 to 12 are missing, the first is 5" in record.message
+    assert "gaps in the numbers from 3 to 12, 5 missing, the first is 5;" in record.message
 
 
 def test_every_tenth_number_is_no_gap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
