@@ -7,10 +7,10 @@ frame of an animated AVIF. Still images are left to `images_folder`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import struct
 from collections.abc import Generator, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -93,7 +93,7 @@ def frame_info(path: Path) -> FrameInfo | None:
                 total = len(_durations(path, kind))  # Pillow's own count fails if the file is cut off
             else:
                 total = _page_count(picture) if kind == "TIFF" else int(getattr(picture, "n_frames", 1))
-            frames = tuple(islice(_numbers(picture, total), 2)) if total > 1 else (0,)
+            frames = tuple(itertools.islice(_numbers(picture, total), 2)) if total > 1 else (0,)
     except (ImageError, OSError):
         return None  # reading the first frame reports it
     return FrameInfo(str(kind), frames, total) if len(frames) > 1 else None
@@ -181,15 +181,16 @@ def _is_reduced_or_mask(picture: Image.Image, number: int) -> bool:
 
 def _page_count(picture: Image.Image) -> int:
     """Return the number of pages of a TIFF up to the first damaged one, which is included."""
-    count = 1
-    try:
-        while True:
+    for count in itertools.count(1):
+        try:
             picture.seek(count)
-            count += 1
-    except EOFError:
-        return count
-    except Exception:  # whatever a damaged directory makes Pillow raise
-        return count + 1
+        except EOFError:
+            return count
+        except Image.DecompressionBombError:  # too large, and reported when it is read; the directory is intact
+            continue
+        except Exception:  # whatever a damaged directory makes Pillow raise
+            return count + 1
+    raise AssertionError("counting has no end")
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -58,6 +58,12 @@ def _name(value: object) -> str:
     return value
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise _problem(f"must be a text, not {shown(value)}")
+    return value
+
+
 def _anchors(value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise _problem(f'must be a list of one or more anchors, such as ["BOTTOM_CENTER"], not {shown(value)}')
@@ -109,6 +115,7 @@ _PointArray = {
 
 Point = Annotated[tuple[float, float], BeforeValidator(_point), WithJsonSchema(_PointArray)]
 Name = Annotated[str, BeforeValidator(_name), WithJsonSchema({"type": "string", "pattern": r"\S"})]
+Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string"})]
 Anchors = Annotated[
     tuple[str, ...],
     BeforeValidator(_anchors),
@@ -217,15 +224,13 @@ class ZoneFile(BaseModel):
         json_schema_extra={**_HAS_ENTRIES, **_HAS_FRACTIONS},
     )
 
-    dialect: str | None = Field(None, alias="$schema", description="Path or URL of this schema, for editors.")
+    dialect: Text = Field("", alias="$schema", description="Path or URL of this schema, for editors.")
     normalized: Flag = Field(
         False,
         description="Whether coordinates are fractions of the frame's width and height instead of pixels, so that the "
         "file fits videos of every size.",
     )
-    normalised: Flag | None = Field(
-        None, description="Older name of `normalized`.", json_schema_extra={"deprecated": True}
-    )
+    normalised: Flag = Field(False, description="Older name of `normalized`.", json_schema_extra={"deprecated": True})
     lines: Annotated[list[LineEntry], BeforeValidator(_entries)] = Field([], description="Lines.")
     zones: Annotated[list[ZoneEntry], BeforeValidator(_entries)] = Field([], description="Zones.")
 
@@ -245,7 +250,7 @@ class ZoneFile(BaseModel):
     @property
     def has_fractions(self) -> bool:
         """Whether coordinates are fractions of the frame's width and height."""
-        return self.normalized or bool(self.normalised)
+        return self.normalized or self.normalised
 
 
 def check_zone_file(data: object, source: str) -> ZoneFile:
@@ -311,7 +316,7 @@ def _message(problem: ErrorDetails, data: object, source: str) -> str:
         if model is ZoneFile:
             return f'{where} must hold an object with "lines" or "zones", not {value}'
         return f"{where} must be an object with {_listed(needed)}, not {value}"
-    text = problem["msg"] if kind == "zone_file" else f"must be a text, not {value}"
+    text = problem["msg"]
     if not place:
         separator = " " if text.startswith(("names", "has")) else ": "
         return f"{where}{separator}{text}"
