@@ -230,9 +230,9 @@ class Zones:
 
         Returns:
             `{"lines": {name: {"in": 3, "out": 1, "classes": {"dog": {"in": 3, "out": 1}}}},
-            "zones": {name: {"now": 2, "ids": 5, "classes": {"dog": 2}}}}`: of lines the crossings so far; of zones the
-            objects inside in the last frame, the number of different ids that ever were inside, and the classes of
-            those inside.
+            "zones": {name: {"now": 2, "ids": 5, "classes": {"dog": 2}}}}`. Lines have the crossings so far. Zones have
+            the objects inside on the last frame, the number of different track IDs that were ever inside, and the
+            classes of the objects inside.
         """
         return {
             "lines": {line.name: line.counts() for line in self._lines},
