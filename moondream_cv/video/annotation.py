@@ -79,7 +79,13 @@ class Annotator:
         self._traces = _Traces()
         self._time = -math.inf
 
-    def __call__(self, image: npt.NDArray[np.uint8], detections: sv.Detections, time: float = 0.0) -> Picture:
+    def __call__(
+        self,
+        image: npt.NDArray[np.uint8],
+        detections: sv.Detections,
+        time: float = 0.0,
+        redaction: sv.Detections | None = None,
+    ) -> Picture:
         """Draw into a copy of a frame.
 
         Args:
@@ -88,6 +94,7 @@ class Annotator:
                 and `data["class_name"]` may be missing; an id of -1 counts as none.
             time: Seconds since the start, for the length of traces; where it stands still, a frame counts as 1/30 s.
                 When it falls, another stream begins, and traces and panel start anew.
+            redaction: Boxes that blur and pixelate hide, in place of those of `detections`: see `Tracked.redaction`.
 
         Returns:
             A new picture, [H, W, 3] uint8 BGR; with a panel, as wide as `output_wh` says.
@@ -107,6 +114,7 @@ class Annotator:
         finite = np.isfinite(detections.xyxy).all(1)
         if not finite.all():
             detections = _select(detections, finite)
+        self._hide(picture, detections if redaction is None else redaction)
         self._draw(picture, detections, pen, time)
         if self._panel is not None:
             self._panel.update(detections)
@@ -134,12 +142,15 @@ class Annotator:
         canvas[:, :width] = image
         return canvas
 
+    def _hide(self, picture: Picture, detections: sv.Detections) -> None:
+        xyxy = detections.xyxy[np.isfinite(detections.xyxy).all(1)]
+        if "blur" in self.what:
+            _hide(picture, xyxy, cv2.INTER_CUBIC)
+        if "pixelate" in self.what:
+            _hide(picture, xyxy, cv2.INTER_NEAREST)
+
     def _draw(self, picture: Picture, detections: sv.Detections, pen: Pen, time: float) -> None:
         height, width = picture.shape[:2]
-        if "blur" in self.what:
-            _hide(picture, detections.xyxy, cv2.INTER_CUBIC)
-        if "pixelate" in self.what:
-            _hide(picture, detections.xyxy, cv2.INTER_NEAREST)
         shapes = self.zones.shapes((width, height)) if self.zones is not None else []
         for shape in shapes:
             _draw_shape(picture, shape, pen)

@@ -18,6 +18,7 @@ from moondream_cv.video.animations import image_format
 from moondream_cv.video.annotation import Annotator
 from moondream_cv.video.json_lines import JsonLinesWriter
 from moondream_cv.video.mot import MotWriter
+from moondream_cv.video.redaction import BRIDGE_SECONDS
 from moondream_cv.video.schedule import Every
 from moondream_cv.video.sources import open_source
 from moondream_cv.video.video_file import VideoWriter
@@ -115,13 +116,15 @@ def annotate_video(
         source: As for `track`.
         target: An .mp4, .mov or .mkv file (H.264); None writes no video.
         classes: Names, as for a `Detector`.
-        annotate: Out of box, label, trace, dot, blur and pixelate, or "none". The last two make the tracking cautious;
-            what no keyframe shows stays uncovered all the same, so look at every frame where that matters.
+        annotate: Out of box, label, trace, dot, blur and pixelate, or "none". The last two cover each object from
+            `Tracking.bridge_seconds` (by default 0.7) before its first detection to as long after its last one, with
+            boxes that grow between detections. Objects that are not detected within that time stay uncovered. A
+            warning is logged if no detection runs for longer.
         model: As for `track`, as are `every`, `confidence`, `tracking`, `device` and `fps`.
         zones: Lines and zones to count at: `Zones`, a dict like its file, or the path of one.
         panel: Put a table of counts beside the picture.
         colour_by: Whether things of a class or with an id share a colour.
-        json: Where to write JSON lines, one a frame.
+        json: Where to write JSON lines, one a frame. With blur and pixelate they contain the boxes that are covered.
         mot: Where to write a MOT challenge text.
         show: Show the frames in a window as well; closing it ends the video.
         audio: Copy the sound tracks and the subtitles of a video file.
@@ -136,8 +139,11 @@ def annotate_video(
     """
     names, counted = check_classes(classes), _zones(zones)
     annotator = Annotator(annotate, names, colour_by=colour_by, zones=counted, panel=panel)
-    if annotator.what & {"blur", "pixelate"}:
-        tracking = replace(tracking or Tracking(), cautious=True)
+    tracking = tracking or Tracking()
+    if not annotator.what & {"blur", "pixelate"}:
+        tracking = replace(tracking, bridge_seconds=None)
+    elif tracking.bridge_seconds is None:
+        tracking = replace(tracking, bridge_seconds=BRIDGE_SECONDS)
     with ExitStack() as opened:
         video = opened.enter_context(open_source(source, fps=fps))
         if counted is not None and video.resolution_wh is not None:
@@ -185,13 +191,14 @@ def annotate_video(
 def _write(
     tracked: Tracked, annotator: Annotator, zones: Zones | None, pictures: Sequence[Writer], texts: Sequence[Writer]
 ) -> None:
-    frame, detections = tracked.frame, tracked.detections
+    frame, detections, redaction = tracked.frame, tracked.detections, tracked.redaction
     if zones is not None:
         zones.update(detections, (frame.image.shape[1], frame.image.shape[0]))
     for text in texts:
-        text.write(frame, detections)
+        boxes = redaction if isinstance(text, JsonLinesWriter) else None
+        text.write(frame, detections if boxes is None else boxes)
     if pictures:
-        drawn = replace(frame, image=annotator(frame.image, detections, frame.time))
+        drawn = replace(frame, image=annotator(frame.image, detections, frame.time, redaction))
         for picture in pictures:
             picture.write(drawn, detections)
 

@@ -42,9 +42,16 @@ class Schedule:
         interval: Frames from the last keyframe to the next.
     """
 
-    def __init__(self, every: Every, fps: float) -> None:
+    def __init__(self, every: Every, fps: float, max_interval: int = SLOWEST) -> None:
+        """Start before the first frame.
+
+        Args:
+            every: Frames between keyframes, or "auto".
+            fps: Frames per second of the source.
+            max_interval: Maximum number of frames between keyframes with "auto".
+        """
         self._fixed = every if every != "auto" else None
-        self._fps = fps
+        self._fps, self._max_interval = fps, max_interval
         self._last: int | None = None
         self.interval = 1 if self._fixed is None else self._fixed
 
@@ -76,7 +83,7 @@ class Schedule:
             wanted = math.ceil((self.interval if interval is None else interval) * min(lag, 4.0))
         else:
             wanted = math.floor(self.interval * EASING)
-        self.interval = max(1, min(SLOWEST, most, max(least, wanted)))
+        self.interval = max(1, min(self._max_interval, most, max(least, wanted)))
 
 
 class SceneChange:

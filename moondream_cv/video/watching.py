@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,11 @@ import supervision as sv
 from moondream_cv.detector import Detector, check_classes
 from moondream_cv.errors import VideoError
 from moondream_cv.video.base import ASSUMED_FPS
-from moondream_cv.video.between import as_detections, interpolated, predicted
+from moondream_cv.video.between import BRIDGE, as_detections, interpolated, predicted
 from moondream_cv.video.detecting import DetectionWorker, DetectOne, Found
 from moondream_cv.video.frame import Frame
-from moondream_cv.video.schedule import Every, SceneChange, Schedule, check_every
+from moondream_cv.video.redaction import LOOKAHEAD, Redactor
+from moondream_cv.video.schedule import SLOWEST, Every, SceneChange, Schedule, check_every
 from moondream_cv.video.sources import Source, open_source
 from moondream_cv.video.threads import in_threads
 from moondream_cv.video.tracking import Tracker
@@ -53,12 +55,15 @@ class Tracked:
             a source; -1 for what is not tracked.
         looked: Whether the detector has looked at this very frame.
         source: Number of the source, from 0.
+        redaction: Boxes that cover the objects, with `Tracking.bridge_seconds`; None without it. They are larger than
+            those of `detections`, and there are more of them.
     """
 
     frame: Frame
     detections: sv.Detections
     looked: bool
     source: int = 0
+    redaction: sv.Detections | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ class Tracking:
         scene_change: Look for cuts: another scene is looked at at once, and nothing is carried over into it.
         cautious: In files, show an object from the keyframe before the first one that found it, and up to the one after
             the last: for what must be covered, rather too much than too little.
+        bridge_seconds: Compute `Tracked.redaction`, which covers each object from that many seconds before its first
+            detection to as many after its last one, and between them. A live source is covered only after detections.
+            A file delays each frame by up to two bridges. None computes no redaction.
     """
 
     tracker: str | Callable[[], BaseTracker] = "sort"
@@ -80,10 +88,13 @@ class Tracking:
     memory: float = 10.0
     scene_change: bool = False
     cautious: bool = False
+    bridge_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.memory >= 0:  # also true of NaN
             raise ValueError(f"memory must be 0 or more seconds, not {self.memory!r}")
+        if self.bridge_seconds is not None and not 0 <= self.bridge_seconds < math.inf:
+            raise ValueError(f"bridge_seconds must be 0 or more seconds, got {self.bridge_seconds!r}")
 
     def start(self) -> Tracker:
         return Tracker(self.tracker, self.options, self.memory)
@@ -119,7 +130,8 @@ def track(
         fps: Frames per second of images and iterables, which have no clock; None for 30.
 
     Yields:
-        [H, W, 3] uint8 BGR frames, and their detections with `tracker_id`.
+        [H, W, 3] uint8 BGR frames, and their detections with `tracker_id`; with `Tracking.bridge_seconds`, the boxes
+        that cover the objects.
 
     Raises:
         VideoError: The source cannot be opened, or a live one is gone for good; names it.
@@ -134,7 +146,7 @@ def track(
 def _pairs(watched: Watch) -> Iterator[tuple[npt.NDArray[np.uint8], sv.Detections]]:
     with watched:
         for tracked in watched:
-            yield tracked.frame.image, tracked.detections
+            yield tracked.frame.image, tracked.detections if tracked.redaction is None else tracked.redaction
 
 
 def watch(
@@ -267,14 +279,22 @@ class _Job:
         return self.worker.submit(frame, self.source.name, self.number)
 
     def schedule(self, every: Every) -> Schedule:
-        return Schedule(every, self.source.fps or ASSUMED_FPS)
+        fps, bridge = self.source.fps or ASSUMED_FPS, self.tracking.bridge_seconds
+        # A file can wait for the model, and objects must not show between keyframes.
+        longest = SLOWEST if bridge is None or self.source.live else max(1, int(bridge * fps))
+        return Schedule(every, fps, longest)
+
+    def redactor(self) -> Redactor | None:
+        bridge = self.tracking.bridge_seconds
+        return None if bridge is None else Redactor(bridge)
 
 
 def _filed(job: _Job) -> Generator[Tracked, None, None]:
     """Every frame of a source that waits, with interpolated boxes."""
     schedule = job.schedule(job.every)
     breaks = _Breaks(job.tracking.scene_change)
-    part = _Part(job, job.tracking.start(), schedule)
+    warnings = _Warnings(job)
+    part = _Part(job, job.tracking.start(), schedule, job.redactor(), warnings)
     source = job.source
     frames = iter(in_threads([source], [source.name], PREFETCHED) if source.ahead else source)
     broken: Exception | None = None
@@ -286,9 +306,10 @@ def _filed(job: _Job) -> Generator[Tracked, None, None]:
             break
         if frame is None:
             break
-        if breaks(frame.image):
+        if broken_by := breaks(frame.image):
             yield from part.finish()
-            part = _Part(job, part.tracker.anew(), schedule)
+            redactor = job.redactor() if broken_by == "cut" else part.redactor
+            part = _Part(job, part.tracker.anew(), schedule, redactor, warnings)
             schedule.restart()
         part.add(frame, schedule.wants(frame.index))
         yield from part.ready()
@@ -298,15 +319,24 @@ def _filed(job: _Job) -> Generator[Tracked, None, None]:
 
 
 class _Part:
-    """Frames of a file, from one cut to the next, that wait for the keyframes after them."""
+    """Frames of a file, from one cut to the next, that wait for the keyframes after them.
 
-    def __init__(self, job: _Job, tracker: Tracker, schedule: Schedule) -> None:
+    A frame gets its boxes when the next `AHEAD` keyframes are known. With redaction, it also waits for the keyframes of
+    the next `LOOKAHEAD` bridges.
+    """
+
+    def __init__(
+        self, job: _Job, tracker: Tracker, schedule: Schedule, redactor: Redactor | None, warnings: _Warnings
+    ) -> None:
         self._job, self.tracker, self._schedule = job, tracker, schedule
-        self._frames: deque[Frame] = deque()  # that have not come out
-        self._held = 0  # bytes of those
+        self.redactor, self._warnings = redactor, warnings
+        self._frames: deque[Frame] = deque()  # that have not got their boxes
+        self._unredacted: deque[tuple[Tracked, float]] = deque()  # that have, with the seconds between their keyframes
+        self._held = 0  # bytes of both
         self._asked: deque[tuple[Frame, Found]] = deque()  # keyframes whose detections are awaited
         self._passed: deque[int] = deque(maxlen=AHEAD)  # the last keyframes that no longer are, failed ones among them
         self._looked: deque[tuple[Frame, sv.Detections]] = deque()  # keyframes from the first frame's on
+        self._known = -math.inf  # time of the last keyframe that is no longer awaited
         self._wall = time.perf_counter()
 
     def add(self, frame: Frame, keyframe: bool) -> None:
@@ -320,7 +350,11 @@ class _Part:
         while self._asked and (self._asked[0][1].done() or len(self._asked) > ASKED or self._full):
             yield from self._take_in()
         while self._full:
-            yield self._next()
+            if self._unredacted:
+                self._warnings.check_lookahead(self._known - self._unredacted[0][0].frame.time)
+                yield self._redact()
+            else:
+                yield from self._next()
 
     def finish(self) -> Iterator[Tracked]:
         """All frames that are left; the last of them is looked at, so that the way to it is known."""
@@ -331,11 +365,13 @@ class _Part:
         while self._asked:
             yield from self._take_in()
         while self._frames:
-            yield self._next()
+            yield from self._next()
+        while self._unredacted:
+            yield self._redact()
 
     @property
     def _full(self) -> bool:
-        return self._held > self._job.held_bytes and len(self._frames) > 1
+        return self._held > self._job.held_bytes and len(self._frames) + len(self._unredacted) > 1
 
     def _ask(self, frame: Frame) -> None:
         self._asked.append((frame, self._job.submit(frame)))
@@ -345,9 +381,14 @@ class _Part:
         frame, waiting = self._asked.popleft()
         found = waiting.result()
         self._passed.append(frame.index)
+        self._known = frame.time
         if found is not None:
             before = self._looked[-1][0].index if self._looked else frame.index
-            self._looked.append((frame, self.tracker.update(found, frame)))
+            tracked = self.tracker.update(found, frame)
+            self._looked.append((frame, tracked))
+            if self.redactor is not None:
+                self.redactor.add(tracked, frame.time, _size(frame))
+                self._warnings.check_interval(self.tracker.interval)
             now = time.perf_counter()
             if self.tracker.interval > 0:
                 lag = (now - self._wall) / self.tracker.interval
@@ -355,24 +396,43 @@ class _Part:
             self._wall = now
         if len(self._passed) == AHEAD:
             while self._frames and self._frames[0].index < self._passed[0]:
-                yield self._next()
+                yield from self._next()
+        if self.redactor is not None:
+            lookahead = LOOKAHEAD * self.redactor.bridge_seconds
+            while self._unredacted and self._unredacted[0][0].frame.time + lookahead <= self._known:
+                yield self._redact()
 
-    def _next(self) -> Tracked:
+    def _next(self) -> Iterator[Tracked]:
+        """Give the first frame its boxes; without redaction, it comes out."""
         frame = self._frames.popleft()
-        self._held -= frame.image.nbytes
         while len(self._looked) > 1 and self._looked[1][0].index <= frame.index:
             self._looked.popleft()
-        resolution_wh = (frame.image.shape[1], frame.image.shape[0])
+        resolution_wh = _size(frame)
         times = [looked.time for looked, _ in self._looked]
         tracks = self.tracker.tracks.values()
+        interval = self.tracker.interval or UNKNOWN_INTERVAL
         if times and times[-1] >= frame.time:
-            interval = max(np.diff(times[: 1 + AHEAD]), default=self.tracker.interval)
-            seen = interpolated(tracks, frame.time, float(interval), resolution_wh, self._job.tracking.cautious)
+            interval = float(max(np.diff(times[: 1 + AHEAD]), default=self.tracker.interval))
+            seen = interpolated(tracks, frame.time, interval, resolution_wh, self._job.tracking.cautious)
         else:
-            seen = predicted(tracks, frame.time, self.tracker.interval or UNKNOWN_INTERVAL, resolution_wh)
+            seen = predicted(tracks, frame.time, interval, resolution_wh)
         looked = self._looked[0][1] if self._looked and self._looked[0][0] is frame else None
         detections = as_detections(seen, self._job.classes, resolution_wh, looked)
-        return Tracked(frame, detections, looked is not None, self._job.number)
+        tracked = Tracked(frame, detections, looked is not None, self._job.number)
+        if self.redactor is None:
+            self._held -= frame.image.nbytes
+            yield tracked
+        else:
+            self._unredacted.append((tracked, interval))
+
+    def _redact(self) -> Tracked:
+        """Return the first frame that has its boxes with those that cover its objects."""
+        assert self.redactor is not None
+        tracked, interval = self._unredacted.popleft()
+        frame = tracked.frame
+        self._held -= frame.image.nbytes
+        covered = self.redactor.cover(frame.time, self._job.classes, _size(frame), interval=interval)
+        return replace(tracked, redaction=covered)
 
 
 def _live(job: _Job) -> Generator[Tracked, None, None]:
@@ -381,11 +441,14 @@ def _live(job: _Job) -> Generator[Tracked, None, None]:
     schedule = job.schedule(1 if job.every == "auto" else job.every)
     tracker = job.tracking.start()
     breaks = _Breaks(job.tracking.scene_change)
+    warnings = _Warnings(job)
+    redactor, delay = job.redactor(), 0.0
     asked: tuple[Frame, Found, Tracker] | None = None
     for frame in job.source:
-        if breaks(frame.image):
+        if broken_by := breaks(frame.image):
             tracker = tracker.anew()
             schedule.restart()
+            redactor = job.redactor() if broken_by == "cut" else redactor
         if asked is None and schedule.wants(frame.index):
             asked = (frame, job.submit(frame), tracker)
         looked = None
@@ -393,25 +456,72 @@ def _live(job: _Job) -> Generator[Tracked, None, None]:
             found = asked[1].result()
             if found is not None and asked[2] is tracker:  # else it is of a scene that is over
                 looked = tracker.update(found, asked[0])
+                delay = frame.time - asked[0].time
+                if redactor is not None:
+                    redactor.add(looked, asked[0].time, _size(asked[0]))
+                    warnings.check_interval(tracker.interval)
             asked = None
-        resolution_wh = (frame.image.shape[1], frame.image.shape[0])
+        resolution_wh = _size(frame)
         interval = tracker.interval or max(UNKNOWN_INTERVAL, 2 * job.worker.seconds)
         seen = predicted(tracker.tracks.values(), frame.time, interval, resolution_wh)
         of_this = looked if at_once else None
-        yield Tracked(frame, as_detections(seen, job.classes, resolution_wh, of_this), of_this is not None, job.number)
+        detections = as_detections(seen, job.classes, resolution_wh, of_this)
+        covered = None
+        if redactor is not None:
+            covered = redactor.cover(frame.time, job.classes, resolution_wh, interval=BRIDGE * interval, delay=delay)
+        yield Tracked(frame, detections, of_this is not None, job.number, covered)
 
 
 class _Breaks:
-    """Tells where nothing may be carried over: where the size changes, and at cuts if those are looked for."""
+    """Finds the frames at which tracks end: changes of the frame size and, on request, cuts."""
 
     def __init__(self, cuts: bool) -> None:
         self._is_cut = SceneChange() if cuts else None
         self._shape: tuple[int, ...] | None = None
 
-    def __call__(self, image: npt.NDArray[np.uint8]) -> bool:
+    def __call__(self, image: npt.NDArray[np.uint8]) -> Literal["cut", "size"] | None:
         before, self._shape = self._shape, image.shape
-        cut = self._is_cut is not None and self._is_cut(image)
-        return cut or (before is not None and image.shape != before)
+        if self._is_cut is not None and self._is_cut(image):
+            return "cut"
+        return "size" if before is not None and image.shape != before else None
+
+
+class _Warnings:
+    """Warns once for each reason for which redaction may leave objects uncovered."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._given: set[str] = set()
+
+    def check_interval(self, seconds: float) -> None:
+        """Warn if the time since the keyframe before exceeds the bridge."""
+        bridge = self._job.tracking.bridge_seconds
+        if bridge is not None and seconds > bridge + 1e-6:
+            self._warn(
+                "interval",
+                f"no detection ran for {seconds:.2f} s, and redaction bridges {bridge:g} s: objects may show; "
+                f"decrease every (now {self._job.every!r}) or increase bridge_seconds",
+            )
+
+    def check_lookahead(self, seconds: float) -> None:
+        """Warn if a frame comes out before the detections of one bridge after it are known."""
+        bridge = self._job.tracking.bridge_seconds
+        if bridge is not None and seconds < bridge:
+            self._warn(
+                "lookahead",
+                f"frames of {bridge:g} s exceed the limit of {self._job.held_bytes / 2**20:g} MiB for waiting frames: "
+                "objects may show before they are detected; use smaller frames or decrease bridge_seconds",
+            )
+
+    def _warn(self, reason: str, message: str) -> None:
+        if reason not in self._given:
+            self._given.add(reason)
+            logger.warning("%s: %s", self._job.source.name, message)
+
+
+def _size(frame: Frame) -> tuple[int, int]:
+    """Return the width and height of a frame."""
+    return (frame.image.shape[1], frame.image.shape[0])
 
 
 def _tell(name: str, error: BaseException) -> None:
