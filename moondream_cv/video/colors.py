@@ -19,6 +19,9 @@ _BT709, _UNSPECIFIED, _BT2020 = 1, 2, 9
 _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
+ACCURATE = 0x2 | 0x2000 | 0x4000 | 0x40000
+"""swscale's flags for bilinear chroma and exact rounding, without which each conversion darkens by up to 3 levels."""
+
 # Matrix coefficients → swscale's number of the same matrix.
 _SWSCALE_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 _SWSCALE_BT601 = 5
@@ -60,12 +63,13 @@ class BGRConverter:
                 return mapped
         kind = frame.format.name
         if frame.format.is_rgb or kind.startswith(("gray", "pal", "mono")):
-            converted = self._reformatter.reformat(frame, format="bgr24")
+            converted = self._reformatter.reformat(frame, format="bgr24", interpolation=ACCURATE)
         else:
             is_full = frame.color_range == _FULL_RANGE or kind.startswith("yuvj")
             converted = self._reformatter.reformat(
                 frame,
                 format="bgr24",
+                interpolation=ACCURATE,
                 src_colorspace=_swscale_matrix(frame),
                 src_color_range=_FULL_RANGE if is_full else _LIMITED_RANGE,
                 dst_color_range=_FULL_RANGE,

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moondream_cv.video.base import Colorspace
+from moondream_cv.video.colors import ACCURATE
 
 if TYPE_CHECKING:
     import av
@@ -95,6 +96,7 @@ class H264Encoder:
         frame = self._reformatter.reformat(
             av.VideoFrame.from_numpy_buffer(image, format="bgr24"),  # no copy: it is only read
             format="yuv420p",
+            interpolation=ACCURATE,
             dst_colorspace=Matrix.ITU709 if self._colorspace == "bt709" else Matrix.ITU601,
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,

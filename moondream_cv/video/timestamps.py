@@ -40,7 +40,9 @@ class FrameTimestamps:
         self._faulty_pts = self._faulty_dts = 0
         self._first_pts: int | None = None
         self._first_dts: int | None = None
-        self._end: int | None = None  # of the packets, in the order in which their frames are shown
+        self._last_stamp: int | None = None
+        self._end: int | None = None  # of the packet with that timestamp
+        self._last_duration = 0  # of the packet that is stored last
         self._decoding_end: int | None = None  # of the packets, in the order in which they are stored
 
     def add_packet(self, packet: Packet[Any]) -> int | None:
@@ -54,9 +56,11 @@ class FrameTimestamps:
         if packet.dts is not None:
             self._first_dts = packet.dts if self._first_dts is None else self._first_dts
         if not getattr(packet, "is_discard", False):  # outside the part that an edit list shows
-            self._end = max(self._end or stamp, stamp + (packet.duration or 0))
+            if self._last_stamp is None or stamp >= self._last_stamp:
+                self._last_stamp, self._end = stamp, stamp + (packet.duration or 0)
             if packet.dts is not None:
-                self._decoding_end = packet.dts + (packet.duration or 0)
+                self._last_duration = packet.duration or 0
+                self._decoding_end = packet.dts + self._last_duration
         return stamp
 
     @property
@@ -67,11 +71,11 @@ class FrameTimestamps:
     @property
     def end(self) -> int | None:
         """Timestamp at which the last frame ends, according to the packets so far; None without packets."""
-        known = (self._first_pts, self._first_dts, self._decoding_end)
-        if self._has_durations or None in known:
+        if self._last_stamp is None or self._has_durations or self._decoding_end is None:
             return self._end
-        first_pts, first_dts, decoding_end = known
-        return decoding_end + first_pts - first_dts  # type: ignore[operator]  # none of them is None
+        end = self._decoding_end + (self._first_pts or 0) - (self._first_dts or 0)
+        # Some files sum up to less than their last timestamp. Only the last packet's duration is then to be trusted.
+        return end if end > self._last_stamp else self._last_stamp + self._last_duration
 
     def skip_damaged(self, released_at: int | None) -> None:
         """Drop the slots of packets that gave no frame.
