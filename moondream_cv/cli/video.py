@@ -113,7 +113,6 @@ def video(
             metavar="SECONDS",
             help="With blur or pixelate: seconds before and after each detection for which its object is covered. "
             "Default: 0.7.",
-            min=0.0,
             show_default=False,
         ),
     ] = None,
