@@ -21,7 +21,7 @@ from moondream_cv.video.mot import MotWriter
 from moondream_cv.video.redaction import BRIDGE_SECONDS
 from moondream_cv.video.schedule import Every
 from moondream_cv.video.sources import open_source
-from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.video_file import MAX_FPS, MIN_FPS, VideoWriter
 from moondream_cv.video.watching import Tracked, Tracking, Watch, watch
 from moondream_cv.video.window import Window
 from moondream_cv.video.writers import Writer
@@ -155,7 +155,7 @@ def annotate_video(
         if target is not None:
             output = VideoWriter(
                 Path(target),
-                fps=video.fps,
+                fps=None if video.fps is None else min(max(video.fps, MIN_FPS), MAX_FPS),
                 audio_from=_file(source) if audio else None,
                 start_time=video.start_time,
                 sample_aspect_ratio=video.sample_aspect_ratio,

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _LONGEST_STEP = 6 * 3600 * TICKS  # an image's duration has 32 bits in MP4, 13 hours of ticks
 _DEFAULT_FPS = 30.0
+MIN_FPS, MAX_FPS = 0.001, TICKS
 
 
 class VideoWriter(Writer):
@@ -84,8 +85,8 @@ class VideoWriter(Writer):
             ValueError: A number, the preset or the colorspace is out of range.
             VideoError: The target cannot be written, or the source of the sound not be read.
         """
-        if fps is not None and not (math.isfinite(fps) and 0.001 <= fps <= TICKS):
-            raise ValueError(f"fps must be between 0.001 and {TICKS}, got {fps}")
+        if fps is not None and not MIN_FPS <= fps <= MAX_FPS:  # also false of NaN
+            raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS}, got {fps}")
         if not 1 <= crf <= 51:
             raise ValueError(f"crf must be from 1 (best) to 51, not {crf}")
         if preset not in get_args(Preset):

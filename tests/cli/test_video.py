@@ -384,6 +384,29 @@ def test_interrupting_leaves_what_was_written(
     assert {path.name for path in tmp_path.iterdir()} == {"long.mp4", "out.mp4", "out.jsonl"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
+def test_a_full_disk_is_reported_with_the_frames_that_are_in_the_file(
+    tmp_path: Path, ending: list[subprocess.Popen[str]]
+) -> None:
+    import resource
+
+    noise = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    write_clip(tmp_path / "long.mp4", [np.roll(noise, 7 * number, 1) for number in range(400)])
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    running = process("long.mp4", "dog", *TINY, "-o", "out.mp4", "--every", "100", cwd=tmp_path, preexec_fn=limit)
+    ending.append(running)
+    stdout, stderr = running.communicate(timeout=240)
+    saved = len(pictures_of(tmp_path / "out.mp4"))
+    assert running.returncode == 1, stderr
+    assert "out.mp4 cannot be written on: File too large; look for a full disk" in stderr
+    frames = int(stdout.splitlines()[1].split()[2])
+    assert 0 < saved < frames < 400
+    assert f"saved out.mp4 ({saved} of {frames} frames)" in stdout
+
+
 def test_whoever_reads_along_may_stop(tmp_path: Path, clip: Path, ending: list[subprocess.Popen[str]]) -> None:
     running = process(str(clip), "dog", *TINY, "--every", "1", "--json", "-")
     ending.append(running)
