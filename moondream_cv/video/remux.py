@@ -177,10 +177,9 @@ def _copied_stream(output: OutputContainer, stream: Stream) -> Stream:
     """Add a stream like another one, with its language and title."""
     copy = output.add_stream_from_template(stream, opaque=True)
     copy.metadata.update({key: stream.metadata[key] for key in _COPIED_TAGS if key in stream.metadata})
-    disposition = getattr(stream, "disposition", None)
+    disposition: Any = getattr(stream, "disposition", None)
     if disposition is not None:
-        with contextlib.suppress(AttributeError):  # read-only before PyAV 15
-            copy.disposition = disposition
+        copy.disposition = getattr(disposition, "value", disposition)  # PyAV 14 takes the number only
     return copy
 
 
