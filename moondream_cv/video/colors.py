@@ -56,7 +56,7 @@ class BGRConverter:
             VideoError: The video is HDR, and the FFmpeg of this PyAV cannot map it to SDR.
             FFmpegError, ValueError: The pixels cannot be converted.
         """
-        primaries = getattr(frame, "color_primaries", self._context.color_primaries)  # PyAV 14: of the context only
+        primaries = getattr(frame, "color_primaries", self._context.color_primaries)  # PyAV 14 has it there
         if self._hdr_transfer(frame) is not None or primaries == _BT2020:
             mapped = self._tone_mapped(frame)
             if mapped is not None:
@@ -100,7 +100,7 @@ class BGRConverter:
                 return None
             raise VideoError(
                 f"{self._name} is HDR video ({transfer}), and PyAV {av.__version__} cannot convert it to SDR; upgrade "
-                "PyAV (pip install -U av) or convert the video to SDR first"
+                "to PyAV 16 or later (pip install -U av), or convert the video to SDR first"
             ) from None
 
     def _hdr_transfer(self, frame: VideoFrame) -> str | None:
