@@ -32,6 +32,7 @@ MAX_SPEED = 0.5  # a faster track has more likely jumped to another object
 
 MIN_SPAN = 0.1  # seconds by which the move between two detections is divided at least: boxes jitter
 DRIFT = 0.3  # of the shorter side: an object that has moved by less still shows less than half
+MARGIN = 0.08  # of a box's sides, added on each side: boxes cut off edges of their objects
 TOLERANCE = 0.5  # of an object's size: how far a prediction may miss the next detection and still confirm the track
 
 _ROUNDING = 1e-6  # seconds
@@ -109,6 +110,8 @@ class Redactor:
             if not len(boxes):
                 continue
             hull = np.concatenate((boxes[:, :2].min(0), boxes[:, 2:].max(0)))
+            margin = MARGIN * (hull[2:] - hull[:2])
+            hull = np.concatenate((hull[:2] - margin, hull[2:] + margin))
             clipped = np.clip(hull, 0, limits)
             if (clipped[2:] > clipped[:2]).all() or (hull[2:] == hull[:2]).any():  # points have no area
                 rows.append((clipped, track.nearest_confidence(time), track.class_id, max(key, -1)))

@@ -20,7 +20,7 @@ from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Annotator, Tracked, Tracking, Zones, annotate_video, track, watch, watching
 from moondream_cv.video.base import Source
 from moondream_cv.video.frame import Frame
-from moondream_cv.video.redaction import BRIDGE_SECONDS, LOOKAHEAD, Redactor
+from moondream_cv.video.redaction import BRIDGE_SECONDS, LOOKAHEAD, MARGIN, Redactor
 from tests.clips import Known, Thing, deadline, number_of, numbered
 
 SIZE = (320, 180)
@@ -189,7 +189,7 @@ def test_unredacted_frames_keep_their_texture(tmp_path: Path) -> None:
         assert (np.abs(image.astype(int) - 128) < 50).mean() < 0.05
     truth = CLIPS[0]
     detector = MissingDetector(truth, 0.0, seed=0)
-    tracking = Tracking(bridge_seconds=0.7)
+    tracking = Tracking(redact=True)
     found = list(watch([textured_frames()], CLASSES, model=detector, every=5, tracking=tracking))
     covered = [boxes.area.sum() / (SIZE[0] * SIZE[1]) for boxes in redactions(found)]
     assert np.mean(covered) < 0.2  # of the frame
@@ -240,7 +240,7 @@ def test_live_objects_are_covered_after_a_detection(missed: float) -> None:
     total = exposed = 0
     for seed, truth in enumerate(CLIPS):
         detector = MissingDetector(truth, missed, seed)
-        source, tracking = LiveFrames(textured_frames()), Tracking(bridge_seconds=BRIDGE_SECONDS)
+        source, tracking = LiveFrames(textured_frames()), Tracking(redact=True)
         found = list(watch([source], CLASSES, model=detector, every=1, tracking=tracking))
         covered = [boxes.xyxy for boxes in redactions(found)]
         counts = exposed_share(truth, detector, covered, live=True)
@@ -265,6 +265,12 @@ def box_at(x: float, y: float = 90.0, half: float = 10.0) -> Box:
     return (x - half, y - half, x + half, y + half)
 
 
+def with_margin(box: Sequence[float]) -> list[float]:
+    left, top, right, bottom = box
+    width, height = MARGIN * (right - left), MARGIN * (bottom - top)
+    return [left - width, top - height, right + width, bottom + height]
+
+
 def contains(outer: np.ndarray, inner: Sequence[float]) -> bool:
     return bool((outer[:2] <= np.array(inner[:2]) + 0.01).all() and (outer[2:] >= np.array(inner[2:]) - 0.01).all())
 
@@ -279,9 +285,10 @@ def test_a_single_detection_is_covered_before_and_after_with_a_growing_box() -> 
         sizes[time] = float(found.area.sum())
         assert found.tracker_id.tolist() == [4] * len(found)  # type: ignore[union-attr]
     assert sizes[1.29] == sizes[2.71] == 0
-    assert sizes[2.0] == sizes[1.99] == sizes[2.01] == 400
+    one = 400 * (1 + 2 * MARGIN) ** 2
+    assert sizes[2.0] == sizes[1.99] == sizes[2.01] == pytest.approx(one, abs=0.1)
     assert sizes[1.31] == pytest.approx(sizes[2.69])
-    assert 400 < sizes[2.3] < sizes[2.69]
+    assert one + 1 < sizes[2.3] < sizes[2.69]
 
 
 def test_a_gap_that_the_motion_confirms_is_interpolated() -> None:
@@ -289,7 +296,8 @@ def test_a_gap_that_the_motion_confirms_is_interpolated() -> None:
     for time in (0.0, 0.2, 0.4, 1.6, 1.8):
         redactor.add(detections(box_at(20 + 100 * time), ids=[1]), time, SIZE)
     for time in np.arange(0.4, 1.6, 0.1):
-        np.testing.assert_allclose(redactor.cover(time, CLASSES, SIZE).xyxy, [box_at(20 + 100 * time)], atol=1e-3)
+        expected = [with_margin(box_at(20 + 100 * time))]
+        np.testing.assert_allclose(redactor.cover(time, CLASSES, SIZE).xyxy, expected, atol=1e-3)
 
 
 def test_an_object_that_turned_within_a_gap_is_covered_on_its_way() -> None:
@@ -318,7 +326,7 @@ def test_two_tracks_and_untracked_detections_at_once() -> None:
     boxes = [box_at(50), box_at(150), box_at(220), box_at(280)]
     redactor.add(detections(*boxes, ids=[3, -1, 7, -1]), 0.0, SIZE)
     found = redactor.cover(0.0, CLASSES, SIZE)
-    np.testing.assert_array_equal(found.xyxy, np.array(boxes, np.float32))
+    np.testing.assert_allclose(found.xyxy, [with_margin(box) for box in boxes], atol=1e-3)
     assert found.tracker_id is not None
     assert found.tracker_id.tolist() == [3, -1, 7, -1]
     assert found.data["class_name"].tolist() == ["a"] * 4
@@ -338,7 +346,7 @@ def test_boxes_end_at_the_edge_of_the_frame() -> None:
 def test_boxes_follow_a_change_of_the_frame_size() -> None:
     redactor = Redactor(0.7)
     redactor.add(detections((100, 50, 140, 90), ids=[1]), 0.0, SIZE)
-    np.testing.assert_allclose(redactor.cover(0.01, CLASSES, (640, 360)).xyxy, [[200, 100, 280, 180]])
+    np.testing.assert_allclose(redactor.cover(0.01, CLASSES, (640, 360)).xyxy, [with_margin((200, 100, 280, 180))])
     redactor.add(detections((200, 100, 280, 180), ids=[2]), 0.02, (640, 360))
     assert len(redactor.cover(0.7, CLASSES, (640, 360))) == 2
 
@@ -371,7 +379,7 @@ def redactions(found: Sequence[Tracked]) -> list[sv.Detections]:
 DOG = Thing("dog", (100, 100), seen=range(20, 41))
 
 
-def test_nothing_is_computed_without_a_bridge() -> None:
+def test_nothing_is_computed_without_redact() -> None:
     images = [numbered(n, SIZE) for n in range(12)]
     assert {t.redaction for t in watch([images], ["dog"], model=Known(DOG), every=5)} == {None}
 
@@ -382,7 +390,7 @@ def test_redaction_leaves_detections_as_they_are() -> None:
     model = Known(*things, fails=lambda n: n % 3 == 1)
     plain, redacted = (
         list(watch([images], ["dog", "cat"], model=model, every=4, tracking=setting))
-        for setting in (Tracking(), Tracking(bridge_seconds=0.7))
+        for setting in (Tracking(), Tracking(redact=True))
     )
     assert [number_of(t.frame.image) for t in redacted] == list(range(100))
     for before, after in zip(plain, redacted, strict=True):
@@ -393,7 +401,7 @@ def test_redaction_leaves_detections_as_they_are() -> None:
 def test_failed_detections_are_bridged() -> None:
     images = [numbered(n, SIZE) for n in range(60)]
     detector = Known(Thing("dog", (60, 100), (2, 0)), fails=lambda n: 15 <= n < 35)
-    found = list(watch([images], ["dog"], model=detector, every=5, tracking=Tracking(bridge_seconds=0.7)))
+    found = list(watch([images], ["dog"], model=detector, every=5, tracking=Tracking(redact=True)))
     for number, covered in enumerate(redactions(found)):
         assert contains(covered.xyxy[0], detector.things[0].box(number).tolist()), number
 
@@ -402,7 +410,7 @@ def test_nothing_is_covered_beyond_a_cut() -> None:
     dark = [numbered(n, SIZE) for n in range(24)]
     images = [*dark, *(np.ascontiguousarray(numbered(n, SIZE)[::-1]) for n in range(24, 48))]
     detector = Known(Thing("dog", (100, 100), seen=range(23)), tell=tell)
-    tracking = Tracking(scene_change=True, bridge_seconds=0.7)
+    tracking = Tracking(scene_change=True, redact=True)
     found = list(watch([images], ["dog"], model=detector, every=5, tracking=tracking))
     assert [len(covered) for covered in redactions(found)] == [1] * 24 + [0] * 24
 
@@ -415,7 +423,7 @@ def tell(image: np.ndarray) -> int:
 
 def test_a_change_of_the_frame_size_does_not_uncover() -> None:
     images = [numbered(n, SIZE if n < 30 else (160, 90)) for n in range(60)]
-    detector, tracking = Known(DOG._replace(seen=range(26))), Tracking(bridge_seconds=0.7)
+    detector, tracking = Known(DOG._replace(seen=range(26))), Tracking(redact=True)
     covered = redactions(list(watch([images], ["dog"], model=detector, every=5, tracking=tracking)))
     assert [len(boxes) for boxes in covered] == [1] * 47 + [0] * 13  # detected on frames 20 and 25
     assert contains(covered[29].xyxy[0], box_at(100, 100, 15))
@@ -424,7 +432,7 @@ def test_a_change_of_the_frame_size_does_not_uncover() -> None:
 
 def test_track_yields_the_covering_boxes() -> None:
     images = [numbered(n, SIZE) for n in range(80)]
-    pairs = list(track(images, ["dog"], model=Known(DOG), every=5, tracking=Tracking(bridge_seconds=0.5)))
+    pairs = list(track(images, ["dog"], model=Known(DOG), every=5, tracking=Tracking(bridge_seconds=0.5, redact=True)))
     assert [number_of(image) for image, found in pairs if len(found)] == list(range(5, 56))
 
 
@@ -488,7 +496,7 @@ def test_frames_that_exceed_the_memory_limit_come_out_with_a_warning(
             read += 1
             yield image
 
-    for tracked in watch([counted()], ["dog"], model=Known(DOG), every=3, tracking=Tracking(bridge_seconds=0.7)):
+    for tracked in watch([counted()], ["dog"], model=Known(DOG), every=3, tracking=Tracking(redact=True)):
         assert number_of(tracked.frame.image) == out
         out += 1
         most = max(most, read - out)
@@ -511,13 +519,13 @@ def test_auto_detects_within_the_bridge(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("moondream_cv.video.detecting.time", Clock)
     images = [numbered(n, SIZE) for n in range(200)]
     steps = {}
-    for bridge in (None, 0.5):
+    for redact in (False, True):
         detector = Known(DOG, seconds=2.0, sleep=sleep)
-        for _ in watch([images], ["dog"], model=detector, tracking=Tracking(bridge_seconds=bridge)):
+        for _ in watch([images], ["dog"], model=detector, tracking=Tracking(bridge_seconds=0.5, redact=redact)):
             pass
-        steps[bridge] = np.diff(detector.looked).max()
-    assert steps[None] > 15
-    assert steps[0.5] == 15
+        steps[redact] = np.diff(detector.looked).max()
+    assert steps[False] > 15
+    assert steps[True] == 15
 
 
 @pytest.mark.parametrize("bridge", [-0.1, math.nan, math.inf])
@@ -528,6 +536,6 @@ def test_an_impossible_bridge_is_rejected(bridge: float) -> None:
 
 def test_a_bridge_of_zero_covers_detections_alone() -> None:
     images = [numbered(n, SIZE) for n in range(60)]
-    tracking = Tracking(bridge_seconds=0.0)
+    tracking = Tracking(bridge_seconds=0.0, redact=True)
     found = list(watch([images], ["dog"], model=Known(DOG), every=1, tracking=tracking))
     assert [n for n, covered in enumerate(redactions(found)) if len(covered)] == list(range(19, 42))
