@@ -33,7 +33,7 @@ ROOMS = (  # from the top
     ("model",),
     ("tiny",),
     ("scenes",),
-    ("vision_model", "requests", "images", "geometry", "escaping", "errors"),
+    ("vision_model", "requests", "images", "geometry", "fonts", "escaping", "errors"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from .pictures import RGB, WHITE, Font, line_height, load_font
+from moondream_cv.fonts import Font, load_font
+
+from .pictures import RGB, WHITE
 
 GREY: RGB = (110, 114, 122)
 RED: RGB = (200, 40, 40)
@@ -42,8 +44,8 @@ def make_montage(title: str, subtitle: str, panels: Sequence[Panel], *, panel_wi
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 0, width, strip), fill=_TITLE)
-    draw.text((_MARGIN, 20), title, font=load_font(38), fill=WHITE)
-    draw.text((_MARGIN, 72), subtitle, font=load_font(20), fill=(178, 186, 204))
+    load_font(38).draw(draw, (_MARGIN, 20), title, WHITE)
+    load_font(20).draw(draw, (_MARGIN, 72), subtitle, (178, 186, 204))
     y = strip + _MARGIN
     for row in rows:
         tallest = max(card.height for card in row)
@@ -59,13 +61,13 @@ def _make_card(panel: Panel, width: int) -> Image.Image:
     image = panel.image.resize((width, round(panel.image.height * width / panel.image.width)), Image.Resampling.LANCZOS)
     font, padding = load_font(_TEXT_SIZE), 16
     lines = [line for pieces in panel.lines for line in _flow(pieces, font, width - 2 * padding)]
-    step = line_height(font) + 6
+    step = font.height + 6
     card = Image.new("RGB", (width, image.height + 2 * padding + step * len(lines)), WHITE)
     card.paste(image, (0, 0))
     draw = ImageDraw.Draw(card)
     for number, line in enumerate(lines):
         for x, word, colour in line:
-            draw.text((padding + x, image.height + padding + number * step), word, font=font, fill=colour)
+            font.draw(draw, (padding + x, image.height + padding + number * step), word, colour)
     return card
 
 

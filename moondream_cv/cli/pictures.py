@@ -1,7 +1,7 @@
 """Pictures for people: boxes, points, labels and text, at a size that suits the image.
 
-Drawn with Pillow, whose own font is smooth and needs no file. Colours come from supervision's palette by class id, so a
-class keeps its colour through all images of a command.
+Drawn with Pillow. Colors come from supervision's palette by class id, so that a class keeps its color in all images of
+a command.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import supervision as sv
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from moondream_cv.fonts import Font, load_font
 
 RGB = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BLACK: RGB = (20, 20, 24)
 WHITE: RGB = (255, 255, 255)
@@ -34,11 +35,6 @@ class _Pen:
         size = max(_SMALLEST_TEXT, round(26 * sv.calculate_optimal_text_scale(image.size)))
         line = max(sv.calculate_optimal_line_thickness(image.size), round(min(image.size) / 300))
         return cls(load_font(size), line, max(2, size // 5))
-
-
-def load_font(size: int) -> Font:
-    """Pillow's own font in a size in pixels; it has Latin letters only."""
-    return ImageFont.load_default(size)
 
 
 def annotate(image: Image.Image, detections: sv.Detections, *, has_scores: bool = True) -> Image.Image:
@@ -69,7 +65,7 @@ def annotate(image: Image.Image, detections: sv.Detections, *, has_scores: bool 
     for mark, (_, colour, label) in zip(marks, rows, strict=True):
         text = _shorten(label, pen.font, canvas.width - 2 * pen.padding)
         if text:
-            size_wh = (pen.font.getlength(text) + 2 * pen.padding, float(line_height(pen.font) + pen.padding))
+            size_wh = (pen.font.getlength(text) + 2 * pen.padding, float(pen.font.height + pen.padding))
             place = _place_label(mark, size_wh, marks, taken, canvas.size)
             _draw_label(draw, pen, place, colour, text)
             taken.append(place)
@@ -86,12 +82,12 @@ def with_text(image: Image.Image, lines: Sequence[str]) -> Image.Image:
     pen = _Pen.for_image(image)
     margin = 2 * pen.padding
     wrapped = [part for line in lines for part in wrap(line, pen.font, image.width - 2 * margin)]
-    step = line_height(pen.font) + pen.padding
+    step = pen.font.height + pen.padding
     canvas = Image.new("RGB", (image.width, image.height + step * len(wrapped) + 2 * margin), WHITE)
     canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(wrapped):
-        draw.text((margin, image.height + margin + number * step), line, fill=BLACK, font=pen.font)
+        pen.font.draw(draw, (margin, image.height + margin + number * step), line, BLACK)
     return canvas
 
 
@@ -112,11 +108,6 @@ def wrap(text: str, font: Font, width: float) -> list[str]:
     return lines
 
 
-def line_height(font: Font) -> int:
-    """Height of a line in pixels, from the top of its tallest letter to the bottom of its lowest."""
-    return int(font.getbbox("Ågjy")[3])
-
-
 def _draw_mark(draw: ImageDraw.ImageDraw, pen: _Pen, box: Rectangle, colour: RGB) -> Rectangle:
     """Draw a box, or a dot where it has no area, and return what it covers."""
     left, top, right, bottom = box
@@ -133,9 +124,7 @@ def _draw_mark(draw: ImageDraw.ImageDraw, pen: _Pen, box: Rectangle, colour: RGB
 def _draw_label(draw: ImageDraw.ImageDraw, pen: _Pen, place: Rectangle, colour: RGB, text: str) -> None:
     draw.rectangle(place, fill=colour)
     bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
-    draw.text(
-        (place[0] + pen.padding, place[1] + pen.padding / 2), text, fill=BLACK if bright else WHITE, font=pen.font
-    )
+    pen.font.draw(draw, (place[0] + pen.padding, place[1] + pen.padding / 2), text, BLACK if bright else WHITE)
 
 
 def _place_label(

@@ -1,7 +1,4 @@
-"""Lettering on pictures, and the panel of counts beside them.
-
-Text is set in Pillow's own font, which is smooth and needs no file, but has no letters beyond ASCII. Colours are BGR.
-"""
+"""Text on images, and the panel of counts beside them. Colors are BGR."""
 
 from __future__ import annotations
 
@@ -15,8 +12,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from moondream_cv.fonts import legible, load_font
 from moondream_cv.video.zones import Zones, class_names, track_ids
 
 BGR = tuple[int, int, int]
@@ -212,34 +210,35 @@ def _pen(resolution_wh: tuple[int, int]) -> Pen:
     return Pen(text, line, max(2, text // 5))
 
 
-@lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=64)
 def line_height(size: int) -> int:
     """Height of a line in pixels, from the top of its tallest letter to the bottom of its lowest."""
-    return math.ceil(_font(size).getbbox("Ågjy")[3])
+    return load_font(size).height
 
 
 def _layout(text: str, size: int) -> tuple[list[tuple[int, npt.NDArray[np.uint8]]], int]:
-    """Return where each word begins, with its picture, and the width of all, in pixels."""
+    """Return where each word begins, with its image, and the width of all, in pixels."""
     # In small sizes the font's own space nearly vanishes, and "#1 0.55" would read "#10.55".
     space = round(0.4 * size)
     words, x = [], 0
-    for word in text.split():
-        picture = _word(word, size)
-        words.append((x, picture))
-        x += picture.shape[1] + space
+    plain = text.isascii()  # the words of a text share a font
+    for word in [text] if _is_from_the_right(text) else text.split():
+        image = _word(word, size, plain)
+        words.append((x, image))
+        x += image.shape[1] + space
     return words, max(0, x - space)
 
 
+def _is_from_the_right(text: str) -> bool:
+    """Return whether a text has letters that are written from right to left: the font then orders its words."""
+    return not text.isascii() and any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
+
+
 @lru_cache(maxsize=512)  # by words, since names, ids and scores come back in other combinations
-def _word(word: str, size: int) -> npt.NDArray[np.uint8]:
+def _word(word: str, size: int, plain: bool) -> npt.NDArray[np.uint8]:
     """Return how much of each pixel a word covers, [h, w] uint8; as high for every word."""
-    image = Image.new("L", (max(1, math.ceil(_font(size).getlength(word))), line_height(size)))
-    ImageDraw.Draw(image).text((0, 0), word, fill=255, font=_font(size))
+    font = load_font(size)
+    image = Image.new("L", (max(1, math.ceil(font.getlength(word, plain=plain))), font.height))
+    font.draw(ImageDraw.Draw(image), (0, 0), word, 255, plain=plain)
     return np.asarray(image)
 
 
@@ -247,15 +246,9 @@ def _length(text: str, size: int) -> int:
     return _layout(text, size)[1]
 
 
-def _spelt(text: str) -> str:
-    """Return text in the letters that the font has: accents are left out, and what is no ASCII then is "?"."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    return " ".join(plain.encode("ascii", "replace").decode("ascii").split())
-
-
 @lru_cache(maxsize=256)
 def _shorten(text: str, rest: str, size: int, width: float) -> str:
-    text = _spelt(text)
+    text = " ".join(legible(text).split())
     if _length(text + rest, size) <= width:
         return text + rest
     low, high = 0, len(text)  # letters of the text that fit, and those that do not

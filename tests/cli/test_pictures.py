@@ -8,7 +8,8 @@ import supervision as sv
 from PIL import Image
 
 from moondream_cv.cli.montage import Panel, make_montage
-from moondream_cv.cli.pictures import _place_label, annotate, class_colour, load_font, with_text, wrap
+from moondream_cv.cli.pictures import _place_label, annotate, class_colour, with_text, wrap
+from moondream_cv.fonts import load_font
 
 pytestmark = pytest.mark.compat
 

@@ -147,10 +147,10 @@ def test_of_a_long_name_the_end_is_left_out_and_the_score_stays(monkeypatch: pyt
     assert written[0].endswith("... #12 0.87")
 
 
-def test_letters_that_the_font_lacks_are_spelt_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_keep_their_letters_and_replace_those_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
     written = texts(monkeypatch)
-    Annotator()(grey(), found([(10, 50, 60, 90)], names=["café\n犬"]))
-    assert written == ["cafe ? 0.87"]
+    Annotator()(grey(), found([(10, 50, 60, 90)], names=["café\nсобака \U0010fffd"]))
+    assert written == ["café собака ? 0.87"]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (320, 240), (1920, 1080)])
