@@ -107,15 +107,13 @@ def video(
         bool, typer.Option("--scene-change", help="Look for cuts, and carry no object over into another scene.")
     ] = False,
     bridge: Annotated[
-        float | None,
+        float,
         typer.Option(
             "--bridge",
             metavar="SECONDS",
-            help="With blur or pixelate: seconds before and after each detection for which its object is covered. "
-            "Default: 0.7.",
-            show_default=False,
+            help="Seconds without a detection that are bridged; blur and pixelate cover as long before and after one.",
         ),
-    ] = None,
+    ] = 0.7,
     model: options.Model = "moondream2",
     device: options.Device = None,
 ) -> None:
@@ -161,9 +159,7 @@ def video(
             tracking = Tracking(tracker, scene_change=scene_change, bridge_seconds=bridge)
             tracking.start()
             colours = cast("Literal['class', 'id']", colour_by)
-            drawn = Annotator(annotate, chosen, colour_by=colours).what
-            if bridge is not None and not drawn & {"blur", "pixelate"}:
-                raise ValueError(f"--bridge {bridge:g} needs --annotate blur or pixelate, got --annotate {annotate}")
+            Annotator(annotate, chosen, colour_by=colours)
             zones = None if zone is None else Zones.read(zone)
             frames = _checked_source(source, opened, fps)
             _check_targets(targets)

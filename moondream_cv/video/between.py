@@ -1,8 +1,8 @@
 """Boxes on the frames between keyframes: interpolated where what comes is known, predicted where it is not.
 
-A box that is interpolated moves in a straight line from one sighting to the next, be it that one keyframe in between
-has missed it. Before its first sighting an object is shown if it comes in over the frame's edge, after its last one if
-it goes out.
+A box that is interpolated moves in a straight line from one sighting to the next, if no more than one keyframe or
+`bridge_seconds` are in between. Before its first sighting an object is shown if it comes in over the frame's edge,
+after its last one if it goes out.
 A box that is predicted goes on as it went, until a second keyframe has missed it or it has left the frame.
 """
 
@@ -16,7 +16,7 @@ import supervision as sv
 
 from moondream_cv.video.tracks import Box, Track, within
 
-BRIDGE = 2.2  # intervals between two sightings that are bridged: one keyframe may have missed the object
+BRIDGE = 2.2  # intervals between two sightings that are bridged at least: one keyframe may have missed the object
 
 
 class Seen(NamedTuple):
@@ -33,6 +33,7 @@ def interpolated(
     interval: float,
     resolution_wh: tuple[int, int],
     cautious: bool = False,
+    bridge_seconds: float = 0.0,
 ) -> list[Seen]:
     """Where tracks are at a time for which the keyframes around it, and the next one, have been looked at.
 
@@ -40,10 +41,11 @@ def interpolated(
         interval: Seconds between keyframes there.
         resolution_wh: Of the frame.
         cautious: Show an object as far as the keyframes on which it was not seen, wherever it comes from or goes.
+        bridge_seconds: Seconds between two sightings that are bridged, if they are more than `BRIDGE` intervals.
     """
     seen = []
     for track in tracks:
-        box = _interpolated(track, time, interval, resolution_wh, cautious)
+        box = _interpolated(track, time, interval, resolution_wh, cautious, bridge_seconds)
         if box is not None:
             seen.append(box)
     return seen
@@ -75,12 +77,14 @@ def as_detections(
 
     Args:
         classes: Names by class id.
-        looked: What was found on this very frame: what of it is not tracked is added, with the number -1.
+        looked: Detections of this very frame. Untracked ones are added with the number -1, unless `data["duplicate"]`
+            is true for them.
     """
     limits = np.array(resolution_wh * 2, np.float64)
     rows = [(s.box, s.confidence, s.track.class_id, s.track.tracker_id) for s in seen]
     if looked is not None and looked.tracker_id is not None:
-        for row in np.flatnonzero(looked.tracker_id == -1):
+        duplicate = np.asarray(looked.data.get("duplicate", np.zeros(len(looked), bool)), bool)
+        for row in np.flatnonzero((looked.tracker_id == -1) & ~duplicate):
             confidence = 1.0 if looked.confidence is None else float(looked.confidence[row])
             class_id = 0 if looked.class_id is None else int(looked.class_id[row])
             rows.append((np.asarray(looked.xyxy[row], np.float64), confidence, class_id, -1))
@@ -94,7 +98,12 @@ def as_detections(
 
 
 def _interpolated(
-    track: Track, time: float, interval: float, resolution_wh: tuple[int, int], cautious: bool
+    track: Track,
+    time: float,
+    interval: float,
+    resolution_wh: tuple[int, int],
+    cautious: bool,
+    bridge_seconds: float,
 ) -> Seen | None:
     before, after = track.around(time)
     if before is not None and after is not None:
@@ -102,7 +111,7 @@ def _interpolated(
         gap = second.time - first.time
         if gap == 0:
             return Seen(track, first.box, first.confidence)
-        if gap <= BRIDGE * interval:
+        if gap <= max(BRIDGE * interval, bridge_seconds + 1e-6):
             share = (time - first.time) / gap
             confidence = first.confidence + share * (second.confidence - first.confidence)
             return Seen(track, first.box + share * (second.box - first.box), confidence)

@@ -18,7 +18,6 @@ from moondream_cv.video.animations import image_format
 from moondream_cv.video.annotation import Annotator
 from moondream_cv.video.json_lines import JsonLinesWriter
 from moondream_cv.video.mot import MotWriter
-from moondream_cv.video.redaction import BRIDGE_SECONDS
 from moondream_cv.video.schedule import Every
 from moondream_cv.video.sources import open_source
 from moondream_cv.video.video_file import MAX_FPS, MIN_FPS, VideoWriter
@@ -139,11 +138,7 @@ def annotate_video(
     """
     names, counted = check_classes(classes), _zones(zones)
     annotator = Annotator(annotate, names, colour_by=colour_by, zones=counted, panel=panel)
-    tracking = tracking or Tracking()
-    if not annotator.what & {"blur", "pixelate"}:
-        tracking = replace(tracking, bridge_seconds=None)
-    elif tracking.bridge_seconds is None:
-        tracking = replace(tracking, bridge_seconds=BRIDGE_SECONDS)
+    tracking = replace(tracking or Tracking(), redact=bool(annotator.what & {"blur", "pixelate"}))
     with ExitStack() as opened:
         video = opened.enter_context(open_source(source, fps=fps))
         if counted is not None and video.resolution_wh is not None:

@@ -8,7 +8,8 @@ more than its size, so the boxes that the tracker sees are grown about their cen
 been shown anything. Made for every frame, it counts its time in frames; what it is told is a clock of its own, on which
 no keyframe is more than `MAX_STEPS` frames after the one before.
 
-Scores never reach a tracker: their thresholds stand for detectors of another kind, and all but drop constant ones.
+Scores never reach a tracker: their thresholds stand for detectors of another kind, and all but drop constant ones. They
+decide between boxes of the same object, in `conflicts.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import supervision as sv
 
+from moondream_cv.video.conflicts import ClassConflicts
 from moondream_cv.video.frame import Frame
 from moondream_cv.video.returning import match_returning
 from moondream_cv.video.tracks import Box, Sighting, Track
@@ -64,6 +66,7 @@ class Tracker:
         tracker: str | Callable[[], BaseTracker] = "sort",
         options: Mapping[str, Any] | None = None,
         memory: float = MEMORY,
+        history: float = 0.0,
     ) -> None:
         """Make a tracker that has seen nothing yet.
 
@@ -71,12 +74,14 @@ class Tracker:
             tracker: One of `TRACKERS`, or what makes a tracker of a class.
             options: Arguments of that tracker, in place of those that suit keyframes.
             memory: Seconds for which an object that is gone keeps its number, should it come back.
+            history: Seconds for which all sightings of a track are kept.
 
         Raises:
             ValueError: There is no such tracker, or it takes no such option.
         """
         self._make = _maker(tracker, dict(options or {})) if isinstance(tracker, str) else tracker
-        self._memory = memory
+        self._memory, self._history = memory, history
+        self._conflicts = ClassConflicts()
         self._trackers: dict[int, BaseTracker] = {}
         self._tracklets: dict[int, tuple[Any, Track]] = {}  # by id(): a tracker's own objects, and ours
         self._clock = 0
@@ -92,8 +97,8 @@ class Tracker:
 
     def anew(self) -> Tracker:
         """One that has seen nothing yet, and gives numbers that this one has not given."""
-        tracker = Tracker(self._make, memory=self._memory)
-        tracker._next_id = self._next_id
+        tracker = Tracker(self._make, memory=self._memory, history=self._history)
+        tracker._next_id, tracker._conflicts = self._next_id, self._conflicts
         return tracker
 
     def update(self, detections: sv.Detections, frame: Frame) -> sv.Detections:
@@ -104,7 +109,8 @@ class Tracker:
             frame: On which it was found; later than the one before.
 
         Returns:
-            The same detections with `tracker_id`: -1 for those that the tracker did not take.
+            The same detections with `tracker_id`: -1 for those that the tracker did not take. `data["duplicate"]` is
+            true for those that repeat or contradict a detection with a higher score, which is tracked instead.
         """
         steps = 1
         if self._before is not None:
@@ -115,19 +121,27 @@ class Tracker:
         memory = max(self._memory, 4 * self.interval)
         self.tracks = {key: t for key, t in self.tracks.items() if frame.time - t.last.time <= memory}
         class_ids = np.zeros(len(detections), int) if detections.class_id is None else detections.class_id.astype(int)
+        confidences = np.ones(len(detections)) if detections.confidence is None else detections.confidence
+        kept, class_ids = self._conflicts.resolve(
+            detections.xyxy.astype(np.float64),
+            confidences.astype(np.float64),
+            class_ids,
+            self.tracks.values(),
+            frame.time,
+        )
         tracker_ids = np.full(len(detections), -1)
         for class_id in sorted({*self._trackers, *class_ids.tolist()}):
-            rows = np.flatnonzero(class_ids == class_id)
+            rows = np.flatnonzero(kept & (class_ids == class_id))
             boxes = [np.asarray(box, np.float64) for box in detections.xyxy[rows]]
             tracklets = self._associate(class_id, boxes, frame, steps)
             tracks = self._continue(class_id, boxes, tracklets, frame)
             for row, box, track in zip(rows, boxes, tracks, strict=True):
                 if track is not None:
-                    confidence = 1.0 if detections.confidence is None else float(detections.confidence[row])
-                    track.sightings.append(Sighting(frame.time, box, confidence))
+                    track.add(Sighting(frame.time, box, float(confidences[row])), self._history)
                     tracker_ids[row] = track.tracker_id
         found: sv.Detections = detections[np.arange(len(detections))]  # type: ignore[assignment]
         found.tracker_id = tracker_ids
+        found.data["duplicate"] = ~kept
         return found
 
     def _associate(self, class_id: int, boxes: list[Box], frame: Frame, steps: int) -> list[Any | None]:

@@ -7,6 +7,7 @@ moves in a straight line; after the last one it goes on as it went. How detectio
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 Box = npt.NDArray[np.float64]  # [4] x_min, y_min, x_max, y_max in pixels
 
-KEPT = 8  # sightings of a track that are remembered
+KEPT = 8  # last sightings of a track that are remembered, however old they are
 SPEED_SPAN = 0.35  # seconds back from a sighting over which its speed is taken, or to the one before
 
 
@@ -46,7 +47,13 @@ class Track:
 
     tracker_id: int
     class_id: int
-    sightings: deque[Sighting] = field(default_factory=lambda: deque(maxlen=KEPT))
+    sightings: deque[Sighting] = field(default_factory=deque)
+
+    def add(self, sighting: Sighting, history: float = 0.0) -> None:
+        """Append a sighting, and drop those that are neither among the last `KEPT` nor within `history` seconds."""
+        self.sightings.append(sighting)
+        while len(self.sightings) > KEPT and sighting.time - self.sightings[0].time > history:
+            self.sightings.popleft()
 
     @property
     def last(self) -> Sighting:
@@ -72,9 +79,9 @@ class Track:
 
     def around(self, time: float) -> tuple[int | None, int | None]:
         """Numbers of the last sighting up to a time and of the first one from it on; None where there is none."""
-        before = [i for i, s in enumerate(self.sightings) if s.time <= time]
-        after = [i for i, s in enumerate(self.sightings) if s.time >= time]
-        return (before[-1] if before else None), (after[0] if after else None)
+        before = bisect_right(self.sightings, time, key=lambda s: s.time) - 1
+        after = bisect_left(self.sightings, time, key=lambda s: s.time)
+        return (before if before >= 0 else None), (after if after < len(self.sightings) else None)
 
     def moved(self, time: float, at: int = -1) -> Box:
         """Its box at another time, had it gone on from a sighting, or come to it, in a straight line."""

@@ -27,11 +27,12 @@ from moondream_cv.video.base import ASSUMED_FPS
 from moondream_cv.video.between import BRIDGE, as_detections, interpolated, predicted
 from moondream_cv.video.detecting import DetectionWorker, DetectOne, Found
 from moondream_cv.video.frame import Frame
-from moondream_cv.video.redaction import LOOKAHEAD, Redactor
+from moondream_cv.video.redaction import BRIDGE_SECONDS, LOOKAHEAD, Redactor
 from moondream_cv.video.schedule import SLOWEST, Every, SceneChange, Schedule, check_every
 from moondream_cv.video.sources import Source, open_source
 from moondream_cv.video.threads import in_threads
 from moondream_cv.video.tracking import Tracker
+from moondream_cv.video.tracks import Track
 
 if TYPE_CHECKING:
     from trackers import BaseTracker
@@ -42,6 +43,7 @@ AHEAD = 2  # keyframes after a frame that are looked at before it comes out
 ASKED = 3  # keyframes that wait for the model at a time, so that it is never idle
 PREFETCHED = 4  # frames of a file that are decoded ahead
 HELD_BYTES = 2**30  # frames that wait for a keyframe; those beyond come out with what is known
+HISTORY = 3  # bridges for which sightings are kept: frames wait for one, and speeds are of the time before
 UNKNOWN_INTERVAL = 1.0  # seconds between keyframes as long as there has been one only, at the least
 
 
@@ -55,8 +57,8 @@ class Tracked:
             a source; -1 for what is not tracked.
         looked: Whether the detector has looked at this very frame.
         source: Number of the source, from 0.
-        redaction: Boxes that cover the objects, with `Tracking.bridge_seconds`; None without it. They are larger than
-            those of `detections`, and there are more of them.
+        redaction: Boxes that cover the objects, with `Tracking.redact`; None without it. They are larger than those of
+            `detections`, and there are more of them.
     """
 
     frame: Frame
@@ -78,9 +80,11 @@ class Tracking:
         scene_change: Look for cuts: another scene is looked at at once, and nothing is carried over into it.
         cautious: In files, show an object from the keyframe before the first one that found it, and up to the one after
             the last: for what must be covered, rather too much than too little.
-        bridge_seconds: Compute `Tracked.redaction`, which covers each object from that many seconds before its first
-            detection to as many after its last one, and between them. A live source is covered only after detections.
-            A file delays each frame by up to two bridges. None computes no redaction.
+        bridge_seconds: Seconds for which a track is continued without a detection. In files, boxes are interpolated
+            over gaps of that length, or of one keyframe if that is longer, and frames wait as long for later detections.
+        redact: Compute `Tracked.redaction`: boxes that cover each object from `bridge_seconds` before its first
+            detection to as long after its last one, and between them; of a live source, only after detections. Frames
+            of files wait for two bridges.
     """
 
     tracker: str | Callable[[], BaseTracker] = "sort"
@@ -88,16 +92,17 @@ class Tracking:
     memory: float = 10.0
     scene_change: bool = False
     cautious: bool = False
-    bridge_seconds: float | None = None
+    bridge_seconds: float = BRIDGE_SECONDS
+    redact: bool = False
 
     def __post_init__(self) -> None:
         if not self.memory >= 0:  # also true of NaN
             raise ValueError(f"memory must be 0 or more seconds, not {self.memory!r}")
-        if self.bridge_seconds is not None and not 0 <= self.bridge_seconds < math.inf:
+        if not 0 <= self.bridge_seconds < math.inf:
             raise ValueError(f"bridge_seconds must be 0 or more seconds, got {self.bridge_seconds!r}")
 
     def start(self) -> Tracker:
-        return Tracker(self.tracker, self.options, self.memory)
+        return Tracker(self.tracker, self.options, self.memory, HISTORY * self.bridge_seconds)
 
 
 def track(
@@ -130,8 +135,8 @@ def track(
         fps: Frames per second of images and iterables, which have no clock; None for 30.
 
     Yields:
-        [H, W, 3] uint8 BGR frames, and their detections with `tracker_id`; with `Tracking.bridge_seconds`, the boxes
-        that cover the objects.
+        [H, W, 3] uint8 BGR frames, and their detections with `tracker_id`; with `Tracking.redact`, the boxes that
+        cover the objects.
 
     Raises:
         VideoError: The source cannot be opened, or a live one is gone for good; names it.
@@ -279,14 +284,14 @@ class _Job:
         return self.worker.submit(frame, self.source.name, self.number)
 
     def schedule(self, every: Every) -> Schedule:
-        fps, bridge = self.source.fps or ASSUMED_FPS, self.tracking.bridge_seconds
+        fps = self.source.fps or ASSUMED_FPS
         # A file can wait for the model, and objects must not show between keyframes.
-        longest = SLOWEST if bridge is None or self.source.live else max(1, int(bridge * fps))
+        waits = self.tracking.redact and not self.source.live
+        longest = max(1, int(self.tracking.bridge_seconds * fps)) if waits else SLOWEST
         return Schedule(every, fps, longest)
 
     def redactor(self) -> Redactor | None:
-        bridge = self.tracking.bridge_seconds
-        return None if bridge is None else Redactor(bridge)
+        return Redactor(self.tracking.bridge_seconds) if self.tracking.redact else None
 
 
 def _filed(job: _Job) -> Generator[Tracked, None, None]:
@@ -321,8 +326,8 @@ def _filed(job: _Job) -> Generator[Tracked, None, None]:
 class _Part:
     """Frames of a file, from one cut to the next, that wait for the keyframes after them.
 
-    A frame gets its boxes when the next `AHEAD` keyframes are known. With redaction, it also waits for the keyframes of
-    the next `LOOKAHEAD` bridges.
+    A frame gets its boxes when the next `AHEAD` keyframes are known, and those of the next `bridge_seconds`. With
+    redaction, it also waits for the keyframes of the next `LOOKAHEAD` bridges.
     """
 
     def __init__(
@@ -336,6 +341,7 @@ class _Part:
         self._asked: deque[tuple[Frame, Found]] = deque()  # keyframes whose detections are awaited
         self._passed: deque[int] = deque(maxlen=AHEAD)  # the last keyframes that no longer are, failed ones among them
         self._looked: deque[tuple[Frame, sv.Detections]] = deque()  # keyframes from the first frame's on
+        self._tracks: dict[int, Track] = {}  # of those frames, also if the tracker has forgotten them
         self._known = -math.inf  # time of the last keyframe that is no longer awaited
         self._wall = time.perf_counter()
 
@@ -386,6 +392,7 @@ class _Part:
             before = self._looked[-1][0].index if self._looked else frame.index
             tracked = self.tracker.update(found, frame)
             self._looked.append((frame, tracked))
+            self._remember()
             if self.redactor is not None:
                 self.redactor.add(tracked, frame.time, _size(frame))
                 self._warnings.check_interval(self.tracker.interval)
@@ -395,12 +402,21 @@ class _Part:
                 self._schedule.learn(self._job.worker.seconds, lag, frame.index - before)
             self._wall = now
         if len(self._passed) == AHEAD:
-            while self._frames and self._frames[0].index < self._passed[0]:
+            known = self._known - self._job.tracking.bridge_seconds
+            while self._frames and self._frames[0].index < self._passed[0] and self._frames[0].time <= known:
                 yield from self._next()
         if self.redactor is not None:
             lookahead = LOOKAHEAD * self.redactor.bridge_seconds
             while self._unredacted and self._unredacted[0][0].frame.time + lookahead <= self._known:
                 yield self._redact()
+
+    def _remember(self) -> None:
+        """Add the tracker's tracks to those of the waiting frames, and drop those that ended before."""
+        self._tracks.update(self.tracker.tracks)
+        start = (self._frames[0].time if self._frames else self._known) - self._job.tracking.bridge_seconds
+        for tracker_id, track in list(self._tracks.items()):
+            if tracker_id not in self.tracker.tracks and track.last.time < start - AHEAD * self.tracker.interval:
+                del self._tracks[tracker_id]
 
     def _next(self) -> Iterator[Tracked]:
         """Give the first frame its boxes; without redaction, it comes out."""
@@ -409,11 +425,12 @@ class _Part:
             self._looked.popleft()
         resolution_wh = _size(frame)
         times = [looked.time for looked, _ in self._looked]
-        tracks = self.tracker.tracks.values()
+        tracks, tracking = self._tracks.values(), self._job.tracking
         interval = self.tracker.interval or UNKNOWN_INTERVAL
         if times and times[-1] >= frame.time:
             interval = float(max(np.diff(times[: 1 + AHEAD]), default=self.tracker.interval))
-            seen = interpolated(tracks, frame.time, interval, resolution_wh, self._job.tracking.cautious)
+            bridge = tracking.bridge_seconds
+            seen = interpolated(tracks, frame.time, interval, resolution_wh, tracking.cautious, bridge)
         else:
             seen = predicted(tracks, frame.time, interval, resolution_wh)
         looked = self._looked[0][1] if self._looked and self._looked[0][0] is frame else None
@@ -496,7 +513,7 @@ class _Warnings:
     def check_interval(self, seconds: float) -> None:
         """Warn if the time since the keyframe before exceeds the bridge."""
         bridge = self._job.tracking.bridge_seconds
-        if bridge is not None and seconds > bridge + 1e-6:
+        if seconds > bridge + 1e-6:
             self._warn(
                 "interval",
                 f"no detection ran for {seconds:.2f} s, and redaction bridges {bridge:g} s: objects may show; "
@@ -506,7 +523,7 @@ class _Warnings:
     def check_lookahead(self, seconds: float) -> None:
         """Warn if a frame comes out before the detections of one bridge after it are known."""
         bridge = self._job.tracking.bridge_seconds
-        if bridge is not None and seconds < bridge:
+        if seconds < bridge:
             self._warn(
                 "lookahead",
                 f"frames of {bridge:g} s exceed the limit of {self._job.held_bytes / 2**20:g} MiB for waiting frames: "

@@ -190,12 +190,7 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         ("missing.mp4 red -o out.mp4", 1, "'missing.mp4': no such file or folder"),
         ("broken.mp4 red -o out.mp4", 1, "broken.mp4"),
         ("frames red -o out.mp4 --annotate boks", 2, "'boks' is unknown; known are box, label"),
-        (
-            "frames red -o out.mp4 --bridge 1",
-            2,
-            "--bridge 1 needs --annotate blur or pixelate, got",
-        ),
-        ("frames red -o out.mp4 --annotate blur --bridge nan", 2, "bridge_seconds must be 0 or more seconds, got nan"),
+        ("frames red -o out.mp4 --bridge nan", 2, "bridge_seconds must be 0 or more seconds, got nan"),
         ("frames red -o out.mp4 --every 0", 2, "a number of frames from 1 on, not 0"),
         ("frames red -o out.mp4 --every often", 2, "not 'often'"),
         ("frames red -o out.mp4 --tracker magic", 2, "not 'magic'"),

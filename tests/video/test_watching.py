@@ -350,7 +350,8 @@ def test_more_frames_than_may_be_held(every: Any, clip: Path, monkeypatch: pytes
         assert all(set(ids_of(walker, found[10:], 6)) == {i} for walker, i in zip(WALKERS, (1, 3, 2), strict=True))
 
 
-def test_frames_wait_for_two_keyframes_and_no_longer(images: list[np.ndarray]) -> None:
+@pytest.mark.parametrize(("bridge", "most"), [(0.0, 60), (0.7, 71), (2.0, 110)])
+def test_frames_wait_for_two_keyframes_and_the_bridge(bridge: float, most: int, images: list[np.ndarray]) -> None:
     read: list[int] = []
 
     def counted() -> Iterator[np.ndarray]:
@@ -359,9 +360,10 @@ def test_frames_wait_for_two_keyframes_and_no_longer(images: list[np.ndarray]) -
             yield image
 
     given = [0]
-    for tracked in watch([counted()], CLASSES, model=Known(*WALKERS), every=10):
+    tracking = Tracking(bridge_seconds=bridge)
+    for tracked in watch([counted()], CLASSES, model=Known(*WALKERS), every=10, tracking=tracking):
         given.append(tracked.frame.index)
-        assert len(read) - given[-1] <= 10 * 6
+        assert len(read) - given[-1] <= most
     assert len(given) == len(images) + 1
 
 
@@ -401,7 +403,8 @@ def test_looking_goes_on_while_frames_are_drawn(kind: str, images: list[np.ndarr
 
 
 def test_a_file_is_decoded_ahead(clip: Path) -> None:
-    with watch([clip], CLASSES, model=Known(*WALKERS), every=1) as watched:
+    tracking = Tracking(bridge_seconds=0.0)
+    with watch([clip], CLASSES, model=Known(*WALKERS), every=1, tracking=tracking) as watched:
         next(watched)
         position = watched.sources[0]._given  # type: ignore[attr-defined]
         until(lambda: watched.sources[0]._given > position)  # type: ignore[attr-defined]
