@@ -140,7 +140,7 @@ def measure(detector_of: Callable[[Truth, int], Any], names: Sequence[str] | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--perfect", action="store_true", help="only the perfect detector")
-    parser.add_argument("--confidence", type=float, default=0.5, help="threshold of the tiny model's detections")
+    parser.add_argument("--confidence", type=float, default=0.3, help="threshold of the tiny model's detections")
     arguments = parser.parse_args()
     print(f"trackers {version('trackers')}\n\nA perfect detector that misses 10 %")
     measure(lambda truth, number: PerfectDetector(truth, 0.1, number))

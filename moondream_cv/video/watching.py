@@ -81,7 +81,7 @@ class Tracking:
         cautious: In files, show an object from the keyframe before the first one that found it, and up to the one after
             the last: for what must be covered, rather too much than too little.
         bridge_seconds: Seconds for which a track is continued without a detection. In files, boxes are interpolated
-            over gaps of that length, or of one keyframe if that is longer, and frames wait as long for later detections.
+            over gaps of that length, or of one keyframe if that is longer, and frames wait that long.
         redact: Compute `Tracked.redaction`: boxes that cover each object from `bridge_seconds` before its first
             detection to as long after its last one, and between them; of a live source, only after detections. Frames
             of files wait for two bridges.

@@ -92,7 +92,7 @@ def mean_scores(clips: list[Any], every: int) -> TrackScores:
 def test_objects_keep_their_numbers(clips: list[Any]) -> None:
     """The promise: at every 5th frame HOTA of 0.75 and 2 switches in 300 frames; and no worse than was measured."""
     assert all(6 <= len(clip.names) <= 10 and len(clip.class_names) == 3 for clip, _ in clips)
-    for every, hota, switches in ((1, 0.93, 2.0), (5, 0.90, 2.0), (10, 0.85, 2.5), (15, 0.78, 4.0)):
+    for every, hota, switches in ((1, 0.95, 2.0), (5, 0.93, 2.0), (10, 0.87, 2.5), (15, 0.81, 4.0)):
         scores = mean_scores(clips, every)
         assert scores.hota >= max(hota, 0.75), (every, scores)
         assert scores.switches <= switches, (every, scores)
@@ -106,11 +106,11 @@ def test_the_tiny_model_tracks() -> None:
         for number in (0, 6):
             clip = tracking_clip(number)
             images = (np.ascontiguousarray(image[..., ::-1]) for image, _ in clip.frames())
-            tracked = watch([images], clip.class_names, model=Detector(model, confidence=0.5), every=5)
+            tracked = watch([images], clip.class_names, model=Detector(model, confidence=0.3), every=5)
             scores.append(score_tracks(truth_of(clip), [t.detections for t in tracked]))
     mean = TrackScores.mean(scores)
-    assert mean.hota > 0.5, scores
-    assert mean.coverage > 0.65, scores
+    assert mean.hota > 0.62, scores
+    assert mean.coverage > 0.82, scores
 
 
 def test_scores_of_what_is_known() -> None:
