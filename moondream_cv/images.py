@@ -9,13 +9,13 @@ Conventions, so that the same picture gives the same pixels whichever way it is 
 - Of 16-bit samples the high byte counts, as with Pillow and `cv2.imread`. Embedded colour profiles are ignored.
 - Of an animation, the first frame counts (of an open PIL image, its current frame).
 
-Downloading, resizing, cropping and lists of images are left to others; OpenCV and torch are not needed.
+Downloading is left to `moondream_cv.downloads`; resizing, cropping and lists of images are left to others. OpenCV and
+torch are not needed.
 """
 
 import contextlib
 import io
 import os
-import re
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -27,21 +27,26 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moondream_cv.errors import ImageError
+from moondream_cv.escaping import escaped
+from moondream_cv.urls import is_url, shown_url
 
 ImageInput: TypeAlias = (
     npt.NDArray[Any] | Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes]
 )
-"""A BGR array, a PIL image, a path, the bytes of an image file, or a file object opened for reading bytes."""
+"""A BGR array, a PIL image, a path, a URL, the bytes of an image file, or a file object opened for reading bytes."""
 
 DEFAULT_MAX_PIXELS = 178_956_970
 """512 MiB of RGB, more than any camera's sensor gives; above it Pillow with its own defaults refuses a file too."""
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".ico", ".j2k", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"}
+    | {".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+)
 """Suffixes of the image files that are read from a folder; files in any of `FORMATS` can be given by name."""
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
-
 _LONGEST_PATH = 4096  # PATH_MAX of Linux; longer text is the picture itself, in base64
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
 # Pillow has decoders for 40 more formats. Among them are containers that open another image by themselves, with every
 # decoder there is, Ghostscript included, and formats that take minutes to decode from a few bytes.
@@ -72,16 +77,16 @@ def to_rgb(image: ImageInput, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> npt.ND
             an array [H, W], [H, W, 1] (grey), [H, W, 3] (BGR) or [H, W, 4] (BGRA), of any strides, of dtype uint8,
             uint16 (0 to 65535), bool (black and white) or float (0 to 1);
             a PIL image of any mode;
-            a path (`~` is expanded), the bytes of an image file, or an open binary file, which is read to its end and
-            not closed.
+            a path (`~` is expanded), an http or https URL, which is downloaded, the bytes of an image file, or an open
+            binary file, which is read to its end and not closed.
         max_pixels: The largest width times height that is accepted. Files are checked by their header, before decoding.
 
     Returns:
         The pixels, [H, W, 3], uint8, RGB, C-contiguous; never a view of the caller's memory.
 
     Raises:
-        ImageError: The image cannot be read, has no pixels or too many, or is of a kind, shape, dtype or range that is
-            not listed above.
+        ImageError: The image cannot be read or downloaded, has no pixels or too many, or is of a kind, shape, dtype or
+            range that is not listed above.
     """
     if isinstance(image, np.ndarray):
         return _array_to_rgb(np.asarray(image), max_pixels)
@@ -189,12 +194,48 @@ def _rangeless_to_uint8(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.u
     raise ImageError(f"{name} has values from {low:g} to {high:g}; scale them to 0 to 255 first")
 
 
+def check_image_file(image: str | os.PathLike[str] | bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+    """Check an image file by its header, without decoding it.
+
+    Args:
+        image: A path or the bytes of an image file. Only the form of a URL is checked.
+        max_pixels: As for `to_rgb`.
+
+    Raises:
+        ImageError: The file is missing, is not a regular file, is not an image in one of `FORMATS`, or is too large.
+    """
+    if isinstance(image, bytes):
+        with _opened_nonempty(io.BytesIO(image), _encoded_name(image), max_pixels):
+            return
+    path = os.fsdecode(image)
+    if is_url(path):
+        from moondream_cv.downloads import check_image_url
+
+        check_image_url(path)
+        return
+    with _opened_path(path) as file, _opened_nonempty(file, _shown_path(path), max_pixels):
+        pass
+
+
 def _path_to_rgb(path: str, max_pixels: int) -> npt.NDArray[np.uint8]:
-    name = _shown(path)
+    if is_url(path):
+        from moondream_cv.downloads import download_image
+
+        return _decode(io.BytesIO(download_image(path)), f"the image at {shown_url(path)!r}", max_pixels)
+    with _opened_path(path) as file:
+        return _decode(file, _shown_path(path), max_pixels)
+
+
+@contextlib.contextmanager
+def _opened_path(path: str) -> Iterator[IO[bytes]]:
+    """Open a regular file for the length of a `with`.
+
+    Raises:
+        ImageError: There is no such file, or it cannot be opened or read.
+    """
+    name = _shown_path(path)
     if path.startswith("data:") or len(path) > _LONGEST_PATH:
         raise ImageError(f"{name} is not a path; base64 text is passed as bytes, after base64.b64decode")
-    if _URL.match(path):
-        raise ImageError(f"{name} is a URL, and images are not downloaded; download it and pass the path or the bytes")
     try:
         file = Path(path).expanduser()
         if not path or not file.exists():
@@ -204,7 +245,7 @@ def _path_to_rgb(path: str, max_pixels: int) -> npt.NDArray[np.uint8]:
         if not file.is_file():  # opening a pipe or a device could block for ever
             raise ImageError(f"{name} is not a regular file; read it and pass the bytes")
         with file.open("rb") as opened:
-            return _decode(opened, name, max_pixels)
+            yield opened
     except (OSError, RuntimeError, ValueError) as error:  # permissions, "~nobody", a NUL in the path
         if isinstance(error, ImageError):
             raise
@@ -212,25 +253,38 @@ def _path_to_rgb(path: str, max_pixels: int) -> npt.NDArray[np.uint8]:
 
 
 def _encoded_to_rgb(encoded: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
-    return _decode(io.BytesIO(encoded), f"the image of {len(encoded)} bytes ({_shown(encoded[:16])})", max_pixels)
+    return _decode(io.BytesIO(encoded), _encoded_name(encoded), max_pixels)
+
+
+def _encoded_name(encoded: bytes) -> str:
+    return f"the encoded image of {len(encoded)} bytes"
 
 
 def _file_to_rgb(file: IO[bytes], max_pixels: int) -> npt.NDArray[np.uint8]:
-    name = f"the file object {_shown(file)}"
+    path = getattr(file, "name", None)  # a string for an opened file, a number for a pipe
+    name = f"the file object of {_shown_path(path)}" if isinstance(path, str) else "the file object"
     try:
         encoded: object = file.read()
     except Exception as error:  # file-like objects raise whatever their makers chose
         raise ImageError(f"{name} cannot be read: {_reason(error)}") from error
     if not isinstance(encoded, (bytes, bytearray, memoryview)):
         raise ImageError(f"{name} gives {type(encoded).__name__}, not bytes; open it in binary mode, 'rb'")
-    return _decode(io.BytesIO(encoded), f"{name} of {len(encoded)} bytes", max_pixels)
+    if not encoded:
+        raise ImageError(f"{name} is empty or was read before; call seek(0) to read it again")
+    return _decode(io.BytesIO(encoded), f"{name}, {len(encoded)} bytes,", max_pixels)
 
 
 def _decode(file: IO[bytes], name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
-    if not file.read(1):
-        raise ImageError(f"{name} is empty; a file object that was read before needs seek(0)")
-    with opened_image(file, name, max_pixels) as picture:
+    with _opened_nonempty(file, name, max_pixels) as picture:
         return _pixels(upright_image(picture, name, max_pixels), name)
+
+
+@contextlib.contextmanager
+def _opened_nonempty(file: IO[bytes], name: str, max_pixels: int) -> Iterator[Image.Image]:
+    if not file.read(1):
+        raise ImageError(f"{name} is empty (0 bytes)")
+    with opened_image(file, name, max_pixels) as picture:
+        yield picture
 
 
 @contextlib.contextmanager
@@ -243,13 +297,21 @@ def opened_image(file: IO[bytes], name: str, max_pixels: int = DEFAULT_MAX_PIXEL
         max_pixels: As for `to_rgb`.
 
     Raises:
-        ImageError: The file is not an image, is too large, or an error occurs in the `with` while it is decoded.
+        ImageError: The file is not an image, needs a decoder that is not installed, is too large, or an error occurs in
+            the `with` while it is decoded.
     """
     with decoding_errors(name):
         for width, height in _declared_sizes(file):
             _check_size(width, height, name, max_pixels)
         file.seek(0)
-        with open_image(file) as picture:
+        try:
+            picture = open_image(file)
+        except UnidentifiedImageError as error:
+            missing = _missing_decoder(file)
+            if missing is None:
+                raise
+            raise ImageError(f"{name} {missing}, or convert it to PNG") from error
+        with picture:
             yield picture
 
 
@@ -311,6 +373,22 @@ def readable_formats() -> tuple[str, ...]:
 
         register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _missing_decoder(file: IO[bytes]) -> str | None:
+    """Return what to install for a file in one of `FORMATS` that this installation cannot decode; None for others."""
+    file.seek(0)
+    head = file.read(64)
+    if head[4:8] == b"ftyp":
+        length = min(64, int.from_bytes(head[:4], "big"))
+        brands = {head[8:12], *(head[start : start + 4] for start in range(16, length, 4))}
+        if brands & _AVIF_BRANDS and "AVIF" not in readable_formats():
+            return 'is an AVIF image, which this Pillow cannot decode; pip install "pillow>=11.3"'
+        if brands & _HEIF_BRANDS and "HEIF" not in readable_formats():
+            return "is a HEIC or HEIF image, which needs the package pillow-heif; pip install pillow-heif"
+    if (head.startswith(_J2K_START) or head[:12] == _JP2_SIGNATURE) and "JPEG2000" not in readable_formats():
+        return "is a JPEG 2000 image, which this Pillow cannot decode; pip install --force-reinstall pillow"
+    return None
 
 
 def _declared_sizes(content: IO[bytes]) -> Iterator[tuple[int, int]]:
@@ -382,7 +460,13 @@ def _advice(image: object) -> str:
         return "pass tensor.numpy() from the CPU, as [H, W, 3] uint8 in BGR order"
     if isinstance(image, (list, tuple)):
         return "pass one image at a time"
-    return "pass a BGR NumPy array, a PIL image, a path, the bytes of an image file or a binary file object"
+    return "pass a BGR NumPy array, a PIL image, a path, a URL, the bytes of an image file or a binary file object"
+
+
+def _shown_path(path: str) -> str:
+    """Return a path in quotes as the user wrote it: backslashes are not doubled, as `repr` would."""
+    text = escaped(path)
+    return f"'{text}'" if len(text) <= 300 else f"'{text[:280]}...' ({len(text)} characters)"
 
 
 def _shown(value: object) -> str:

@@ -9,6 +9,7 @@ import io
 import re
 import struct
 import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -68,6 +69,37 @@ def test_supported_formats_are_decoded(file_format: str) -> None:
     pixels = to_rgb(saved(file_format))
     assert pixels.shape == (48, 64, 3) or file_format == "ICO"
     assert np.abs(pixels.reshape(-1, 3).mean(axis=0) - (200, 30, 30)).max() < 6
+
+
+WITHOUT_DECODER = """
+import io, sys
+from PIL import Image, features
+def saved(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(file, kind)
+    return file.getvalue()
+from pillow_heif import register_heif_opener
+register_heif_opener()
+files = {kind: saved(kind) for kind in ("HEIF", "AVIF", "JPEG2000")}
+for kind in files:
+    del Image.OPEN[kind]
+    Image.ID.remove(kind)
+sys.modules["pillow_heif"] = None  # importing it raises ImportError, as if it were not installed
+from moondream_cv.images import to_rgb
+for content in files.values():
+    try:
+        to_rgb(content)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_missing_decoder_is_named() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_DECODER], capture_output=True, text=True, cwd=ROOT)
+    heif, avif, jpeg2000 = result.stdout.splitlines()
+    assert "needs the package pillow-heif; pip install pillow-heif, or convert it to PNG" in heif
+    assert 'pip install "pillow>=11.3"' in avif
+    assert "JPEG 2000 image, which this Pillow cannot decode" in jpeg2000
 
 
 UNSUPPORTED = ["BLP", "DDS", "DIB", "EPS", "ICNS", "IM", "MSP", "PCX", "PDF", "SGI", "SPIDER", "XBM"]

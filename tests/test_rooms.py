@@ -33,7 +33,7 @@ ROOMS = (  # from the top
     ("model",),
     ("tiny",),
     ("scenes",),
-    ("vision_model", "requests", "images", "geometry", "fonts", "escaping", "errors"),
+    ("vision_model", "requests", "images", "downloads", "urls", "geometry", "fonts", "escaping", "errors"),
 )
 HEIGHT = {room: -level for level, rooms in enumerate(ROOMS) for room in rooms}
 
@@ -55,6 +55,7 @@ KNOWS_NOTHING_OF: dict[str, frozenset[str]] = {
     "model": PICTURES | {f"{PACKAGE}.{room}" for room in ("images", "requests", "scenes", "vision_model")},
     "scenes": TORCH | HTTP | {f"{PACKAGE}.tiny", f"{PACKAGE}.requests", f"{PACKAGE}.vision_model"},
     **{room: TORCH | HTTP | {"cv2", "supervision"} for room in ROOMS[-1]},
+    "downloads": TORCH | PICTURES,
 }
 
 

@@ -12,22 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote, urlsplit
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
+from moondream_cv.urls import is_url, shown_url
+
 _SHORTEST_PART = 6  # characters; shorter parts of a key are no secret, and hiding them would garble messages
 _LONGEST_REST = 3  # characters of a cut key that may be seen
 _CUT = "..."
-
-
-def is_url(name: object) -> bool:
-    """Whether a model's name is a server's URL."""
-    return isinstance(name, str) and _SCHEME.match(name.strip()) is not None
-
-
-def shown_url(url: str) -> str:
-    """A URL, valid or not, as it may be shown: without user, password, query and fragment, and not too long."""
-    bare = re.split(r"[?#]", url.strip())[0]
-    scheme, separator, rest = bare.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"[:200] if separator else bare.rpartition("@")[2][:200]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
 _STREAMS = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
+_CONTAINERS = {".avif", ".gif", ".heic", ".heif", ".hif"}  # FFmpeg reads those that Pillow cannot; some .gif are MP4
 _WEBCAM = re.compile(r"(?:/dev/video)?([0-9]+)", re.ASCII)
 _SECRET = re.compile(r"((?:^|&)[^=&]*(?:auth|key|login|pass|pw|secret|sig|token|user)[^=&]*)=[^&]*", re.IGNORECASE)
 
@@ -174,7 +175,7 @@ def _open_path(text: str, fps: float | None) -> Source:
             _reject_fps(fps, f"{text!r} has frame times")
         return open_animation(path, info, repr(text), fps)
     kind = image_format(path)
-    if kind in readable_formats() or path.suffix.lower() in IMAGE_SUFFIXES - {".gif"}:  # some .gif files are MP4
+    if kind in readable_formats() or path.suffix.lower() in IMAGE_SUFFIXES - _CONTAINERS:
         return open_images([path], repr(text), fps)
     if kind is not None:
         logger.warning("%r is read by FFmpeg, without an animation it may hold: this Pillow reads no %s", text, kind)

@@ -302,7 +302,7 @@ def _bad_image(folder: Path) -> Path:
     [
         (lambda folder: folder / "missing.mp4", r"missing\.mp4': no such file or folder"),
         (lambda folder: str(folder / "missing.mp4"), r"missing\.mp4': no such file or folder"),
-        (lambda folder: folder, r"holds no images; a folder needs files that end in \.bmp, .* or \.webp"),
+        (lambda folder: folder, r"holds no images; a folder needs files that end in \.avif, .* or \.webp"),
         (lambda folder: folder / "*.jpg", r"\*\.jpg' matches no file"),
         (lambda folder: _text(folder).parent / "*", r"\*' matches 1 files, none of which ends in"),
         (lambda folder: folder / "%04d.png", r"%04d\.png' matches no file; the folder has no images"),

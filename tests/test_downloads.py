@@ -1,0 +1,100 @@
+"""Images that are given by URL are downloaded. Run with `pytest tests/test_downloads.py`."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moondream_cv.detector import Detector
+from moondream_cv.downloads import download_image
+from moondream_cv.errors import ImageError
+from moondream_cv.images import to_rgb
+from tests.colour_model import ColourModel, picture
+from tests.remote_server import Answer, RemoteServer, remote_server
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture(("red", (10, 5, 30, 45)))[..., ::-1]).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def server() -> Iterator[RemoteServer]:
+    with remote_server() as running:
+        running.on("/a.png", Answer(png(), kind="image/png"))
+        yield running
+
+
+def test_an_image_url_is_downloaded_from_a_private_address(server: RemoteServer) -> None:
+    pixels = to_rgb(f"{server.url}/a.png")
+    assert pixels.shape == (60, 80, 3)
+    assert (pixels[25, 20] == (255, 0, 0)).all()
+    assert len(server.asked) == 1
+    assert server.asked[0].headers["user-agent"].startswith("moondream-cv/")
+
+
+def test_detector_takes_an_image_url(server: RemoteServer) -> None:
+    (found,) = Detector(ColourModel())([f"{server.url}/a.png"], "red")
+    np.testing.assert_array_equal(found.xyxy, [[10, 5, 30, 45]])
+
+
+def test_redirects_are_followed(server: RemoteServer) -> None:
+    server.on("/moved", Answer(b"", 302, {"Location": f"{server.url}/a.png"}))
+    assert download_image(f"{server.url}/moved") == png()
+
+
+def test_user_and_password_are_sent_and_not_shown(server: RemoteServer) -> None:
+    server.on("/private.png", Answer(b"no", 403))
+    url = server.url.replace("http://", "http://me:secret-word@") + "/private.png?token=secret-token"
+    with pytest.raises(ImageError, match=rf"^'{re.escape(server.url)}/private\.png': .* status 403") as caught:
+        to_rgb(url)
+    assert "secret" not in str(caught.value)
+    assert server.asked[0].headers["authorization"].startswith("Basic ")
+    assert server.asked[0].path.endswith("?token=secret-token")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (Answer({"error": "gone"}, 404), "answered with status 404; check the URL"),
+        (Answer(b"", kind="image/png"), "is empty: the server sent no bytes"),
+        (Answer(b"<html>log in</html>", kind="text/html"), "is not an image in a supported format"),
+        (Answer(png()[:-40], kind="image/png"), "is truncated or damaged"),
+        (Answer(fault="reset"), "cannot be downloaded"),
+        (Answer(png(), fault="cut"), "cannot be downloaded"),
+    ],
+    ids=["missing", "empty", "page", "truncated", "reset", "cut"],
+)
+def test_failed_downloads_name_the_url(server: RemoteServer, answer: Answer, message: str) -> None:
+    server.on("/bad.png", answer)
+    with pytest.raises(ImageError, match=rf"{re.escape(server.url)}/bad\.png.*{message}"):
+        to_rgb(f"{server.url}/bad.png")
+
+
+def test_endless_redirects_end(server: RemoteServer) -> None:
+    server.on("/round", Answer(b"", 302, {"Location": f"{server.url}/round"}))
+    with pytest.raises(ImageError, match="redirects more than 5 times"):
+        download_image(f"{server.url}/round")
+
+
+def test_the_size_is_limited(server: RemoteServer) -> None:
+    assert download_image(f"{server.url}/a.png", max_bytes=len(png())) == png()
+    with pytest.raises(ImageError, match="larger than"):
+        download_image(f"{server.url}/a.png", max_bytes=len(png()) - 1)
+
+
+def test_the_time_is_limited(server: RemoteServer) -> None:
+    server.on("/never.png", Answer(fault="hang"))
+    with pytest.raises(ImageError, match="did not answer in time"):
+        download_image(f"{server.url}/never.png", max_seconds=0.2)
+
+
+def test_an_unreachable_host_is_named() -> None:
+    with pytest.raises(ImageError, match=r"^'http://127\.0\.0\.1:9/a\.png' cannot be downloaded: .*Connection refused"):
+        to_rgb("http://127.0.0.1:9/a.png")
