@@ -58,11 +58,13 @@ class Redactor:
         """Add the detections of a keyframe.
 
         Args:
-            detections: Boxes in pixels with `tracker_id`; -1 for untracked detections.
+            detections: Boxes in pixels with `tracker_id`; -1 for untracked detections. Those that `data["duplicate"]`
+                marks extend the tracked box that they overlap most.
             time: Seconds since the first frame; no less than that of the keyframe before.
             resolution_wh: Width and height of the keyframe.
         """
         self._rescale(resolution_wh)
+        detections = _merge_duplicates(detections)
         assert detections.tracker_id is not None, "a tracker sets it"
         for row, tracker_id in enumerate(detections.tracker_id.tolist()):
             key = tracker_id if tracker_id >= 0 else next(self._untracked)
@@ -181,9 +183,9 @@ class _Observations:
             (motion.starts, motion.velocity_after, -elapsed),
         ):
             chosen = ends & (seconds > 0) & (seconds <= covered)
-            boxes.append(
-                _reached(motion.xyxy[chosen], velocity[chosen], np.clip(elapsed[chosen], -growing, growing), diagonal)
-            )
+            if chosen.any():
+                growth = np.clip(elapsed[chosen], -growing, growing)
+                boxes.append(_reached(motion.xyxy[chosen], velocity[chosen], growth, diagonal))
         return np.concatenate(boxes)
 
 
@@ -241,6 +243,23 @@ class _Motion:
         return box[None]
 
 
+def _merge_duplicates(detections: sv.Detections) -> sv.Detections:
+    """Return the detections without duplicates, whose boxes the others cover as well."""
+    duplicate = np.asarray(detections.data.get("duplicate", np.zeros(len(detections), bool)), bool)
+    if not duplicate.any() or duplicate.all():
+        return detections
+    xyxy = detections.xyxy.copy()
+    rows = np.flatnonzero(~duplicate)
+    nearest = rows[sv.box_iou_batch(detections.xyxy[duplicate], detections.xyxy[rows]).argmax(1)]
+    for row, other in zip(np.flatnonzero(duplicate), nearest, strict=True):
+        xyxy[other, :2] = np.minimum(xyxy[other, :2], detections.xyxy[row, :2])
+        xyxy[other, 2:] = np.maximum(xyxy[other, 2:], detections.xyxy[row, 2:])
+    merged = detections[~duplicate]
+    assert isinstance(merged, sv.Detections), "indexed by rows"
+    merged.xyxy = xyxy[~duplicate]
+    return merged
+
+
 def _velocities(times: Array, centers: Array, other: npt.NDArray[np.int64], longest: float) -> Array:
     """Return the velocity between each detection and another one, [N, 2]; NaN if there is none within `longest`."""
     there = (other >= 0) & (other < len(times))
@@ -263,8 +282,9 @@ def _reached(xyxy: Array, velocity: Array, elapsed: Array, diagonal: float) -> A
     """
     speed = np.hypot(*velocity.T)
     shift = velocity * (np.minimum(1.0, MAX_SPEED * diagonal / np.maximum(speed, 1e-9)) * elapsed)[:, None]
-    shift = np.nan_to_num(shift)
-    speed = np.nan_to_num(np.clip(speed, MIN_SPEED * diagonal, MAX_SPEED * diagonal), nan=UNKNOWN_SPEED * diagonal)
+    unknown = np.isnan(speed)
+    shift[unknown] = 0.0
+    speed = np.where(unknown, UNKNOWN_SPEED, np.clip(speed / diagonal, MIN_SPEED, MAX_SPEED)) * diagonal
     sides = (xyxy[:, 2:] - xyxy[:, :2]).min(1)
     margin = np.maximum(0.0, speed * np.abs(elapsed) - DRIFT * sides)[:, None]
     low = np.minimum(xyxy[:, :2] - margin, xyxy[:, :2] + shift)

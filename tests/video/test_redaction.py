@@ -333,6 +333,18 @@ def test_two_tracks_and_untracked_detections_at_once() -> None:
     assert len(redactor.cover(0.6, CLASSES, SIZE)) == 4
 
 
+def test_duplicates_extend_the_box_of_their_object() -> None:
+    redactor = Redactor(0.7)
+    found = detections(box_at(60), box_at(160), box_at(165), ids=[1, 2, -1])
+    found.data["duplicate"] = np.array([False, False, True])
+    redactor.add(found, 0.0, SIZE)
+    covered = redactor.cover(0.0, CLASSES, SIZE)
+    assert covered.tracker_id is not None
+    assert covered.tracker_id.tolist() == [1, 2]
+    assert contains(covered.xyxy[1], (150, 80, 175, 100))
+    assert not contains(covered.xyxy[0], (150, 80, 175, 100))
+
+
 def test_boxes_end_at_the_edge_of_the_frame() -> None:
     redactor = Redactor(0.7)
     for i in range(4):
