@@ -11,6 +11,7 @@ writes have; by it transformers finds this implementation.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ _IGNORED = (
     "trust_remote_code",
     "use_safetensors",
 )
+_QUESTION = re.compile(r"<image>\n\nQuestion: (.*)\n\nAnswer:", re.DOTALL)
 _WHOLE_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -216,6 +218,66 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
     ) -> EncodedImage:
         """As `LocalModel.encode_image`."""
         return self.engine.encode_image(image, settings, previous, tolerance)
+
+    def generate(
+        self, image_embeds: Any, prompt: str, tokenizer: Any, max_new_tokens: int = 128, **kwargs: Any
+    ) -> list[str]:
+        """Return a list with one answer; `query` is the newer method.
+
+        As in the published model, `tokenizer`, `max_new_tokens` and further keyword arguments are accepted and do not
+        affect the answer.
+
+        Args:
+            image_embeds: As `image` in `query`.
+            prompt: The question in the form "<image>\\n\\nQuestion: ...\\n\\nAnswer:".
+
+        Raises:
+            ImageError: The image cannot be read.
+            ValueError: The prompt has another form.
+        """
+        match = _QUESTION.fullmatch(prompt)
+        if match is None:
+            form = "<image>\n\nQuestion: ...\n\nAnswer:"
+            raise ValueError(f"prompt must have the form {form!r}, got {prompt!r:.200}; or use query(image, question)")
+        return [self.query(image_embeds, match[1])["answer"]]
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embeddings [vocab_size, dim] as a module that shares their memory."""
+        # On the meta device, because nn.Embedding would fill its own weights first.
+        vocab_size, dim = self.model.text.wte.shape
+        embeddings = nn.Embedding(vocab_size, dim, device="meta", dtype=self.model.dtype)
+        embeddings.weight = self.model.text.wte
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings.
+
+        Args:
+            value: A module with a `weight` of the same shape [vocab_size, dim].
+
+        Raises:
+            ValueError: The shape differs.
+        """
+        weight, expected = value.weight, self.model.text.wte.shape
+        if not isinstance(weight, torch.Tensor) or weight.shape != expected:
+            raise ValueError(
+                f"the embeddings must have the shape {list(expected)}, got {list(getattr(weight, 'shape', ()))}; "
+                "the size of the vocabulary is fixed by the checkpoint"
+            )
+        self.model.text.wte = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self._engine = None
+
+    def input_embeds(
+        self, input_ids: torch.Tensor | Sequence[int], *, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Return the embeddings [..., dim] of token IDs [...].
+
+        Args:
+            input_ids: A tensor of integers, or a list or tuple.
+            device: Device of the IDs before the lookup; None: the device of the model.
+        """
+        ids = torch.as_tensor(input_ids, device=self.model.device if device is None else device)
+        return self.model.text.embed(ids)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As `LocalModel.compile`; the arguments of `nn.Module.compile` are not used."""

@@ -1,7 +1,7 @@
-"""The one contract: whatever runs the model is a `VisionModel`; `PublishedMethods` puts the published names on it.
+"""The contract of every model, local or remote: `VisionModel`; `PublishedMethods` adds the published method names.
 
-A class that implements `run` and inherits `PublishedMethods` has `caption`, `query`, `detect`, `point` and
-`detect_gaze` with the arguments and the dicts of the published model.
+A class that implements `run` and inherits `PublishedMethods` has `caption`, `query`, `detect`, `point`, `detect_gaze`,
+`answer_question` and `batch_answer` with the arguments and the return values of the published model.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class PublishedMethods:
             ImageError: The image cannot be read.
             ValueError: An argument is out of range.
         """
+        _check_flag("stream", stream)
         request = Caption(image, length, Settings.of(settings))
         return {"caption": self.stream(request)} if stream else self._one(request)
 
@@ -95,7 +96,7 @@ class PublishedMethods:
         stream: bool = False,
         settings: SettingsLike = None,
     ) -> dict[str, Any]:
-        """Answer a question: `{"answer": str}`, with `"reasoning": {"text", "grounding"}` where asked for.
+        """Answer a question: `{"answer": str}`, with `"reasoning": {"text", "grounding"}` on request.
 
         Unstreamed, `logprob` is there as well, the mean log-probability of the answer's tokens.
 
@@ -109,6 +110,8 @@ class PublishedMethods:
             ImageError: The image cannot be read.
             ValueError: An argument is out of range.
         """
+        _check_flag("reasoning", reasoning)
+        _check_flag("stream", stream)
         if question is None:
             raise ValueError("question must be given")
         request = Query(image, question, reasoning, tuple(spatial_refs or ()), Settings.of(settings))  # type: ignore[arg-type]
@@ -119,20 +122,30 @@ class PublishedMethods:
             return {"answer": pieces}
         return {"reasoning": next(pieces).to_dict(), "answer": pieces}
 
-    def detect(self, image: Any, object: str, stream: bool = False, settings: SettingsLike = None) -> dict[str, Any]:
+    def detect(self, image: Any, object: str, settings: SettingsLike = None, stream: bool = False) -> dict[str, Any]:
         """Find objects: `{"objects": [{"x_min", "y_min", "x_max", "y_max", "confidence"}], "truncated"}`, fractions.
 
-        With `stream`, `objects` is an iterator that gives each as soon as it is complete.
+        Args:
+            image: As in `caption`.
+            object: The name of the objects, such as "dog".
+            settings: `max_objects`, `max_crops` and `variant` apply.
+            stream: Return an iterator under `objects`, which yields each object as soon as it is complete. The
+                published method has no such argument.
 
         Raises:
             ImageError: The image cannot be read.
             ValueError: An argument is out of range.
         """
+        _check_flag("stream", stream)
         request = Detect(image, object, Settings.of(settings))
         return {"objects": self._dicts(request)} if stream else self._one(request)
 
-    def point(self, image: Any, object: str, stream: bool = False, settings: SettingsLike = None) -> dict[str, Any]:
-        """Point at objects: `{"points": [{"x", "y", "confidence"}], "truncated"}`, fractions; errors as in `detect`."""
+    def point(self, image: Any, object: str, settings: SettingsLike = None, stream: bool = False) -> dict[str, Any]:
+        """Point at objects: `{"points": [{"x", "y", "confidence"}], "truncated"}`, fractions.
+
+        Arguments and errors are those of `detect`.
+        """
+        _check_flag("stream", stream)
         request = Point(image, object, Settings.of(settings))
         return {"points": self._dicts(request)} if stream else self._one(request)
 
@@ -184,6 +197,58 @@ class PublishedMethods:
         x, y = _without_outliers(np.array(points)).mean(0)
         return {"gaze": {"x": float(x), "y": float(y)}}
 
+    def answer_question(
+        self,
+        image_embeds: Any,
+        question: str,
+        tokenizer: Any = None,
+        chat_history: str = "",
+        result_queue: Any = None,
+        max_new_tokens: int = 256,
+        **kwargs: Any,
+    ) -> str:
+        """Return the answer to a question about an image, without surrounding whitespace; `query` is the newer method.
+
+        As in the published model, `tokenizer`, `chat_history`, `max_new_tokens` and further keyword arguments are
+        accepted and do not affect the answer.
+
+        Args:
+            image_embeds: As `image` in `caption`.
+            question: The question.
+            result_queue: A queue; the answer is also put into it.
+
+        Raises:
+            ImageError: The image cannot be read.
+            ValueError: The question is empty.
+        """
+        answer: str = self.query(image_embeds, question)["answer"].strip()
+        if result_queue is not None:
+            result_queue.put(answer)
+        return answer
+
+    def batch_answer(
+        self, images: Sequence[Any], prompts: Sequence[str], tokenizer: Any = None, **kwargs: Any
+    ) -> list[str]:
+        """Return the answers to one question per image, without surrounding whitespace. They decode together.
+
+        As in the published model, `tokenizer` and further keyword arguments are accepted and do not affect the answers.
+
+        Args:
+            images: Images, each as `image` in `caption`.
+            prompts: As many questions, in the order of the images.
+
+        Raises:
+            ImageError: An image cannot be read.
+            ValueError: A question is empty, or there are more or fewer questions than images.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(
+                f"images and prompts must have the same length, got {len(images)} and {len(prompts)}; "
+                "repeat an image to ask several questions about it"
+            )
+        requests = [Query(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return [str(_raised(result).answer).strip() for result in self.run(requests)]
+
     def _one(self, request: Request) -> dict[str, Any]:
         reply: dict[str, Any] = _raised(self.run([request])[0]).to_dict()
         return reply
@@ -191,6 +256,14 @@ class PublishedMethods:
     def _dicts(self, request: Request) -> Iterator[dict[str, float]]:
         items: Iterator[DetectedObject | DetectedPoint] = self.stream(request)
         return (item.to_dict() for item in items)
+
+
+def _check_flag(name: str, value: object) -> None:
+    """Reject settings in the position of a flag: a truthy dict would silently turn the flag on."""
+    if isinstance(value, (Settings, Mapping)):
+        raise ValueError(f"{name} must be True or False, got {value!r}; pass settings as a keyword: settings={value!r}")
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _raised(result: Result) -> Any:
