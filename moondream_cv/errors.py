@@ -25,6 +25,10 @@ class BackendError(MoondreamError):
     """A remote model that is unreachable, refuses or answers nonsense; the message names the URL, never the key."""
 
 
+class BackendTimeout(BackendError):
+    """A remote model that did not answer within its time-out."""
+
+
 class UnsupportedSkill(MoondreamError):
     """A skill that a model lacks; the message names one that has it."""
 

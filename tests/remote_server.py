@@ -42,14 +42,15 @@ class Answer:
 
     Attributes:
         body: Bytes as they are, anything else as JSON.
-        fault: "reset" the connection instead; "hang": never answer; "cut": close the connection within the body.
+        fault: "reset" the connection instead; "hang": never answer; "cut": close the connection within the body;
+            "trickle": send a byte of the body every 20 ms, and never the last one.
     """
 
     body: Any = field(default_factory=dict)
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     kind: str = "application/json"
-    fault: Literal["", "reset", "hang", "cut"] = ""
+    fault: Literal["", "reset", "hang", "cut", "trickle"] = ""
 
 
 Reply = Answer | Callable[[Asked], Answer]
@@ -165,8 +166,11 @@ class _Handler(BaseHTTPRequestHandler):
         content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.kind)
-        self.send_header("Content-Length", str(len(content) + (answer.fault == "cut")))
+        endless = {"cut": 1, "trickle": 2**20}.get(answer.fault, 0)
+        self.send_header("Content-Length", str(len(content) + endless))
         for name, value in answer.headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
+        while answer.fault == "trickle" and not self.server.remote.stopping.wait(0.02):
+            self.wfile.write(b" ")

@@ -6,7 +6,9 @@ How a request looks on the wire is left to the dialects, and connections to `htt
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 from moondream_cv.backends.failures import Failure
 from moondream_cv.backends.http import Http, Probe, check_integer
 from moondream_cv.backends.pictures import EncodedPicture, check_format, encode
-from moondream_cv.errors import BackendError, MoondreamError, UnsupportedSkill
+from moondream_cv.errors import BackendError, BackendTimeout, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
     Detect,
@@ -33,6 +35,7 @@ from moondream_cv.vision_model import PublishedMethods
 Self = TypeVar("Self", bound="RemoteModel")
 T = TypeVar("T")
 
+_GRACE = 0.1  # seconds
 _KNOWN_REQUESTS = (Detect, Point, Query, Caption, Gaze)
 _ELSEWHERE = {  # skill → what has it
     "detect": "MoondreamAPI can, and so can a model from moondream_cv.load()",
@@ -50,6 +53,10 @@ class RemoteModel(PublishedMethods):
         skills: What it can do.
         url: The server's URL, without user, password and key.
         max_in_flight: Requests that wait for the server at a time, over all threads.
+        stop_after_timeout: Whether one time-out fails the other requests of a `run`. Requests that have not been sent
+            get the error of the first one that timed out, and those in flight get it when no answer has arrived for
+            one time-out. Set it before the first request; it also disables retries after time-outs. False by default:
+            each request has a time-out of its own.
     """
 
     skills: frozenset[str] = frozenset()
@@ -75,7 +82,7 @@ class RemoteModel(PublishedMethods):
         self._image_format = image_format
         self._has_scores = has_scores
         self._lock = threading.Lock()
-        self._workers = ThreadPoolExecutor(max_in_flight, thread_name_prefix="moondream-cv-backend")
+        self._workers = self._new_workers()
         self._closed = False
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
@@ -89,12 +96,15 @@ class RemoteModel(PublishedMethods):
         self.check_open()
         pictures: dict[int, _Picture] = {}
         futures: list[Future[Result]] = []
+        batch = _Batch(self._http.timeout if self.stop_after_timeout else None)
         try:
             for request in requests:
                 image = getattr(request, "image", None)
                 picture = pictures.setdefault(id(image), _Picture(image, self._image_format))
-                futures.append(self._workers.submit(self._result, request, picture))
+                futures.append(self._workers.submit(self._result, request, picture, batch))
             pictures.clear()  # each goes when its last request is done
+            if self.stop_after_timeout:
+                return self._results_until_timeout(batch, futures)
             return [future.result() for future in futures]
         except (CancelledError, RuntimeError) as error:  # closed by another thread meanwhile
             self.check_open()
@@ -119,6 +129,14 @@ class RemoteModel(PublishedMethods):
         pieces = self._pieces(request, _Picture(request.image, self._image_format).encoded())
         first = next(pieces, None)
         return iter(()) if first is None else itertools.chain((first,), pieces)
+
+    @property
+    def stop_after_timeout(self) -> bool:  # documented with the class
+        return not self._http.retry_timeouts
+
+    @stop_after_timeout.setter
+    def stop_after_timeout(self, value: bool) -> None:
+        self._http.retry_timeouts = not value
 
     @property
     def has_scores(self) -> bool:
@@ -208,14 +226,79 @@ class RemoteModel(PublishedMethods):
         if isinstance(request, Query) and request.json_schema is not None:
             raise self._unsupported("constrain an answer to a JSON schema", "a model from moondream_cv.load() can")
 
-    def _result(self, request: Request, picture: _Picture) -> Result:
+    def _result(self, request: Request, picture: _Picture, batch: _Batch) -> Result:
+        if batch.error is not None:
+            return ErrorResult(batch.error)
         try:
             self._check(request)
-            return self._ask(request, picture.encoded())
+            encoded = picture.encoded()
+            batch.progress()
+            result = self._ask(request, encoded)
+            batch.progress()
+            return result
         except Exception as error:
             if self._closed:
                 return ErrorResult(MoondreamError(f"{self!r} was closed before the answer came"))
+            if isinstance(error, BackendTimeout):
+                batch.fail(error)
+            else:
+                batch.progress()
             return ErrorResult(error)
+
+    def _results_until_timeout(self, batch: _Batch, futures: Sequence[Future[Result]]) -> list[Result]:
+        """Return the results of a batch; those that are missing after a time-out get its error."""
+        results: dict[Future[Result], Result] = {}
+        done: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
+        for future in futures:
+            future.add_done_callback(done.put)
+        while len(results) < len(futures):
+            try:
+                future = done.get(timeout=batch.seconds_left())
+            except queue.Empty:
+                if batch.seconds_left() > 0:
+                    continue
+                missing = [future for future in futures if future not in results]
+                if not any(future.running() for future in missing):  # requests of other threads occupy all workers
+                    batch.progress()
+                    continue
+                batch.error = error = batch.error or self._http.error("", self._http.no_answer(), timed_out=True)
+                self._workers = self._new_workers()  # the old ones are occupied until the server ends the requests
+                return [results.get(future) or ErrorResult(error) for future in futures]
+            results[future] = future.result()
+        return [results[future] for future in futures]
+
+    def _new_workers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.max_in_flight, thread_name_prefix="moondream-cv-backend")
+
+
+class _Batch:
+    """The requests of one `run`.
+
+    Attributes:
+        error: The first time-out, with which the requests that have not been sent fail; None before it, and always None
+            without `stop_after_timeout`.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self.error: BackendError | None = None
+        self._timeout = timeout
+        self._last_progress = time.monotonic()
+
+    def progress(self) -> None:
+        """Note that a request is sent, or was answered."""
+        self._last_progress = time.monotonic()
+
+    def fail(self, error: BackendTimeout) -> None:
+        """Note a time-out."""
+        if self._timeout is not None and self.error is None:
+            self.error = error
+
+    def seconds_left(self) -> float:
+        """Return the seconds until one time-out has passed without progress, and a little more.
+
+        The time-outs of the requests themselves come first: their errors name the route.
+        """
+        return max(0.0, self._last_progress + (self._timeout or 0.0) + _GRACE - time.monotonic())
 
 
 class _Picture:

@@ -27,12 +27,14 @@ class Failure(Exception):
     Attributes:
         again: Whether another try may succeed.
         after: Seconds that the server asks to wait; None where it does not say.
+        timed_out: Whether the server did not answer in time.
     """
 
-    def __init__(self, message: str, again: bool = False, after: float | None = None) -> None:
+    def __init__(self, message: str, again: bool = False, after: float | None = None, timed_out: bool = False) -> None:
         super().__init__(message)
         self.again = again
         self.after = after
+        self.timed_out = timed_out
 
 
 def wait_seconds(attempt: int, backoff: float, after: float | None) -> float:

@@ -19,7 +19,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_at
 from moondream_cv.backends import bodies
 from moondream_cv.backends.addresses import Address, redacted, shortened
 from moondream_cv.backends.failures import RETRIED, Failure, refuse_errors, retry_after, said_by, wait_seconds
-from moondream_cv.errors import BackendError
+from moondream_cv.errors import BackendError, BackendTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,11 @@ class Probe:
 
 
 class Http:
-    """One server, spoken to from any number of threads."""
+    """One server, spoken to from any number of threads.
+
+    Attributes:
+        retry_timeouts: Whether a connection that could not be opened in time is tried again.
+    """
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class Http:
         check_seconds("backoff", backoff, zero=True)
         self.address = address
         self.timeout, self.retries, self.backoff = float(timeout), retries, float(backoff)
+        self.retry_timeouts = True
         self._secrets = (*secrets, *address.secrets)
         self._key_advice = key_advice
         self._client = httpx.Client(
@@ -113,7 +118,7 @@ class Http:
         """
         request = self._request(path, body, Accept="text/event-stream")
         response = self.retried(path, lambda: self._answer(request, stream=True))
-        message = None
+        message, timed_out = None, False
         try:
             if "event-stream" in response.headers.get("content-type", ""):
                 yield from _events(response)
@@ -122,11 +127,11 @@ class Http:
         except Failure as failure:
             message = str(failure)
         except httpx.HTTPError as error:
-            message = self._reason(error)
+            message, timed_out = self._reason(error), isinstance(error, httpx.TimeoutException)
         finally:
             response.close()
         if message is not None:
-            raise self.error(path, message)
+            raise self.error(path, message, timed_out)
 
     def probe(self, path: str) -> Probe:
         """Look at a route, once and not for long.
@@ -151,25 +156,31 @@ class Http:
         """Do something, and again while it raises a `Failure` that may pass.
 
         Raises:
+            BackendTimeout: The server did not answer in time.
             BackendError: It failed for good.
         """
         retrying = Retrying(
             stop=stop_after_attempt(self.retries + 1),
             wait=self._wait,
-            retry=retry_if_exception(lambda error: isinstance(error, Failure) and error.again),
+            retry=retry_if_exception(self._is_retried),
             before_sleep=lambda state: self._tell(path, state),
             reraise=True,
         )
         try:
             return retrying(once)
         except Failure as failure:
-            message = str(failure)
+            message, timed_out = str(failure), failure.timed_out
         # Outside of the handler, so that no error of a library, with a request in it, is chained to this one.
-        raise self.error(path, message)
+        raise self.error(path, message, timed_out)
 
-    def error(self, path: str, message: str) -> BackendError:
-        """An error that names the URL, and no key."""
-        return BackendError(self.safe(f"{self.address.url}{path} {message}"))
+    def error(self, path: str, message: str, timed_out: bool = False) -> BackendError:
+        """Return an error that names the URL, and no key; `BackendTimeout` if the server did not answer in time."""
+        kind = BackendTimeout if timed_out else BackendError
+        return kind(self.safe(f"{self.address.url}{path} {message}"))
+
+    def no_answer(self) -> str:
+        """Return the message of a request that timed out."""
+        return f"did not answer within {self.timeout:g} s; allow more with timeout="
 
     def safe(self, text: str) -> str:
         """A text without keys and passwords."""
@@ -195,9 +206,12 @@ class Http:
             if not stream or not response.is_success:
                 response = _read(response)
         except httpx.ReadTimeout as error:
-            raise Failure(f"did not answer within {self.timeout:g} s; allow more with timeout=") from error
+            raise Failure(self.no_answer(), timed_out=True) from error
         except httpx.HTTPError as error:
-            raise Failure(self._reason(error), again=isinstance(error, httpx.TransportError)) from error
+            timed_out = isinstance(error, httpx.TimeoutException)
+            raise Failure(
+                self._reason(error), again=isinstance(error, httpx.TransportError), timed_out=timed_out
+            ) from error
         if response.is_success:
             return response
         if response.has_redirect_location:
@@ -222,8 +236,12 @@ class Http:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return f"is not reachable ({text}); is the server running?"
         if isinstance(error, httpx.TimeoutException):
-            return f"did not answer within {self.timeout:g} s; allow more with timeout="
+            return self.no_answer()
         return f"broke off ({text})"
+
+    def _is_retried(self, error: BaseException) -> bool:
+        """Return whether another try may succeed; after a time-out only with `retry_timeouts`."""
+        return isinstance(error, Failure) and error.again and (self.retry_timeouts or not error.timed_out)
 
     def _wait(self, state: RetryCallState) -> float:
         failure = state.outcome.exception() if state.outcome else None

@@ -96,7 +96,7 @@ class RoboflowInference(RemoteModel):
         try:
             reply = self._callers.call(call, self._http.timeout)
         except TimeoutError:
-            raise Failure(f"did not answer within {self._http.timeout:g} s; allow more with timeout=") from None
+            raise Failure(self._http.no_answer(), timed_out=True) from None
         if not isinstance(reply, dict):
             raise Failure(f"answered no JSON object but {replies.shown(reply)}")
         return reply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from moondream_cv import Detector
 from moondream_cv.backends import MoondreamAPI, OpenAICompatible
 from moondream_cv.backends.base import changed
-from moondream_cv.errors import BackendError, ImageError, MoondreamError, UnsupportedSkill
+from moondream_cv.errors import BackendError, BackendTimeout, ImageError, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
     CaptionResult,
@@ -138,6 +139,69 @@ def test_a_failed_request_gives_an_error_in_its_place(server: RemoteServer, pict
         ValueError,
         CaptionResult,
     ]
+
+
+FAULTS = {
+    "hang": Answer(fault="hang"),
+    "trickle": Answer(b"{", fault="trickle"),
+    "long wait before a retry": Answer({"error": "busy"}, 503, {"Retry-After": "25"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_stop_after_timeout_fails_unsent_requests_with_the_first_timeout(server: RemoteServer, fault: str) -> None:
+    server.on("/v1/query", FAULTS[fault])
+    with remote(server, timeout=0.5, max_in_flight=4) as model:
+        model.stop_after_timeout = True
+        start = time.monotonic()
+        results = model.run([Query(None, str(number)) for number in range(40)])
+        assert time.monotonic() - start < 20  # 40 requests in turn, or one retry, would take longer
+        assert [type(getattr(result, "error", None)) for result in results] == [BackendTimeout] * 40
+        assert all("did not answer within 0.5 s" in str(result.error) for result in results)  # type: ignore[union-attr]
+        assert len(server.asked) == 4
+        server.on("/v1/query", echo)
+        assert model.run([Query(None, "still there?")]) == [QueryResult("still there?")]
+
+
+def test_stop_after_timeout_keeps_answers_from_before_the_timeout(server: RemoteServer) -> None:
+    server.on("/v1/query", lambda asked: Answer(fault="hang") if asked.body["question"] == "3" else echo(asked))
+    with remote(server, timeout=0.5, max_in_flight=1) as model:
+        model.stop_after_timeout = True
+        results = model.run([Query(None, str(number)) for number in range(6)])
+    assert results[:3] == [QueryResult(str(number)) for number in range(3)]
+    assert [type(getattr(result, "error", None)) for result in results[3:]] == [BackendTimeout] * 3
+    assert len(server.asked) == 4
+
+
+def test_stop_after_timeout_waits_for_workers_that_other_threads_use(server: RemoteServer) -> None:
+    """A time-out counts from when a request is sent."""
+    may_answer = threading.Event()
+
+    def late(asked: Asked) -> Answer:
+        assert may_answer.wait(240)
+        return echo(asked)
+
+    server.on("/v1/query", late, echo)
+    with remote(server, timeout=30.0, max_in_flight=1) as model, ThreadPoolExecutor(2) as threads:
+        model.stop_after_timeout = True
+        first = threads.submit(model.run, [Query(None, "first")])
+        while not server.asked:
+            time.sleep(0.005)
+        model._http.timeout = 0.05
+        second = threads.submit(model.run, [Query(None, "second")])
+        time.sleep(0.3)
+        assert not second.done()
+        may_answer.set()
+        assert (first.result(240), second.result(240)) == ([QueryResult("first")], [QueryResult("second")])
+
+
+def test_without_stop_after_timeout_each_request_has_its_own_timeout(server: RemoteServer) -> None:
+    server.on("/v1/query", Answer(fault="hang"), echo)
+    with remote(server, timeout=0.5, max_in_flight=1) as model:
+        failed, answered = model.run([Query(None, "1"), Query(None, "2")])
+    assert isinstance(failed, ErrorResult)
+    assert isinstance(failed.error, BackendTimeout)
+    assert answered == QueryResult("2")
 
 
 def test_nothing_to_do_asks_nothing(server: RemoteServer) -> None:
