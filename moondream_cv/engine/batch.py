@@ -6,6 +6,7 @@ Rows may be of any skill, on any image, anywhere in their replies; they share an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -143,7 +144,7 @@ class Batch:
         self._caches: dict[tuple[int, int], SharedCache] = {}  # by length of prefix, and roughly by rows of an image
         # What each row feeds next, unless its seat says otherwise, and what has been read of the object it has begun.
         self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
-        self._readings = torch.empty(0, READINGS, device=network.device)
+        self._readings = torch.empty(0, READINGS, device=network.device, dtype=torch.float32)
         self._plan: _Plan | None = None
 
     @property
@@ -274,25 +275,25 @@ class Batch:
             positions += range(seat.row.length, seat.row.length + seat.steps)
             last.append(len(owners) - 1)
         causal = len(owners) > len(seats)
-        device = self._network.device
+        integers = functools.partial(torch.tensor, device=self._network.device, dtype=torch.long)
         parts, flat = [], []
         for key, table in tables.items():
             steps = max(len(tokens) for tokens in table)
             padded = [tokens + [-1] * (steps - len(tokens)) for tokens in table]
             # A gap repeats a token of its own context: no row of another image may do harm there.
             filled = [tokens + tokens[:1] * (steps - len(tokens)) for tokens in table]
-            ids = torch.tensor([[owners[t] if t >= 0 else NOBODY for t in tokens] for tokens in padded], device=device)
+            ids = integers([[owners[t] if t >= 0 else NOBODY for t in tokens] for tokens in padded])
             dense = [t for tokens in padded for t in tokens]
             flat += dense
-            index = None if dense == list(range(len(owners))) else torch.tensor(filled, device=device)
+            index = None if dense == list(range(len(owners))) else integers(filled)
             parts.append(_Part(caches[key], ids, index, causal))
         where = {token: place for place, token in enumerate(flat) if token >= 0}
         in_order = flat == list(range(len(owners)))
         return _Plan(
-            positions=torch.tensor([positions], device=device),
+            positions=integers([positions]),
             parts=parts,
-            order=None if in_order else torch.tensor([where[t] for t in range(len(owners))], device=device),
-            last=torch.tensor(last, device=device) if causal else None,
+            order=None if in_order else integers([where[t] for t in range(len(owners))]),
+            last=integers(last) if causal else None,
         )
 
     def _take(self, reading: Reading) -> list[tuple[Row, Exception | None]]:

@@ -218,7 +218,8 @@ def _read(
     Returns:
         A [num_patches, dim] embedding and a prefix per image.
     """
-    bos = network.text.embed(torch.tensor([network.config.tokenizer.bos_id], device=network.device))  # [1, dim]
+    bos_id = torch.tensor([network.config.tokenizer.bos_id], device=network.device, dtype=torch.long)
+    bos = network.text.embed(bos_id)  # [1, dim]
     embeddings: list[Tensor] = []
     prefixes: list[Prefix] = []
     for part in _passes(len(features), 1 + network.config.vision.num_patches):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
 from moondream_cv.engine.image_cache import Coming, ImageCache, ImageKey
@@ -165,7 +166,8 @@ class LocalModel(PublishedMethods):
         frame = image.rgb if isinstance(image, PreparedImage) else to_rgb(image)
         if previous is None:
             return self.encode_arrays([frame], checked)[0]
-        return reencode(self.network, frame, previous, tolerance, **self._encoding(checked))
+        with without_autocast(self.device):
+            return reencode(self.network, frame, previous, tolerance, **self._encoding(checked))
 
     def prepare_image(self, image: Any, settings: SettingsLike = None) -> PreparedImage:
         """Do for an image what takes no network, in any thread, so that the calls that follow have less to do.
@@ -234,6 +236,10 @@ class LocalModel(PublishedMethods):
 
     def encode_arrays(self, frames: Sequence[np.ndarray | PreparedImage], settings: Settings) -> list[EncodedImage]:
         """Encode [H, W, 3] uint8 RGB arrays or prepared images with the same settings, but for those that are kept."""
+        with without_autocast(self.device):
+            return self._encode_arrays(frames, settings)
+
+    def _encode_arrays(self, frames: Sequence[np.ndarray | PreparedImage], settings: Settings) -> list[EncodedImage]:
         cache = self.image_cache
         if cache is None:
             return encode_images(self.network, frames, **self._encoding(settings))

@@ -39,7 +39,7 @@ def embed_prompts(network: MoondreamNetwork, prompts: Sequence[Prompt]) -> list[
     coords = [c for prompt in prompts for c in prompt.coords]
     sizes = [s for prompt in prompts for s in prompt.sizes]
     with torch.inference_mode():
-        embeddings = network.text.embed(torch.tensor(ids, device=device))
+        embeddings = network.text.embed(torch.tensor(ids, device=device, dtype=torch.long))
         if coords:
             fed = torch.tensor(coords, device=device, dtype=network.dtype)[:, None]
             embeddings[_places(prompts, config.coord_id)] = region.encode_coordinate(fed)

@@ -129,7 +129,7 @@ def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
     """Some rows of a tensor; all of them without a copy where they stand in order."""
     if rows == list(range(len(tensor))):
         return tensor
-    return tensor[torch.tensor(rows, device=tensor.device)]
+    return tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long)]
 
 
 def _put(tensor: Tensor, rows: list[int], values: Tensor, column: int = 0) -> None:
@@ -138,4 +138,4 @@ def _put(tensor: Tensor, rows: list[int], values: Tensor, column: int = 0) -> No
     if rows == list(range(len(tensor))):
         tensor[:, column:stop] = values
     else:
-        tensor[torch.tensor(rows, device=tensor.device), column:stop] = values
+        tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long), column:stop] = values

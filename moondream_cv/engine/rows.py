@@ -179,7 +179,9 @@ class TextRow(Row):
         self._stop = StopStringMatcher(stop) if stop else None
         self._seed = self.request.settings.seed
         if self._seed is None and self.request.settings.temperature > 0:
-            self._seed = int(torch.randint(2**62, ()))  # torch's own generator, so that `torch.manual_seed` repeats it
+            self._seed = int(
+                torch.randint(2**62, (), device="cpu", dtype=torch.long)
+            )  # torch's own generator, so that `torch.manual_seed` repeats it
         self._random: random.Random | None = None
         self._restart()
 

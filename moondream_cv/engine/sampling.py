@@ -39,11 +39,11 @@ def choose(
     logits, device = logits.float(), logits.device
     ban = [(row, token) for row, tokens in enumerate(banned) for token in tokens]
     if ban:
-        rows, tokens = torch.tensor(ban, device=device).unbind(1)
-        logits = logits.index_put((rows, tokens), torch.tensor(-torch.inf, device=device))
+        rows, tokens = torch.tensor(ban, device=device, dtype=torch.long).unbind(1)
+        logits = logits.index_put((rows, tokens), logits.new_tensor(-torch.inf))
     constrained = [row for row, bitmask in enumerate(bitmasks) if bitmask is not None]
     if constrained:
-        index = torch.tensor(constrained, device=device)
+        index = torch.tensor(constrained, device=device, dtype=torch.long)
         packed = torch.from_numpy(np.stack([bitmask for bitmask in bitmasks if bitmask is not None])).to(device)
         bits = packed[..., None] >> torch.arange(32, dtype=torch.int32, device=device) & 1  # [n, W, 32]
         allowed = bits.flatten(1)[:, : logits.shape[-1]].bool()
@@ -52,8 +52,8 @@ def choose(
     sampled = [row for row, draw in enumerate(draws) if draw is not None]
     if sampled:
         settings = [(max(temperatures[row], COLDEST), top_ps[row], draws[row]) for row in sampled]
-        temperature, top_p, draw = torch.tensor(settings, device=device)[..., None].unbind(1)
-        index = torch.tensor(sampled, device=device)
+        temperature, top_p, draw = torch.tensor(settings, device=device, dtype=torch.float32)[..., None].unbind(1)
+        index = torch.tensor(sampled, device=device, dtype=torch.long)
         behind = logits[index] - logits[index].amax(
             -1, keepdim=True
         )  # 0 at the best: no temperature makes that infinite

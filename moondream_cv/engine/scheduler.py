@@ -25,6 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.batch import Arrival, Batch
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.memory import free_after, is_out_of_memory
@@ -133,6 +134,10 @@ class Scheduler:
             MoondreamError: The model is closed.
         """
         self._model.check_open()
+        with without_autocast(self._model.device):
+            return self._step()
+
+    def _step(self) -> bool:
         self._steps += 1
         with self._lock:
             submitted, self._submitted = self._submitted, []

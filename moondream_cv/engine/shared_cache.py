@@ -40,7 +40,7 @@ class SharedCache:
         # Zeros: a gap's weight is 0, and 0 times whatever uninitialised memory holds may be NaN.
         self._layers = [tensor.new_zeros(shape) for _ in range(config.n_layers)]  # keys, then values
         self._inputs = tensor.new_zeros(contexts, prefix_length + capacity, config.dim)
-        self._owner = torch.full((contexts, prefix_length + capacity), NOBODY, device=network.device)
+        self._owner = torch.full((contexts, prefix_length + capacity), NOBODY, device=network.device, dtype=torch.long)
         self._mask = tensor
         self._clean = network.dtype == torch.float16
 
@@ -141,7 +141,7 @@ class SharedCache:
     def _pack(self, live: Collection[int]) -> None:
         """Move the entries of live rows together. Where this fails, `fed` still tells what it did."""
         owners = self._owner[: self.count, : self.end]
-        keys = torch.tensor([EVERYBODY, *live], device=owners.device)
+        keys = torch.tensor([EVERYBODY, *live], device=owners.device, dtype=torch.long)
         dead = ~torch.isin(owners, keys)
         end = self.end - int(dead.sum(1).min()) if self.count else self.prefix_length
         if end == self.end:

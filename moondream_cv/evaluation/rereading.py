@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def read_again(
     if not len(boxes):
         return []
     sized = boxes.shape[1] == 4
-    bos = torch.tensor([config.tokenizer.bos_id], device=network.device)
+    bos = torch.tensor([config.tokenizer.bos_id], device=network.device, dtype=torch.long)
     (prompt,) = embed_prompts(network, [write_prompt(request, model.tokenizer, config.tokenizer)])
     fed = boxes.to(network.device, network.dtype)
     parts = [network.region.encode_coordinate(fed[:, :2, None])]  # [N, 2, dim]
@@ -84,11 +85,16 @@ def read_again(
 def _fed(result: DetectResult | PointResult, coordinate_bins: int, size_bins: int) -> Tensor:
     """[N, 2 or 4] the numbers that were fed back: corners are sums of them and have lost a bit to rounding."""
     if isinstance(result, PointResult):
-        return torch.tensor([(p.x, p.y) for p in result.points])
-    corners = torch.tensor([(o.x_min, o.y_min, o.x_max, o.y_max) for o in result.objects]).reshape(-1, 4)
+        return _numbers([(p.x, p.y) for p in result.points])
+    corners = _numbers([(o.x_min, o.y_min, o.x_max, o.y_max) for o in result.objects]).reshape(-1, 4)
     centre = bin_to_coordinate(((corners[:, :2] + corners[:, 2:]) / 2 * coordinate_bins).round(), coordinate_bins)
     size = bin_to_size(size_to_bin(corners[:, 2:] - corners[:, :2], size_bins).round(), size_bins)
     return torch.cat((centre, size), 1)
+
+
+def _numbers(values: Sequence[Any]) -> Tensor:
+    """A float32 tensor on the CPU, whatever torch's defaults are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def formulas(readings: Sequence[Reading]) -> dict[str, list[float]]:
@@ -98,9 +104,9 @@ def formulas(readings: Sequence[Reading]) -> dict[str, list[float]]:
     """
     if not readings:
         return {}
-    going_on = torch.tensor([r.going_on for r in readings])
+    going_on = _numbers([r.going_on for r in readings])
     logits = torch.stack([r.logits.float() for r in readings])  # [N, 2 or 4, bins]
-    bins, peak = torch.arange(logits.shape[-1]), logits.argmax(-1, keepdim=True)
+    bins, peak = torch.arange(logits.shape[-1], device=logits.device), logits.argmax(-1, keepdim=True)
     probabilities = logits.softmax(-1)
 
     def mass(reach: int) -> Tensor:
@@ -121,7 +127,7 @@ def formulas(readings: Sequence[Reading]) -> dict[str, list[float]]:
         found[f"the same among what is left, {reach}"] = place / (1 - going_on * before(reach)).clamp_min(1e-6)
     if logits.shape[1] == 4:
         half = mass(16)[:, :2].prod(-1) * going_on
-        size = torch.tensor([r.box[2:] for r in readings]) * len(bins)  # [N, 2], in bins of a coordinate
+        size = _numbers([r.box[2:] for r in readings]) * len(bins)  # [N, 2], in bins of a coordinate
         for share in (0.125, 0.25):
             near = (probabilities[:, :2] * ((bins - peak[:, :2]).abs() <= share * size[..., None])).sum(-1)
             found[f"going on · masses of x and y, {share} of the size"] = going_on * near.prod(-1)

@@ -56,10 +56,12 @@ class MoondreamNetwork(nn.Module):
 def _sincos_2d(grid: int, dim: int) -> torch.Tensor:
     """[1, grid², dim] sines and cosines of row and column at geometrically spaced wavelengths."""
     quarter = dim // 4
-    frequencies = torch.pow(2.0 * grid, -torch.arange(quarter, dtype=torch.float32) / max(quarter - 1, 1)) * math.pi
-    axis = torch.arange(grid, dtype=torch.float32)[:, None] * frequencies  # [grid, quarter]
+    frequencies = (
+        torch.pow(2.0 * grid, -torch.arange(quarter, dtype=torch.float32, device="cpu") / max(quarter - 1, 1)) * math.pi
+    )
+    axis = torch.arange(grid, dtype=torch.float32, device="cpu")[:, None] * frequencies  # [grid, quarter]
     rows = torch.cat((axis.sin(), axis.cos()), -1)[:, None].expand(grid, grid, -1)
     columns = torch.cat((axis.sin(), axis.cos()), -1)[None].expand(grid, grid, -1)
-    table = torch.zeros(grid, grid, dim)
+    table = torch.zeros(grid, grid, dim, dtype=torch.float32, device="cpu")
     table[..., : 4 * quarter] = torch.cat((rows, columns), -1)
     return table.view(1, grid * grid, dim)

@@ -54,7 +54,7 @@ def _fourier(x: Tensor, frequencies: Tensor) -> Tensor:
 
 def bin_to_coordinate(index: Tensor, bins: int) -> Tensor:
     """Bin indices of a coordinate → float32 fractions of the image's side."""
-    return index / bins
+    return index.float() / bins
 
 
 def bin_to_size(index: Tensor, bins: int) -> Tensor:

@@ -136,10 +136,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
     def padded(name: str, fill: float, dtype: torch.dtype) -> Tensor:
         rows = [getattr(s.packed, name) for s in samples]
         shape = (len(rows), longest, 2) if name.endswith("sizes") else (len(rows), longest)
-        out = torch.full(shape, fill, dtype=dtype)
+        out = torch.full(shape, fill, dtype=dtype, device="cpu")
         for i, row in enumerate(rows):
             if row:
-                out[i, : len(row)] = torch.tensor(row, dtype=dtype)
+                out[i, : len(row)] = torch.tensor(row, dtype=dtype, device="cpu")
         return out
 
     return Batch(

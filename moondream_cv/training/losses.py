@@ -78,7 +78,7 @@ def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitte
             time they are the model's own and a little off.
     """
     region, prefix = network.region, network.config.prefix_length
-    bos = torch.full((len(batch.ids), 1), network.config.tokenizer.bos_id, device=tokens.device)
+    bos = torch.full((len(batch.ids), 1), network.config.tokenizer.bos_id, device=tokens.device, dtype=torch.long)
     inputs = network.text.embed(batch.ids)
     with_coord, with_size = ~batch.coords.isnan(), ~batch.sizes[..., 0].isnan()
     coords = batch.coords[with_coord]
