@@ -44,6 +44,21 @@ class TimedImage(NamedTuple):
     duration: float | None = None
 
 
+class Recording(NamedTuple):
+    """One of the recordings that a file consists of; most files have one.
+
+    Attributes:
+        time: Seconds from the first frame of the file to the first frame of the recording.
+        seconds: Time of that frame on the file's clock.
+    """
+
+    time: float
+    seconds: float
+
+
+MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 0.01, 100
+"""Limits of plausible sample aspect ratios; a file with any other is damaged."""
+
 ASSUMED_FPS = 30.0
 """Frames per second of what has no clock of its own: folders of images and iterables."""
 
@@ -72,6 +87,7 @@ class Source(ABC):
         sample_aspect_ratio: Width of a pixel divided by its height, upright; None if unknown, which means square.
         colorspace: Matrix of the source's colors, "bt601" or "bt709"; None if they are not stored as YUV or unknown.
         start_time: Seconds of the first frame on the source's own clock, which its sound shares; None without a clock.
+        recordings: The recordings read so far, which begin where the source's clock falls back. Empty without a clock.
         problems: Frames that could not be decoded and were skipped.
         ahead: Whether frames may be fetched ahead in another thread: not those of an iterable, which is its owner's.
     """
@@ -88,6 +104,7 @@ class Source(ABC):
         self.sample_aspect_ratio: Fraction | None = None
         self.colorspace: Colorspace | None = None
         self.start_time: float | None = None
+        self.recordings: list[Recording] = []
         self.problems = 0
         self._warned = False
 
@@ -158,6 +175,8 @@ class FiniteSource(Source):
             tried = f"; {self.problems} could not be decoded" if self.problems else ""
             raise VideoError(f"{name} has no frames{tried}")
         self.start_time = self._first.seconds
+        if self.start_time is not None:
+            self.recordings.append(Recording(0.0, self.start_time))
         height, width = self._first.image.shape[:2]
         self.resolution_wh = (width, height)
 
@@ -191,6 +210,8 @@ class FiniteSource(Source):
             return expected
         if self._start is None or seconds - self._start < self._time - LARGEST_CLOCK_ERROR * step:
             self._start = seconds - expected
+            if self._given:
+                self.recordings.append(Recording(expected, seconds))
         return max(seconds - self._start, self._time)  # max, since subtracting twice may lose the last bit
 
 

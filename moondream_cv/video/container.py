@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.base import ASSUMED_FPS, FiniteSource, Image, Source, TimedImage
+from moondream_cv.video.base import (
+    ASSUMED_FPS,
+    MAX_ASPECT_RATIO,
+    MIN_ASPECT_RATIO,
+    FiniteSource,
+    Image,
+    Source,
+    TimedImage,
+)
 from moondream_cv.video.timestamps import FrameTimestamps
 
 if TYPE_CHECKING:
@@ -188,7 +196,7 @@ class FrameDecoder:
             return None
         pixels, is_turned = _upright(pixels, side_data)
         ratio = self.stream.sample_aspect_ratio
-        if self._source.sample_aspect_ratio is None and ratio:
+        if self._source.sample_aspect_ratio is None and ratio and MIN_ASPECT_RATIO <= ratio <= MAX_ASPECT_RATIO:
             self._source.sample_aspect_ratio = 1 / ratio if is_turned else ratio
         if self._source.colorspace is None and not frame.format.is_rgb:
             self._source.colorspace = self._to_bgr.colorspace(frame)
@@ -205,6 +213,8 @@ class FrameDecoder:
     def _decoded(self, packet: Packet[Any] | None) -> list[VideoFrame]:
         import av
 
+        if packet is not None and not packet.size and packet.dts is not None:  # the last frame is shown for longer
+            return []
         try:
             return self.stream.codec_context.decode(packet)
         except av.error.EOFError:  # emptied twice

@@ -152,7 +152,7 @@ def annotate_video(
                 Path(target),
                 fps=None if video.fps is None else min(max(video.fps, MIN_FPS), MAX_FPS),
                 audio_from=_file(source) if audio else None,
-                start_time=video.start_time,
+                start_time=video.recordings or None,
                 sample_aspect_ratio=video.sample_aspect_ratio,
                 colorspace=video.colorspace,
             )

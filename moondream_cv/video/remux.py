@@ -6,7 +6,8 @@ import contextlib
 import heapq
 import io
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moondream_cv.errors import VideoError
+from moondream_cv.video.base import Recording
 from moondream_cv.video.writers import reason
 
 if TYPE_CHECKING:
@@ -28,7 +30,13 @@ logger = logging.getLogger(__name__)
 MATROSKA = "matroska"
 _COPIED_TYPES = {"audio": "audio", "subtitle": "subtitles"}  # FFmpeg's names of stream types → those in messages
 _COPIED_TAGS = ("language", "title", "handler_name")
+_MOV_LANGUAGES = {  # codes of ISO 639-2 that FFmpeg writes to MP4 only → their synonyms that it writes to MOV
+    "deu": "ger", "ell": "gre", "fre": "fra", "hye": "arm", "isl": "ice", "kat": "geo", "mkd": "mac", "nld": "dut",
+    "rum": "ron", "sqi": "alb", "zho": "chi", "cze": "ces", "slo": "slk", "swe": "sve", "fas": "per", "eus": "baq",
+    "msa": "may", "mya": "bur", "bod": "tib", "cym": "wel",
+}  # fmt: skip
 _PREROLL = 0.1  # seconds of sound kept before the first image, not played: decoders need some to set in
+_CLOCK_FALL = 0.1  # seconds by which a clock falls back where another recording begins
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,13 @@ class SideStreams:
     Attributes:
         path: The file.
         indices: Numbers of its streams that the target can hold, in the file's order.
-        start: Seconds on the file's clock that belong to the first image of the video.
+        recordings: Recordings of the file, with their times in the video.
         has_sound: Whether one of the streams is sound.
     """
 
     path: Path
     indices: tuple[int, ...]
-    start: float
+    recordings: Sequence[Recording]
     has_sound: bool
 
 
@@ -149,9 +157,18 @@ def remux(
             other = files.enter_context(av.open(str(side.path), metadata_errors="replace"))
             copies = {index: _copied_stream(output, other.streams[index]) for index in side.indices}
             preroll = 0.0 if file_format == MATROSKA else _PREROLL  # Matroska has no times below 0; it would move all
-            merged.append(_shifted(other, copies, side.start, total, preroll))
+            merged.append(_shifted(other, copies, side.recordings or [Recording(0.0, 0.0)], total, preroll))
+        output.start_encoding()  # from here on, the streams have the time bases of the target
+        damaged = 0
         for packet in heapq.merge(*merged, key=_decoding_time):
-            output.mux(packet)
+            try:
+                output.mux(packet)
+            except (av.error.InvalidDataError, av.error.PatchWelcomeError):  # of a filter that reads the packet
+                if packet.stream is stream:
+                    raise
+                damaged += 1
+        if damaged and side is not None:
+            logger.warning("%s: %d damaged packets of sound or subtitles were left out", side.path, damaged)
 
 
 def _can_hold(file_format: str, stream: Stream) -> bool:
@@ -177,6 +194,9 @@ def _copied_stream(output: OutputContainer, stream: Stream) -> Stream:
     """Add a stream like another one, with its language and title."""
     copy = output.add_stream_from_template(stream, opaque=True)
     copy.metadata.update({key: stream.metadata[key] for key in _COPIED_TAGS if key in stream.metadata})
+    if output.format.name == "mov" and "language" in copy.metadata:
+        language = copy.metadata["language"]
+        copy.metadata["language"] = _MOV_LANGUAGES.get(language, language)
     disposition: Any = getattr(stream, "disposition", None)
     if disposition is not None:
         copy.disposition = getattr(disposition, "value", disposition)  # PyAV 14 takes the number only
@@ -189,6 +209,8 @@ def _packets(opened: InputContainer, streams: list[Any]) -> Iterator[Packet[Any]
 
     try:
         for packet in opened.demux(streams):
+            if packet.dts is None and not packet.size:
+                return  # PyAV would raise IndexError if streams were added to the file later
             if packet.dts is not None and packet.pts is not None and packet.size and not packet.is_corrupt:
                 yield packet
     except av.error.FFmpegError as error:
@@ -233,38 +255,85 @@ class _Timeline:
             yield packet
 
 
+@dataclass
+class _Track:
+    """A stream that is copied.
+
+    Attributes:
+        copy: Stream of the target.
+        recording: Index of the recording that its last packet belongs to.
+        newest: Decoding time of its last packet, in seconds on the file's clock.
+        written: Decoding time of the last packet that was copied, in ticks of the file.
+    """
+
+    copy: Stream
+    recording: int = 0
+    newest: float = -math.inf
+    written: int | None = None
+
+    def least_dts(self, unit: Fraction) -> int:
+        """Return the decoding time, in ticks of the file, that the next packet must have at least."""
+        if self.written is None:
+            return -(2**62)
+        if self.copy.type == "subtitle":
+            return self.written
+        return self.written + math.ceil((self.copy.time_base or unit) / unit)  # sound must rise in ticks of the target
+
+
 def _shifted(
-    opened: InputContainer, copies: dict[int, Stream], start: float, end: float, preroll: float
+    opened: InputContainer, copies: dict[int, Stream], recordings: Sequence[Recording], end: float, preroll: float
 ) -> Iterator[Packet[Any]]:
     """Give the packets of several streams to their copies, moved to the video's time.
+
+    Where the clock of a stream falls back, the next recording begins. Decoding times that do not rise are raised.
 
     Args:
         opened: File that they come from.
         copies: Number of a stream in that file → its copy.
-        start: Seconds on the file's clock of the video's first image.
-        end: Seconds from there after which nothing begins.
+        recordings: Recordings of the file, with their times in the video.
+        end: Seconds from the first image after which nothing begins.
         preroll: Seconds before the first image from which sound is kept.
     """
+    tracks = {index: _Track(copy) for index, copy in copies.items()}
+    last = len(recordings) - 1
     running = set(copies)
     for packet in _packets(opened, [opened.streams[index] for index in copies]):
-        index = packet.stream.index
+        index, unit = packet.stream.index, Fraction(packet.time_base)
+        track, is_subtitle = tracks[index], packet.stream.type == "subtitle"
         packet_pts, packet_dts = packet.pts or 0, packet.dts or 0
-        begin = float(packet_pts * packet.time_base) - start
+
+        # Find the recording
+        seconds = float(packet_dts * unit)
+        if seconds < track.newest - _CLOCK_FALL and track.recording < last:
+            track.recording += 1
+        track.newest = seconds
+        if is_subtitle:  # too few to see by themselves where a recording begins
+            track.recording = max(other.recording for other in tracks.values())
+        recording = recordings[track.recording]
+
+        # Move the packet, or leave it out
+        start = recording.seconds - recording.time
+        begin = float(packet_pts * unit) - start
         if begin >= end:
-            running.discard(index)
+            if track.recording == last:
+                running.discard(index)
             if not running:
                 return
             continue
-        ticks = round(start / packet.time_base)
+        if track.recording < last and begin >= recordings[track.recording + 1].time:
+            continue
+        ticks = round(start / unit)
         pts, dts = packet_pts - ticks, packet_dts - ticks
-        if packet.stream.type == "subtitle":
+        if is_subtitle:
             if begin < 0:  # shown since before the first image: what is left of it
                 packet.duration, pts, dts = max(0, (packet.duration or 0) + pts), 0, 0
             if not packet.duration:
                 continue
-        elif begin < -preroll:
+        elif begin < max(-preroll, recording.time if track.recording else -preroll):
             continue
-        packet.pts, packet.dts, packet.stream = pts, dts, copies[index]
+        dts = max(dts, track.least_dts(unit))
+        track.written = dts
+        packet.pts, packet.dts, packet.stream = max(pts, dts), dts, track.copy
         yield packet
 
 

@@ -48,7 +48,10 @@ class FrameTimestamps:
     def add_packet(self, packet: Packet[Any]) -> int | None:
         """Take note of a packet before it is decoded, and return its own timestamp, None if it has none."""
         stamp = packet.pts if self._slots is None else packet.dts
-        if stamp is None or not packet.size:
+        if stamp is None:
+            return None
+        if not packet.size:  # repeats the frame before it
+            self._extend(packet, stamp)
             return None
         if self._slots is not None:
             heapq.heappush(self._slots, stamp)
@@ -56,12 +59,16 @@ class FrameTimestamps:
         if packet.dts is not None:
             self._first_dts = packet.dts if self._first_dts is None else self._first_dts
         if not getattr(packet, "is_discard", False):  # outside the part that an edit list shows
-            if self._last_stamp is None or stamp >= self._last_stamp:
-                self._last_stamp, self._end = stamp, stamp + (packet.duration or 0)
-            if packet.dts is not None:
-                self._last_duration = packet.duration or 0
-                self._decoding_end = packet.dts + self._last_duration
+            self._extend(packet, stamp)
         return stamp
+
+    def _extend(self, packet: Packet[Any], stamp: int) -> None:
+        """Move the end of the last frame to the end of a packet, if that is later."""
+        if self._last_stamp is None or stamp >= self._last_stamp:
+            self._last_stamp, self._end = stamp, stamp + (packet.duration or 0)
+        if packet.dts is not None:
+            self._last_duration = packet.duration or 0
+            self._decoding_end = packet.dts + self._last_duration
 
     @property
     def start(self) -> int | None:

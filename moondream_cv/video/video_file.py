@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.base import Colorspace
+from moondream_cv.video.base import MAX_ASPECT_RATIO, MIN_ASPECT_RATIO, Colorspace, Recording
 from moondream_cv.video.colors import usual_colorspace
 from moondream_cv.video.encoder import TICKS, H264Encoder, Preset
 from moondream_cv.video.frame import Frame
@@ -57,7 +58,7 @@ class VideoWriter(Writer):
         *,
         fps: float | None = None,
         audio_from: str | Path | None = None,
-        start_time: float | None = None,
+        start_time: float | Sequence[Recording] | None = None,
         sample_aspect_ratio: Fraction | float | None = None,
         colorspace: Colorspace | None = None,
         crf: int = 23,
@@ -73,8 +74,9 @@ class VideoWriter(Writer):
                 first image (its beginning, if it has none); what begins before the first frame written and after the
                 last is left out. Tracks that the target cannot hold are left out with a logged warning; a file without
                 sound too, silently.
-            start_time: Seconds on the clock of `audio_from` that belong to time 0 of the frames: `Source.start_time`.
-                None to decode its first image and take the time of that.
+            start_time: Seconds on the clock of `audio_from` that belong to time 0 of the frames, or the
+                `Source.recordings` of the file, which are read when the writer is closed. None to decode the first
+                image of the file and take the time of that.
             sample_aspect_ratio: Width of a pixel divided by its height; None for square pixels.
             colorspace: Matrix with which colors are stored, "bt601" or "bt709"; None for BT.709 from 1280 columns or
                 720 lines up and BT.601 below, which programs assume that ignore the tag, OpenCV among them.
@@ -93,7 +95,7 @@ class VideoWriter(Writer):
             raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}, not {preset!r}")
         if colorspace is not None and colorspace not in get_args(Colorspace):
             raise ValueError(f"colorspace must be one of {', '.join(get_args(Colorspace))}, got {colorspace!r}")
-        if sample_aspect_ratio is not None and not 0.01 <= sample_aspect_ratio <= 100:
+        if sample_aspect_ratio is not None and not MIN_ASPECT_RATIO <= sample_aspect_ratio <= MAX_ASPECT_RATIO:
             raise ValueError(f"sample_aspect_ratio must be between 0.01 and 100, got {sample_aspect_ratio}")
         self.path = Path(path)
         self.saved_frames: int | None = None
@@ -223,7 +225,7 @@ class VideoWriter(Writer):
     def _finish(self, final: Path, times: npt.NDArray[np.int64], side: SideStreams | None) -> bool:
         """Copy the packets of the part and of sound and subtitles into the final file; log why if that fails."""
         try:
-            moved = None if side is None else replace(side, start=side.start + self._clock.origin)
+            moved = None if side is None else replace(side, recordings=self._written_recordings(side))
             remux(self._part, final, self._format, times, self._clock.last_duration, moved)
             if len(image_times(final)) < len(times):
                 raise OSError("there is no room for a second copy")
@@ -232,6 +234,10 @@ class VideoWriter(Writer):
             logger.warning("%s is without %s: %s", self.path, lost, reason(error))
             return False
         return True
+
+    def _written_recordings(self, side: SideStreams) -> list[Recording]:
+        """Return the recordings of the other file with their times in this one."""
+        return [recording._replace(time=recording.time - self._clock.origin) for recording in side.recordings]
 
     def _write_error(self, error: Exception) -> VideoError:
         if not self._frames and not isinstance(error, OSError):
@@ -278,12 +284,17 @@ class _Clock:
         return int(self._nominal or self._step) / TICKS
 
 
-def _side_streams(source: Path, target: Path, file_format: str, start_time: float | None) -> SideStreams | None:
+def _side_streams(
+    source: Path, target: Path, file_format: str, start_time: float | Sequence[Recording] | None
+) -> SideStreams | None:
     """Return what to copy of a file beside a video; None if there is nothing."""
     indices, has_sound = copyable_streams(source, target, file_format)
     if not indices:
         return None
-    return SideStreams(source, indices, _first_image(source) if start_time is None else start_time, has_sound)
+    if start_time is None:
+        start_time = _first_image(source)
+    recordings = start_time if isinstance(start_time, Sequence) else [Recording(0.0, start_time)]
+    return SideStreams(source, indices, recordings, has_sound)
 
 
 def _first_image(path: Path) -> float:

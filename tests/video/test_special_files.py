@@ -20,7 +20,18 @@ from moondream_cv.errors import VideoError
 from moondream_cv.video import open_source
 from moondream_cv.video.video_file import VideoWriter
 from tests.clips import numbered, write_clip
-from tests.video.test_formats import annotated, beeps, no_objects, opencv_frames, probed, video_frames
+from tests.video.test_formats import (
+    FLASHES,
+    FORMATS,
+    SECONDS,
+    annotated,
+    beeps,
+    make,
+    no_objects,
+    opencv_frames,
+    probed,
+    video_frames,
+)
 
 DATA = Path(__file__).parents[1] / "data" / "video"
 HAS_TONE_MAPPING = int(av.__version__.partition(".")[0]) >= 16  # with FFmpeg 8
@@ -127,6 +138,54 @@ def test_a_file_that_gives_the_unit_of_its_clock_as_its_frame_rate(tmp_path: Pat
     assert video_frames(target)[0] == pytest.approx([number / 25 for number in range(20)], abs=2e-3)
 
 
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("kind", ["ts", "mpg"])
+def test_sound_stays_in_sync_in_a_file_of_two_recordings(
+    tmp_path: Path, kind: str, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `cat a.ts b.ts` makes it: the clock begins again in the middle."""
+    make(tmp_path / f"one.{kind}", FORMATS[kind])
+    source = tmp_path / f"two.{kind}"
+    source.write_bytes(2 * (tmp_path / f"one.{kind}").read_bytes())
+    target, summary = annotated(source, suffix)
+    assert not caplog.records
+    times, flashes = video_frames(target)
+    expected = [*FLASHES, *(SECONDS + second for second in FLASHES)]
+    assert summary.frames == len(times) == 200
+    assert [times[number] for number in flashes] == pytest.approx(expected, abs=0.02)
+    assert beeps(target) == pytest.approx(expected, abs=0.04)
+    assert probed(target)["format_duration"] == pytest.approx(2 * SECONDS, abs=0.04)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_streams_that_begin_in_the_middle_of_a_file(tmp_path: Path, suffix: str) -> None:
+    """A second program with other numbers of streams, as after a change of the channel."""
+    make(tmp_path / "one.ts", FORMATS["ts"])
+    renumbered = ["-mpegts_start_pid", "0x300", "-mpegts_pmt_start_pid", "0x500", "-output_ts_offset", "4"]
+    ffmpeg("-i", tmp_path / "one.ts", "-c", "copy", *renumbered, tmp_path / "other.ts")
+    source = tmp_path / "two.ts"
+    source.write_bytes((tmp_path / "one.ts").read_bytes() + (tmp_path / "other.ts").read_bytes())
+    target, summary = annotated(source, suffix)
+    assert summary.frames == 100
+    assert beeps(target) == pytest.approx(FLASHES, abs=0.04)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_that_are_stored_as_repetitions(tmp_path: Path, suffix: str) -> None:
+    """Theora stores an empty packet for a frame like the one before it."""
+    source = tmp_path / "still.ogv"
+    ffmpeg("-f", "lavfi", "-i", "color=gray:s=128x96:r=25:d=3", "-c:v", "libtheora", "-g", "25", source)
+    with av.open(str(source)) as opened:
+        sizes = [packet.size for packet in opened.demux(video=0) if packet.dts is not None]
+    assert sizes.count(0) > 20
+    target, summary = annotated(source, suffix)
+    assert (summary.problems, summary.frames) == (0, len(sizes) - sizes.count(0))
+    assert probed(target)["format_duration"] == pytest.approx(len(sizes) / 25, abs=0.04)
+
+
 # Sound tracks and subtitles -----------------------------------------------------------------------------------------
 
 
@@ -185,6 +244,49 @@ def test_tracks_that_a_container_cannot_hold_are_named(
 
 
 @needs_ffmpeg
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_sound_whose_times_do_not_rise(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path / "input.mp4", FORMATS["mp4"])
+    source = tmp_path / "fragments.mp4"
+    ffmpeg("-i", tmp_path / "input.mp4", "-c", "copy", "-movflags", "empty_moov+delay_moov+frag_every_frame", source)
+    with av.open(str(source)) as opened:
+        stamps = [packet.dts for packet in opened.demux(audio=0) if packet.dts is not None]
+    assert min(np.diff(stamps)) == 0
+    target, _ = annotated(source, suffix)
+    assert not caplog.records
+    assert beeps(target) == pytest.approx(FLASHES, abs=0.04)
+
+
+@needs_ffmpeg
+def test_a_damaged_packet_of_sound_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "input.ts"
+    make(source, FORMATS["ts"])
+    content = bytearray(source.read_bytes())
+    header = content.index(b"\xff\xf1", len(content) // 2)  # of a packet of AAC
+    content[header + 2] |= 0x3C  # a sampling rate that does not exist
+    source.write_bytes(content)
+    target, _ = annotated(source, ".mp4")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{source}: 1 damaged packets of sound or subtitles were left out"
+    ]
+    assert beeps(target) == pytest.approx(FLASHES, abs=0.04)
+
+
+@needs_ffmpeg
+def test_languages_are_kept_in_mov(tmp_path: Path) -> None:
+    """FFmpeg writes only one of the two codes of a language to MOV."""
+    codes = {"deu": "ger", "ger": "ger", "fra": "fra", "fre": "fra", "nld": "dut", "eng": "eng"}
+    sounds = [part for _ in codes for part in ("-f", "lavfi", "-i", "sine=d=1")]
+    maps = [part for number in range(len(codes) + 1) for part in ("-map", number)]
+    tags = [part for number, code in enumerate(codes) for part in (f"-metadata:s:a:{number}", f"language={code}")]
+    clip = ["-f", "lavfi", "-i", "testsrc=s=128x96:r=25:d=1"]
+    ffmpeg(*sounds, *clip, *maps, *tags, "-c:v", "libx264", "-c:a", "aac", tmp_path / "input.mkv")
+    target, _ = annotated(tmp_path / "input.mkv", ".mov")
+    with av.open(str(target)) as opened:
+        assert [stream.metadata["language"] for stream in opened.streams.audio] == list(codes.values())
+
+
+@needs_ffmpeg
 def test_a_subtitle_from_before_the_first_frame_is_cut(tmp_path: Path) -> None:
     source = with_tracks(tmp_path)
     with open_source(source) as opened, VideoWriter(tmp_path / "a.mkv", fps=25, audio_from=source) as writer:
@@ -195,6 +297,20 @@ def test_a_subtitle_from_before_the_first_frame_is_cut(tmp_path: Path) -> None:
         texts = [packet for packet in written.demux(written.streams.subtitles[0]) if packet.size]
         assert [float(packet.pts * packet.time_base) for packet in texts] == pytest.approx([0, 1], abs=0.01)
         assert [float(packet.duration * packet.time_base) for packet in texts] == pytest.approx([0.5, 1], abs=0.01)
+
+
+# Shape --------------------------------------------------------------------------------------------------------------
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("ratio", ["32767/1", "1/300"])
+def test_a_sample_aspect_ratio_that_cannot_be_right_is_ignored(tmp_path: Path, ratio: str) -> None:
+    source = tmp_path / "input.mkv"
+    clip = f"testsrc=s=128x96:r=25:d=0.2,setsar={ratio}:max=100000"
+    ffmpeg("-f", "lavfi", "-i", clip, "-c:v", "mpeg4", source)
+    assert probed(source)["sample_aspect_ratio"] == ratio.replace("/", ":")
+    target, _ = annotated(source, ".mp4")
+    assert probed(target)["sample_aspect_ratio"] == "1:1"
 
 
 # Closing ------------------------------------------------------------------------------------------------------------
