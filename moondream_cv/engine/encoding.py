@@ -31,14 +31,16 @@ are one pass, and more would not make a GPU any busier; the tiny model reads 187
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """An image as the decoder sees it; usable in place of the image in every call of the model that made it.
+    """An image as the decoder sees it; usable in place of the image in every call of a model with the same weights.
+
+    It can be pickled and used in another process.
 
     Attributes:
         size: (width, height) of the image in pixels.
         tiling: (rows, columns) of local crops.
         max_crops: Local crops at the most that it was encoded with.
         variant: The adapter that it was encoded with; None is the one that the model was loaded with.
-        model_key: Identifies the model.
+        model_key: The fingerprint of the model and of the adapter.
         crops: [1 + rows · columns, crop_size, crop_size, 3] uint8 RGB: the global crop and the local ones row by row,
             as they were encoded.
         features: [1 + rows · columns, num_patches, enc_dim] what the vision encoder makes of each crop.
@@ -50,7 +52,7 @@ class EncodedImage:
     tiling: tuple[int, int]
     max_crops: int
     variant: str | None
-    model_key: int
+    model_key: str
     crops: np.ndarray
     features: Tensor
     embedding: Tensor
@@ -61,14 +63,12 @@ class EncodedImage:
         """Bytes of all tensors and arrays, wherever they lie."""
         return self.crops.nbytes + self.features.nbytes + self.embedding.nbytes + self.prefix.nbytes
 
-    def check(self, model_key: int, max_crops: int | None, variant: str | None) -> None:
+    def check(self, model_key: str, max_crops: int | None, variant: str | None) -> None:
         """Refuse to be used by another model or with other settings than it was made with.
 
         Raises:
             ValueError: Names what differs.
         """
-        if model_key != self.model_key:
-            raise ValueError("this image was encoded by another model; encode it with the model that is asked")
         if max_crops is not None and max_crops != self.max_crops:
             raise ValueError(
                 f"this image was encoded with max_crops={self.max_crops}, not {max_crops}; encode it again"
@@ -76,6 +76,11 @@ class EncodedImage:
         if variant != self.variant:
             raise ValueError(
                 f"this image was encoded with the adapter {self.variant!r}, not {variant!r}; encode it again"
+            )
+        if model_key != self.model_key:
+            raise ValueError(
+                f"this image was encoded by another model (other weights, dtype or adapter: fingerprint "
+                f"{self.model_key!r}, not {model_key!r}); encode it with the model that gets the request"
             )
 
 
@@ -85,7 +90,7 @@ def encode_images(
     *,
     max_crops: int | None,
     variant: str | None,
-    model_key: int,
+    model_key: str,
     lora: Sequence[LayerLora] | None,
 ) -> list[EncodedImage]:
     """Cut, encode and prefill images of any sizes together.
@@ -94,7 +99,7 @@ def encode_images(
         frames: Each [H, W, 3] uint8 RGB, or an image that is cut already.
         max_crops: Local crops of an image at the most; None: as many as the model was trained with.
         variant: The name of `lora`, for `EncodedImage.check`.
-        model_key: Identifies the model, for `EncodedImage.check`.
+        model_key: The fingerprint of the model and of `lora`, for `EncodedImage.check`.
         lora: The adapter.
 
     Returns:
@@ -130,7 +135,7 @@ def reencode(
     *,
     max_crops: int | None,
     variant: str | None,
-    model_key: int,
+    model_key: str,
     lora: Sequence[LayerLora] | None,
 ) -> EncodedImage:
     """Encode a frame of a clip, and of its crops only those that look different from what was encoded before.
@@ -145,7 +150,7 @@ def reencode(
             deviation of the camera's noise is enough. 0: only crops that are equal to the last bit.
         max_crops: None: that of `previous`.
         variant: The name of `lora`.
-        model_key: Identifies the model.
+        model_key: The fingerprint of the model and of `lora`.
         lora: The adapter that `variant` names.
 
     Returns:
@@ -171,7 +176,7 @@ def reencode(
     crops = np.where(changed[:, None, None, None], cut.pixels, previous.crops)
     fresh = crops[:1] if cut.tiling == (1, 1) else crops[changed]
     with torch.inference_mode():
-        features = previous.features.clone()
+        features = previous.features.to(network.device, copy=True)
         features[torch.from_numpy(changed).to(features.device)] = _encode_crops(network, list(fresh))
         (embedding,), (prefix,) = _read(network, [features], [cut.tiling], lora)
     return EncodedImage(

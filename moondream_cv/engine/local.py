@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
+from moondream_cv.engine.fingerprint import fingerprint
 from moondream_cv.engine.image_cache import Coming, ImageCache, ImageKey
 from moondream_cv.engine.prepared import PreparedImage
 from moondream_cv.engine.scheduler import Limits, Scheduler
@@ -25,8 +26,6 @@ from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
-
-_model_keys = itertools.count()
 
 
 class LocalModel(PublishedMethods):
@@ -61,13 +60,13 @@ class LocalModel(PublishedMethods):
         self.config, self.tokenizer, self.name = network.config, tokenizer, name
         self.adapter, self.calibration = adapter, calibration
         self.skills = frozenset({k for k, v in self.config.tokenizer.templates.items() if v is not None} | {"gaze"})
-        self.key = next(_model_keys)
         text = self.config.text
         positions = self.config.prefix_length * text.n_layers * text.n_kv_heads * text.head_dim
         self.limits = Limits.of(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
         self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
         self._variants: dict[str, Adapter] = {}
+        self._fingerprints: dict[str | None, str] = {}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -159,7 +158,7 @@ class LocalModel(PublishedMethods):
         self.check_open()
         checked = Settings.of(settings)
         if isinstance(image, EncodedImage):
-            image.check(self.key, checked.max_crops, checked.variant)
+            image.check(self.fingerprint(checked.variant), checked.max_crops, checked.variant)
             return image
         if isinstance(image, PreparedImage) and previous is None:
             return self.encode_arrays([image], checked)[0]
@@ -230,6 +229,24 @@ class LocalModel(PublishedMethods):
                 self._variants[variant] = load_adapter(variant, self.config, device=self.device, dtype=self.dtype)
             return self._variants[variant].layers
 
+    def fingerprint(self, variant: str | None = None) -> str:
+        """Return 32 hexadecimal digits that identify the weights, their dtype and an adapter.
+
+        Models of the same checkpoint have the same fingerprint in every process, also on different devices. Changes of
+        the weights after the first call are not seen.
+
+        Args:
+            variant: The adapter; None: the one that the model was loaded with, if any.
+
+        Raises:
+            CheckpointError: The adapter is missing or does not fit.
+        """
+        lora = self.lora(variant)
+        with self._lock:
+            if variant not in self._fingerprints:
+                self._fingerprints[variant] = fingerprint(self.network, lora)
+            return self._fingerprints[variant]
+
     def max_crops(self, settings: Settings) -> int:
         """Local crops of an image at the most; without a setting, as many as the model was trained with."""
         return settings.max_crops or self.config.vision.max_crops
@@ -271,7 +288,7 @@ class LocalModel(PublishedMethods):
         return {
             "max_crops": settings.max_crops,
             "variant": variant,
-            "model_key": self.key,
+            "model_key": self.fingerprint(variant),
             "lora": self.lora(variant),
         }
 

@@ -205,7 +205,7 @@ class Scheduler:
         """The image of a request, the same for all that give the same object or path with the same settings."""
         settings, source = request.settings, request.image
         if isinstance(source, EncodedImage):
-            source.check(self._model.key, settings.max_crops, settings.variant)
+            source.check(self._model.fingerprint(settings.variant), settings.max_crops, settings.variant)
             key: Any = (id(source), settings.variant)
         else:
             key = (source_key(source), self._model.max_crops(settings), settings.variant)

@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 IMAGES = ("0_378x378.png", "1_640x480.png", "3_200x900.png", "4_50x40.png")  # 1, 8, 1 and 1 local crops
 NAMES = ["dog", "red circle", "blue star"]
 SMALL = VisionConfig(crop_size=112, max_crops=4, overlap_margin=1)
-SETTINGS: dict[str, Any] = {"max_crops": None, "variant": None, "model_key": 7, "lora": None}
+SETTINGS: dict[str, Any] = {"max_crops": None, "variant": None, "model_key": "7", "lora": None}
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -276,7 +276,7 @@ def test_a_frame_of_another_size_is_encoded_in_full(model: LocalModel, frame: np
 @pytest.mark.parametrize(
     ("different", "message"),
     [
-        ({"model_key": 8}, "encoded by another model"),
+        ({"model_key": "8"}, "encoded by another model"),
         ({"max_crops": 3}, "max_crops=4, not 3"),
         ({"variant": "other"}, "adapter None, not 'other'"),
     ],

@@ -32,7 +32,7 @@ def image_of(nbytes: int) -> EncodedImage:
         tiling=(1, 1),
         max_crops=None,
         variant=None,
-        model_key=0,
+        model_key="0",
         crops=np.zeros(nbytes - 16, np.uint8),
         features=word,
         embedding=word,
@@ -58,7 +58,7 @@ def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
     cache = ImageCache(4, 10_000_000)
     key = cache.key(frame, None, None)
     assert kept(cache, key) is None
-    (encoded,) = encode_images(model.network, [frame], max_crops=None, variant=None, model_key=0, lora=None)
+    (encoded,) = encode_images(model.network, [frame], max_crops=None, variant=None, model_key="0", lora=None)
     cache.put(key, encoded)
     assert kept(cache, cache.key(frame.copy(), None, None)) is encoded
     assert (len(cache), cache.nbytes) == (1, encoded.nbytes)

@@ -1,0 +1,51 @@
+"""Identify weights by their content, so that encoded images can move between processes.
+
+The fingerprint covers the name, shape and dtype of every weight, and a sample of its values: a fine-tune has the same
+header as the original. It does not depend on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.model.text import LayerLora
+
+SAMPLES = 256  # values of each weight, evenly spaced
+_DIGEST_BYTES = 16
+
+
+@torch.no_grad()
+def fingerprint(network: MoondreamNetwork, lora: Sequence[LayerLora] | None) -> str:
+    """Return 32 hexadecimal digits that identify a network, its dtype and an adapter.
+
+    Args:
+        network: The weights, on any device but meta.
+        lora: The layers of the adapter; None: no adapter.
+    """
+    digest = hashlib.blake2b(repr(network.config).encode(), digest_size=_DIGEST_BYTES)
+    named = [*network.named_parameters(), *_adapter_tensors(lora or ())]
+    for name, tensor in named:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+    digest.update(_sample(tensor for _, tensor in named))
+    return digest.hexdigest()
+
+
+def _adapter_tensors(layers: Iterable[LayerLora]) -> Iterator[tuple[str, Tensor]]:
+    for i, layer in enumerate(layers):
+        for block, projections in layer.items():
+            for projection, pair in projections.items():
+                for side, tensor in zip("AB", pair, strict=True):
+                    yield f"adapter.{i}.{block}.{projection}.{side}", tensor
+
+
+def _sample(tensors: Iterable[Tensor]) -> bytes:
+    samples = []
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float())
+    return torch.cat(samples).cpu().numpy().tobytes()  # one transfer from the device
