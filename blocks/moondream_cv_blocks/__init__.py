@@ -6,17 +6,39 @@ the process share. An init parameter `moondream_cv_blocks.models` puts another o
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from .pool import ModelPool, shared_pool
+from .pool import ModelPool, environment_problems, shared_pool
+
+logger = logging.getLogger(__name__)
+
+_logged: set[str] = set()  # problems with environment variables
 
 __all__ = ["REGISTERED_INITIALIZERS", "ModelPool", "load_blocks"]
 
-REGISTERED_INITIALIZERS = {"models": shared_pool}
+
+def models_of_process() -> ModelPool:
+    """Return the pool that all blocks of the process share.
+
+    Raises:
+        WorkflowEnvironmentConfigurationError: An environment variable has an invalid value; servers return its message.
+    """
+    try:
+        return shared_pool()
+    except ValueError as error:
+        from .roboflow import WorkflowEnvironmentConfigurationError
+
+        raise WorkflowEnvironmentConfigurationError(
+            public_message=str(error), context="workflow_compilation | steps_initialisation", inner_error=error
+        ) from error
+
+
+REGISTERED_INITIALIZERS = {"models": models_of_process}
 
 
 def load_blocks() -> list[type[Any]]:
-    """The blocks of this plugin.
+    """Return the blocks of this plugin, and log environment variables with invalid values once.
 
     Raises:
         ImportError: There is no workflows engine; names the extra that brings one.
@@ -27,4 +49,8 @@ def load_blocks() -> list[type[Any]]:
     from .query import QueryBlock
     from .track import TrackBlock
 
+    for problem in environment_problems():
+        if problem not in _logged:
+            _logged.add(problem)
+            logger.error("%s", problem)
     return [DetectBlock, PointBlock, QueryBlock, CaptionBlock, TrackBlock]

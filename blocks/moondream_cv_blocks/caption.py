@@ -8,7 +8,7 @@ from pydantic import Field
 
 from moondream_cv.requests import Caption, CaptionResult
 
-from .fields import Text, TextManifest, described, error_outputs
+from .fields import ALWAYS_VISIBLE, Text, TextManifest, described, error_outputs
 from .results import outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, ask
@@ -42,11 +42,15 @@ class Manifest(TextManifest):
         title="Length",
         description="How much to say: `short` is a sentence, `normal` a paragraph, `long` several.",
         examples=["short", "normal", "long", "$inputs.length"],
+        json_schema_extra=ALWAYS_VISIBLE,
     )
 
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
-        return [OutputDefinition(name="caption", kind=[types.STRING_KIND]), *error_outputs()]
+        return [
+            OutputDefinition(name="caption", kind=[types.STRING_KIND, types.LANGUAGE_MODEL_OUTPUT_KIND]),
+            *error_outputs(),
+        ]
 
 
 class CaptionBlock(MoondreamBlock):

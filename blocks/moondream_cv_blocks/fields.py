@@ -9,16 +9,32 @@ import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic.config import JsonDict
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from moondream_cv.errors import MoondreamError
 
-from .pool import check_model
+from .messages import in_workflow_terms
+from .pool import CORE_MODELS, canonical, check_model
 from .roboflow import ENGINE_VERSIONS, TENSORS, OutputDefinition, WorkflowBlockManifest, types
-from .values import checked, class_list, count, fraction, is_selector, like_a_selector, number, optional_fraction
+from .values import (
+    MAX_COUNT,
+    MAX_TEMPERATURE,
+    checked,
+    class_list,
+    count,
+    fraction,
+    is_selector,
+    like_a_selector,
+    optional_fraction,
+    sampling_temperature,
+)
 
 if TYPE_CHECKING:
     Images: TypeAlias = str
+    ModelName: TypeAlias = str
     Text: TypeAlias = str
     Texts: TypeAlias = str
     Number: TypeAlias = str
@@ -27,6 +43,7 @@ if TYPE_CHECKING:
     Anything: TypeAlias = str
 else:
     Images = types.Selector(kind=[types.IMAGE_KIND])
+    ModelName = types.Selector(kind=[types.STRING_KIND, types.ROBOFLOW_MODEL_ID_KIND])
     Text = types.Selector(kind=[types.STRING_KIND])
     Texts = types.Selector(kind=[types.LIST_OF_VALUES_KIND, types.STRING_KIND])
     Number = types.Selector(kind=[types.FLOAT_ZERO_TO_ONE_KIND, types.FLOAT_KIND])
@@ -34,18 +51,26 @@ else:
     Flag = types.Selector(kind=[types.BOOLEAN_KIND])
     Anything = types.Selector()
 
-Fraction: TypeAlias = Annotated[float | Number, checked(fraction)]
-Count: TypeAlias = Annotated[int | Integer, checked(count)]
+# The bounds are for the workflow builder; `checked` enforces them.
+FractionLiteral: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Fraction: TypeAlias = Annotated[FractionLiteral | Number, checked(fraction)]
+OptionalFraction: TypeAlias = Annotated[FractionLiteral | Number | None, checked(optional_fraction)]
+Count: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | Integer, checked(count)]
+Temperature: TypeAlias = Annotated[
+    Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | Number, checked(sampling_temperature)
+]
+ALWAYS_VISIBLE: JsonDict = {"always_visible": True}
+"""Extra of a field that the workflow builder shows without opening the advanced options."""
 
 
 def described(
     name: str, short: str, long: str, *, keywords: Sequence[str], priority: float, section: str = "model"
 ) -> ConfigDict:
-    """What the workflow builder shows of a block.
+    """Return the metadata of a block for the workflow builder.
 
     Args:
         long: For the side panel, in Markdown.
-        keywords: By which it is found, beside its name.
+        keywords: Search keywords besides those that all blocks of this plugin have.
         priority: Of the blocks of a section those with the lowest come first.
         section: Of the list of blocks.
     """
@@ -60,7 +85,8 @@ def described(
             "long_description": long,
             "license": "Apache-2.0",
             "block_type": "model",
-            "search_keywords": ["moondream", *keywords, "VLM"],
+            "search_keywords": ["moondream", "moondream2", *keywords, "vision language model", "VLM"],
+            "is_vlm_block": True,
             "ui_manifest": {"section": section, "icon": "fal fa-moon", "blockPriority": priority},
         },
     )
@@ -70,7 +96,7 @@ class MoondreamManifest(WorkflowBlockManifest):
     """Images, and the model that looks at them."""
 
     images: Images = types.ImageInputField
-    model: Text | str = Field(
+    model: ModelName | str = Field(
         default="moondream2",
         title="Model",
         description="Where the model runs. `moondream2` is loaded in this process, once for all blocks and workflows, "
@@ -85,7 +111,37 @@ class MoondreamManifest(WorkflowBlockManifest):
             "http://localhost:2020",
             "$inputs.model",
         ],
+        json_schema_extra=ALWAYS_VISIBLE,
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the schema with its fields in the order for the workflow builder: the required ones first."""
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        required = schema["required"]
+        by_need = sorted(
+            schema["properties"].items(),
+            key=lambda item: (item[0] not in required, not item[1].get("always_visible", False)),
+        )
+        return {**schema, "properties": dict(by_need)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_model_version(cls, values: Any) -> Any:
+        """Read the field `model_version` of `roboflow_core/moondream2@v1`, which changes to this block by its type.
+
+        Raises:
+            ValueError: It names a model other than Moondream 2.
+        """
+        if not isinstance(values, dict) or values.get("model_version") is None:
+            return values
+        version, rest = values["model_version"], {k: v for k, v in values.items() if k != "model_version"}
+        if not like_a_selector(version) and (not isinstance(version, str) or canonical(version) != "moondream2"):
+            raise ValueError(
+                f"model_version must be 'moondream2' or one of {', '.join(map(repr, sorted(CORE_MODELS)))}, got "
+                f"{version!r:.100}; remove it, and set the field model"
+            )
+        return {"model": version, **rest}
 
     @model_validator(mode="before")
     @classmethod
@@ -105,8 +161,9 @@ class MoondreamManifest(WorkflowBlockManifest):
         if not is_selector(value):
             try:
                 check_model(value)
-            except MoondreamError as error:  # of those pydantic would make a crash
-                raise ValueError(str(error)) from error
+            except (MoondreamError, ValueError) as error:  # a MoondreamError would leave pydantic as it is
+                raise ValueError(in_workflow_terms(error)) from error
+            return canonical(value)
         return value
 
     @classmethod
@@ -126,6 +183,7 @@ class FinderManifest(MoondreamManifest):
         description="What to look for, in any words: a list, or names separated by commas or line breaks. "
         "`class_id` follows their order. The image is encoded once however many there are.",
         examples=[["person", "red car"], "person, red car", "$inputs.class_names"],
+        json_schema_extra=ALWAYS_VISIBLE,
     )
     confidence: Fraction = Field(
         default=0.0,
@@ -173,7 +231,7 @@ class FinderManifest(MoondreamManifest):
 class BoxManifest(FinderManifest):
     """Which boxes are kept as well."""
 
-    nms: Annotated[float | Number | None, checked(optional_fraction)] = Field(
+    nms: OptionalFraction = Field(
         default=None,
         title="NMS Threshold",
         description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
@@ -191,7 +249,7 @@ class TextManifest(MoondreamManifest):
         description="Tokens at the most, a token being a short word or a part of a longer one.",
         examples=[768, 64, "$inputs.max_tokens"],
     )
-    temperature: Annotated[float | Number, checked(number)] = Field(
+    temperature: Temperature = Field(
         default=0.0,
         title="Temperature",
         description="0 always takes the likeliest words, so that the same image gives the same text. Above it the "

@@ -10,7 +10,7 @@ import supervision as sv
 from moondream_cv.detector import Pointer
 
 from .fields import FinderManifest, described, error_outputs
-from .results import as_prediction, no_prediction, outputs
+from .results import as_float64, as_prediction, no_prediction, outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, constants, types
 from .running import MoondreamBlock, find
 
@@ -96,10 +96,8 @@ def _nothing(image: WorkflowImageData) -> dict[str, Any]:
 def _with_key_points(detections: sv.Detections) -> sv.Detections:
     """Each box's corner, which is all there is of it, as its key point: [N, 1, 2]."""
     count = len(detections)
-    detections[constants.KEYPOINTS_XY_KEY_IN_SV_DETECTIONS] = detections.xyxy[:, None, :2].astype(np.float32)
-    detections[constants.KEYPOINTS_CONFIDENCE_KEY_IN_SV_DETECTIONS] = np.asarray(
-        detections.confidence, np.float32
-    ).reshape(count, 1)
+    detections[constants.KEYPOINTS_XY_KEY_IN_SV_DETECTIONS] = as_float64(detections.xyxy[:, None, :2])
+    detections[constants.KEYPOINTS_CONFIDENCE_KEY_IN_SV_DETECTIONS] = as_float64(detections.confidence)[:, None]
     detections[constants.KEYPOINTS_CLASS_ID_KEY_IN_SV_DETECTIONS] = np.zeros((count, 1), int)
     detections[constants.KEYPOINTS_CLASS_NAME_KEY_IN_SV_DETECTIONS] = np.full((count, 1), KEY_POINT, object)
     return detections

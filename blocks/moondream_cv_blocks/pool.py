@@ -25,13 +25,13 @@ from moondream_cv.loading import ALIASES, TINY, check_name, choose_device, conne
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
 from moondream_cv.vision_model import VisionModel
 
-ALLOWED = "MOONDREAM_CV_BLOCKS_MODELS"
-DEVICE = "MOONDREAM_CV_BLOCKS_DEVICE"
-TIMEOUT = "MOONDREAM_CV_BLOCKS_TIMEOUT"
+from .messages import ALLOWED, DEVICE, TIMEOUT
 
 RETRY_SECONDS = 5.0
 CACHED_IMAGES = 64
 CACHED_BYTES = 2**30
+CORE_MODELS = frozenset({"moondream2/moondream2_2b_jul24", "moondream2/moondream2-2b"})
+"""Values of `model_version` of `roboflow_core/moondream2@v1` besides "moondream2"."""
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _shared: ModelPool | None = None
@@ -46,7 +46,8 @@ class ModelPool:
 
         Args:
             device: Where models run that are loaded here; None: the best device there is.
-            timeout: Seconds that a server may take to answer; one that fails at once is asked once more.
+            timeout: Seconds that a server may take to answer. A step stops at its first time-out. A request that fails
+                sooner is retried once.
             cache_bytes: What the encoded images take together that each of those models keeps, so that what several
                 blocks ask about an image encodes it once; an image of Moondream 2 takes some 160 MB in bfloat16.
 
@@ -67,7 +68,7 @@ class ModelPool:
             MoondreamError: It cannot be loaded, or its server cannot be used.
             ValueError: It names no model, or none that may be used here.
         """
-        check_allowed(name)
+        name = check_allowed(name)
         opened = self._entry(name)
         with opened.lock:  # one model that loads for minutes keeps no other waiting
             if opened.model is None:
@@ -84,7 +85,7 @@ class ModelPool:
     def holds(self, name: str) -> bool:
         """Whether the model of this name is open."""
         with self._lock:
-            opened = self._opened.get(name)
+            opened = self._opened.get(canonical(name))
             return opened is not None and opened.model is not None
 
     def add(self, name: str, model: VisionModel) -> None:
@@ -94,7 +95,7 @@ class ModelPool:
             MoondreamError: No model has such a name, so no workflow can ask for it.
             ValueError: Likewise, or it may not be used here.
         """
-        check_model(name)
+        name = check_model(name)
         opened = _Opened()
         opened.model = model
         with self._lock:
@@ -123,7 +124,10 @@ class ModelPool:
 
     def _open(self, name: str) -> VisionModel:
         if is_url(name):
-            return connect(name, timeout=self.timeout, retries=1, api_key=None if _may_have_keys(name) else "")
+            server = connect(name, timeout=self.timeout, retries=1, api_key=None if _may_have_keys(name) else "")
+            server.stop_after_timeout = True
+            server.has_scores  # noqa: B018 - requested now, not in the middle of a step
+            return server
         return load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=self.cache_bytes)
 
 
@@ -164,45 +168,79 @@ def shared_pool() -> ModelPool:
 
 
 def pool_of_environment() -> ModelPool:
-    """A new pool as the environment says; errors as of `shared_pool`."""
+    """Return a new pool with the settings of the environment variables; raises as `shared_pool`."""
     device, seconds = os.environ.get(DEVICE, "").strip() or None, os.environ.get(TIMEOUT, "").strip()
     if device is not None:
         try:
             choose_device(device)
         except ValueError as error:
-            raise ValueError(f"{DEVICE}: {error}") from error
+            raise ValueError(f"the environment variable {DEVICE} must name a device: {error}") from error
     if not seconds:
         return ModelPool(device=device)
     try:
         return ModelPool(device=device, timeout=float(seconds))
     except ValueError:
-        raise ValueError(f"{TIMEOUT} must be a number of seconds above 0, not {seconds!r}") from None
+        raise ValueError(
+            f"the environment variable {TIMEOUT} must be a number of seconds above 0, got {seconds!r}; correct it "
+            "and restart the process"
+        ) from None
 
 
-def check_model(name: object) -> None:
-    """Refuse what no model can be opened by, as far as that can be told at once, and what may not be used here.
+def environment_problems() -> list[str]:
+    """Return a message for each environment variable with an invalid value."""
+    problems = []
+    try:
+        pool_of_environment()
+    except ValueError as error:
+        problems.append(str(error))
+    for name in _allowed():
+        try:
+            check_name(canonical(name))
+        except (MoondreamError, ValueError) as error:
+            problems.append(f"the environment variable {ALLOWED} lists a model that cannot be used: {error}")
+    return problems
+
+
+def check_model(name: object) -> str:
+    """Check the name of a model without a network connection, and whether workflows may use the model.
+
+    Returns:
+        The canonical name.
 
     Raises:
-        MoondreamError: It names no model, or one that cannot be used.
-        ValueError: It is no name, or none of those that may be used.
+        MoondreamError: There is no such model, or it cannot be used.
+        ValueError: The name is not a string, or `MOONDREAM_CV_BLOCKS_MODELS` does not list the model.
     """
     text = check_allowed(name)
-    if _shared is None or not _shared.holds(text):  # the files of one that is open may be gone
+    if _shared is None or not _shared.holds(text):  # the files of an open model may be deleted
         check_name(text)
+    return text
 
 
 def check_allowed(name: object) -> str:
-    """Return a name, which may be used here.
+    """Check whether workflows may use a model.
+
+    Returns:
+        The canonical name.
 
     Raises:
-        ValueError: It may not, or is no name.
+        ValueError: As `check_model`.
     """
     if not isinstance(name, str):
         raise ValueError(f"model must be a name or the URL of a server, not {type(name).__name__}: {name!r:.100}")
     allowed = _allowed()
     if allowed and _key(name) not in map(_key, allowed):
-        raise ValueError(f"the model {shown(name)!r} may not be used here, only {', '.join(map(shown, allowed))}")
-    return name
+        raise ValueError(
+            f"the model {shown(name)!r} may not be used here, only {', '.join(map(shown, allowed))}; "
+            f"{ALLOWED} lists the models"
+        )
+    return canonical(name)
+
+
+def canonical(name: str) -> str:
+    """Return a name without surrounding spaces, and "moondream2" for a `model_version` of Roboflow's own block."""
+    text = name.strip()
+    return "moondream2" if text in CORE_MODELS and not os.path.exists(text) else text
 
 
 def shown(name: str) -> str:
@@ -224,8 +262,8 @@ def _may_have_keys(url: str) -> bool:
 
 
 def _key(name: str) -> str:
-    """The same for all names of a model."""
-    text = name.strip()
+    """Return the same key for all names of a model."""
+    text = canonical(name)
     if is_url(text):
         try:
             address = Address.of(text)

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from moondream_cv.requests import Query, QueryResult
 
-from .fields import Anything, Flag, Text, TextManifest, described, error_outputs
+from .fields import ALWAYS_VISIBLE, Anything, Flag, Text, TextManifest, described, error_outputs
 from .results import outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, ask
@@ -60,7 +60,7 @@ class Manifest(TextManifest):
         title="Question",
         description="What to ask. `{name}` stands for the value of that name in the parameters.",
         examples=["What colour is the car?", "Is there a {thing} in the picture?", "$inputs.question"],
-        json_schema_extra={"multiline": True},
+        json_schema_extra={"multiline": True, **ALWAYS_VISIBLE},
     )
     parameters: dict[str, Anything | str | int | float | bool] = Field(
         default_factory=dict,
@@ -69,6 +69,7 @@ class Manifest(TextManifest):
         description="Values for the placeholders of the question: fixed, or selectors of inputs and of other steps, "
         "which may give one for each image.",
         examples=[{"thing": "$inputs.thing"}, {"thing": "$steps.classes.output"}],
+        json_schema_extra=ALWAYS_VISIBLE,
     )
     reasoning: bool | Flag = Field(
         default=False,
@@ -99,7 +100,7 @@ class Manifest(TextManifest):
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
         return [
-            OutputDefinition(name="answer", kind=[types.STRING_KIND]),
+            OutputDefinition(name="answer", kind=[types.STRING_KIND, types.LANGUAGE_MODEL_OUTPUT_KIND]),
             OutputDefinition(name="reasoning", kind=[types.STRING_KIND]),
             OutputDefinition(name="grounding", kind=[types.LIST_OF_VALUES_KIND]),
             *error_outputs(),
@@ -173,7 +174,7 @@ def _answered(result: QueryResult, image: WorkflowImageData) -> dict[str, Any]:
             "start": ground.start,
             "end": ground.end,
             "text": thoughts.text[ground.start : ground.end],
-            "points": [{"x": x * width, "y": y * height} for x, y in ground.points],
+            "points": [{"x": float(x * width), "y": float(y * height)} for x, y in ground.points],
         }
         for ground in thoughts.grounding
     ]

@@ -16,6 +16,7 @@ import supervision as sv
 from moondream_cv.errors import ImageError, MoondreamError
 from moondream_cv.images import to_rgb
 
+from .messages import in_workflow_terms
 from .roboflow import WorkflowImageData, attach_parents_coordinates_to_sv_detections, constants
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ def outputs(
 
 
 def error_of(error: Exception) -> dict[str, Any]:
-    """The error outputs."""
-    return {"error_status": True, "error_message": str(error) or type(error).__name__}
+    """Return the error outputs."""
+    return {"error_status": True, "error_message": in_workflow_terms(error)}
 
 
 def _failed(error: Exception, block: str) -> dict[str, Any]:
@@ -91,15 +92,27 @@ def _failed(error: Exception, block: str) -> dict[str, Any]:
     return given
 
 
+def as_float64(values: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
+    """Return values as float64, whose elements go through `json.dumps`; those of float32 do not."""
+    return np.asarray(values, np.float64)
+
+
 def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str) -> sv.Detections:
-    """Detections with what the engine's blocks and serialisers look for: ids, and where in which image they are.
+    """Fill in the columns that Roboflow's own detection blocks have: IDs, and the position in the parent images.
 
     Args:
         detections: In pixels of the image, which can be read; filled in place.
         kind: The prediction's type, such as "object-detection".
+
+    Returns:
+        The detections: `xyxy` and `confidence` float64, `data["detection_id"]` unique, and `data["inference_id"]` the
+        same for all detections of one call.
     """
     count = len(detections)
     height, width = image.numpy_image.shape[:2]
+    detections.xyxy = as_float64(detections.xyxy)
+    detections.confidence = as_float64(detections.confidence)
+    detections[constants.INFERENCE_ID_KEY] = np.array([str(uuid.uuid4())] * count, dtype=str)
     detections[constants.DETECTION_ID_KEY] = np.array([str(uuid.uuid4()) for _ in range(count)], dtype=str)
     detections[constants.PREDICTION_TYPE_KEY] = np.array([kind] * count, dtype=str)
     detections[constants.IMAGE_DIMENSIONS_KEY] = np.array([[height, width]] * count, dtype=int).reshape(-1, 2)
@@ -111,8 +124,8 @@ def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str
 def no_prediction(image: WorkflowImageData, kind: str) -> sv.Detections:
     """What stands in the place of detections on an image that failed."""
     nothing = sv.Detections(
-        xyxy=np.empty((0, 4), np.float32),
-        confidence=np.empty(0, np.float32),
+        xyxy=np.empty((0, 4), np.float64),
+        confidence=np.empty(0, np.float64),
         class_id=np.empty(0, int),
         data={"class_name": np.empty(0, str)},
     )

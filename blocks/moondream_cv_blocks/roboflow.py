@@ -8,6 +8,7 @@ from __future__ import annotations
 try:
     from roboflow_workflows import environment
     from roboflow_workflows.core_steps.common.utils import attach_parents_coordinates_to_sv_detections
+    from roboflow_workflows.errors import WorkflowEnvironmentConfigurationError
     from roboflow_workflows.execution_engine import constants
     from roboflow_workflows.execution_engine.entities import types
     from roboflow_workflows.execution_engine.entities.base import (
@@ -24,6 +25,7 @@ except ModuleNotFoundError as missing:
     try:
         from inference.core import env as environment
         from inference.core.workflows.core_steps.common.utils import attach_parents_coordinates_to_sv_detections
+        from inference.core.workflows.errors import WorkflowEnvironmentConfigurationError
         from inference.core.workflows.execution_engine import constants
         from inference.core.workflows.execution_engine.entities import types
         from inference.core.workflows.execution_engine.entities.base import (
@@ -50,6 +52,7 @@ __all__ = [
     "VideoMetadata",
     "WorkflowBlock",
     "WorkflowBlockManifest",
+    "WorkflowEnvironmentConfigurationError",
     "WorkflowImageData",
     "attach_parents_coordinates_to_sv_detections",
     "constants",

@@ -16,7 +16,9 @@ from moondream_cv.vision_model import VisionModel
 from .pool import ModelPool, shown
 from .results import pixels_of
 from .roboflow import WorkflowBlock, WorkflowBlockManifest, WorkflowImageData
-from .values import class_list, count, fraction
+from .values import class_list, count, fraction, optional_fraction
+
+SKILLS: dict[type[Detector] | type[Pointer], str] = {Detector: "detect", Pointer: "point"}
 
 
 class MoondreamBlock(WorkflowBlock):
@@ -69,9 +71,11 @@ def find(
                 "confidence": fraction(confidence, "confidence"),
                 "max_objects": count(max_objects, "max_objects"),
             }
-            if nms is not None:
-                options["nms"] = fraction(nms, "nms")
-            found = kind(pool.get(model), **options).attempt(list(frames.values()), names)
+            threshold = optional_fraction(nms, "nms")
+            if threshold is not None:
+                options["nms"] = threshold
+            opened = _able(pool.get(model), model, SKILLS[kind])
+            found = kind(opened, **options).attempt(list(frames.values()), names)
         except Exception as error:  # of the step, not of an image
             found = [error] * len(frames)
         outcomes.update(zip(frames, found, strict=True))
@@ -113,8 +117,8 @@ def _able(opened: VisionModel, name: str, skill: str) -> VisionModel:
     """
     if skill not in opened.skills:
         raise UnsupportedSkill(
-            f"{shown(name)} cannot {skill}, only {', '.join(sorted(opened.skills))}; moondream2 can, and so can "
-            "moondream-cv serve"
+            f"the model {shown(name)} cannot {skill}, only {', '.join(sorted(opened.skills))}; set the field model to "
+            "moondream2 or to the URL of moondream-cv serve"
         )
     return opened
 

@@ -24,7 +24,7 @@ from moondream_cv.video.base import ASSUMED_FPS
 from moondream_cv.video.between import as_detections, predicted
 
 from .detect import KIND
-from .fields import BoxManifest, Count, described, error_outputs
+from .fields import ALWAYS_VISIBLE, BoxManifest, Count, described, error_outputs
 from .pool import ModelPool
 from .results import NO_ERROR, as_prediction, error_of, no_prediction, outputs, pixels_of
 from .roboflow import (
@@ -92,6 +92,7 @@ class Manifest(BoxManifest):
         title="Every Nth Frame",
         description="Run the model on every Nth frame of each source; boxes in between are predicted. 1: on all.",
         examples=[5, 1, "$inputs.every"],
+        json_schema_extra=ALWAYS_VISIBLE,
     )
     tracker: Literal["sort", "ocsort", "bytetrack", "botsort"] = Field(
         default="sort",

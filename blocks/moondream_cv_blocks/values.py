@@ -6,11 +6,15 @@ functions in the block, which makes error outputs of what they raise.
 
 from __future__ import annotations
 
-import math
+import ast
+import io
+import json
 import re
-from collections.abc import Callable, Sequence
+import tokenize
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
 
 from moondream_cv.detector import check_classes
@@ -19,7 +23,8 @@ from moondream_cv.requests import Settings
 T = TypeVar("T")
 
 _NUMBER, _INTEGER, _FLAG = TypeAdapter(float), TypeAdapter(int), TypeAdapter(bool)
-_MOST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
+MAX_TEMPERATURE = 2.0
 _SELECTOR = re.compile(r"\$(inputs|steps)\.\S+")
 _LIKE_A_SELECTOR = re.compile(r"\$[A-Za-z_]")  # unlike "$20"
 
@@ -34,21 +39,64 @@ def checked(check: Callable[[Any, str], Any]) -> BeforeValidator:
 
 
 def class_list(value: Any) -> list[str]:
-    """Class names from a list, or from a string with commas or line breaks, without spaces around them.
+    """Return class names without surrounding spaces.
+
+    Args:
+        value: A list, or text: names separated by commas or line breaks, or a list in JSON or Python notation, which
+            `roboflow_core/inner_workflow@v1` makes of lists.
 
     Raises:
-        ValueError: There is none, one says nothing, is there twice or is no string.
+        ValueError: There is no name, or a name is empty, repeated or not a string; or text in brackets is not a list.
     """
-    parts = re.split(r"[,\n]", value) if isinstance(value, str) else value
-    if isinstance(parts, Sequence):
-        parts = [part.strip() if isinstance(part, str) else part for part in parts]
-        for part in parts:
-            if like_a_selector(part) or _SELECTOR.fullmatch(f"${part}"):
-                raise ValueError(
-                    f"class_names has {part!r}, which is no name; a selector, such as $inputs.class_names, stands for "
-                    "the whole list"
-                )
+    parts = _names_in(value) if isinstance(value, str) else value
+    if isinstance(parts, np.ndarray):
+        parts = parts.tolist()
+    if not isinstance(parts, (list, tuple)):
+        raise ValueError(
+            "class_names must be a list of names, or names separated by commas, "
+            f"not {type(value).__name__}: {value!r:.100}"
+        )
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    for part in parts:
+        if isinstance(part, str) and (like_a_selector(part) or _SELECTOR.fullmatch(f"${part}")):
+            raise ValueError(
+                f"class_names has {part!r}, which is no name; a selector, such as $inputs.class_names, stands for "
+                "the whole list"
+            )
     return check_classes(parts, "class_names")
+
+
+def _names_in(text: str) -> list[Any]:
+    """Return the class names in text; raises `ValueError` for text in brackets that is not a list."""
+    stripped = text.strip()
+    in_brackets = stripped[:1] + stripped[-1:] in ("[]", "()", "{}")
+    if in_brackets or stripped.startswith(('"', "'")):
+        listed = _parsed_list(stripped if in_brackets else f"[{stripped}]")
+        if listed is not None:
+            return listed
+    if stripped[:1] + stripped[-1:] == "[]":
+        raise ValueError(
+            f'class_names looks like a list and cannot be read as one, got {text!r:.100}; write ["dog", "red car"], or '
+            "dog, red car without brackets"
+        )
+    return re.split(r"[,\n]", text)
+
+
+def _parsed_list(text: str) -> list[Any] | None:
+    """Return the items of a list in JSON, Python or NumPy notation; None if the text is not one."""
+    try:
+        items = json.loads(text)
+        return items if isinstance(items, list) else None
+    except (ValueError, RecursionError):
+        pass
+    try:
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+        brackets = [token.string for token in tokens if token.string in tuple("[](){}")]
+        items = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        return None
+    others = [token for token in tokens if token.type != tokenize.STRING and token.string not in tuple("[](){},")]
+    return None if others or len(brackets) != 2 else items
 
 
 def like_a_selector(value: Any) -> bool:
@@ -81,25 +129,26 @@ def fraction(value: Any, field: str) -> float:
     return given
 
 
-def number(value: Any, field: str) -> float:
-    """A number from 0 on; otherwise as `fraction`."""
+def sampling_temperature(value: Any, field: str) -> float:
+    """Return a number between 0 and `MAX_TEMPERATURE`; otherwise as `fraction`."""
     given = _read(_NUMBER, value)
-    if given is None or not 0 <= given < math.inf:
-        raise ValueError(f"{field} must be a number from 0 on, not {value!r:.100}")
+    if given is None or not 0 <= given <= MAX_TEMPERATURE:
+        raise ValueError(f"{field} must be between 0 and {MAX_TEMPERATURE:g}, got {value!r:.100}")
     return given
 
 
 def count(value: Any, field: str) -> int:
     """An integer from 1 on; otherwise as `fraction`."""
     given = _read(_INTEGER, value)
-    if given is None or not 1 <= given <= _MOST:
-        raise ValueError(f"{field} must be an integer from 1 to {_MOST}, not {value!r:.100}")
+    if given is None or not 1 <= given <= MAX_COUNT:
+        raise ValueError(f"{field} must be an integer from 1 to {MAX_COUNT}, not {value!r:.100}")
     return given
 
 
 def optional_fraction(value: Any, field: str) -> float | None:
-    """As `fraction`, or None."""
-    return None if value is None else fraction(value, field)
+    """Return None for None and for its text, and the same as `fraction` for the others."""
+    missing = value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
+    return None if missing else fraction(value, field)
 
 
 def flag(value: Any, field: str) -> bool:
@@ -121,5 +170,7 @@ def _read(adapter: TypeAdapter[T], value: Any) -> T | None:
 
 
 def text_settings(max_tokens: Any, temperature: Any) -> Settings:
-    """The settings of a text from two fields; raises `ValueError` for what is out of range."""
-    return Settings(temperature=number(temperature, "temperature"), max_tokens=count(max_tokens, "max_tokens"))
+    """Return the settings of a text from two fields; raises `ValueError` if one is out of range."""
+    return Settings(
+        temperature=sampling_temperature(temperature, "temperature"), max_tokens=count(max_tokens, "max_tokens")
+    )

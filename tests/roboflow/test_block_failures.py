@@ -307,7 +307,7 @@ def test_wrong_inputs(block: str, field: str, values: list[Any], bgr: np.ndarray
             (block, "max_tokens", 0, "max_tokens must be an integer from 1 to 2147483647")
             for block in ("query", "caption")
         ),
-        *((block, "temperature", -1, "temperature must be a number") for block in ("query", "caption")),
+        *((block, "temperature", -1, "temperature must be between 0 and 2, got -1") for block in ("query", "caption")),
         ("caption", "length", "medium", "length must be one of short, normal, long, not 'medium'"),
         ("caption", "length", 5, "length must be one of short, normal, long, not 5"),
     ],
