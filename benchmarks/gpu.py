@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=None, help="layers of encoder and decoder; all of them")
     parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, on a CUDA device")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -80,7 +80,7 @@ def main() -> None:
     base = encoding(model, arguments.repeat, "eager")
     decoding(model, arguments.repeat)
     if arguments.compile:
-        model.compile()
+        print(f"warm-up of compile(): {model.compile():.1f} s")
         encoding(model, arguments.repeat, "compiled", base)
     if device.type == "cuda":
         print(f"memory at most: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")

@@ -279,9 +279,9 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         ids = torch.as_tensor(input_ids, device=self.model.device if device is None else device)
         return self.model.text.embed(ids)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> float:
         """As `LocalModel.compile`; the arguments of `nn.Module.compile` are not used."""
-        self.engine.compile()
+        return self.engine.compile()
 
     def close(self) -> None:
         """As `LocalModel.close`."""

@@ -6,6 +6,7 @@ A server's URL is a name too for `open_model`, which hands it to `connect`; then
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import os
 import re
@@ -68,10 +69,13 @@ def load(
         device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best there is.
         dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16, or what the device has instead, and
             float32 for small models on a CPU.
-        quantize: None. No quantised mode exists yet.
+        quantize: None. No quantized mode exists yet.
         adapter: A `.pt` or `.safetensors` file, or the id of a variant.
         cache_images: Keep so many encoded images, those used last, for when the same pixels come again.
         cache_bytes: What those may take together; one of Moondream 2 takes some 160 MB in bfloat16.
+
+    Returns:
+        A model that pickles by name: spawned processes load it again with the same arguments.
 
     Raises:
         CheckpointError: The name is unknown; or the checkpoint, its tokenizer or the adapter is missing, damaged, does
@@ -96,7 +100,31 @@ def load(
     model = LocalModel(network, tokenizer, adapter=lora, calibration=calibration, name=os.fspath(name))
     if cache_images:
         model.image_cache = ImageCache(cache_images, cache_bytes)
+    model.reload = functools.partial(
+        load,
+        _lasting_name(name),
+        device=device,
+        dtype=dtype,
+        adapter=None if adapter is None else _lasting_file(adapter),
+    )
     return model
+
+
+def _lasting_name(name: str | os.PathLike[str]) -> str:
+    """Return a name that means the same model in another process, which may run in another folder."""
+    text = os.fspath(name)
+    if isinstance(name, str) and (name == TINY or name.partition("@")[0] in ALIASES):
+        return name
+    if _existing(text) is not None:
+        return _lasting_file(name)
+    stem, at, release = text.rpartition("@")
+    return f"{_lasting_file(stem)}@{release}" if at and _existing(stem) is not None else text
+
+
+def _lasting_file(name: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a file or folder that exists, and any other name as it is."""
+    path = _existing(os.fspath(name))
+    return os.fspath(name) if path is None else str(path.absolute())
 
 
 def open_model(name: str | os.PathLike[str], device: str | None = None) -> VisionModel:

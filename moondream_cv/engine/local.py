@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,9 @@ from moondream_cv.model.text import LayerLora
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
+WARM_UP_CROPS = (1, 2, 13)
+"""Numbers of crops that are compiled at once: torch compiles a single one separately from several."""
+
 
 class LocalModel(PublishedMethods):
     """Moondream 2 on this machine.
@@ -43,6 +49,7 @@ class LocalModel(PublishedMethods):
         limits: How much decodes at a time in each call; halved where memory runs out.
         image_cache: Keeps encoded images for when they come again; None keeps none.
         grammar_compiler: Compiles JSON schemas for structured output.
+        reload: Loads the model again, for pickle; None if the model was not loaded by name.
     """
 
     has_scores = True
@@ -65,6 +72,7 @@ class LocalModel(PublishedMethods):
         self.limits = Limits.of(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
         self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
+        self.reload: Callable[[], LocalModel] | None = None
         self._variants: dict[str, Adapter] = {}
         self._fingerprints: dict[str | None, str] = {}
         self._lock = threading.Lock()
@@ -72,6 +80,48 @@ class LocalModel(PublishedMethods):
 
     def __repr__(self) -> str:
         return f"LocalModel({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name: the process that unpickles the model loads it with the same arguments.
+
+        `calibration`, `limits` and the size of `image_cache` come along; cached images do not.
+
+        Raises:
+            MoondreamError: The model was not loaded by name, or is closed.
+        """
+        self.check_open()
+        if self.reload is None:
+            raise MoondreamError(
+                f"{self!r} cannot be pickled, because it was not loaded by name: load it with moondream_cv.load() in "
+                "the process that uses it, or save its weights to a folder and load that"
+            )
+        cache = None if self.image_cache is None else (self.image_cache.max_images, self.image_cache.max_bytes)
+        return _reload, (self.reload, self.name, self.calibration, self.limits, cache)
+
+    def __copy__(self) -> LocalModel:
+        """Return a model that shares everything with this one."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
+        """Return a model with weights of its own.
+
+        Raises:
+            MoondreamError: The model is closed.
+        """
+        self.check_open()
+        copied = LocalModel(
+            copy.deepcopy(self.network, memo),
+            self.tokenizer,
+            adapter=copy.deepcopy(self.adapter, memo),
+            calibration=self.calibration,
+            name=self.name,
+        )
+        copied.limits, copied.reload = replace(self.limits), self.reload
+        if self.image_cache is not None:
+            copied.image_cache = ImageCache(self.image_cache.max_images, self.image_cache.max_bytes)
+        return copied
 
     def __enter__(self) -> LocalModel:
         return self
@@ -191,11 +241,36 @@ class LocalModel(PublishedMethods):
             prepared.digest  # noqa: B018 - so that it is there when the cache is looked into
         return prepared
 
-    def compile(self) -> None:
-        """Compile the vision encoder and the decoder with `torch.compile`; the first calls afterwards take longer."""
+    def compile(self) -> float:
+        """Compile the vision encoder with `torch.compile` and warm it up, on a CUDA device.
+
+        The decoder stays as it is: its sequences and caches change their shapes from step to step, and each new shape
+        would be compiled again. Answers change by rounding only.
+
+        Returns:
+            Seconds that the warm-up took; later calls with other numbers of crops compile nothing more.
+
+        Raises:
+            MoondreamError: The device is not a CUDA device, or the model is closed.
+        """
         self.check_open()
-        self.network.vision.compile(dynamic=True)
-        self.network.text.compile(dynamic=True)
+        if self.device.type != "cuda":
+            raise MoondreamError(
+                f"compile() needs a CUDA device, and this model is on {str(self.device)!r}: on a CPU, compiling takes "
+                "more than a minute and saves little afterwards. Leave the call out"
+            )
+        return self._compile_encoder()
+
+    def _compile_encoder(self, **options: Any) -> float:
+        """Compile the encoder for any number of crops; `options` are those of `torch.compile`."""
+        start = time.perf_counter()
+        self.network.vision.compile(dynamic=True, **options)
+        size = self.config.vision.crop_size
+        with torch.inference_mode(), without_autocast(self.device):
+            for count in WARM_UP_CROPS:
+                crops = torch.zeros(count, 3, size, size, device=self.device, dtype=self.dtype)
+                self.network.vision(crops).sum().item()  # waits for the device
+        return time.perf_counter() - start
 
     def close(self) -> None:
         """Free the weights; every later call raises."""
@@ -301,3 +376,17 @@ class LocalModel(PublishedMethods):
             yield from job.take()
         if isinstance(job.result, ErrorResult):
             raise job.result.error
+
+
+def _reload(
+    load: Callable[[], LocalModel],
+    name: str,
+    calibration: Calibration | None,
+    limits: Limits,
+    cache: tuple[int, int] | None,
+) -> LocalModel:
+    """Make a model from its pickle."""
+    model = load()
+    model.name, model.calibration, model.limits = name, calibration, limits
+    model.image_cache = None if cache is None else ImageCache(*cache)
+    return model

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from moondream_cv import load
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import ImageError, MoondreamError
@@ -265,3 +266,34 @@ def test_a_closed_model_says_so(frame: np.ndarray) -> None:
     opened.close()
     with pytest.raises(MoondreamError, match="is closed"):
         opened.detect(frame, "dog")
+
+
+def test_compile_is_rejected_on_a_cpu_with_the_reason(model: LocalModel) -> None:
+    with pytest.raises(MoondreamError, match=r"compile\(\) needs a CUDA device, and this model is on 'cpu'.*Leave"):
+        model.compile()
+
+
+def test_compile_warms_up_the_encoder_and_leaves_the_decoder(frame: np.ndarray) -> None:
+    model, plain = random_model(), random_model()
+    compiled: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled.append(len(inputs))
+        return module.forward
+
+    assert model._compile_encoder(backend=backend) > 0
+    warmed_up = len(compiled)
+    assert 1 <= warmed_up <= 3  # one crop, several crops
+    for image in (frame, frame[:40], np.tile(frame, (1, 3, 1))):  # of other numbers of crops
+        assert model.detect(image, "dog", {"max_objects": 3}) == plain.detect(image, "dog", {"max_objects": 3})
+    assert len(compiled) == warmed_up
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_compile_on_a_gpu(frame: np.ndarray) -> None:
+    model, plain = (load("tiny", device="cuda") for _ in range(2))
+    assert model.compile() > 0
+    torch.testing.assert_close(
+        model.encode_image(frame).features, plain.encode_image(frame).features, atol=1e-3, rtol=1e-3
+    )

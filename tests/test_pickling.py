@@ -1,0 +1,137 @@
+"""Models, detectors and encoded images go to other processes, and can be copied."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from moondream_cv import load
+from moondream_cv.detector import Detector, Pointer
+from moondream_cv.engine.calibration import Calibration, Curve
+from moondream_cv.engine.image_cache import ImageCache
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import MoondreamError
+from tests.test_parity import GOLDEN
+
+ADAPTER = GOLDEN / "mha" / "adapter.pt"
+CLASSES = ["circle", "star"]
+
+
+def detect(detector: Detector, frame: np.ndarray) -> np.ndarray:
+    return np.asarray(detector(frame, CLASSES).xyxy)
+
+
+def point(model: LocalModel, frame: np.ndarray) -> Any:
+    return model.point(frame, "dog", {"max_objects": 3})
+
+
+class Frames(Dataset[np.ndarray]):
+    """A data set that detects objects in its frames, in the workers of a loader."""
+
+    def __init__(self, detector: Detector, frames: list[np.ndarray]) -> None:
+        self.detector, self.frames = detector, frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return detect(self.detector, self.frames[index])
+
+
+@pytest.mark.parametrize("kind", [Detector, Pointer])
+def test_detectors_go_to_spawned_processes(kind: type[Detector], frame: np.ndarray) -> None:
+    detector = kind("tiny", device="cpu", confidence=0.1, max_objects=3)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert np.array_equal(pool.apply(detect, (detector, frame)), detect(detector, frame))
+
+
+def test_detectors_go_to_the_workers_of_a_data_loader(frame: np.ndarray) -> None:
+    detector = Detector("tiny", device="cpu")
+    frames = [frame, frame[::-1].copy()]
+    loader = DataLoader(
+        Frames(detector, frames), batch_size=None, num_workers=1, multiprocessing_context="spawn", collate_fn=None
+    )
+    for found, image in zip(loader, frames, strict=True):
+        assert np.array_equal(np.asarray(found), detect(detector, image))
+
+
+def test_models_are_pickled_by_name(frame: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GOLDEN)
+    model = load("mha", device="cpu", dtype="float32", adapter="mha/adapter.pt", cache_images=2)
+    model.calibration = Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))})
+    model.limits.rows = 5
+    pickled = pickle.dumps(model)
+    assert len(pickled) < 10_000
+    monkeypatch.chdir(tmp_path)
+    again: LocalModel = pickle.loads(pickled)
+    assert (again.name, again.dtype, again.device) == ("mha", torch.float32, torch.device("cpu"))
+    assert again.fingerprint() == model.fingerprint() != load(GOLDEN / "mha", device="cpu").fingerprint()
+    assert again.calibration == model.calibration
+    assert again.limits == model.limits
+    assert isinstance(again.image_cache, ImageCache)
+    assert (again.image_cache.max_images, len(again.image_cache)) == (2, 0)
+    assert point(again, frame) == point(model, frame)
+    assert pickle.loads(pickle.dumps(again)).fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("path", ["absolute", "Path", "file", "home"])
+def test_folders_are_pickled_by_absolute_path(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(GOLDEN)
+    monkeypatch.setenv("HOME", str(GOLDEN))
+    name = {"absolute": str(GOLDEN / "gqa"), "Path": Path("gqa"), "file": "gqa/model.safetensors", "home": "~/gqa"}
+    model = load(name[path], device="cpu")
+    pickled = pickle.dumps(model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pickle.loads(pickled).fingerprint() == model.fingerprint()
+
+
+def test_models_without_a_name_are_rejected_with_the_way_out(model: LocalModel) -> None:
+    for unnamed in (model, Detector(model)):
+        with pytest.raises(
+            MoondreamError, match=r"LocalModel\('random'.*not loaded by name: load it with moondream_cv"
+        ):
+            pickle.dumps(unnamed)
+
+
+def test_closed_models_are_rejected() -> None:
+    model = load("tiny", device="cpu")
+    model.close()
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(MoondreamError, match="'tiny' is closed"):
+            copied(model)
+
+
+def test_deep_copies_have_weights_of_their_own(model: LocalModel, frame: np.ndarray) -> None:
+    expected = point(model, frame)
+    copied = copy.deepcopy(model)
+    assert point(copied, frame) == expected
+    with torch.no_grad():
+        copied.network.text.wte.zero_()
+    copied.close()
+    assert point(model, frame) == expected
+
+
+def test_deep_copies_keep_what_the_original_was_loaded_with(frame: np.ndarray) -> None:
+    model = load(GOLDEN / "mha", device="cpu", adapter=ADAPTER, cache_images=2)
+    copied = copy.deepcopy(model)
+    assert copied.fingerprint() == model.fingerprint()
+    assert copied.image_cache is not model.image_cache
+    assert isinstance(copied.image_cache, ImageCache)
+    assert point(pickle.loads(pickle.dumps(copied)), frame) == point(model, frame)
+
+
+def test_deep_copies_of_detectors(frame: np.ndarray) -> None:
+    detector = Detector("tiny", device="cpu")
+    expected = detect(detector, frame)
+    copied = copy.deepcopy(detector)
+    detector.close()
+    assert np.array_equal(detect(copied, frame), expected)
