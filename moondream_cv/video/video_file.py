@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _LONGEST_STEP = 6 * 3600 * TICKS  # an image's duration has 32 bits in MP4, 13 hours of ticks
+_SHORTEST_STEP = TICKS // 1000  # what Matroska can store
 _DEFAULT_FPS = 30.0
 MIN_FPS, MAX_FPS = 0.001, TICKS
 
@@ -250,7 +251,10 @@ class VideoWriter(Writer):
 
 
 class _Clock:
-    """The times of frames in ticks: from 0, strictly rising."""
+    """The times of frames in ticks: from 0, strictly rising.
+
+    Frames whose times do not rise follow each other at the nominal rate. The frames after them catch up in short steps.
+    """
 
     def __init__(self, fps: float | None) -> None:
         self.rate = Fraction(fps or _DEFAULT_FPS).limit_denominator(1001)
@@ -258,6 +262,7 @@ class _Clock:
         self._nominal = fps and max(1, round(TICKS / fps))
         self._step = round(TICKS / _DEFAULT_FPS)  # the last one, or what is to be expected
         self._last: int | None = None
+        self._newest = 0  # latest time of a frame in the source, in ticks
         self._last_duration: float | None = None  # seconds, as the source has it
         self._skipped = 0  # ticks
 
@@ -269,7 +274,12 @@ class _Clock:
             self.origin = time if math.isfinite(time) else 0.0
             self._last, self._step = 0, usual
             return 0
-        step = round((time - self.origin) * TICKS) - self._skipped - self._last if math.isfinite(time) else 0
+        ticks = round((time - self.origin) * TICKS) if math.isfinite(time) else self._newest
+        is_later, self._newest = ticks > self._newest, max(ticks, self._newest)
+        step = ticks - self._skipped - self._last
+        if step <= 0 and is_later:
+            self._last += min(usual, _SHORTEST_STEP)
+            return self._last
         if step > _LONGEST_STEP:
             self._skipped += step - usual
         self._step = step if 0 < step <= _LONGEST_STEP else usual
