@@ -295,9 +295,7 @@ def open_stream(url: str, *, name: str, timeout: tuple[float, float]) -> InputCo
     scheme = url.partition(":")[0].lower()
     options = {}
     if scheme in ("rtsp", "rtsps"):
-        options = {
-            "rtsp_flags": "prefer_tcp"
-        }  # UDP loses packets, but some cameras have nothing else
+        options = {"rtsp_flags": "prefer_tcp"}  # UDP loses packets, but some cameras have nothing else
     elif scheme in ("http", "https"):
         options = {"reconnect": "1", "reconnect_delay_max": "4"}  # in the middle of a file, where the server allows
     return open_container(url, name=name, timeout=timeout, options=options)
