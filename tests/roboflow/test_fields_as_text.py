@@ -1,0 +1,199 @@
+"""Values that other blocks turn into text: lists of class names, numbers, None, and model names with spaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moondream_cv_blocks import ModelPool, pool
+from moondream_cv_blocks.values import class_list, optional_fraction
+from tests.roboflow_app import skip_without_server
+from tests.workflows import BLOCKS, FINDERS, block_step, compiled, refusal, results, run, step, workflow
+
+skip_without_server()
+pytestmark = pytest.mark.roboflow
+
+DETECTIONS = {"detect": "predictions", "point": "predictions", "track": "tracked_detections"}
+LISTS = {
+    "['dog', 'bus']": ["dog", "bus"],
+    '["dog","bus"]': ["dog", "bus"],
+    '["dog", "bus"]\n': ["dog", "bus"],
+    "('dog', 'bus')": ["dog", "bus"],
+    "('dog',)": ["dog"],
+    "{'dog', 'bus'}": ["dog", "bus"],
+    "['dog' 'bus']": ["dog", "bus"],  # str() of a NumPy array
+    "['dog'\n 'bus']": ["dog", "bus"],
+    '["dog, or a wolf", "bus"]': ["dog, or a wolf", "bus"],
+    """["dog's bowl", 'a "bus"']""": ["dog's bowl", 'a "bus"'],
+    '["\\u72d7", "\\ud83d\\udc15"]': ["狗", "🐕"],
+    "['狗', 'Straßenbahn']": ["狗", "Straßenbahn"],
+    "'dog', 'bus'": ["dog", "bus"],
+    '"dog, or a wolf", "bus"': ["dog, or a wolf", "bus"],
+    '"dog"': ["dog"],
+    "[' dog ', 'bus']": ["dog", "bus"],
+}
+NO_LISTS = {  # text that is read as names separated by commas
+    "dog, bus": ["dog", "bus"],
+    "'70s car, dog": ["'70s car", "dog"],
+    "dog's bowl": ["dog's bowl"],
+    "(red) car, dog": ["(red) car", "dog"],
+    "a [small] dog": ["a [small] dog"],
+    "(dog)": ["(dog)"],
+}
+REFUSED_LISTS = {
+    "[dog, bus]": "class_names looks like a list and cannot be read as one, got '[dog, bus]'",
+    "['dog', bus]": "cannot be read as one",
+    "[['dog'], ['bus']]": "cannot be read as one",
+    "['dog' + 'bus']": "cannot be read as one",
+    "[f'dog']": "cannot be read as one",
+    "['dog', ]]": "cannot be read as one",
+    "[" * 100_000 + "]" * 100_000: "cannot be read as one",
+    "[]": "must name at least one class",
+    "[1, 2]": "class_names[0] must be a string",
+    "['dog', 'dog']": "are there twice: 'dog'",
+    "['dog', '']": "class_names[1] must say something",
+    "['dog', '$inputs.x']": "stands for the whole list",
+}
+
+
+@pytest.mark.parametrize(("text", "names"), [*LISTS.items(), *NO_LISTS.items()])
+def test_class_names_are_read_from_text(text: str, names: list[str]) -> None:
+    assert class_list(text) == names
+
+
+@pytest.mark.parametrize("value", [np.array(["dog", "bus"]), ("dog", "bus"), ["dog ", " bus"]], ids=str)
+def test_class_names_are_read_from_sequences(value: Any) -> None:
+    assert class_list(value) == ["dog", "bus"]
+
+
+@pytest.mark.parametrize("block", FINDERS)
+@pytest.mark.parametrize("text", ["['dog', 'bus']", '["dog","bus"]', "['dog' 'bus']"])
+@pytest.mark.parametrize("place", ["literal", "input"])
+def test_a_list_as_text_finds_the_same_as_the_list(block: str, text: str, place: str, bgr: np.ndarray) -> None:
+    (expected,) = run(workflow(step(block, class_names=["dog", "bus"])), bgr)
+    if place == "literal":
+        (outputs,) = run(workflow(step(block, class_names=text)), bgr)
+    else:
+        (outputs,) = run(workflow(step(block, class_names="$inputs.names"), parameters=["names"]), bgr, names=text)
+    detections, name = outputs[DETECTIONS[block]], DETECTIONS[block]
+    assert detections["class_name"].tolist() == ["dog", "bus"]
+    np.testing.assert_array_equal(detections.xyxy, expected[name].xyxy)
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED_LISTS.items(), ids=[text[:20] for text in REFUSED_LISTS])
+def test_invalid_lists_as_text_are_rejected(text: str, message: str, bgr: np.ndarray) -> None:
+    assert message in refusal(workflow(step("detect", class_names=text)))
+    (outputs,) = run(workflow(step("detect", class_names="$inputs.names"), parameters=["names"]), bgr, names=text)
+    assert outputs["error_status"] is True
+    assert message in outputs["error_message"]
+
+
+# Inner workflows, which turn every bound value into text
+
+
+def inner(block: str, **bound: Any) -> dict[str, Any]:
+    """Return a workflow that runs a block in an inner workflow, with values bound to all of these fields."""
+    required = {} if block == "caption" else {"question": "How many objects are there?"}
+    fields = {**({} if block in FINDERS else required), **{name: f"$inputs.{name}" for name in bound}}
+    child = workflow(step(block, "inner", **fields), outputs=[f"inner.{DETECTIONS.get(block, 'error_message')}"])
+    child["inputs"] += [{"type": "WorkflowParameter", "name": name} for name in bound]
+    child["outputs"] += [{"type": "JsonField", "name": "message", "selector": "$steps.inner.error_message"}]
+    child["outputs"][0]["name"] = "found"
+    return workflow(
+        {
+            "type": "roboflow_core/inner_workflow@v1",
+            "name": "outer",
+            "workflow_definition": child,
+            "parameter_bindings": {"image": "$inputs.image", **bound},
+        },
+        outputs=["outer.found", "outer.message"],
+    )
+
+
+INNER_VALUES: dict[str, dict[str, Any]] = {
+    "detect": {"class_names": ["dog", "bus"], "confidence": 0.1, "max_objects": 5, "nms": None, "model": "tiny"},
+    "point": {"class_names": ["dog", "bus"], "confidence": 0, "max_objects": 5},
+    "track": {"class_names": ["dog", "bus"], "nms": 0.5, "every": 2},
+    "query": {"reasoning": False, "max_tokens": 64, "temperature": 0.0},
+    "caption": {"length": "short", "max_tokens": 64, "temperature": 0},
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_inner_workflows_bind_values_of_all_types(block: str, bgr: np.ndarray) -> None:
+    (outputs,) = run(inner(block, **INNER_VALUES[block]), bgr)
+    assert outputs["outer.message"] == ""
+    if block in FINDERS:
+        assert outputs["outer.found"]["class_name"].tolist() == ["dog", "bus"]
+
+
+@pytest.mark.parametrize("value", [None, "None", "null", "", " none "])
+def test_no_nms_threshold_as_text(value: str | None) -> None:
+    assert optional_fraction(value, "nms") is None
+
+
+# Model names
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", [" tiny", "tiny ", "\ttiny\n"])
+@pytest.mark.parametrize("opened", [True, False], ids=["opened before", "not opened"])
+def test_spaces_around_a_model_name_are_ignored_everywhere(
+    block: str, name: str, opened: bool, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(pool.ALLOWED, f" moondream2 ,{name}")
+    models = ModelPool(device="cpu")
+    model = models.get("tiny") if opened else None
+    for definition in (
+        workflow(block_step(block, model=name)),
+        workflow(block_step(block, model="$inputs.model"), parameters=["model"]),
+    ):
+        engine = compiled(definition, **{"moondream_cv_blocks.models": models})
+        (outputs,) = results(engine, bgr, model=name)
+        assert outputs["error_message"] == ""
+    assert models.get(name) is models.get("tiny")
+    assert models.holds(name)
+    assert model is None or models.get(name) is model
+    models.add(name, models.get("tiny"))
+    models.close()
+
+
+def test_spaces_around_a_url_are_ignored(closed_url: str, bgr: np.ndarray) -> None:
+    (outputs,) = run(workflow(block_step("caption", model=f" {closed_url} ")), bgr)
+    assert f"{closed_url}/v1/models is not reachable" in outputs["error_message"]
+
+
+@pytest.mark.parametrize("version", ["moondream2", "moondream2/moondream2_2b_jul24", "moondream2/moondream2-2b"])
+@pytest.mark.parametrize("field", ["model", "model_version"])
+@pytest.mark.parametrize("place", ["literal", "input"])
+def test_model_versions_of_the_core_block_mean_moondream2(
+    version: str, field: str, place: str, tiny: Any, bgr: np.ndarray
+) -> None:
+    models = ModelPool()
+    models.add("moondream2", tiny)  # stands for the weights, which are not downloaded here
+    fields: dict[str, Any] = {field: version if place == "literal" else "$inputs.version"}
+    if field == "model_version":
+        fields["type"] = "moondream_cv/detect@v1"
+    of_step = {**block_step("detect"), **fields}
+    if field == "model_version":
+        del of_step["model"]
+    definition = workflow(of_step)
+    kind = ["roboflow_model_id"]
+    definition["inputs"].append({"type": "WorkflowParameter", "name": "version", "kind": kind})
+    (outputs,) = results(compiled(definition, **{"moondream_cv_blocks.models": models}), bgr, version=version)
+    assert outputs["error_message"] == ""
+    assert outputs["predictions"]["class_name"].tolist() == ["dog"]
+
+
+@pytest.mark.parametrize("version", ["moondream2/other", "my-project/3", "anything", 5, ""])
+def test_other_model_versions_are_rejected_with_a_hint(version: Any) -> None:
+    message = refusal(workflow(block_step("detect", model_version=version)))
+    assert f"got {version!r}; remove it, and set the field model" in message
+    assert "'moondream2/moondream2-2b'" in message
+
+
+def test_a_model_version_does_not_replace_the_model(bgr: np.ndarray) -> None:
+    (outputs,) = run(workflow(block_step("detect", model_version="moondream2/moondream2-2b")), bgr)
+    assert outputs["predictions"]["class_name"].tolist() == ["dog"]  # of the tiny model
