@@ -19,12 +19,23 @@ from moondream_cv.errors import MoondreamError
 from moondream_cv.escaping import EscapingFormatter
 
 from . import caption, demo, detect, download, point, query, serve, video
-from .output import error_text, shown
+from .output import OutputError, discard_stdout, error_text, shown
 from .stopping import Terminated, exit_status, stop_on_signals
 
 
 class _Commands(TyperGroup):
-    """Turns the errors that are raised on purpose into one line and an exit status."""
+    """Turns the errors that are raised on purpose, and those of files, into one line and an exit status."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; a standard output that cannot be written also fails for `--help` and `--version`."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            discard_stdout()
+            logging.getLogger("moondream_cv").debug("unexpected error of the operating system", exc_info=True)
+            place = f"{shown(str(error.filename))}: " if error.filename is not None else ""
+            typer.echo(f"Error: {place}{shown(error.strerror or str(error))}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -32,6 +43,10 @@ class _Commands(TyperGroup):
         except (MoondreamError, ValueError) as error:
             typer.echo(f"Error: {error_text(error)}", err=True)
             raise typer.Exit(1 if isinstance(error, MoondreamError) else 2) from error
+        except OutputError as error:
+            discard_stdout()
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
         except Terminated as error:
             raise typer.Exit(exit_status(error)) from error
 
@@ -40,7 +55,7 @@ app = typer.Typer(
     name="moondream-cv",
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,7 +74,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Moondream 2 for computer vision: find, point at, ask about and describe what is in a picture.
+    """Moondream 2 for computer vision: find, point at, ask about and describe objects in images.
 
     \b
     Start with [bold]moondream-cv demo[/], which needs no download.
@@ -95,4 +110,5 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     """Show a warning without the line of code that it came from."""
-    typer.echo(f"Warning: {shown(str(message))}", err=True)
+    if logging.getLogger("moondream_cv").isEnabledFor(logging.WARNING):  # not with --quiet
+        typer.echo(f"Warning: {shown(str(message))}", err=True)

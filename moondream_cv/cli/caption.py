@@ -1,4 +1,4 @@
-"""`moondream-cv caption`: describe pictures."""
+"""`moondream-cv caption`: describe images."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import Report
+from .images_command import ImageOptions
+from .models import ModelOptions
 from .telling import tell
 
 
 def caption(
     images: options.Images,
     length: Annotated[
-        str, typer.Option("--length", "-l", metavar="short|normal|long", help="How much is said.")
+        str, typer.Option("--length", "-l", metavar="short|normal|long", help="Length of the caption.")
     ] = "normal",
     temperature: options.Temperature = 0.5,
     max_tokens: options.MaxTokens = 768,
     seed: options.Seed = None,
     output: options.Output = None,
+    overwrite: options.Overwrite = False,
+    recursive: options.Recursive = False,
     model: options.Model = "moondream2",
     device: options.Device = None,
+    dtype: options.Dtype = None,
+    adapter: options.Adapter = None,
+    show: options.Show = False,
     as_json: options.AsJson = False,
+    as_lines: options.AsLines = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Describe pictures in words.
+    """Describe images in words.
 
     \b
     [bold]Examples[/]
     $ moondream-cv caption photo.jpg
-    $ moondream-cv caption photos/ --length short --temperature 0 --json > captions.json
+    $ moondream-cv caption photos/ --length short --temperature 0 --json > captions.jsonl
     """
     from moondream_cv.requests import Caption, Settings
 
@@ -39,4 +48,16 @@ def caption(
         return Caption(image, length, settings)
 
     make_request(...)  # wrong options end the command before a model is loaded
-    tell(Report("caption", as_json, model=model, length=length), make_request, images, output, model, device)
+    shared = ImageOptions(
+        images,
+        ModelOptions(model, device, dtype, adapter),
+        recursive=recursive,
+        output=output,
+        overwrite=overwrite,
+        as_json=as_json,
+        as_lines=as_lines,
+        show=show,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    tell("caption", make_request, shared, length=length)

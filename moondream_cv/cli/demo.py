@@ -17,7 +17,7 @@ import typer
 from . import options
 from .demo_clip import SHOWN, Followed, follow, shown_frames
 from .demo_scenes import PLANS, Check, Score, Shown, look
-from .models import opened_model
+from .models import ModelOptions, opened_model
 from .output import Report, shown
 from .saving import save
 
@@ -46,7 +46,7 @@ def demo(
     started = time.perf_counter()
     report, score = Report("demo", as_json, model=model), Score()
     report.print(Text(f"moondream-cv demo: {len(PLANS)} rendered scenes and a clip, the model {model!r}", style="bold"))
-    with opened_model(model, device, {"detect", "point", "query", "caption"}, report) as vision_model:
+    with opened_model(ModelOptions(model, device), {"detect", "point", "query", "caption"}, report) as vision_model:
         from moondream_cv.detector import Detector, Pointer
 
         detector, pointer = Detector(vision_model), Pointer(vision_model)

@@ -1,8 +1,9 @@
-"""`moondream-cv download`: fetch the weights before they are needed."""
+"""`moondream-cv download`: download a model before it is needed, or for another machine."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,21 +13,37 @@ from .output import SCHEMA, shown
 
 
 def download(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="moondream2, or a hub repo@revision.")] = "moondream2",
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="moondream2, a hub repo@revision with weights or a tokenizer, or a folder."
+        ),
+    ] = "moondream2",
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to",
+            metavar="FOLDER",
+            help="Write weights, config and tokenizer into one folder, for a machine without a network.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a model's weights, and print where they lie.
+    """Download a model, and print the path of its folder.
 
-    An interrupted download goes on where it stopped. Afterwards the model loads without a network (HF_HUB_OFFLINE=1).
+    An interrupted download continues when it is run again. Afterwards the model loads without a network
+    (HF_HUB_OFFLINE=1). Copy a folder from --to to another machine and use it there as --model FOLDER.
 
     \b
     [bold]Examples[/]
     $ moondream-cv download
     $ moondream-cv download vikhyatk/moondream2@2025-06-21
+    $ moondream-cv download moondream2 --to ./moondream2
     """
     from moondream_cv.loading import download as fetch
 
-    path = fetch(name)
+    path = fetch(name, to)
     if as_json:
         typer.echo(json.dumps({"schema": SCHEMA, "model": name, "path": str(path)}, indent=2))
     else:

@@ -1,101 +1,194 @@
-"""What `detect` and `point` have in common: every image, every class, then a table, JSON and annotated pictures."""
+"""The common part of `detect` and `point`: all classes on every image, then a table, JSON and annotated images."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Picture, expand
-from .models import opened_model
+from moondream_cv.urls import is_url
+
+from .exports import CropFolder, LabelFolder
+from .images_command import ImageOptions, ImagesCommand, Item
+from .inputs import Picture
 from .output import Report, shown
-from .saving import plan_outputs, save
 
 if TYPE_CHECKING:
     import supervision as sv
+    from PIL import Image
     from rich.table import Table
 
-    from moondream_cv.detector import Detector, Pointer
     from moondream_cv.vision_model import VisionModel
+
+Find = Callable[[Any, "list[str]"], Any]
+"""Finds objects of the named classes in an RGB image; returns `sv.Detections` with `data["truncated"]`."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Files to write in addition to annotated images.
+
+    Attributes:
+        labels: Folder for labels in the YOLO format.
+        crops: Folder for the parts of the images in the boxes.
+    """
+
+    labels: Path | None = None
+    crops: Path | None = None
 
 
 def locate(
     command: str,
-    make_finder: Callable[[VisionModel], Detector | Pointer],
-    images: Sequence[str],
+    make_finder: Callable[[VisionModel], Find],
     classes: Sequence[str] | None,
-    output: Path | None,
-    model: str,
-    device: str | None,
-    as_json: bool,
+    classes_file: Path | None,
+    max_objects: int,
+    options: ImageOptions,
+    export: Export | None = None,
 ) -> None:
-    """Run a detector or a pointer over images and report what it finds.
+    """Run a detector or a pointer over images, and report and save the objects.
+
+    Everything that can be wrong with the arguments is found before the model is loaded.
 
     Args:
         command: "detect" or "point".
-        make_finder: Makes the detector or pointer from the loaded model, with `mark_truncated`.
-        images: As `inputs.expand` takes them.
-        classes: Names, also several in one separated by commas.
-        output: As `saving.plan_outputs` takes it.
-        model: What `moondream_cv.load` takes.
-        device: Where to load it.
-        as_json: Print JSON instead of tables.
+        make_finder: Makes the detector or pointer from the loaded model.
+        classes: Class names, also several in one separated by commas.
+        classes_file: A text file with more of them.
+        max_objects: Limit of the finder, for messages.
+        options: Images, model and outputs.
+        export: Labels and crops to write.
     """
-    names = split_classes(classes, images, command)
-    pictures = expand(images)
-    targets = plan_outputs(output, pictures)
-    report = Report(command, as_json, model=model, classes=names)
-    with opened_model(model, device, {command}, report) as vision_model:
-        finder = make_finder(vision_model)
-        report.put(has_scores=vision_model.has_scores)
-        for number, (picture, target) in enumerate(zip(pictures, targets, strict=True), 1):
-            with report.image(picture.name):
-                _locate_one(report, finder, picture, names, target, f"{picture.name} ({number} of {len(pictures)})")
-    report.finish()
+    export = export or Export()
+    names = class_names(classes, classes_file, options.images, command)
+    run = ImagesCommand(command, options, classes=names)
+    overwrite = options.overwrite
+    labels = LabelFolder(export.labels, names, run.pictures, overwrite) if export.labels else None
+    crops = CropFolder(export.crops, names, run.pictures, overwrite) if export.crops else None
+    with run.opened_model() as model:
+        find = make_finder(model)
+
+        def locate_one(item: Item) -> None:
+            with run.report.working(item.progress):
+                image = item.picture.open()
+                found = find(image, names)
+            entry = _report_one(run.report, item.picture, image, found, model.has_scores, max_objects)
+            if item.target is not None or options.show:
+                run.show_and_save(annotated(image, found, model.has_scores), item, entry)
+            if labels is not None:
+                entry["labels"] = str(labels.write(item.index, found, image.size))
+            if crops is not None:
+                entry["crops"] = [str(path) for path in crops.write(item.index, image, found)]
+            run.report.add(entry)
+
+        run.for_each(locate_one)
+    for folder in (export.labels, export.crops):
+        if folder is not None:
+            run.report.notice(f"Saved {'labels' if folder == export.labels else 'crops'} in {shown(str(folder))}")
+    run.report.finish()
+
+
+def annotated(image: Image.Image, found: sv.Detections, has_scores: bool) -> Image.Image:
+    """Draw detections into a copy of an RGB image."""
+    from .pictures import annotate
+
+    return annotate(image, found, has_scores=has_scores)
+
+
+def class_names(
+    classes: Sequence[str] | None, classes_file: Path | None, images: Sequence[str], command: str
+) -> list[str]:
+    """Return the class names of `--class` and `--classes-file`, in this order.
+
+    Raises:
+        ValueError: There are none, one is empty or given twice, or the file cannot be read.
+    """
+    if not classes and classes_file is None:
+        return split_classes(None, images, command)
+    names = [name for text in classes or () for name in split_class(text)]
+    return check_unique([*names, *([] if classes_file is None else read_classes(classes_file))])
 
 
 def split_classes(classes: Sequence[str] | None, images: Sequence[str], command: str) -> list[str]:
     """Split names at commas and check them.
 
     Raises:
-        ValueError: There are none, or they are blank or given twice.
+        ValueError: There are none, or one is empty or given twice.
     """
     if not classes:
-        files = [image for image in images if Path(image).suffix or Path(image).exists()] or list(images[:1])
+        files = [image for image in images if Path(image).suffix or Path(image).exists() or is_url(image)]
+        files = files or list(images[:1])
         others = [image for image in images if image not in files] or ["dog", "red circle"]
         line = shlex.join(["moondream-cv", command, *files, *(word for name in others for word in ("-c", name))])
-        raise ValueError(f"nothing to look for; name it with -c, for example: {line}")
-    from moondream_cv.detector import check_classes
-
-    return check_classes([part.strip() for name in classes for part in name.split(",")])
+        raise ValueError(f"no class names are given; add -c NAME, for example: {line}")
+    return check_unique([name for text in classes for name in split_class(text)])
 
 
-def _locate_one(
-    report: Report, finder: Detector | Pointer, picture: Picture, names: list[str], target: Path | None, progress: str
-) -> None:
-    from .pictures import annotate
+def split_class(text: str) -> list[str]:
+    """Split the value of one `--class` at commas.
 
-    with report.working(progress):
-        image = picture.open()
-        found = finder(image, names)
-    has_scores, points = finder.model.has_scores, report.command == "point"
+    Raises:
+        ValueError: A name is empty.
+    """
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        if any(names):
+            kept = ",".join(filter(None, names))
+            raise ValueError(f"the class names {text!r} contain an empty name; write {kept!r}")
+        raise ValueError(f"a class name must not be empty, got {text!r}")
+    return names
+
+
+def read_classes(path: Path) -> list[str]:
+    """Read class names from a UTF-8 text file, one per line; blank lines are skipped.
+
+    Raises:
+        ValueError: The file cannot be read, is not text, or has no names.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes-file {path} is not UTF-8 text; save it as UTF-8, one name per line") from error
+    except (OSError, RuntimeError, ValueError) as error:  # "~nobody", a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--classes-file {path} cannot be read: {reason}") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"--classes-file {path} contains no names; write one per line")
+    return names
+
+
+def check_unique(names: Sequence[str]) -> list[str]:
+    """Return the names as a list.
+
+    Raises:
+        ValueError: A name is given twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"class names must be unique; duplicates: {', '.join(map(repr, twice))}")
+    return list(names)
+
+
+def _report_one(
+    report: Report, picture: Picture, image: Image.Image, found: sv.Detections, has_scores: bool, max_objects: int
+) -> dict[str, Any]:
+    """Print the table of one image, and return its JSON."""
+    points = report.command == "point"
     entry: dict[str, Any] = {"image": picture.name, "width": image.width, "height": image.height}
     entry["points" if points else "objects"] = _entries(found, points)
+    title = shown(picture.title)
     what = "nothing" if not len(found) else f"{len(found)} {'point' if points else 'object'}{'s' * (len(found) > 1)}"
-    report.print(f"{shown(picture.name)}  {image.width}×{image.height}  {what} found")
+    report.print(f"{title}  {image.width}×{image.height}  {what} found")
     if len(found):
         report.print(_table(found, points, has_scores))
     cut_off = _cut_off(found)
     if cut_off:
         entry["truncated"] = cut_off
-        limit = f"--max-objects {finder.settings.max_objects}"
-        report.notice(f"{shown(picture.name)}: there may be more of {', '.join(map(repr, cut_off))} than {limit}")
-    if target is not None:
-        save(annotate(image, found, has_scores=has_scores), target)
-        entry["annotated"] = str(target)
-        report.notice(f"Saved {shown(str(target))}")
-    report.add(entry)
+        report.notice(f"{title}: there may be more of {', '.join(map(repr, cut_off))} than --max-objects {max_objects}")
+    return entry
 
 
 def _cut_off(found: sv.Detections) -> list[str]:

@@ -1,11 +1,13 @@
-"""`moondream-cv point`: a point on each thing that is named."""
+"""`moondream-cv point`: a point on each object that is named."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from . import options
+from .images_command import ImageOptions
 from .locating import locate
+from .models import ModelOptions
 
 if TYPE_CHECKING:
     from moondream_cv.detector import Pointer
@@ -15,14 +17,23 @@ if TYPE_CHECKING:
 def point(
     images: options.Images,
     classes: options.Classes = None,
+    classes_file: options.ClassesFile = None,
     confidence: options.Confidence = 0.0,
     max_objects: options.MaxObjects = 50,
     output: options.Output = None,
+    overwrite: options.Overwrite = False,
+    recursive: options.Recursive = False,
     model: options.Model = "moondream2",
     device: options.Device = None,
+    dtype: options.Dtype = None,
+    adapter: options.Adapter = None,
+    show: options.Show = False,
     as_json: options.AsJson = False,
+    as_lines: options.AsLines = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Point at objects by name; good for counting and for small things.
+    """Point at objects by name; good for counting and for small objects.
 
     \b
     [bold]Examples[/]
@@ -35,4 +46,16 @@ def point(
 
         return Pointer(vision_model, confidence=confidence, max_objects=max_objects, mark_truncated=True)
 
-    locate("point", make, images, classes, output, model, device, as_json)
+    shared = ImageOptions(
+        images,
+        ModelOptions(model, device, dtype, adapter),
+        recursive=recursive,
+        output=output,
+        overwrite=overwrite,
+        as_json=as_json,
+        as_lines=as_lines,
+        show=show,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    locate("point", make, classes, classes_file, max_objects, shared)

@@ -1,4 +1,4 @@
-"""`moondream-cv query`: ask about pictures."""
+"""`moondream-cv query`: ask about images."""
 
 from __future__ import annotations
 
@@ -7,38 +7,51 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .output import Report
+from .images_command import ImageOptions
+from .models import ModelOptions
 from .telling import tell
 
 
 def query(
-    question: Annotated[str, typer.Option("--question", "-q", metavar="TEXT", help="What to ask.")],
+    question: Annotated[str, typer.Option("--question", "-q", metavar="TEXT", help="The question.")],
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IMAGE]",
-            help="Files, folders or globs, quoted or not; - reads standard input; none asks without an image.",
+            metavar="[IMAGE...]",
+            help="Files, folders, globs (quoted or not) or URLs; - reads standard input. Optional.",
             show_default=False,
         ),
     ] = None,
-    reasoning: Annotated[bool, typer.Option("--reasoning", help="Think first, and print the thoughts.")] = False,
+    reasoning: Annotated[bool, typer.Option("--reasoning", help="Reason first, and print the reasoning.")] = False,
     points: Annotated[
         list[str] | None,
-        typer.Option("--point", metavar="X,Y", help="Ask about this place, as fractions of the image; repeatable."),
+        typer.Option("--point", metavar="X,Y", help="Point in the image, as fractions; repeatable."),
     ] = None,
     boxes: Annotated[
         list[str] | None,
-        typer.Option("--box", metavar="X0,Y0,X1,Y1", help="Ask about this region, as fractions; repeatable."),
+        typer.Option(
+            "--box",
+            metavar="X0,Y0,X1,Y1",
+            help="Region in the image, as fractions; repeatable.",
+        ),
     ] = None,
     temperature: options.Temperature = 0.5,
     max_tokens: options.MaxTokens = 768,
     seed: options.Seed = None,
     output: options.Output = None,
+    overwrite: options.Overwrite = False,
+    recursive: options.Recursive = False,
     model: options.Model = "moondream2",
     device: options.Device = None,
+    dtype: options.Dtype = None,
+    adapter: options.Adapter = None,
+    show: options.Show = False,
     as_json: options.AsJson = False,
+    as_lines: options.AsLines = False,
+    verbose: options.Verbose = False,
+    quiet: options.QuietLong = False,
 ) -> None:
-    """Ask a question about pictures.
+    """Ask a question about images.
 
     \b
     [bold]Examples[/]
@@ -57,9 +70,22 @@ def query(
 
     if refs and not images:
         raise ValueError("--point and --box are places in an image, and no image is given")
+    if not images and (output is not None or show):
+        raise ValueError("--output and --show are about annotated images, and no image is given")
     make_request(... if images else None)  # wrong options end the command before a model is loaded
-    report = Report("query", as_json, model=model, question=question)
-    tell(report, make_request, images or (), output, model, device)
+    shared = ImageOptions(
+        images or (),
+        ModelOptions(model, device, dtype, adapter),
+        recursive=recursive,
+        output=output,
+        overwrite=overwrite,
+        as_json=as_json,
+        as_lines=as_lines,
+        show=show,
+        verbose=verbose,
+        quiet=quiet,
+    )
+    tell("query", make_request, shared, question=question)
 
 
 def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:

@@ -1,61 +1,182 @@
-"""Where annotated pictures go: one file, or a folder for several. Never over the pictures that they were made from."""
+"""Files that a command writes: one annotated image or a folder of them, to new files unless `--overwrite` is given.
+
+Where files go is decided and checked before a model is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from .inputs import Picture
+from .output import writing_stdout
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SAVED_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+STDOUT = Path("-")
 
 
-def plan_outputs(output: Path | None, pictures: Sequence[Picture]) -> list[Path | None]:
-    """Decide where each picture is saved, before anything is computed.
+def plan_outputs(output: str | None, pictures: Sequence[Picture], overwrite: bool = False) -> list[Path | None]:
+    """Decide where each annotated image is saved, before anything is computed.
 
     Args:
-        output: A file such as `out.png`, a folder, or None to save nothing. What does not end like a picture's file, or
-            is there as a folder, is a folder.
+        output: A file such as `out.png`; "-" for standard output; a folder, which ends in a slash, exists, or has no
+            suffix; or None to save nothing.
+        pictures: The input images.
+        overwrite: Replace files that exist.
+
+    Returns:
+        A path for each image; `STDOUT` is standard output.
 
     Raises:
-        ValueError: There are several pictures for one file, the format is unknown, or an original would be overwritten.
+        ValueError: There are several images for one file, the format is unknown, the place cannot be written, or an
+            input or, without `overwrite`, another file would be replaced.
     """
     if output is None:
         return [None] * len(pictures)
-    output = output.expanduser()
-    if output.suffix and not output.is_dir():
-        targets = [_check_file(output, len(pictures))]
+    if output == str(STDOUT):
+        return [_check_stdout(len(pictures))]
+    if not output:
+        raise ValueError("--output must not be empty; name a file, a folder or -")
+    path = Path(os.path.expanduser(output))
+    is_folder = os.path.isdir(path) or not path.suffix or output.endswith(tuple(filter(None, (os.sep, os.altsep))))
+    if is_folder:
+        targets = file_names(path, pictures)
     else:
-        if output.is_file():
-            raise ValueError(f"--output {output} is a file without a picture's suffix; end it in .png")
-        targets = _name_files(output, pictures)
-    originals = {picture.path.resolve() for picture in pictures if picture.path is not None}
-    for target in targets:
-        if target.resolve() in originals:
-            raise ValueError(f"--output {target} would overwrite the original; choose another file or folder")
+        targets = [_check_file(path, len(pictures))]
+    check_folder("--output", path if is_folder else path.parent, "name a file that ends in .png" if is_folder else "")
+    check_targets("--output", targets, pictures, overwrite)
     return list(targets)
 
 
+def check_folder(option: str, folder: Path, advice: str = "") -> None:
+    """Check that files can be written into a folder, which may have to be made.
+
+    Raises:
+        ValueError: It is not a folder, or cannot be made or written; the message names the option.
+    """
+    place = folder
+    while not os.path.exists(place) and place.parent != place:
+        place = place.parent
+    if not os.path.isdir(place):
+        raise ValueError(f"{option} {folder}: {place} is not a folder; {advice or 'choose another place'}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {folder}: no permission to write to the folder {place}; choose another place")
+
+
+def check_targets(option: str, targets: Iterable[Path], pictures: Sequence[Picture], overwrite: bool) -> None:
+    """Check that no input is replaced, and no other file without being asked.
+
+    Raises:
+        ValueError: One would be; the message names the option.
+    """
+    originals = {picture.path.resolve() for picture in pictures if picture.path is not None}
+    existing = []
+    for target in targets:
+        try:
+            exists = target.exists()
+        except (OSError, ValueError) as error:  # too long, a NUL in the path
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"{option} {str(target)[:100]}: {reason}; choose another name") from error
+        if target.resolve() in originals:
+            raise ValueError(f"{option} {target} would overwrite the original; choose another file or folder")
+        if target.is_dir():
+            raise ValueError(f"{option} {target} is a folder; choose another name")
+        if exists:
+            existing.append(target)
+    if existing and not overwrite:
+        more = f" and {len(existing) - 1} more files exist" if len(existing) > 1 else " exists"
+        raise ValueError(f"{option}: {existing[0]}{more}; add --overwrite, or choose another name")
+
+
 def save(picture: Image.Image, path: Path) -> None:
-    """Save a picture, making the folder it goes into.
+    """Save an image, making its folder; `STDOUT` gets a PNG. No incomplete file is left behind.
+
+    Raises:
+        ValueError: The format cannot contain an image of this size.
+        OSError: The folder or file cannot be written.
+    """
+    encoded = io.BytesIO()
+    kind = "PNG" if path == STDOUT else {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
+    try:
+        # Subsampled colors smear thin lines.
+        picture.save(encoded, kind, **({"quality": 92, "subsampling": 0} if kind == "JPEG" else {}))
+    except (OSError, ValueError) as error:  # JPEG and WebP limit width and height
+        size = f"{picture.width}x{picture.height}"
+        raise ValueError(f"{path}: an image of {size} pixels cannot be saved as {kind}; save it as .png") from error
+    if path == STDOUT:
+        with writing_stdout():
+            sys.stdout.buffer.write(encoded.getbuffer())
+            sys.stdout.buffer.flush()
+    else:
+        write_file(path, encoded.getvalue())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, making its folder. If that fails, the incomplete file is removed.
 
     Raises:
         OSError: The folder or file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        picture.save(path, quality=92, subsampling=0)  # subsampled colours smear thin lines
-    else:
-        picture.save(path)
+    with path.open("wb") as file:
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:
+            if path.is_file():  # not a device
+                with suppress(OSError):
+                    path.unlink()
+            raise
+
+
+def file_names(folder: Path, pictures: Sequence[Picture], suffix: str | None = None) -> list[Path]:
+    """Return a path in a folder for each image, named after the input; equal names are numbered.
+
+    Args:
+        folder: Where the files go.
+        pictures: The input images.
+        suffix: Suffix of the files; None keeps those of images that are saved in their own format, and gives .png to
+            others.
+    """
+    taken: set[str] = set()
+    files = []
+    for picture in pictures:
+        original = _original_name(picture)
+        kept = original.suffix.lower() if original.suffix.lower() in SAVED_SUFFIXES else ".png"
+        ending = kept if suffix is None else suffix
+        name, number = f"{original.stem}{ending}", 1
+        while name.lower() in taken:  # some file systems ignore case
+            number += 1
+            name = f"{original.stem}-{number}{ending}"
+        taken.add(name.lower())
+        files.append(folder / name)
+    return files
+
+
+def _original_name(picture: Picture) -> Path:
+    if picture.path is not None:
+        return picture.path
+    if "://" not in picture.name:
+        return Path("stdin")
+    name = Path(unquote(urlsplit(picture.name).path)).name
+    return Path("".join(c for c in name if c.isalnum() or c in "._- ").strip(". ")[:100] or "image")
 
 
 def _check_file(output: Path, count: int) -> Path:
     if output.suffix.lower() not in SAVED_SUFFIXES:
-        raise ValueError(f"--output {output}: pictures are saved as {', '.join(SAVED_SUFFIXES)}, not {output.suffix}")
+        raise ValueError(
+            f"--output {output}: images are saved as {', '.join(SAVED_SUFFIXES)}, not {output.suffix}; "
+            f"end a folder's name in a slash: -o {output}/"
+        )
     if count > 1:
         raise ValueError(
             f"--output {output} is one file, and there are {count} images; name a folder: -o {output.stem}/"
@@ -63,17 +184,9 @@ def _check_file(output: Path, count: int) -> Path:
     return output
 
 
-def _name_files(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
-    """Name a file for each picture after its original; equal names are numbered."""
-    taken: set[str] = set()
-    files = []
-    for picture in pictures:
-        path = picture.path or Path("stdin")
-        suffix = path.suffix.lower() if path.suffix.lower() in SAVED_SUFFIXES else ".png"
-        name, number = f"{path.stem}{suffix}", 1
-        while name.lower() in taken:  # some file systems ignore case
-            number += 1
-            name = f"{path.stem}-{number}{suffix}"
-        taken.add(name.lower())
-        files.append(folder / name)
-    return files
+def _check_stdout(count: int) -> Path:
+    if count != 1:
+        raise ValueError(f"--output - prints one image, and there are {count}; name a folder")
+    if sys.stdout.isatty():
+        raise ValueError("--output - prints a PNG, and standard output is a terminal; redirect it: ... -o - > out.png")
+    return STDOUT

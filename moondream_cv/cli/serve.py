@@ -114,12 +114,12 @@ def serve(
     check_installed()
     # Threads of PyTorch that wait for work would else keep the cores busy that decode the next images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from moondream_cv.backends.addresses import is_url
     from moondream_cv.server.app import create_app
     from moondream_cv.server.logs import set_up_logging
     from moondream_cv.server.options import MIB, ServerOptions
     from moondream_cv.server.running import run_server
     from moondream_cv.server.sites import hosts_of
+    from moondream_cv.urls import is_url
 
     if is_url(model) and (device or adapter):
         raise ValueError(
@@ -188,7 +188,7 @@ def open_model(
         MoondreamError: It cannot be loaded, or the server cannot be reached.
         ValueError: The device is not there.
     """
-    from moondream_cv.backends.addresses import is_url
+    from moondream_cv.urls import is_url
 
     if is_url(name):
         from moondream_cv.backends import connect
@@ -208,7 +208,7 @@ def load_model(name: str, device: str | None, adapter: Path | None, cache_images
 
 def public_name(model: str) -> str:
     """What clients know a model as: its name, but of a folder the last part alone, and of a server nothing."""
-    from moondream_cv.backends.addresses import is_url
+    from moondream_cv.urls import is_url
 
     if is_url(model):
         return "moondream2"

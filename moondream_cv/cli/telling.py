@@ -1,17 +1,14 @@
-"""What `query` and `caption` have in common: one request per image, and text that appears as it is written."""
+"""The common part of `query` and `caption`: one request per image, and text that is printed while it is generated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from moondream_cv.requests import CaptionResult, ErrorResult, QueryResult, Reasoning, Request
 
-from .inputs import Picture, expand
-from .models import opened_model
+from .images_command import ImageOptions, ImagesCommand, Item
 from .output import Report, shown
-from .saving import plan_outputs, save
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,62 +16,45 @@ if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
 
 
-def tell(
-    report: Report,
-    make_request: Callable[[Any], Request],
-    images: Sequence[str],
-    output: Path | None,
-    model: str,
-    device: str | None,
-) -> None:
-    """Put one request per image to a model, and print and save what it says.
+def tell(command: str, make_request: Callable[[Any], Request], options: ImageOptions, **header: Any) -> None:
+    """Run one request per image, and print and save the answers.
 
     Args:
-        report: Where replies go.
-        make_request: Makes the request from an image, or from None where no image is given.
-        images: As `inputs.expand` takes them; none asks without an image.
-        output: As `saving.plan_outputs` takes it.
-        model: What `moondream_cv.load` takes.
-        device: Where to load it.
+        command: "query" or "caption".
+        make_request: Makes the request from an image, or from None if no image is given.
+        options: Images, model and outputs; without images, the question is asked without one.
+        header: Keys at the head of the JSON output.
     """
-    pictures = expand(images)
-    targets = plan_outputs(output, pictures)
-    with opened_model(model, device, {report.command}, report) as vision_model:
-        if not pictures:
-            _print_and_add(report, vision_model, make_request(None), {"image": None})
-        for number, (picture, target) in enumerate(zip(pictures, targets, strict=True), 1):
-            with report.image(picture.name):
-                progress = f"{picture.name} ({number} of {len(pictures)})"
-                _tell_one(report, vision_model, make_request, picture, target, progress, len(pictures) > 1)
-    report.finish()
+    run = ImagesCommand(command, options, **header)
+    several = len(run.pictures) > 1
+    with run.opened_model() as model:
+
+        def tell_one(item: Item) -> None:
+            with run.report.working(item.progress):
+                image = item.picture.open()
+            if several:
+                run.report.print(f"{shown(item.picture.title)}:")
+            entry: dict[str, Any] = {"image": item.picture.name, "width": image.width, "height": image.height}
+            request = make_request(image)
+            result = _print_answer(run.report, model, request, entry)
+            if several:
+                run.report.print()
+            if item.target is not None or options.show:
+                run.show_and_save(_illustrate(image, request, result), item, entry)
+            run.report.add(entry)
+
+        if not run.pictures:
+            entry: dict[str, Any] = {"image": None}
+            _print_answer(run.report, model, make_request(None), entry)
+            run.report.add(entry)
+        run.for_each(tell_one)
+    run.report.finish()
 
 
-def _tell_one(
-    report: Report,
-    model: VisionModel,
-    make_request: Callable[[Any], Request],
-    picture: Picture,
-    target: Path | None,
-    progress: str,
-    several: bool,
-) -> None:
-    with report.working(progress):
-        image = picture.open()
-    if several:
-        report.print(f"{shown(picture.name)}:")
-    entry: dict[str, Any] = {"image": picture.name, "width": image.width, "height": image.height}
-    request = make_request(image)
-    result = _print_and_add(report, model, request, entry, target)
-    if several:
-        report.print()
-    if target is not None:
-        save(_illustrate(image, request, result), target)
-        report.notice(f"Saved {shown(str(target))}")
-
-
-def _print_and_add(
-    report: Report, model: VisionModel, request: Request, entry: dict[str, Any], target: Path | None = None
+def _print_answer(
+    report: Report, model: VisionModel, request: Request, entry: dict[str, Any]
 ) -> QueryResult | CaptionResult:
+    """Run a request, print its answer, and add it to the JSON of the image."""
     if report.streams and hasattr(model, "stream"):
         result = _stream(report, model, request)
     else:
@@ -88,8 +68,7 @@ def _print_and_add(
         report.print(result.answer if isinstance(result, QueryResult) else result.caption)
     if result.truncated:
         report.notice("The text was cut off; --max-tokens allows for more.")
-    saved = {} if target is None else {"annotated": str(target)}
-    report.add({**entry, **result.to_dict(), **saved})
+    entry.update(result.to_dict())
     return result
 
 
@@ -117,7 +96,7 @@ def _print_reasoning(report: Report, reasoning: Reasoning) -> None:
 
 
 def _illustrate(image: Image.Image, request: Request, result: QueryResult | CaptionResult) -> Image.Image:
-    """The picture, with what was asked about and what the thoughts spoke of, above the text."""
+    """Return the image with marks at the places in the question and in the reasoning, above the text."""
     import numpy as np
     import supervision as sv
 

@@ -18,7 +18,7 @@ import typer
 
 from . import options
 from .locating import split_classes
-from .models import opened_model
+from .models import ModelOptions, opened_model
 from .output import Report
 from .stopping import exit_status
 from .video_bar import Bar, few_of_a_kind
@@ -163,7 +163,7 @@ def video(
             zones = None if zone is None else Zones.read(zone)
             frames = _checked_source(source, opened, fps)
             _check_targets(targets)
-        vision_model = opened.enter_context(opened_model(model, device, {"detect"}, report))
+        vision_model = opened.enter_context(opened_model(ModelOptions(model, device), {"detect"}, report))
         from moondream_cv.detector import Detector
 
         detector = Detector(vision_model, confidence=confidence)

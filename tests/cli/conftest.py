@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from moondream_cv.cli import app, models
+from moondream_cv.cli.models import ModelOptions
 from moondream_cv.errors import CheckpointError
 from tests.colour_model import ColourModel, picture
 
@@ -22,11 +23,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ColourModel:
     """The model "colours", which finds patches of red, green and blue. No other name is known."""
     fake = ColourModel()
 
-    def load_model(name: str, device: str | None, report: Any) -> ColourModel:
-        if name not in ("colours", "moondream2"):
-            raise CheckpointError(f"there is no model {name!r}")
-        if device not in (None, "cpu"):
-            raise ValueError(f"there is no device {device!r}")
+    def load_model(options: ModelOptions, report: Any) -> ColourModel:
+        if options.name not in ("colours", "moondream2"):
+            raise CheckpointError(f"there is no model {options.name!r}")
+        if options.device not in (None, "cpu"):
+            raise ValueError(f"there is no device {options.device!r}")
         return fake
 
     monkeypatch.setattr(models, "load_model", load_model)

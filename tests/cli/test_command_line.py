@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import moondream_cv
@@ -62,7 +63,7 @@ def test_an_unknown_command() -> None:
 
 
 def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     result = start("detect", "a.png", "-c", "dog", "-m", "no-such-model", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moondream_cv import __version__
 from tests.colour_model import ColourModel, picture
 
 Run = Callable[..., Any]
 
 RED, GREEN = [10, 5, 30, 45], [50, 20, 70, 40]
+
+
+def lines_of(result: Any) -> list[dict[str, Any]]:
+    """The JSON Lines on standard output."""
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_detect_prints_a_table(run: Run, folder: Path) -> None:
@@ -31,23 +37,24 @@ def test_detect_prints_a_table(run: Run, folder: Path) -> None:
 def test_detect_json_is_alone_on_standard_output(run: Run, folder: Path) -> None:
     result = run("detect", "one.png", "two.jpg", "-c", "blue,red", "--json", "-m", "colours", "-o", "out")
     assert result.exit_code == 0
-    document = json.loads(result.stdout)
-    assert {key: document[key] for key in ("schema", "command", "model", "classes", "has_scores")} == {
-        "schema": 1,
+    head = {
+        "schema": 2,
+        "version": __version__,
         "command": "detect",
         "model": "colours",
         "classes": ["blue", "red"],
         "has_scores": True,
     }
-    assert document["images"] == [
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
         {
+            **head,
             "image": "one.png",
             "width": 80,
             "height": 60,
             "objects": [{"class_name": "red", "class_id": 1, "confidence": 1.0, "xyxy": RED}],
             "annotated": str(Path("out/one.png")),
         },
-        {"image": "two.jpg", "width": 80, "height": 60, "objects": [], "annotated": str(Path("out/two.jpg"))},
+        {**head, "image": "two.jpg", "width": 80, "height": 60, "objects": [], "annotated": str(Path("out/two.jpg"))},
     ]
     assert "Saved" in result.stderr
 
@@ -95,7 +102,7 @@ def test_what_the_limit_cuts_off_is_told(run: Run, folder: Path) -> None:
     row = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", (50, 20, 70, 40)))
     Image.fromarray(row[..., ::-1]).save("row.png")
     result = run("detect", "row.png", "one.png", "-c", "green,red", "--max-objects", 3, "--json")
-    cut, whole = json.loads(result.stdout)["images"]
+    cut, whole = lines_of(result)
     assert cut["truncated"] == ["red"]
     assert "truncated" not in whole
     assert result.stderr == "row.png: there may be more of 'red' than --max-objects 3\n"
@@ -115,7 +122,7 @@ def test_no_scores_are_shown_where_there_are_none(run: Run, folder: Path, model:
 
 
 def names_in(result: Any) -> list[str]:
-    return [image["image"] for image in json.loads(result.stdout)["images"]]
+    return [image["image"] for image in lines_of(result)]
 
 
 def test_globs_folders_and_standard_input(run: Run, folder: Path) -> None:
@@ -125,9 +132,9 @@ def test_globs_folders_and_standard_input(run: Run, folder: Path) -> None:
     assert names_in(run("detect", "*.jpg", "one.*", "-c", "red", "--json")) == ["two.jpg", "one.png"]
     more = [str(Path("more") / "a.JPG"), str(Path("more") / "b.png")]
     assert names_in(run("detect", "more", "-c", "red", "--json")) == more
-    assert names_in(run("detect", "**/b.png", "-c", "red", "--json")) == more[1:]
+    assert names_in(run("detect", "**/b.png", "-c", "red", "--jsonl")) == more[1:]
     result = run("detect", "-", "one.png", "-c", "red", "--json", stdin=(folder / "one.png").read_bytes())
-    first, second = json.loads(result.stdout)["images"]
+    first, second = lines_of(result)
     assert (first["image"], first["objects"]) == ("-", second["objects"])
 
 
@@ -142,7 +149,7 @@ def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
     Image.new("RGB", (8, 8), (255, 0, 255)).save("magenta.png")
     result = run("detect", "missing.png", "broken.png", "no*.png", "magenta.png", "one.png", "-c", "red", "--json")
     assert result.exit_code == 1
-    *bad, good = json.loads(result.stdout)["images"]
+    *bad, good = lines_of(result)
     assert [image["image"] for image in bad] == ["missing.png", "broken.png", "no*.png", "magenta.png"]
     assert "no such image file" in bad[0]["error"]
     assert "not an image in a supported format" in bad[1]["error"]
@@ -158,16 +165,32 @@ def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
     [
         (["one.png"], "moondream-cv detect one.png -c dog -c 'red circle'"),
         (["one.png", "dog", "red car"], "moondream-cv detect one.png -c dog -c 'red car'"),
-        (["one.png", "-c", "red,red"], "there twice: 'red'"),
-        (["one.png", "-c", "red,"], "must say something"),
-        (["one.png", "-c", " "], "must say something"),
+        (["one.png", "-c", "red,red"], "must be unique; duplicates: 'red'"),
+        (["one.png", "-c", "red,"], "the class names 'red,' contain an empty name; write 'red'"),
+        (["one.png", "-c", "red,,blue"], "write 'red,blue'"),
+        (["one.png", "-c", " "], "a class name must not be empty"),
+        (["one.png", "-c", ","], "a class name must not be empty, got ','"),
         (["one.png", "-c", "red", "--device", "banana"], "no device 'banana'"),
         (["one.png", "two.jpg", "-c", "red", "-o", "out.png"], "there are 2 images; name a folder"),
         (["one.png", "-c", "red", "-o", "out.gif"], "not .gif"),
         (["one.png", "-c", "red", "-o", "./one.png"], "would overwrite the original"),
         (["one.png", "-c", "red", "-o", "."], "would overwrite the original"),
-        (["one.png", "-c", "red", "-o", "file"], "file without a picture's suffix"),
-        (["empty", "-c", "red"], "the folder empty holds no images"),
+        (["one.png", "-c", "red", "-o", "file"], "file is not a folder; name a file that ends in .png"),
+        (["one.png", "-c", "red", "-o", f"{'x' * 255}.png"], "File name too long; choose another name"),
+        (["one.png", "-c", "red", "-o", "two.jpg"], "two.jpg exists; add --overwrite"),
+        (["one.png", "-c", "red", "-o", "out.v1"], "end a folder's name in a slash: -o out.v1/"),
+        (["one.png", "-c", "red", "-o", "file/out.png"], "--output file: file is not a folder"),
+        (["one.png", "-c", "red", "-o", ""], "--output must not be empty"),
+        (["one.png", "two.jpg", "-c", "red", "-o", "-"], "--output - prints one image, and there are 2"),
+        (["one.png", "-c", "red", "-o", "-", "--json"], "--output - and --json both print on standard output"),
+        (["one.png", "-c", "red", "--save-txt", "file"], "--save-txt file: file is not a folder"),
+        (["one.png", "-c", "red", "--save-crop", "file"], "--save-crop file: file is not a folder"),
+        (["one.png", "--classes-file", "no.txt"], "--classes-file no.txt cannot be read: No such file or directory"),
+        (["one.png", "--classes-file", "file"], "--classes-file file contains no names"),
+        (["one.png", "--classes-file", "one.png"], "--classes-file one.png is not UTF-8 text"),
+        (["one.png", "-c", "red", "-v", "-q"], "--verbose and --quiet exclude each other"),
+        (["nested", "-c", "red"], "the folder nested contains no images, but its subfolders do; add --recursive"),
+        (["empty", "-c", "red"], "the folder empty contains no images"),
         (["-", "-", "-c", "red"], "only once"),
         (["", "-c", "red"], "empty"),
     ],
@@ -177,6 +200,8 @@ def test_wrong_arguments_end_with_one_line_and_2(
 ) -> None:
     (folder / "empty").mkdir()
     (folder / "file").touch()
+    (folder / "nested" / "more").mkdir(parents=True)
+    (folder / "nested" / "more" / "a.png").write_bytes((folder / "one.png").read_bytes())
     result = run("detect", *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -247,7 +272,9 @@ def test_a_folder_keeps_names_apart(run: Run, folder: Path) -> None:
 
 
 def test_what_cannot_be_saved_is_an_error_of_that_image(run: Run, folder: Path) -> None:
-    (folder / "file").touch()
-    result = run("detect", "one.png", "-c", "red", "-o", "file/out.png")
+    Image.new("RGB", (16_384, 1)).save("wide.png")
+    result = run("detect", "wide.png", "-c", "red", "-o", "out.webp")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: one.png: ")
+    message = "out.webp: an image of 16384x1 pixels cannot be saved as WEBP; save it as .png"
+    assert result.stderr == f"Error: wide.png: {message}\n"
+    assert not Path("out.webp").exists()

@@ -31,12 +31,15 @@ def test_several_images_have_headings(run: Run, folder: Path) -> None:
 
 
 def test_json(run: Run, folder: Path) -> None:
-    document = json.loads(run("query", "one.png", "missing.png", "-q", "What?", "--reasoning", "--json").stdout)
-    assert (document["schema"], document["command"], document["question"]) == (1, "query", "What?")
-    good, bad = document["images"]
+    result = run("query", "one.png", "missing.png", "-q", "What?", "--reasoning", "--json")
+    good, bad = map(json.loads, result.stdout.splitlines())
+    assert (good["schema"], good["command"], good["question"]) == (2, "query", "What?")
     assert good["answer"] == "1 red, 1 green, 0 blue"
     assert good["reasoning"]["grounding"] == [{"start_idx": 2, "end_idx": 7, "points": [[0.5, 0.5]]}]
-    assert set(bad) == {"image", "error"}
+    assert bad == {key: good[key] for key in ("schema", "version", "command", "model", "question")} | {
+        "image": "missing.png",
+        "error": "'missing.png': no such image file",
+    }
     document = json.loads(run("caption", "one.png", "--json").stdout)
     assert document["images"][0]["caption"] == "A picture of 80 by 60 pixels, normal."
 

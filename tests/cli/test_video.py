@@ -185,7 +185,7 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
     [
         ("frames -o out.mp4", 2, "nothing to look for; name it after the source"),
         ("frames red", 2, "nothing to write; add -o out.mp4"),
-        ("frames red red -o out.mp4", 2, "classes must differ"),
+        ("frames red red -o out.mp4", 2, "class names must be unique; duplicates"),
         ("one.png two.jpg red -o out.mp4", 2, "'two.jpg' is a file"),
         ("missing.mp4 red -o out.mp4", 1, "'missing.mp4': no such file or folder"),
         ("broken.mp4 red -o out.mp4", 1, "broken.mp4"),

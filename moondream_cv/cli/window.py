@@ -1,0 +1,59 @@
+"""`--show`: an annotated image in a window, until a key is pressed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from moondream_cv.video.window import Window
+
+_POLL_MS = 50  # interval for checking keys and the window's close button
+
+
+class ImageWindow:
+    """A window that shows images one after the other. Any key goes on; q, Esc or the close button ends showing."""
+
+    def __init__(self, title: str) -> None:
+        """Check that windows can be shown here; the window opens with the first image.
+
+        Raises:
+            VideoError: There is no screen, or OpenCV comes without windows.
+        """
+        from moondream_cv.video.window import Window
+
+        self._title = title
+        self._window: Window | None = None
+        self._ended = False
+        Window(title).close()
+
+    def show(self, image: Image.Image) -> None:
+        """Show an RGB image and wait for a key. Nothing happens once showing has ended.
+
+        Raises:
+            VideoError: The window cannot be shown.
+        """
+        if self._ended:
+            return
+        import cv2
+        import numpy as np
+        import supervision as sv
+
+        from moondream_cv.video.frame import Frame
+        from moondream_cv.video.window import Window
+
+        window = self._window or Window(self._title)
+        self._window = window
+        frame = Frame(np.ascontiguousarray(np.asarray(image)[..., ::-1]), 0, 0.0)
+        while not window.closed:
+            window.write(frame, sv.Detections.empty())
+            if not window.closed and cv2.waitKey(_POLL_MS) not in (-1, 255):
+                return
+        self._ended = True
+
+    def close(self) -> None:
+        """Close the window. A second call does nothing."""
+        self._ended = True
+        if self._window is not None:
+            self._window.close()
