@@ -32,14 +32,14 @@ Found = Future["sv.Detections | None"]
 DetectOne = Callable[[Image, Sequence[str]], sv.Detections]
 
 
-_running: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_running: weakref.WeakSet[DetectionWorker] = weakref.WeakSet()
 
 
 @atexit.register
 def _let_them_finish() -> None:
-    """PyTorch aborts a process that ends in the midst of a call."""
-    for thread in list(_running):
-        thread.join(LAST_SECONDS)
+    """PyTorch aborts a process that ends in the midst of a call. A second Ctrl-C may leave workers open."""
+    for worker in list(_running):
+        worker.close(LAST_SECONDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class DetectionWorker:
         self.seconds, self.looked, self.failed = 0.0, 0, 0
         self._thread = threading.Thread(target=self._work, name="moondream_cv detection", daemon=True)
         self._thread.start()
-        _running.add(self._thread)
+        _running.add(self)
 
     def submit(self, frame: Frame, source: str, number: int = 0) -> Found:
         """Have a frame looked at; the result is None where that failed, and cancelled once the worker is closed.

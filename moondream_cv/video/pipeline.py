@@ -134,8 +134,9 @@ def annotate_video(
 
     Raises:
         VideoError: The source cannot be read, or a target not be written; names it.
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or `json` or `mot` is the source.
     """
+    _keep_source(source, json=json, mot=mot)
     names, counted = check_classes(classes), _zones(zones)
     annotator = Annotator(annotate, names, colour_by=colour_by, zones=counted, panel=panel)
     tracking = replace(tracking or Tracking(), redact=bool(annotator.what & {"blur", "pixelate"}))
@@ -229,6 +230,17 @@ class _Tally:
         seen.objects, seen.frames = len(self._ids[name]), seen.frames + 1
         seen.most = max(seen.most, len(rows))
         seen.confidence = self._scores[name][0] / self._scores[name][1]
+
+
+def _keep_source(source: Any, **texts: str | Path | TextIO | None) -> None:
+    """Raise ValueError if a text file would overwrite the source. A video may: it replaces its target at the end."""
+    if not isinstance(source, str | os.PathLike):
+        return
+    for argument, text in texts.items():
+        if isinstance(text, str | Path) and os.path.realpath(os.path.expanduser(text)) == os.path.realpath(
+            os.path.expanduser(source)
+        ):
+            raise ValueError(f"{argument} would overwrite the source, {os.fspath(source)!r}; choose another file")
 
 
 def _file(source: Any) -> Path | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -243,3 +245,18 @@ def test_closing() -> None:
     assert working.close(240)
     assert not working._thread.is_alive()
     assert working.looked == 1
+
+
+EXIT = """
+import atexit
+import supervision as sv
+working = None
+atexit.register(lambda: print(working._thread.is_alive()))  # runs last
+from moondream_cv.video.detecting import DetectionWorker
+working = DetectionWorker(lambda image, classes: sv.Detections.empty(), ["dog"])
+"""
+
+
+def test_a_worker_that_is_left_open_ends_with_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

@@ -321,6 +321,17 @@ def test_on_frame_raises(error: BaseException, at: int, clip: Path, tmp_path: Pa
     assert only(tmp_path, "out.mp4", "out.jsonl")
 
 
+@pytest.mark.parametrize("argument", ["json", "mot"])
+def test_a_text_file_does_not_overwrite_the_source(argument: str, clip: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.txt"
+    link.symlink_to(clip)
+    before = clip.read_bytes()
+    for target in (str(clip), link):
+        with pytest.raises(ValueError, match=f"{argument} would overwrite the source, .*; choose another file"):
+            annotate_video(clip, None, CLASSES, model=Known(*THINGS), **{argument: target})
+    assert clip.read_bytes() == before
+
+
 def test_an_exception_leaves_no_half_source(clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "same.mp4"
     path.write_bytes(clip.read_bytes())
