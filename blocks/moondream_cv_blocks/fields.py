@@ -119,11 +119,12 @@ class MoondreamManifest(WorkflowBlockManifest):
         """Return the schema with its fields in the order for the workflow builder: the required ones first."""
         schema = super().__get_pydantic_json_schema__(core_schema, handler)
         required = schema["required"]
-        by_need = sorted(
-            schema["properties"].items(),
-            key=lambda item: (item[0] not in required, not item[1].get("always_visible", False)),
-        )
-        return {**schema, "properties": dict(by_need)}
+
+        def place(item: tuple[str, Any]) -> int:
+            name, field = item
+            return 0 if name in required else 1 if field.get("always_visible") else 2
+
+        return {**schema, "properties": dict(sorted(schema["properties"].items(), key=place))}
 
     @model_validator(mode="before")
     @classmethod

@@ -27,6 +27,8 @@ _TERMS = (  # pattern of the advice for Python users → advice for users of wor
         "OpenAI-compatible server",
     ),
     (r"^\w+ cannot (.*); MoondreamAPI can", r"this server cannot \1; moondream2 and moondream-cv serve can"),
+    (r"MoondreamAPI and a model from moondream_cv\.load\(\) can", "moondream2 and moondream-cv serve can"),
+    (r"^RoboflowInference needs", "the client of Roboflow Inference servers needs"),
     (r"; where the server is this project's own, MoondreamAPI needs nothing", ""),
     (r"load it with dtype='bfloat16' or 'float32'", f"select another device with the environment variable {DEVICE}"),
 )

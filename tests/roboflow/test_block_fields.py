@@ -386,7 +386,8 @@ def test_what_a_block_says_of_itself(block: str) -> None:
     assert schema["version"] == "v1"
     assert len(schema["short_description"]) < 80 < len(schema["long_description"])
     assert "`error_status`" in schema["long_description"]
-    assert "moondream" in schema["search_keywords"]
+    assert {"moondream", "moondream2", "VLM"} <= set(schema["search_keywords"])
+    assert schema["is_vlm_block"] is True
     assert {"section", "icon", "blockPriority"} <= schema["ui_manifest"].keys()
 
 
@@ -424,6 +425,53 @@ def test_the_schema_goes_through_json(block: str) -> None:
     schema = manifest(block).model_json_schema()
     assert json.loads(json.dumps(schema)) == schema
     assert set(fields_of(block)) <= schema["properties"].keys()
+
+
+VISIBLE = {
+    "detect": ["class_names", "model"],
+    "point": ["class_names", "model"],
+    "query": ["question", "model", "parameters"],
+    "caption": ["model", "length"],
+    "track": ["class_names", "model", "every"],
+}
+BOUNDS = {
+    "confidence": ("number", 0, 1),
+    "nms": ("number", 0, 1),
+    "max_objects": ("integer", 1, 2**31 - 1),
+    "max_tokens": ("integer", 1, 2**31 - 1),
+    "every": ("integer", 1, 2**31 - 1),
+    "temperature": ("number", 0, 2),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_builder_shows_required_and_important_fields_first(block: str) -> None:
+    schema = manifest(block).model_json_schema()
+    shown = list(schema["properties"])
+    required, visible = ["type", "name", "images", *REQUIRED[block]], VISIBLE[block]
+    assert shown[: len(required)] == schema["required"] == required
+    assert [name for name in shown if schema["properties"][name].get("always_visible")] == visible
+    assert shown[3 : 3 + len(visible)] == visible
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_builder_knows_the_bounds_of_all_numbers(block: str) -> None:
+    numbers = {}
+    for name, schema in manifest(block).model_json_schema()["properties"].items():
+        for option in schema.get("anyOf", [schema]):
+            if option.get("type") in ("number", "integer"):
+                numbers[name] = (option["type"], option["minimum"], option["maximum"])
+    assert numbers == {name: BOUNDS[name] for name in fields_of(block) if name in BOUNDS}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_bounds_of_the_builder_are_those_of_the_check(block: str) -> None:
+    for name in [name for name in fields_of(block) if name in BOUNDS]:
+        kind, low, high = BOUNDS[name]
+        for value in (low, high):
+            compiled(with_fields(block, **{name: value}))
+        for value in (low - 1, high + 1) if kind == "integer" else (low - 0.01, high + 0.01):
+            assert refusal(with_fields(block, **{name: value})).startswith(f"{name}: ")
 
 
 def test_the_engine_lists_the_blocks() -> None:

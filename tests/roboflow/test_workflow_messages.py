@@ -1,0 +1,224 @@
+"""Messages name fields of a workflow and environment variables, never arguments or classes of Python."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+
+import moondream_cv_blocks
+from moondream_cv_blocks import ModelPool, load_blocks, pool
+from moondream_cv_blocks.messages import in_workflow_terms
+from tests.remote_server import Answer, RemoteServer, remote_server
+from tests.roboflow_app import skip_without_server
+from tests.workflows import BLOCKS, block_step, compiled, refusal, results, workflow
+
+skip_without_server()
+pytestmark = pytest.mark.roboflow
+
+PYTHON = re.compile(r"\b[a-z_]+=(?!\S)|\b[a-z_]+='|load\(|connect\(|MoondreamAPI|OpenAICompatible|RoboflowInference")
+LISTED = Answer({"models": [{"id": "any"}]})
+OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
+INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+ROUTES = ("/v1/detect", "/v1/point", "/v1/query", "/v1/caption", "/v1/chat/completions")
+UNAUTHORIZED = Answer({"error": "who are you?"}, 401)
+
+
+@pytest.fixture
+def server() -> Iterator[RemoteServer]:
+    with remote_server() as running:
+        yield running
+
+
+def hanging(server: RemoteServer) -> None:
+    server.on("/v1/models", LISTED)
+    for route in ROUTES:
+        server.on(route, Answer(fault="hang"))
+
+
+def refusing(server: RemoteServer) -> None:
+    server.on("/v1/models", LISTED)
+    for route in ROUTES:
+        server.on(route, UNAUTHORIZED)
+
+
+def refusing_lists(server: RemoteServer) -> None:
+    server.on("/v1/models", UNAUTHORIZED)
+
+
+def silent(server: RemoteServer) -> None:
+    server.on("/v1/models", Answer(fault="hang"))
+
+
+def no_model(server: RemoteServer) -> None:
+    """Every route gives 404."""
+
+
+def openai(server: RemoteServer) -> None:
+    server.on("/v1/models", OPENAI)
+    server.on("/v1/chat/completions", Answer({"choices": [{"message": {"content": "yes"}}]}))
+
+
+def roboflow(server: RemoteServer) -> None:
+    server.on("/info", INFO)
+
+
+TIMEOUT = "allow more with the environment variable MOONDREAM_CV_BLOCKS_TIMEOUT"
+LISTS = "MOONDREAM_CV_BLOCKS_MODELS must list a server on another machine before it gets the key"
+FAILURES: list[tuple[Callable[[RemoteServer], None], tuple[str, ...], str]] = [
+    (hanging, BLOCKS, TIMEOUT),
+    (refusing, BLOCKS, f"set the environment variable MOONDREAM_API_KEY; {LISTS}"),
+    (refusing_lists, BLOCKS, f"it needs an API key: set MOONDREAM_API_KEY or OPENAI_API_KEY; {LISTS}"),
+    (silent, BLOCKS, "check the URL in the field model"),
+    (no_model, BLOCKS, "the field model must be the URL of moondream-cv serve, Roboflow Inference, "),
+    (
+        openai,
+        ("detect", "point", "track"),
+        "answers text only, no boxes or points as JSON: 'yes'; moondream2 and moondream-cv serve can detect",
+    ),
+    (roboflow, ("point", "query", "caption"), "only detect; set the field model to moondream2 or to the URL"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fails", "block", "advice"),
+    [(fails, block, advice) for fails, blocks, advice in FAILURES for block in blocks],
+)
+def test_messages_of_servers_are_for_users_of_workflows(
+    fails: Callable[[RemoteServer], None], block: str, advice: str, server: RemoteServer, bgr: np.ndarray
+) -> None:
+    fails(server)
+    definition = workflow(block_step(block, model=server.url))
+    (outputs,) = results(compiled(definition, **{"moondream_cv_blocks.models": ModelPool(timeout=0.3)}), bgr)
+    message = outputs["error_message"]
+    assert outputs["error_status"] is True
+    assert advice in message
+    assert not PYTHON.search(message), message
+
+
+def test_a_server_that_cannot_reason(server: RemoteServer, bgr: np.ndarray) -> None:
+    openai(server)
+    definition = workflow(block_step("query", model=server.url, reasoning=True))
+    (outputs,) = results(compiled(definition, **{"moondream_cv_blocks.models": ModelPool()}), bgr)
+    assert "this server cannot reason" in outputs["error_message"]
+    assert "moondream2 and moondream-cv serve can" in outputs["error_message"]
+    assert not PYTHON.search(outputs["error_message"])
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        ("http://localhost:2020?key=1", "remove it, and set an environment variable such as MOONDREAM_API_KEY"),
+        ("moondream3", "did you mean 'moondream2'?"),
+        ("ftp://localhost", "neither http nor https"),
+        ("localhost:2020", "for a server write its URL, 'http://localhost:2020'"),
+    ],
+)
+def test_messages_of_refused_models_are_for_users_of_workflows(model: str, advice: str) -> None:
+    message = refusal(workflow(block_step("detect", model=model)))
+    assert advice in message
+    assert not PYTHON.search(message), message
+
+
+def test_messages_of_the_engine_are_for_users_of_workflows() -> None:
+    from moondream_cv.engine.rows import _overflow
+
+    message = in_workflow_terms(_overflow())
+    assert "MOONDREAM_CV_BLOCKS_DEVICE" in message
+    assert not PYTHON.search(message)
+
+
+# Environment variables
+
+
+@pytest.fixture
+def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No workflow has run in this process."""
+    monkeypatch.setattr(pool, "_shared", None)
+    monkeypatch.setattr(moondream_cv_blocks, "_logged", set())
+
+
+INVALID = [
+    (pool.TIMEOUT, "soon", "must be a number of seconds above 0, got 'soon'"),
+    (pool.TIMEOUT, "0", "must be a number of seconds above 0, got '0'"),
+    (pool.TIMEOUT, "30s", "must be a number of seconds above 0, got '30s'"),
+    (pool.DEVICE, "cuda:99", "must name a device: there is no device 'cuda:99'"),
+    (pool.DEVICE, "gpu", "must name a device: unknown device 'gpu'"),
+]
+invalid = pytest.mark.parametrize(("variable", "value", "message"), INVALID)
+
+
+@invalid
+@pytest.mark.usefixtures("no_pool")
+def test_loading_the_blocks_logs_invalid_environment_variables_once(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(variable, value)
+    for _ in range(2):
+        assert len(load_blocks()) == len(BLOCKS)
+    (record,) = [record for record in caplog.records if record.name == "moondream_cv_blocks"]
+    assert record.levelno == logging.ERROR
+    assert f"the environment variable {variable} {message}" in record.getMessage()
+
+
+@pytest.mark.usefixtures("no_pool")
+def test_loading_the_blocks_logs_models_that_do_not_exist(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(pool.ALLOWED, "tiny, moondream3, http://localhost:2020")
+    load_blocks()
+    (record,) = [record for record in caplog.records if record.name == "moondream_cv_blocks"]
+    assert f"the environment variable {pool.ALLOWED} lists a model that cannot be used" in record.getMessage()
+    assert "'moondream3'" in record.getMessage()
+
+
+@pytest.mark.usefixtures("no_pool")
+def test_loading_the_blocks_logs_nothing_if_the_environment_is_valid(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for variable, value in ((pool.TIMEOUT, "5"), (pool.DEVICE, "cpu"), (pool.ALLOWED, "tiny")):
+        monkeypatch.setenv(variable, value)
+    load_blocks()
+    assert not [record for record in caplog.records if record.name == "moondream_cv_blocks"]
+
+
+@invalid
+@pytest.mark.usefixtures("no_pool")
+def test_compiling_names_invalid_environment_variables(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from roboflow_workflows.errors import WorkflowEnvironmentConfigurationError
+
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(WorkflowEnvironmentConfigurationError) as caught:
+        compiled(workflow(block_step("caption")))
+    assert f"the environment variable {variable} {message}" in caught.value.public_message
+
+
+@invalid
+@pytest.mark.usefixtures("no_pool")
+def test_the_server_names_invalid_environment_variables(
+    url: str, variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    definition = workflow(block_step("caption", name="never_compiled"))
+    image = {"type": "numpy_object", "value": "unused"}
+    body: dict[str, Any] = {"specification": definition, "inputs": {"image": image}}
+    answer = requests.post(f"{url}/workflows/run", json=body, timeout=240)
+    assert answer.status_code == 500
+    assert f"the environment variable {variable} {message}" in answer.json()["message"]
+
+
+@pytest.mark.usefixtures("no_pool")
+def test_a_pool_of_the_program_ignores_the_environment_variables(
+    bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(pool.TIMEOUT, "soon")
+    models = {"moondream_cv_blocks.models": ModelPool(device="cpu")}
+    (outputs,) = results(compiled(workflow(block_step("caption")), **models), bgr)
+    assert outputs["error_message"] == ""
