@@ -7,6 +7,7 @@ import heapq
 import io
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -83,7 +84,8 @@ def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tupl
     left_out: list[str] = []
     has_sound, matroska_holds_all = False, True
     try:
-        with av.open(str(source), metadata_errors="replace") as opened:
+        # An absolute path, since FFmpeg takes "12:30.mp4" for a URL
+        with av.open(os.path.abspath(source), metadata_errors="replace") as opened:
             for stream in opened.streams:
                 kind = str(stream.type)
                 if kind not in _COPIED_TYPES:
@@ -154,7 +156,7 @@ def remux(
         stream.codec_context.framerate = Fraction(len(times) / total).limit_denominator(1001)
         merged = [timeline.timed(_packets(images, [source]), stream)]
         if side is not None and side.indices:
-            other = files.enter_context(av.open(str(side.path), metadata_errors="replace"))
+            other = files.enter_context(av.open(os.path.abspath(side.path), metadata_errors="replace"))
             copies = {index: _copied_stream(output, other.streams[index]) for index in side.indices}
             preroll = 0.0 if file_format == MATROSKA else _PREROLL  # Matroska has no times below 0; it would move all
             merged.append(_shifted(other, copies, side.recordings or [Recording(0.0, 0.0)], total, preroll))

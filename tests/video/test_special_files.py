@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video import open_source
+from moondream_cv.video import annotate_video, open_source
 from moondream_cv.video.video_file import VideoWriter
 from tests.clips import numbered, write_clip
 from tests.video.test_formats import (
@@ -270,6 +270,18 @@ def test_a_damaged_packet_of_sound_is_left_out(tmp_path: Path, caplog: pytest.Lo
         f"{source}: 1 damaged packets of sound or subtitles were left out"
     ]
     assert beeps(target) == pytest.approx(FLASHES, abs=0.04)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", ["12:30.mp4", "file:a.mp4"])
+def test_the_relative_path_of_a_file_that_looks_like_a_url(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(Path("a.mp4").absolute(), FORMATS["mp4"])
+    Path("a.mp4").rename(name)
+    annotate_video(name, f"out of {name}", "dog", model=no_objects, every=10)
+    assert beeps(tmp_path / f"out of {name}") == pytest.approx(FLASHES, abs=0.04)
 
 
 @needs_ffmpeg
