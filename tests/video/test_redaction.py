@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import supervision as sv
 
+from moondream_cv import Detector, load
+from moondream_cv.cli import demo_clip
 from moondream_cv.evaluation.tracks import truth_of
 from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Annotator, Tracked, Tracking, Zones, annotate_video, track, watch, watching
@@ -180,6 +182,56 @@ def test_objects_are_blurred_within_the_bridge_of_a_detection(
         total, exposed = total + counts[0], exposed + counts[1]
     assert total > 1500
     assert exposed / total <= limit, f"{exposed} of {total} objects show"
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[list[np.ndarray], list[list[np.ndarray]], dict[bytes, sv.Detections]]:
+    """The frames of the demo's clip, its whole circles by track, and what the tiny model finds on each frame."""
+    clip = demo_clip.render()
+    frames, circles = [], []
+    for image, objects in clip.frames():
+        frames.append(np.ascontiguousarray(image[..., ::-1]))
+        whole = {o.track_id: np.array(o.xyxy) for o in objects if o.name == "red circle" and o.visible >= 0.99}
+        circles.append([whole.get(track_id, np.empty(0)) for track_id in (1, 2)])
+    with load("tiny", device="cpu") as model:
+        detector = Detector(model)
+        found = {image.tobytes(): detector(image, "red circle") for image in frames}
+    return frames, circles, found
+
+
+@pytest.mark.parametrize("every", [1, 5, 15])
+def test_circles_of_the_demo_are_covered_between_their_detections(
+    every: int, demo: tuple[list[np.ndarray], list[list[np.ndarray]], dict[bytes, sv.Detections]]
+) -> None:
+    frames, circles, found = demo
+    detected: list[list[float]] = [[], []]  # times at which each circle was found on a keyframe
+
+    def detector(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        number = next(i for i, frame in enumerate(frames) if frame is image or np.array_equal(frame, image))
+        for circle, box in enumerate(circles[number]):
+            boxes = found[image.tobytes()].xyxy
+            if box.size and len(boxes) and sv.box_iou_batch(box[None], boxes).max() >= 0.5:
+                detected[circle].append(number / FPS)
+        return found[image.tobytes()]
+
+    lines = io.StringIO()
+    annotate_video(frames, None, "red circle", annotate="blur", model=detector, every=every, json=lines)
+    covered = [[row["xyxy"] for row in json.loads(line)["detections"]] for line in lines.getvalue().splitlines()]
+    whole = opened = 0
+    for number, tracks in enumerate(circles):
+        mask = np.zeros(frames[0].shape[:2], bool)
+        for left, top, right, bottom in np.rint(covered[number]).astype(int).reshape(-1, 4).tolist():
+            mask[top:bottom, left:right] = True
+        for circle, box in enumerate(tracks):
+            steps = np.array(detected[circle]) - number / FPS
+            if not box.size or not ((steps <= 0) & (steps >= -0.7)).any() or not ((steps >= 0) & (steps <= 0.7)).any():
+                continue
+            left, top, right, bottom = np.rint(box).astype(int).tolist()
+            whole += 1
+            opened += mask[top:bottom, left:right].mean() < 0.5
+    print(f"every {every}: {opened} of {whole} whole circles show by more than half")
+    assert whole > 200
+    assert opened <= 3, f"{opened} of {whole} circles show"
 
 
 def test_unredacted_frames_keep_their_texture(tmp_path: Path) -> None:
