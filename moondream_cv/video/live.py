@@ -278,6 +278,8 @@ def stream_frames(
             for packet in container.demux(decoder.stream):
                 for timed in decoder.images(packet):
                     yield timed.image if is_untimed else timed
+                if packet.dts is None and not packet.size:
+                    return  # PyAV would raise IndexError if streams were added to the container later
         except av.error.FFmpegError as error:
             raise VideoError(f"{name} broke off: {reason(error)}") from None
         finally:
