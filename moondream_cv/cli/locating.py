@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,24 +107,17 @@ def class_names(
         ValueError: There are none, one is empty or given twice, or the file cannot be read.
     """
     if not classes and classes_file is None:
-        return split_classes(None, images, command)
+        raise ValueError(f"no class names are given; add -c NAME, for example: {_example(images, command)}")
     names = [name for text in classes or () for name in split_class(text)]
     return check_unique([*names, *([] if classes_file is None else read_classes(classes_file))])
 
 
-def split_classes(classes: Sequence[str] | None, images: Sequence[str], command: str) -> list[str]:
-    """Split names at commas and check them.
-
-    Raises:
-        ValueError: There are none, or one is empty or given twice.
-    """
-    if not classes:
-        files = [image for image in images if Path(image).suffix or Path(image).exists() or is_url(image)]
-        files = files or list(images[:1])
-        others = [image for image in images if image not in files] or ["dog", "red circle"]
-        line = shlex.join(["moondream-cv", command, *files, *(word for name in others for word in ("-c", name))])
-        raise ValueError(f"no class names are given; add -c NAME, for example: {line}")
-    return check_unique([name for text in classes for name in split_class(text)])
+def _example(images: Sequence[str], command: str) -> str:
+    """Return a command line with class names, made of the arguments of one without."""
+    files = [image for image in images if Path(image).suffix or os.path.exists(image) or is_url(image)]
+    files = files or list(images[:1])
+    others = [image for image in images if image not in files] or ["dog", "red circle"]
+    return shlex.join(["moondream-cv", command, *files, *(word for name in others for word in ("-c", name))])
 
 
 def split_class(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options
+from .models import ModelOptions, check_remote
 from .output import shown_model
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ def serve(
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is every network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, metavar="N")] = 2020,
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, metavar="N", help="Port to listen on.")] = 2020,
     name: Annotated[
         str | None,
         typer.Option("--name", metavar="NAME", help="Model name shown to clients.", show_default=False),
     ] = None,
     device: options.Device = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", metavar="FILE", help="An adapter for all requests.", show_default=False)
-    ] = None,
+    dtype: options.Dtype = None,
+    adapter: options.Adapter = None,
     cache_images: Annotated[
-        int, typer.Option("--cache-images", min=0, metavar="N", help="Encoded images to keep; some 160 MB each.")
+        int,
+        typer.Option("--cache-images", min=0, metavar="N", help="Encoded images to keep; about 160 MB each."),
     ] = 8,
     api_keys: Annotated[
         list[str] | None,
@@ -72,7 +73,7 @@ def serve(
     ] = False,
     cors: Annotated[
         list[str] | None,
-        typer.Option("--cors", metavar="ORIGIN", help="Let pages of this origin call; repeatable.", show_default=False),
+        typer.Option("--cors", metavar="ORIGIN", help="Origin whose pages may call; repeatable.", show_default=False),
     ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
@@ -83,19 +84,26 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="The playground at /.")] = True,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Serve the playground at /.")] = True,
     certificate: Annotated[
-        Path | None, typer.Option("--tls-cert", metavar="FILE", help="PEM, for https.", show_default=False)
+        Path | None,
+        typer.Option("--tls-cert", metavar="FILE", help="PEM certificate for https.", show_default=False),
     ] = None,
     certificate_key: Annotated[
-        Path | None, typer.Option("--tls-key", metavar="FILE", help="PEM, its private key.", show_default=False)
+        Path | None,
+        typer.Option("--tls-key", metavar="FILE", help="PEM private key for https.", show_default=False),
     ] = None,
     log_format: Annotated[
         Literal["auto", "json", "text"],
-        typer.Option("--log-format", metavar="json|text", help="[dim]\\[default: text on a terminal][/]"),
+        typer.Option(
+            "--log-format",
+            metavar="auto|json|text",
+            help="Format of the log; auto is text on a terminal, otherwise JSON.",
+        ),
     ] = "auto",
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option("--log-level", metavar="LEVEL")
+        Literal["debug", "info", "warning", "error"],
+        typer.Option("--log-level", metavar="debug|info|warning|error", help="Minimum level of logged messages."),
     ] = "info",
 ) -> None:
     """Serve the model over HTTP, to the clients of Moondream, Roboflow Inference, OpenAI and fal.
@@ -121,10 +129,9 @@ def serve(
     from moondream_cv.server.sites import hosts_of
     from moondream_cv.urls import is_url
 
-    if is_url(model) and (device or adapter):
-        raise ValueError(
-            f"--device and --adapter are for a model that is loaded here, and {shown_model(model)} is a server"
-        )
+    loading = ModelOptions(model, device, dtype, adapter)
+    if is_url(model):
+        check_remote(loading)
     if (certificate is None) != (certificate_key is None):
         raise ValueError("--tls-cert and --tls-key go together")
     for file in (certificate, certificate_key):
@@ -147,7 +154,7 @@ def serve(
     set_up = partial(set_up_logging, log_level, as_json)
     set_up()
     app = create_app(
-        partial(open_model, model, device, adapter, cache_images, set_up),
+        partial(open_model, loading, cache_images, set_up),
         name=name or public_name(model),
         options=chosen,
     )
@@ -179,9 +186,7 @@ def check_installed() -> None:
         raise ValueError(f'serving takes {error.name}; pip install "moondream-cv[server]"') from error
 
 
-def open_model(
-    name: str, device: str | None, adapter: Path | None, cache_images: int, set_up: Callable[[], None]
-) -> VisionModel | EngineProcess:
+def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], None]) -> VisionModel | EngineProcess:
     """Load what is served, in a process of its own, or connect to what answers in its place.
 
     Raises:
@@ -190,20 +195,26 @@ def open_model(
     """
     from moondream_cv.urls import is_url
 
-    if is_url(name):
+    if is_url(options.name):
         from moondream_cv.backends import connect
 
-        return connect(name)
+        return connect(options.name)
     from moondream_cv.server.engine_process import EngineProcess
 
-    return EngineProcess(partial(load_model, name, device, adapter, cache_images), set_up)
+    return EngineProcess(partial(load_model, options, cache_images), set_up)
 
 
-def load_model(name: str, device: str | None, adapter: Path | None, cache_images: int) -> LocalModel:
+def load_model(options: ModelOptions, cache_images: int) -> LocalModel:
     """Load a model onto this machine; called in the engine's process."""
     from moondream_cv.loading import load
 
-    return load(name, device=device, adapter=adapter, cache_images=cache_images)
+    return load(
+        options.name,
+        device=options.device,
+        dtype=options.dtype,
+        adapter=options.adapter,
+        cache_images=cache_images,
+    )
 
 
 def public_name(model: str) -> str:

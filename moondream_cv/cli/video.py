@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from . import options
-from .locating import split_classes
+from .locating import class_names
 from .models import ModelOptions, opened_model
-from .output import Report
+from .output import Report, set_verbosity
 from .stopping import exit_status
 from .video_bar import Bar, few_of_a_kind
 from .video_summary import STDOUT, sum_up
@@ -45,12 +45,14 @@ def video(
         ),
     ] = None,
     classes: options.Classes = None,
+    classes_file: options.ClassesFile = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="Write the video here: .mp4, .mov or .mkv.", show_default=False
         ),
     ] = None,
+    overwrite: options.Overwrite = False,
     every: Annotated[
         str,
         typer.Option(
@@ -100,6 +102,10 @@ def video(
     show: Annotated[bool, typer.Option("--show", help="Show the frames in a window; q closes it and ends.")] = False,
     no_audio: Annotated[bool, typer.Option("--no-audio", help="Leave the sound of the file out.")] = False,
     confidence: options.Confidence = 0.0,
+    max_objects: options.MaxObjects = 50,
+    nms: options.Nms = None,
+    max_area: options.MaxArea = None,
+    min_size: options.MinSize = 0.0,
     tracker: Annotated[
         str, typer.Option("--tracker", metavar="NAME", help="sort, ocsort, bytetrack or botsort.")
     ] = "sort",
@@ -116,6 +122,10 @@ def video(
     ] = 0.7,
     model: options.Model = "moondream2",
     device: options.Device = None,
+    dtype: options.Dtype = None,
+    adapter: options.Adapter = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Track what is named through a video: boxes with numbers, drawn and written.
 
@@ -137,6 +147,7 @@ def video(
      "zones": \\[{"name": "queue", "polygon": \\[\\[0, 0.6], \\[0.5, 0.6], \\[0.5, 1]]}]}
     Optional: "triggering_anchors", "minimum_crossing_threshold", "minimum_crossing_distance".
     """
+    set_verbosity(verbose, quiet)
     files = {"--output": None if output is None else str(output), "--json": json, "--mot": mot}
     targets = {option: target for option, target in files.items() if target is not None}
     if not targets and not show:
@@ -144,9 +155,10 @@ def video(
             "nothing to write; add -o out.mp4 for a video, --json out.jsonl for its boxes (--json - prints them), "
             "--mot tracks.txt for its tracks, or --show to look on"
         )
-    chosen = _class_names([*(names or ()), *(classes or ())])
-    _keep_apart(targets, [source, *([] if zone is None else [str(zone)])])
-    report = Report("video", as_json=STDOUT in (json, mot))  # as_json keeps standard output clean
+    chosen = _class_names([*(names or ()), *(classes or ())], classes_file)
+    _keep_apart(targets, [source, *(str(file) for file in (zone, classes_file) if file is not None)])
+    _check_existing(targets, overwrite)
+    report = Report("video", as_json=STDOUT in (json, mot), quiet=quiet)  # as_json keeps standard output clean
     with ExitStack() as opened:
         opened.enter_context(few_of_a_kind())
         # Whatever is wrong ends the command before a model is loaded.
@@ -163,11 +175,21 @@ def video(
             zones = None if zone is None else Zones.read(zone)
             frames = _checked_source(source, opened, fps)
             _check_targets(targets)
-        vision_model = opened.enter_context(opened_model(ModelOptions(model, device), {"detect"}, report))
+        vision_model = opened.enter_context(
+            opened_model(ModelOptions(model, device, dtype, adapter), {"detect"}, report)
+        )
         from moondream_cv.detector import Detector
 
-        detector = Detector(vision_model, confidence=confidence)
-        bar = Bar(url_name(source) if "://" in source else source, wanted=not (report.as_json and sys.stdout.isatty()))
+        detector = Detector(
+            vision_model,
+            confidence=confidence,
+            max_objects=max_objects,
+            nms=nms,
+            max_area=max_area,
+            min_size=min_size,
+        )
+        wanted = not quiet and not (report.as_json and sys.stdout.isatty())
+        bar = Bar(url_name(source) if "://" in source else source, wanted=wanted)
         try:
             with bar:
                 annotate_video(
@@ -200,8 +222,8 @@ def video(
             sum_up(report, bar.summary, targets.values(), vision_model.has_scores)
 
 
-def _class_names(names: Sequence[str]) -> list[str]:
-    """Split names at commas and check them.
+def _class_names(names: Sequence[str], classes_file: Path | None) -> list[str]:
+    """Split names at commas, add those of a file, and check them.
 
     Raises:
         ValueError: There are none, they are blank or given twice, or one is a file: of a glob that was not quoted.
@@ -212,11 +234,12 @@ def _class_names(names: Sequence[str]) -> list[str]:
             f"{files[0]!r} is a file, where the name of a thing is expected; first comes one source, a glob in quotes, "
             'then what to look for: moondream-cv video "frames/*.jpg" dog -o out.mp4'
         )
-    if not names:
+    if not names and classes_file is None:
         raise ValueError(
-            'nothing to look for; name it after the source: moondream-cv video in.mp4 dog "red circle" -o out.mp4'
+            "no class names are given; add them after the source, for example: "
+            'moondream-cv video in.mp4 dog "red circle" -o out.mp4'
         )
-    return split_classes(names, [], "video")
+    return class_names(names, classes_file, [], "video")
 
 
 def _keep_apart(targets: Mapping[str, str], originals: Sequence[str]) -> None:
@@ -236,6 +259,17 @@ def _keep_apart(targets: Mapping[str, str], originals: Sequence[str]) -> None:
         if place in written:
             raise ValueError(f"{written[place]} writes to {target} already; choose another file for {option}")
         written[place] = option
+
+
+def _check_existing(targets: Mapping[str, str], overwrite: bool) -> None:
+    """Check that no file is replaced without being asked; devices and pipes are written as they are.
+
+    Raises:
+        ValueError: A target exists; names the option.
+    """
+    for option, target in targets.items():
+        if target != STDOUT and os.path.isfile(_real(target)) and not overwrite:
+            raise ValueError(f"{option}: {target} exists; add --overwrite, or choose another name")
 
 
 def _real(name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,7 +17,7 @@ import moondream_cv
 from moondream_cv.cli import app, detect, download
 
 HEAVY = {"torch", "transformers", "cv2", "supervision", "PIL", "huggingface_hub", "numpy"}
-COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "download"]
+COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "serve", "download"]
 
 
 def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -49,6 +50,34 @@ def test_help_lists_the_commands() -> None:
     assert result.returncode == 0
     assert all(command in result.stdout for command in COMMANDS)
     assert start("-h").stdout == result.stdout
+
+
+ROOT_COMMAND = typer.main.get_command(app)
+SUBCOMMANDS: dict[str, Any] = ROOT_COMMAND.commands  # type: ignore[attr-defined]
+PARAMETERS = [(name, item) for name, one in {"": ROOT_COMMAND, **SUBCOMMANDS}.items() for item in one.params]
+
+
+@pytest.mark.parametrize(("command", "parameter"), PARAMETERS, ids=[f"{c} {p.opts[0]}" for c, p in PARAMETERS])
+def test_every_option_has_a_help_text_and_one_default(command: str, parameter: Any) -> None:
+    assert parameter.help
+    assert parameter.help.rstrip().endswith((".", "]", "[/]"))
+    states_default = "default" in parameter.help.lower()
+    shows_default = parameter.show_default and parameter.default not in (None, False)
+    assert not (states_default and shows_default)
+
+
+def test_shell_completion_of_commands_options_and_models() -> None:
+    def completed(line: str) -> list[str]:
+        words = {"_MOONDREAM_CV_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        code = "import sys; from moondream_cv.cli import main; sys.argv = ['moondream-cv']; main()"
+        environment = {**os.environ, **words, "PYTHONPATH": str(Path(moondream_cv.__file__).parents[1])}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        return result.stdout.split()
+
+    assert completed("moondream-cv de") == ["demo", "detect"]
+    assert {"--slice", "--save-txt", "--save-crop"} <= {*completed("moondream-cv detect --s")}
+    assert completed("moondream-cv detect --model t") == ["tiny"]
+    assert completed("moondream-cv detect a.png --dtype b") == ["bfloat16"]
 
 
 def test_version() -> None:
@@ -92,7 +121,7 @@ def test_an_error_of_ours_that_nobody_foresaw_keeps_its_traceback(monkeypatch: p
 def test_download_prints_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moondream_cv import loading
 
-    monkeypatch.setattr(loading, "download", lambda name: tmp_path / name)
+    monkeypatch.setattr(loading, "download", lambda name, to: tmp_path / name)
     assert CliRunner().invoke(app, ["download", "here"]).stdout == f"{tmp_path / 'here'}\n"
     result = CliRunner().invoke(app, ["download", "here", "--json"])
     assert result.stdout.splitlines()[1:3] == ['  "schema": 1,', '  "model": "here",']

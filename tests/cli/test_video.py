@@ -183,7 +183,7 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ("frames -o out.mp4", 2, "nothing to look for; name it after the source"),
+        ("frames -o out.mp4", 2, "no class names are given; add them after the source"),
         ("frames red", 2, "nothing to write; add -o out.mp4"),
         ("frames red red -o out.mp4", 2, "class names must be unique; duplicates"),
         ("one.png two.jpg red -o out.mp4", 2, "'two.jpg' is a file"),
@@ -285,6 +285,41 @@ def test_gaps_in_a_pattern_are_told_once(run: Run, frames: Path, caplog: pytest.
         "'frames/%d.png': gaps in the numbers from 0 to 9, 1 missing, the first is 4; the frames around a gap follow "
         "each other without a pause"
     ]
+
+
+def test_options_of_the_detector_apply(run: Run, frames: Path) -> None:
+    def tracks(*options: object) -> set[str]:
+        result = run("video", frames, "red,green", "--json", "-", "--every", 1, *options)
+        assert result.exit_code == 0, result.stderr
+        return {item["class_name"] for line in result.stdout.splitlines() for item in json.loads(line)["detections"]}
+
+    assert tracks() == {"red", "green"}
+    assert tracks("--min-size", 15) == {"red"}
+    assert tracks("--max-area", 0.05) == {"green"}
+    assert tracks("--max-objects", 1, "--nms", 0.5) == {"red", "green"}
+
+
+def test_classes_come_from_a_file_too(run: Run, frames: Path) -> None:
+    Path("names.txt").write_text("red\n")
+    assert run("video", frames, "--classes-file", "names.txt", "--json", "tracks.jsonl").exit_code == 0
+    assert "red" in Path("tracks.jsonl").read_text()
+    twice = run("video", frames, "red", "--classes-file", "names.txt", "--json", "-")
+    assert (twice.exit_code, "duplicates: 'red'" in twice.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--json", "--mot", "--output"])
+def test_existing_files_are_replaced_only_on_request(run: Run, frames: Path, option: str) -> None:
+    target = Path("out.mp4" if option == "--output" else "out.txt")
+    target.write_bytes(b"mine")
+    result = run("video", frames, "red", option, target, "-m", "unknown")
+    assert (result.exit_code, f"{option}: {target} exists; add --overwrite" in result.stderr) == (2, True)
+    assert target.read_bytes() == b"mine"
+    assert run("video", frames, "red", option, target, "--overwrite").exit_code == 0
+    assert target.read_bytes() != b"mine"
+
+
+def test_quiet_shows_neither_progress_nor_notices(run: Run, frames: Path) -> None:
+    assert run("video", frames, "red", "--json", "-", "-q").stderr == ""
 
 
 def test_help_shows_a_zone_file_that_is_valid(run: Run) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moondream_cv.cli.models import ModelOptions
 from moondream_cv.cli.serve import load_model
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
@@ -30,7 +31,7 @@ FIRM = {"temperature": 0}
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Served]:
     """The tiny model, with room for encoded images."""
-    engine = EngineProcess(partial(load_model, "tiny", "cpu", None, 4))
+    engine = EngineProcess(partial(load_model, ModelOptions("tiny", "cpu"), 4))
     with served(engine) as running:
         yield running
     engine.close()
