@@ -155,8 +155,14 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
                 f"from_pretrained takes no {', '.join(unsupported) or 'further positional arguments'} here"
             )
         device = _device(device_map)
-        config = config if config is not None else MoondreamHfConfig.from_pretrained(pretrained_model_name_or_path)
-        source = _source(pretrained_model_name_or_path, revision, config, options)
+        path, fetched = Path(pretrained_model_name_or_path).expanduser(), None
+        if not path.exists():
+            fetched = hub_source(os.fspath(pretrained_model_name_or_path), revision and str(revision), **options)
+            path = fetched.folder
+        if config is None:
+            has_config = fetched is None or (path / "config.json").is_file()
+            config = MoondreamHfConfig.from_pretrained(path) if has_config else MoondreamHfConfig()
+        source = fetched or _local_source(path, revision, config)
         chosen = _dtype(dtype if dtype is not None else torch_dtype, device, config, source.config)
         tokenizer = source.tokenizer()
         network = load_network(source.weights, source.config, device, chosen)
@@ -294,15 +300,10 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         return {**self.__dict__, "_engine": None}
 
 
-def _source(
-    name: str | os.PathLike[str], revision: str | None, config: MoondreamHfConfig, options: Mapping[str, Any]
-) -> Source:
-    path = Path(name).expanduser()
-    if path.exists():
-        if config.explicit is not None:
-            return Source(path, config.explicit)
-        return local_source(path, find_release(DEFAULT_REPO, revision) if revision else None)
-    return hub_source(os.fspath(name), None if revision is None else str(revision), **options)
+def _local_source(path: Path, revision: str | None, config: MoondreamHfConfig) -> Source:
+    if config.explicit is not None:
+        return Source(path, config.explicit)
+    return local_source(path, find_release(DEFAULT_REPO, revision) if revision else None)
 
 
 def _device(device_map: Any) -> torch.device:

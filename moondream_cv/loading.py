@@ -10,9 +10,10 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from moondream_cv.backends.addresses import Address, is_url, shown_url
 from moondream_cv.backends.connecting import connect
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Fetched = TypeVar("Fetched")
 
 ALIASES = {"moondream2": f"{DEFAULT_REPO}@{DEFAULT_REVISION}"}
 TINY = "tiny"
@@ -102,7 +105,7 @@ def load(
         model.image_cache = ImageCache(cache_images, cache_bytes)
     model.reload = functools.partial(
         load,
-        _lasting_name(name),
+        _lasting_name(name) if source.origin is None else source.origin,
         device=device,
         dtype=dtype,
         adapter=None if adapter is None else _lasting_file(adapter),
@@ -145,18 +148,32 @@ def open_model(name: str | os.PathLike[str], device: str | None = None) -> Visio
     return connect(os.fspath(name))
 
 
-def download(name: str) -> Path:
+def download(name: str | os.PathLike[str], to: str | os.PathLike[str] | None = None) -> Path:
     """Fetch what `load(name)` needs, so that it works offline afterwards.
 
+    Releases and branches are compared with the hub, also if they are cached.
+
+    Args:
+        name: As `load` takes it; also a repository that holds a tokenizer only, such as "moondream/starmie-v1@main".
+        to: Write weights, config and tokenizer into this folder, which `load` then takes on a machine without a
+            network; None: into the cache of the hub.
+
     Returns:
-        The folder with the weights; of a local name, where it is.
+        The folder with the weights, or with the tokenizer.
 
     Raises:
-        CheckpointError: As `load`.
+        CheckpointError: As `load`, or the folder cannot be written.
     """
-    source = find_source(name)
-    source.tokenizer()
-    return source.folder
+    from moondream_cv.model.export import download_from_hub, export
+
+    target = None if to is None else Path(to).expanduser()
+    found = _local_or_repo(name)
+    if isinstance(found, tuple):
+        return _fetching(name, lambda: download_from_hub(*found, to=target), found[1])
+    if target is not None:
+        return export(found, target)
+    found.tokenizer()
+    return found.folder
 
 
 def find_source(name: str | os.PathLike[str]) -> Source:
@@ -171,10 +188,15 @@ def find_source(name: str | os.PathLike[str]) -> Source:
     found = _local_or_repo(name)
     if not isinstance(found, tuple):
         return found
+    return _fetching(name, lambda: hub_source(*found), found[1])
+
+
+def _fetching(name: str | os.PathLike[str], fetch: Callable[[], Fetched], revision: str | None) -> Fetched:
+    """Fetch from the hub; errors about a name that may be a misspelled folder say so."""
     try:
-        return hub_source(*found)
+        return fetch()
     except CheckpointError as error:
-        if found[1] is not None:
+        if revision is not None:
             raise
         raise CheckpointError(
             f"there is no folder {os.fspath(name)!r}, so it was taken for a repository: {error}"

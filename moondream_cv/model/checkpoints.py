@@ -68,23 +68,41 @@ def load_network(
         CheckpointError: Files are missing or damaged, or a weight is missing, unexpected, of a wrong shape or not
             finite; the message names files and keys.
     """
-    stored = _stored_weights(Path(source))
+    stored = _stored_weights(_open_files(Path(source)))
     with torch.device("meta"):
         network = MoondreamNetwork(config)
-    expected = {name: tuple(p.shape) for name, p in network.state_dict().items()}
+    expected = _expected_shapes(config)
     _verify(Path(source), stored, expected)
     state = {name: _weight(stored[name], expected[name], device, dtype) for name in expected}
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's plain weights by their names in the network, without reading the weights.
+def stored_shapes(source: Path | Iterable[TensorFile]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's plain weights by their names in the network, without reading the weights.
+
+    Args:
+        source: A file or folder, or open files.
 
     Raises:
         CheckpointError: Files are missing or damaged.
     """
-    return {name: weight.shape() for name, weight in _stored_weights(source).items() if "" in weight.parts}
+    files = _open_files(source) if isinstance(source, Path) else source
+    return {name: weight.shape() for name, weight in _stored_weights(files).items() if "" in weight.parts}
+
+
+def check_shapes(where: Path | str, files: Iterable[TensorFile], config: MoondreamConfig) -> None:
+    """Check that files hold exactly the weights of a network, without reading the weights.
+
+    Args:
+        where: The name of the checkpoint in errors.
+        files: All of its files.
+        config: The sizes to expect.
+
+    Raises:
+        CheckpointError: A weight is missing, unexpected or of a wrong shape.
+    """
+    _verify(where, _stored_weights(files), _expected_shapes(config))
 
 
 def save_checkpoint(
@@ -139,10 +157,18 @@ def config_json(config: MoondreamConfig, dtype: torch.dtype | None = None) -> di
     return head | config.to_dict()
 
 
-def _stored_weights(source: Path) -> dict[str, _Stored]:
+def _expected_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in MoondreamNetwork(config).state_dict().items()}
+
+
+def _open_files(source: Path) -> list[TensorFile]:
+    return [open_tensor_file(path) for path in find_tensor_files(source)]
+
+
+def _stored_weights(files: Iterable[TensorFile]) -> dict[str, _Stored]:
     weights: dict[str, _Stored] = {}
-    for path in find_tensor_files(source):
-        file = open_tensor_file(path)
+    for file in files:
         for key in file.shapes:
             parsed = parse_key(key)
             if parsed is not None:
@@ -162,7 +188,7 @@ def _add(weights: dict[str, _Stored], parsed: StoredKey, file: TensorFile, key: 
     weight.parts[part] = (file, key)
 
 
-def _verify(source: Path, stored: Mapping[str, _Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _verify(source: Path | str, stored: Mapping[str, _Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what files hold with what the network needs, and say all that is wrong at once."""
     wrong = {}
     for name in sorted(expected.keys() & stored.keys()):

@@ -1,8 +1,8 @@
 """The releases of Moondream 2 whose sizes, token ids and templates are known here.
 
-A published `config.json` may say none of that: it stands in the code published with it. So a release is known by its
-repository and revision; a checkpoint of any other revision needs a `config.json` with the sections `text`, `vision`,
-`region` and `tokenizer`.
+A published `config.json` may contain none of that: the published code does. So a release is identified by its
+repository and revision, and every other checkpoint by its files: by a `config.json` with the sections `text`, `vision`,
+`region` and `tokenizer`, or else by the sizes of its weights.
 """
 
 from __future__ import annotations
@@ -87,6 +87,21 @@ _BY_SIZE = (RELEASES[0], Release("", "0.5B", MOONDREAM_05B, None))
 def find_release(repo: str, revision: str) -> Release | None:
     """The release of this name, or None."""
     return next((r for r in RELEASES if (r.repo, r.revision) == (repo, revision)), None)
+
+
+def release_by_date(repo: str) -> Release | None:
+    """Return the release whose date is part of a repository's name, as in "moondream/moondream-2b-2025-04-14-4bit"."""
+    return next((r for r in RELEASES if r.revision in repo), None)
+
+
+def has_sizes_of(shapes: Mapping[str, tuple[int, ...]], config: MoondreamConfig) -> bool:
+    """Return whether weights have the sizes of a config.
+
+    Args:
+        shapes: Shapes of the weights by their names in the network.
+        config: The sizes.
+    """
+    return _outline(shapes) == _outline_of(config)
 
 
 def known_releases() -> str:

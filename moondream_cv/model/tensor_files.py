@@ -136,6 +136,22 @@ def find_tensor_files(source: Path) -> list[Path]:
     raise CheckpointError(f"the folder {source} {what}; a checkpoint has a model.safetensors, or shards with an index")
 
 
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Return the files that hold the weights, the index of shards included, of all names in a folder or repository.
+
+    The choice is that of `find_tensor_files`. An empty list means that there are no weights.
+    """
+    here = sorted(name for name in names if "/" not in name)
+    for name in _PREFERRED:
+        if name in here:
+            stem, is_index = name.removesuffix(".index.json").rpartition(".")[0], name.endswith(".json")
+            return [name, *(n for n in here if is_index and (m := _SHARD.match(n)) and m[1] == stem)]
+    for suffixes in ((".safetensors",), (".pt",), (".pth",)):
+        if found := [name for name in here if name.endswith(suffixes)]:
+            return found
+    return []
+
+
 def _indexed(index: Path) -> list[Path]:
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -171,6 +187,8 @@ def _check_beginning(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not head:
         raise CheckpointError(f"{path} is empty; fetch it again")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(f"{path} is a web page that was saved in place of the file; remove it and fetch it again")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a pointer that Git LFS left in the place of the file; run `git lfs pull`")
 
