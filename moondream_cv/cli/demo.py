@@ -6,6 +6,7 @@ asked, and what counts as right, stands in `moondream_cv.cli.demo_scenes` and `m
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -65,7 +66,7 @@ def demo(
     for result in scenes:
         report.add(_as_dict(result, output))
     report.put(score=asdict(score), clip=clip.to_dict())
-    _print_ending(report, score, clip, output, time.perf_counter() - started)
+    _print_ending(report, score, scenes, clip, output, time.perf_counter() - started)
     report.finish()
 
 
@@ -137,19 +138,48 @@ def _as_dict(result: Shown, output: Path) -> dict[str, Any]:
     return {"image": str(output / f"{stem}.png"), "checks": [asdict(check) for check in result.checks]}
 
 
-def _print_ending(report: Report, score: Score, clip: Followed, output: Path, seconds: float) -> None:
-    scene = output / "1-toys.png"
+def _print_ending(
+    report: Report, score: Score, scenes: Sequence[Shown], clip: Followed, output: Path, seconds: float
+) -> None:
     report.print(
         f"Found {score.found} of {score.objects} objects, {score.wrong} wrong; {score.right} of {score.questions} "
         f"other answers right; {seconds:.0f} s."
     )
     report.print(f"Tracked through the clip: {clip.sentence}.")
-    pictures = f"{shown(str(output / 'overview.png'))} and {shown(str(output / 'tracked.mp4'))}"
-    report.print(f"Look at {pictures}, then go on:")
-    report.print(f'  moondream-cv detect {scene} -c dog -c "red circle" -m tiny -o found.png')
-    report.print(f'  moondream-cv query {scene} -q "How many red circles are there?" -m tiny')
-    report.print(f'  moondream-cv video {output / "clip.mp4"} dog "red circle" -m tiny -o out.mp4')
-    report.print("  moondream-cv detect photo.jpg -c person -o found.png     # the real model: fetches 3.7 GB once")
-    report.print("In Python:")
-    report.print("  from moondream_cv import Detector")
-    report.print(f"  detections = Detector('tiny')('{scene.as_posix()}', ['dog', 'red circle'])     # sv.Detections")
+    images = f"{shown(str(output / 'overview.png'))} and {shown(str(output / 'tracked.mp4'))}"
+    report.print(f"Look at {images}, then go on:")
+    for line in suggestions(scenes, clip, output):
+        report.print(f"  {line}")
+
+
+def suggestions(scenes: Sequence[Shown], clip: Followed, output: Path) -> list[str]:
+    """Return commands and Python code to try next, about objects that the model has found.
+
+    Args:
+        scenes: The scenes of the demo.
+        clip: The tracked clip.
+        output: Folder of the images.
+    """
+    found = next((result for result in scenes if result.checks[0].right), scenes[0])
+    names = list(dict.fromkeys(found.plan.names))[:2]
+    image = output / f"{scenes.index(found) + 1}-{found.plan.title}.png"
+    counts = [(index, check) for index, result in enumerate(scenes, 1) for check in result.checks[2:3]]
+    number, count = next(((index, check) for index, check in counts if check.right), counts[0])
+    counted = output / f"{number}-{scenes[number - 1].plan.title}.png"
+    tracked = [name for name, check in zip(clip.names, clip.checks, strict=True) if check.right][:2] or clip.names[:2]
+    classes = " ".join(f"-c {_quoted(name)}" for name in names)
+    video = _quoted(str(output / "clip.mp4"))
+    return [
+        f"moondream-cv detect {_quoted(str(image))} {classes} -m tiny -o found.png",
+        f"moondream-cv query {_quoted(str(counted))} -q {_quoted(count.asked)} --temperature 0 -m tiny",
+        f"moondream-cv video {video} {' '.join(map(_quoted, tracked))} -m tiny -o out.mp4",
+        "moondream-cv detect photo.jpg -c person -o people.png     # the real model: downloads 3.7 GB once",
+        "In Python:",
+        "from moondream_cv import Detector",
+        f"detections = Detector('tiny')({image.as_posix()!r}, {names!r})     # sv.Detections",
+    ]
+
+
+def _quoted(text: str) -> str:
+    """Return an argument for the shells of every system, in double quotes if it needs any."""
+    return text if re.fullmatch(r"[\w./\\:-]+", text) else f'"{text}"'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,29 @@ def test_what_is_right_counts_as_right(scenes: list[Scene], tmp_path: Path, monk
     assert {"clip.mp4", "tracked.mp4", "tracked.png"} <= saved
     for path in (tmp_path / "demo").glob("*.png"):
         Image.open(path).load()
+
+
+def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    demo = CliRunner().invoke(app, ["demo", "--device", "cpu"])
+    assert demo.exit_code == 0, demo.stderr
+    lines = [line.strip() for line in demo.stdout.partition("then go on:\n")[2].splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.endswith(("-m tiny", ".png", ".mp4"))]
+    assert [command[0] for command in commands] == ["detect", "query", "video"]
+
+    detect, query, video = (CliRunner().invoke(app, command) for command in commands)
+    assert (detect.exit_code, query.exit_code, video.exit_code) == (0, 0, 0)
+    names = [word for option, word in itertools.pairwise(commands[0]) if option == "-c"]
+    assert len(names) == 2
+    for name in names:
+        assert f" {name} " in detect.stdout
+    question = commands[1][commands[1].index("-q") + 1]
+    row = next(line for line in demo.stdout.splitlines() if question in line).removeprefix(f" {question}").split()
+    assert (query.stdout.strip(), row[2]) == (row[0], "right")
+    assert video.stdout.startswith(commands[2][2])
+    namespace: dict[str, Any] = {}
+    exec("\n".join(lines[lines.index("In Python:") + 1 :]), namespace)
+    assert {*namespace["detections"].data["class_name"]} == {*names}
 
 
 def test_mistakes_are_shown(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
