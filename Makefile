@@ -92,9 +92,11 @@ $(VENV_ROBOFLOW)/bin/python:
 	$(call create,$(VENV_ROBOFLOW))
 
 # An engine from before it became a distribution of its own lies beside, for one test of the plugin (test_older_engine.py).
-$(ROBOFLOW): pyproject.toml constraints-roboflow.in constraints-roboflow.txt | $(VENV_ROBOFLOW)/bin/python
+$(ROBOFLOW): pyproject.toml constraints-roboflow.in constraints-roboflow.txt constraints-roboflow-newer.txt \
+  | $(VENV_ROBOFLOW)/bin/python
 	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints-roboflow.txt,-e ".[all$(comma)dev]" \
 	  -r constraints-roboflow.in)
+	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps -r constraints-roboflow-newer.txt
 	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps --upgrade --target $(VENV_ROBOFLOW)/older-engine inference-core==1.5.2
 	@touch $@
 
@@ -176,7 +178,7 @@ WITHOUT_CUDA = grep -vE '$(CUDA_ONLY)'
 
 # Two passes for constraints.txt: the first resolves the package together with constraints.in, the second keeps what the
 # package itself needs, together with the clients of the tests: Roboflow's engine holds openai below 2, and is not there.
-# The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
+# Roboflow's server pins its engine itself. The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
 constraints: $(DEV) ## Write constraints.txt, constraints-newest.txt and constraints-roboflow.txt anew
 	@mkdir -p build
 	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints.in -o build/with-engine.txt >/dev/null
@@ -189,8 +191,9 @@ constraints: $(DEV) ## Write constraints.txt, constraints-newest.txt and constra
 	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
 	  $(WITHOUT_CUDA) build/newest.txt; } > constraints-newest.txt
+	sed -E '/^(roboflow-workflows|streamvision)==/d' constraints.in > build/with-server.in
 	$(UV) --extra all --extra dev --universal --python-version 3.10 \
-	  pyproject.toml constraints.in constraints-roboflow.in -o build/roboflow.txt >/dev/null
+	  pyproject.toml build/with-server.in constraints-roboflow.in -o build/roboflow.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints.in and constraints-roboflow.in."; \
 	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints-roboflow.txt
 
