@@ -1,0 +1,17 @@
+"""Fixtures of the tests of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.published_hub import Published, published_hub
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
+    """The known releases at small sizes, on a hub that `HF_ENDPOINT` names; an empty cache."""
+    with published_hub(tmp_path, monkeypatch) as hub:
+        yield hub
