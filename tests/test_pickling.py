@@ -14,11 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moondream_cv import load
+from moondream_cv.backends import MoondreamAPI
 from moondream_cv.detector import Detector, Pointer
 from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.engine.image_cache import ImageCache
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import MoondreamError
+from tests.remote_server import Answer, remote_server
 from tests.test_parity import GOLDEN
 
 ADAPTER = GOLDEN / "mha" / "adapter.pt"
@@ -135,3 +137,27 @@ def test_deep_copies_of_detectors(frame: np.ndarray) -> None:
     copied = copy.deepcopy(detector)
     detector.close()
     assert np.array_equal(detect(copied, frame), expected)
+
+
+def test_detectors_on_a_server_are_pickled_by_url(frame: np.ndarray) -> None:
+    box = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75}
+    models = Answer({"models": [{"id": "tiny", "has_scores": False}]})
+    with remote_server() as server:
+        server.on("/v1/models", models).on("/v1/detect", Answer({"objects": [box]}))
+        detector = Detector(server.url)
+        expected = detect(detector, frame)
+        assert len(expected) == 2
+        for copied in (pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector)):
+            with copied:
+                assert np.array_equal(detect(copied, frame), expected)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert np.array_equal(pool.apply(detect, (detector, frame)), expected)
+        detector.close()
+        with pytest.raises(MoondreamError, match="cannot be pickled or copied, because it is closed"):
+            pickle.dumps(detector)
+
+
+def test_models_on_a_server_without_connect_are_rejected() -> None:
+    says = r"MoondreamAPI at http://localhost:9.* cannot be pickled or copied, because it was not made by connect\(\)"
+    with MoondreamAPI("http://localhost:9") as model, pytest.raises(MoondreamError, match=says):
+        pickle.dumps(model)

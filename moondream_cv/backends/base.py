@@ -46,12 +46,20 @@ _ELSEWHERE = {  # skill → what has it
 }
 
 
+def _reconnect(connect: Callable[[], RemoteModel], stop_after_timeout: bool) -> RemoteModel:
+    """Make a model from its pickle."""
+    model = connect()
+    model.stop_after_timeout = stop_after_timeout
+    return model
+
+
 class RemoteModel(PublishedMethods):
     """A model on a server. Thread-safe; usable in a `with` statement, which closes it.
 
     Attributes:
         skills: What it can do.
         url: The server's URL, without user, password and key.
+        reconnect: Makes the model again, for pickle; None if it was not made by `connect`.
         max_in_flight: Requests that wait for the server at a time, over all threads.
         stop_after_timeout: Whether one time-out fails the other requests of a `run`. Requests that have not been sent
             get the error of the first one that timed out, and those in flight get it when no answer has arrived for
@@ -84,6 +92,23 @@ class RemoteModel(PublishedMethods):
         self._lock = threading.Lock()
         self._workers = self._new_workers()
         self._closed = False
+        self.reconnect: Callable[[], RemoteModel] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by URL: the process that unpickles the model opens new connections.
+
+        An API key that was passed to `connect` is part of the pickle; one from an environment variable is not.
+
+        Raises:
+            BackendError: The model was not made by `connect`, or is closed.
+        """
+        if self._closed or self.reconnect is None:
+            reason = "it is closed" if self._closed else "it was not made by connect()"
+            raise BackendError(
+                f"{type(self).__name__} at {self.url} cannot be pickled or copied, because {reason}: call connect() in "
+                "the process that uses it"
+            )
+        return _reconnect, (self.reconnect, self.stop_after_timeout)
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """Run any mix of requests; results come in their order, an `ErrorResult` in the place of one that failed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,11 +58,17 @@ def connect(url: str, dialect: str = "auto", *, api_key: str | None = None, **op
     elif chosen == "openai" and dialect == "auto":
         url = url if address.host.endswith("openai.com") else _with_v1(url)
     try:
-        return DIALECTS[chosen](url, api_key=api_key, **options)
+        return _open(chosen, url, api_key, options)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"the dialect {chosen} has no such option: {error}") from error
+
+
+def _open(dialect: str, url: str, api_key: str | None, options: dict[str, Any]) -> RemoteModel:
+    model = DIALECTS[dialect](url, api_key=api_key, **options)
+    model.reconnect = functools.partial(_open, dialect, url, api_key, options)
+    return model
 
 
 def known_dialect(address: Address) -> str | None:

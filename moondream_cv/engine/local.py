@@ -105,7 +105,7 @@ class LocalModel(PublishedMethods):
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalModel:
-        """Return a model with weights of its own.
+        """Return a model with separate weights.
 
         Raises:
             MoondreamError: The model is closed.

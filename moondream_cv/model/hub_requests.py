@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -26,6 +28,7 @@ READ_SECONDS = 10.0  # without a byte
 MAX_REPLY_BYTES = 16 * 2**20
 HEADER_BYTES = 100_000  # of a safetensors file; the headers of known checkpoints fit
 MAX_HEADER_BYTES = 32 * 2**20
+T = TypeVar("T")
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 
 
@@ -147,6 +150,23 @@ def is_web_page(content: bytes) -> bool:
     )
 
 
+def check_connection(url: str) -> None:
+    """Connect to the host of a URL once, unless a proxy is used for it.
+
+    Raises:
+        HubError: There is no connection within `CONNECT_SECONDS`.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return
+    address = (host, parts.port or (443 if parts.scheme == "https" else 80))
+    try:
+        _within(lambda: socket.create_connection(address, CONNECT_SECONDS).close(), threading.Event())
+    except (OSError, httpx.ConnectTimeout) as error:
+        raise HubError(f"no connection to {host_of(url)} ({error})") from error
+
+
 def explain_status(status: int, url: str, headers: Mapping[str, str]) -> str:
     """Return what an HTTP status of the hub or of its file servers means, with the status and the host."""
     host, code = host_of(url), headers.get("X-Error-Code", headers.get("x-error-code", ""))
@@ -265,12 +285,12 @@ def _client() -> httpx.Client:
     return client if isinstance(client, httpx.Client) else httpx.Client()
 
 
-def _within(exchange: Callable[[], Reply], connected: threading.Event) -> Reply:
+def _within(exchange: Callable[[], T], connected: threading.Event) -> T:
     """Run an exchange in a separate thread, and give up if there is no connection within `CONNECT_SECONDS`.
 
     Looking up a host has no time-out: without a name server it takes up to half a minute.
     """
-    replies: list[Reply] = []
+    replies: list[T] = []
     errors: list[Exception] = []
 
     def run() -> None:

@@ -17,6 +17,7 @@ from urllib.request import Request
 
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.hub import is_offline
+from moondream_cv.model.hub_requests import HubError, check_connection, explain_status, host_of, is_web_page
 
 DEFAULT_ENDPOINT = "https://api.moondream.ai"
 TIMEOUT = 60.0  # seconds without a byte
@@ -55,7 +56,13 @@ def fetch_variant(variant: str) -> Path:
         with os.fdopen(handle, "wb") as file:
             _download(variant, file)
         if not zipfile.is_zipfile(part):
-            raise CheckpointError(f"what came for the adapter {variant!r} is no PyTorch file; check MOONDREAM_ENDPOINT")
+            with open(part, "rb") as file:
+                came = "a web page" if is_web_page(file.read(512)) else "no PyTorch file"
+            host = host_of(os.environ.get("MOONDREAM_ENDPOINT") or DEFAULT_ENDPOINT)
+            raise CheckpointError(
+                f"{host} answered with {came} (status 200) in place of the adapter {variant!r}: check "
+                "MOONDREAM_ENDPOINT, and the login page of this network"
+            )
         os.replace(part, path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
@@ -78,13 +85,14 @@ class _KeyStaysHome(urllib.request.HTTPRedirectHandler):
 def _download(variant: str, file: IO[bytes]) -> None:
     endpoint = os.environ.get("MOONDREAM_ENDPOINT") or DEFAULT_ENDPOINT
     parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(endpoint):
         raise CheckpointError("MOONDREAM_ENDPOINT must be an http or https URL")
     shown = f"the adapter {variant!r} from {parts.scheme}://{parts.hostname}"
     headers = {"User-Agent": "moondream-cv"}
     if os.environ.get("MOONDREAM_API_KEY"):
         headers[_KEY_HEADER] = os.environ["MOONDREAM_API_KEY"]
     try:
+        check_connection(endpoint)
         request = Request(f"{endpoint.rstrip('/')}/v1/variants/{variant}/download", headers=headers)
         with urllib.request.build_opener(_KeyStaysHome).open(request, timeout=TIMEOUT) as reply:
             expected = reply.headers.get("Content-Length")
@@ -92,11 +100,15 @@ def _download(variant: str, file: IO[bytes]) -> None:
     except HTTPError as error:
         error.close()
         reasons = {
-            401: "MOONDREAM_API_KEY is missing or wrong",
-            403: "MOONDREAM_API_KEY has no access to it",
-            404: "it does not exist there",
+            401: "MOONDREAM_API_KEY is missing or wrong (status 401)",
+            403: "MOONDREAM_API_KEY has no access to it (status 403)",
+            404: "it does not exist there (status 404)",
+            429: f"{host_of(endpoint)} limits the number of requests (status 429): try again later",
         }
-        raise CheckpointError(f"cannot fetch {shown}: {reasons.get(error.code, f'status {error.code}')}") from None
+        reason = reasons.get(error.code) or explain_status(error.code, error.url or endpoint, dict(error.headers))
+        raise CheckpointError(f"cannot fetch {shown}: {reason}") from None
+    except HubError as error:
+        raise CheckpointError(f"cannot fetch {shown}: {error.reason}; give its file instead") from None
     # ValueError: a key that is no header value. Its message would repeat the key.
     except (OSError, HTTPException, ValueError) as error:
         reason = "MOONDREAM_API_KEY is malformed" if isinstance(error, ValueError) else type(error).__name__
@@ -104,6 +116,14 @@ def _download(variant: str, file: IO[bytes]) -> None:
         raise CheckpointError(f"cannot fetch {shown} ({reason}); give its file instead") from None
     if expected is not None and expected.isdigit() and file.tell() != int(expected):
         raise CheckpointError(f"cannot fetch {shown}: the connection broke after {file.tell()} of {expected} bytes")
+
+
+def _has_port(url: str) -> bool:
+    """Whether the port of a URL is valid or missing."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
