@@ -221,17 +221,24 @@ def _fetch_to_cache(remote: RemoteRevision, large: list[str], small: list[str], 
         if name in large:
             blob = _storage(remote.repo, options) / "blobs" / str(remote.files[name].sha256)
             _download_large(remote, name, blob, options)
-    snapshot = Path(
-        huggingface_hub.snapshot_download(
-            remote.repo,
-            revision=remote.commit,
-            allow_patterns=[_literal(name) for name in (*large, *small)],
-            endpoint=endpoint(),
-            cache_dir=hub_cache(options.get("cache_dir")),
-            token=options.get("token"),
-            force_download=bool(force) and not large,
+    try:
+        snapshot = Path(
+            huggingface_hub.snapshot_download(
+                remote.repo,
+                revision=remote.commit,
+                allow_patterns=[_literal(name) for name in (*large, *small)],
+                endpoint=endpoint(),
+                cache_dir=hub_cache(options.get("cache_dir")),
+                token=options.get("token"),
+                force_download=bool(force) and not large,
+            )
         )
-    )
+    except Exception:
+        # Versions before 1.33 would append the real file to a web page that came in its place
+        for name in small:
+            for rest in (_storage(remote.repo, options) / "blobs").glob(f"{remote.files[name].blob_id}*.incomplete"):
+                rest.unlink(missing_ok=True)
+        raise
     for name in missing:
         if name in small:
             _verify(remote, name, snapshot / name)
@@ -251,42 +258,56 @@ def _download_large(remote: RemoteRevision, name: str, target: Path, options: Ma
         HubError: The content is damaged; it is removed.
     """
     listed = remote.files[name]
-    if target.is_file() and not options.get("force_download") and _hash(target, hashlib.sha256()) == listed.sha256:
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    headers = {**build_hf_headers(token=options.get("token")), "Accept-Encoding": "identity"}
-    with WeakFileLock(_lock(target, options)), part.open("ab") as file:
-        start = file.tell()
-        if listed.size is not None and start > listed.size:
-            start = file.truncate(0)
-        try:
-            http_get(
-                file_url(remote, name),
-                file,
-                resume_size=start,
-                headers=headers,
-                expected_size=listed.size,
-                displayed_filename=name,
-            )
-        except OSError as error:
-            if error.errno is not None or not _is_size_mismatch(error):
-                raise
-            file.flush()
-            sent = _tail(part, start)
-            file.truncate(start)
-            if is_web_page(sent):
-                raise HubError(web_page(200, endpoint(), name), 200) from error
-            raise
-    digest = _hash(part, hashlib.sha256())
-    if digest == listed.sha256:
-        os.replace(part, target)
-        return
-    sent = _tail(part, start)
-    part.unlink()
+    with WeakFileLock(_lock(target, options)):
+        if target.is_file() and not options.get("force_download") and _hash(target, hashlib.sha256()) == listed.sha256:
+            return
+        start = _append(remote, name, part, options)
+        if _hash(part, hashlib.sha256()) == listed.sha256:
+            os.replace(part, target)
+            return
+        sent = _tail(part, start)
+        part.unlink()
     if is_web_page(sent):
         raise HubError(web_page(200, endpoint(), name), 200)
     raise _damaged(name, "its SHA-256 differs from the one that the hub lists")
+
+
+def _append(remote: RemoteRevision, name: str, part: Path, options: Mapping[str, Any]) -> int:
+    """Download the missing rest of a file; after a broken connection, try again if it has sent something.
+
+    Returns:
+        The number of bytes that were there before the last attempt.
+    """
+    headers = {**build_hf_headers(token=options.get("token")), "Accept-Encoding": "identity"}
+    size = remote.files[name].size
+    with part.open("ab") as file:
+        if size is not None and file.tell() > size:
+            file.truncate(0)
+        while True:
+            start = file.seek(0, os.SEEK_END)
+            try:
+                http_get(
+                    file_url(remote, name),
+                    file,
+                    resume_size=start,
+                    headers=headers,
+                    expected_size=size,
+                    displayed_filename=name,
+                )
+                return start
+            except Exception as error:
+                file.flush()
+                if _is_size_mismatch(error):
+                    sent = _tail(part, start)
+                    file.truncate(start)
+                    if is_web_page(sent):
+                        raise HubError(web_page(200, endpoint(), name), 200) from error
+                    raise
+                is_broken = getattr(error, "errno", None) is None and getattr(error, "response", None) is None
+                if not is_broken or file.seek(0, os.SEEK_END) == start:
+                    raise
 
 
 def _lock(target: Path, options: Mapping[str, Any]) -> Path:
@@ -296,8 +317,8 @@ def _lock(target: Path, options: Mapping[str, Any]) -> Path:
     return folder / f"{hashlib.sha256(str(target.absolute()).encode()).hexdigest()[:32]}.lock"
 
 
-def _is_size_mismatch(error: OSError) -> bool:
-    return "onsistency check failed" in str(error)
+def _is_size_mismatch(error: Exception) -> bool:
+    return isinstance(error, OSError) and "onsistency check failed" in str(error)
 
 
 def _tail(path: Path, start: int) -> bytes:
