@@ -30,7 +30,8 @@ itself.
 
 #### Outputs
 
-- `answer`: what the model says. With a `temperature` of 0 the same image gets the same answer again.
+- `answer`: what the model says. With a `temperature` of 0 the same image gets the same answer again. If the question
+  asks for JSON, **JSON Parser**, **VLM As Classifier** and **VLM As Detector** read it.
 - `reasoning`: what it thought before, where `reasoning` is set; otherwise empty.
 - `grounding`: which parts of those thoughts speak of which points of the image:
   `[{"start": 0, "end": 7, "text": "the dog", "points": [{"x": 120.0, "y": 80.5}]}]`, in pixels.
