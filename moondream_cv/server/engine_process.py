@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,8 @@ class EngineProcess:
             target=_run, args=(other, load, set_up), name="moondream-cv engine", daemon=True
         )
         self._process.start()
+        # The process ignores SIGTERM, with which multiprocessing would end it at exit before it waits for it.
+        Finalize(self, self._process.kill, exitpriority=10)
         other.close()
         try:
             found = self._connection.recv()

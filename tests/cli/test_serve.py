@@ -5,6 +5,7 @@ Run with `pytest tests/cli/test_serve.py`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -73,6 +74,22 @@ def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri
     assert "shutting down: 1 requests" in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
+
+
+@pytest.mark.parametrize(("sig", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_stop_a_server_that_is_still_loading(sig: int, status: int) -> None:
+    server = ServeProcess("--model", "tiny")
+    try:
+        while True:  # until it listens; the model takes seconds longer
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{server.url}/health").status_code == 200:
+                    break
+            assert server.process.poll() is None
+            time.sleep(0.01)
+        ended, log = server.end(sig)
+    finally:
+        server.process.kill()
+    assert (ended, "Traceback" in log) == (status, False), log
 
 
 def test_ctrl_c_ends_it_as_well() -> None:
