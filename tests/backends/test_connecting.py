@@ -223,4 +223,4 @@ def test_the_command_line_takes_a_url(
     assert shown in ended.stdout
     refused = run(*arguments, "--device", "cpu", cwd=tmp_path)
     assert refused.returncode != 0
-    assert "a server's URL chooses none" in " ".join(refused.stderr.split())
+    assert "--device: only for a model on this machine" in " ".join(refused.stderr.split())
