@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -80,6 +81,30 @@ def test_json_of_missing_images_needs_no_model(run: Run, folder: Path, model: Co
     assert result.exit_code == 1
     assert json.loads(result.stdout)["images"] == [{"image": "no.png", "error": "'no.png': no such image file"}]
     assert not model.closed
+
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason="the pages are not part of a source distribution")
+def test_every_json_key_is_documented(run: Run, folder: Path) -> None:
+    documented: dict[str, set[str]] = {}
+    for names, commands in re.findall(r"^\| (`[^|]*`) \| ([a-z, ]+) \|", REFERENCE.read_text(), re.MULTILINE):
+        for name in ["detect", "point", "query", "caption"] if commands == "all" else commands.split(", "):
+            documented.setdefault(name, set()).update(re.findall(r"`(\w+)`", names))
+    Image.fromarray(picture(*[("red", (x, 0, x + 5, 5)) for x in (0, 10, 20)])[..., ::-1]).save("row.png")
+    seen: dict[str, set[str]] = {}
+    for arguments in (
+        ("detect", "-c", "red", "--max-objects", 1, "--save-txt", "labels", "--save-crop", "crops"),
+        ("point", "-c", "red", "--max-objects", 1),
+        ("query", "-q", "What?", "--reasoning"),
+        ("caption",),
+    ):
+        lines = run(*arguments, "row.png", "no.png", "--json", "-o", f"{arguments[0]}/").stdout.splitlines()
+        seen[arguments[0]] = {key for line in lines for key in json.loads(line)}
+    assert {name: keys - documented[name] for name, keys in seen.items()} == {name: set() for name in seen}
+    expected = {"schema", "version", "command", "model", "image", "width", "height", "annotated", "error"}
+    assert all(expected <= keys for keys in seen.values())
 
 
 # --- inputs before models --------------------------------------------------------------------------------------------

@@ -1,0 +1,349 @@
+"""The code in README.md, docs and `--help` runs as printed. Run with `pytest tests/test_documentation_code.py`.
+
+The files of the reader are rendered scenes under the names in the text. Two tables change the code before it runs:
+`SUBSTITUTES` replaces the names of models, servers and cameras, and `NOT_RUN` lists code that only runs on the reader's
+machine, with the reason.
+
+Each block of the README runs in its own namespace. The blocks of another page run in order, in one namespace.
+`docs/workflows.md` runs in the environment of Roboflow's engine (tests/roboflow/test_workflows_page.py), and notebooks
+run in tests/test_notebooks.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+import tomllib
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import moondream_cv
+from moondream_cv import load
+from moondream_cv.cli import app
+from moondream_cv.scenes import render_clip, render_scene
+from moondream_cv.video import Zones, annotate_video, track
+from moondream_cv.vision_model import VisionModel
+from tests.certificates import make_certificates
+from tests.clips import write_clip
+from tests.remote_server import Answer, RemoteServer, remote_server
+from tests.serve_process import free_port
+from tests.served import served
+
+ROOT = Path(moondream_cv.__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+if not PAGES[0].exists():
+    pytest.skip("the pages are not part of a source distribution", allow_module_level=True)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    code: str
+
+
+class Line(NamedTuple):
+    """A command line of a page or of a help text."""
+
+    place: str
+    text: str
+
+
+def blocks() -> Iterator[Block]:
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            yield Block(path.name, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+
+
+BLOCKS = list(blocks())
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+SHELL = [block for block in BLOCKS if block.language in ("", "sh")]
+
+SUBSTITUTES = (
+    ('"moondream2"', '"tiny"'),
+    ("http://gpu-box:2020", "{server}"),
+    ("http://localhost:2020", "{server}"),
+    ("http://localhost:9001", "{server}"),
+    ("https://example.com/street.jpg", "{files}/street.jpg"),
+    ("cv2.VideoCapture(0)", 'cv2.VideoCapture("in.mp4")'),  # there is no camera here
+    ("track(0, ", 'track("in.mp4", '),
+    ("print(run_in_container(program))", "print(program)"),  # needs Docker and an image
+)
+
+LINE_SUBSTITUTES = (
+    ("download moondream2", "download tiny"),
+    ("curl -s https://example.org/a.jpg", "cat street.jpg"),
+    ("/tmp/demo", "other"),
+)
+
+NOT_RUN = {
+    "class VisionModel(Protocol)": "an excerpt, compared with the class below",
+    "video 0 cup --show": "needs a camera and a screen",
+    "video rtsp://camera/stream": "needs a camera; RTSP is tested in tests/video/test_rtsp.py",
+    "download vikhyatk/": "downloads 3.7 GB",
+    "detect street.jpg -c person --model http://localhost:2020": "the server of the line before; tested with README.md",
+    "pip install": "the extras are checked below",
+    "make ": "the targets are checked below",
+    ".venv/bin/pre-commit": "tested in tests/test_pre_commit.py",
+    "export ": "sets a variable for docs/workflows.md",
+}
+
+IMAGES = ("chart.png", "frame.png", "kitchen.jpg", "page.png", "parking.jpg", "photo.jpg", "photos/1.jpg", "plate.jpg")
+IMAGES += ("receipt.jpg", "receipts/1.png", "screenshot.png", "shelf.jpg", "sign.jpg", "street.jpg", "tray.jpg")
+IMAGES += ("frames/0001.png", "frames/0002.png")
+ZONES = '{"normalized": true, "lines": [{"name": "door", "start": [0.1, 0.6], "end": [0.9, 0.6]}]}'
+
+
+@pytest.fixture(scope="module")
+def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the reader of the pages has."""
+    folder = tmp_path_factory.mktemp("reader")
+    rgb = render_scene(105, resolution_wh=(320, 240), names=["car", "bus", "dog", "red circle"]).image
+    for name in IMAGES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / name), rgb[..., ::-1])
+    clip = render_clip(1, num_frames=8, names=["dog", "red circle"], resolution_wh=(320, 240))
+    write_clip(folder / "in.mp4", (rgb[..., ::-1] for rgb, _ in clip))
+    for name in ("street.mp4", "shop.mp4"):
+        shutil.copy(folder / "in.mp4", folder / name)
+    (folder / "zones.json").write_text(ZONES)
+    page = next(block for block in BLOCKS if block.page == "zones.md" and block.language == "json")
+    (folder / "door.json").write_text(page.code)
+    (folder / "names.txt").write_text("dog\nred circle\n")
+    certificates = make_certificates(folder)
+    shutil.copy(certificates.certificate, folder / "cert.pem")
+    shutil.copy(certificates.key, folder / "key.pem")
+    return folder
+
+
+@pytest.fixture
+def folder(reader_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of the reader's files, as the current folder."""
+    shutil.copytree(reader_files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def files(reader_files: Path) -> Iterator[RemoteServer]:
+    with remote_server() as running:
+        running.on("/street.jpg", Answer((reader_files / "street.jpg").read_bytes(), kind="image/jpeg"))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(files: RemoteServer) -> Iterator[str]:
+    model = load("tiny", device="cpu")
+    with served(model, name="moondream2", private_urls=True) as running:
+        yield running.url
+    model.close()
+
+
+def reason_not_to_run(code: str) -> str | None:
+    return next((reason for start, reason in NOT_RUN.items() if start in code), None)
+
+
+def substituted(code: str, server: str, files: str) -> str:
+    for printed, here in SUBSTITUTES:
+        code = code.replace(printed, here.replace("{server}", server).replace("{files}", files))
+    return code
+
+
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Replaces OpenCV's window, which needs a screen: shows frames, and returns Esc after three of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shown: list[np.ndarray] = []
+        monkeypatch.setattr(cv2, "imshow", lambda title, image: self.shown.append(image))
+        monkeypatch.setattr(cv2, "waitKey", lambda delay: 27 if len(self.shown) >= 3 else -1)
+
+
+README_BLOCKS = [block for block in PYTHON if block.page == "README.md"]
+
+
+@pytest.mark.parametrize("block", README_BLOCKS, ids=[f"line {block.line}" for block in README_BLOCKS])
+def test_readme_blocks_run_on_their_own(
+    block: Block, folder: Path, server: str, files: RemoteServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Screen(monkeypatch)
+    run_python(block, {"__name__": "reader"}, server, files.url)
+    assert bool(screen.shown) == ("imshow" in block.code)
+    assert all(image.shape == (240, 320, 3) for image in screen.shown)
+
+
+OTHER_PAGES = sorted({block.page for block in PYTHON} - {"README.md", "workflows.md"})
+
+
+@pytest.mark.parametrize("page", OTHER_PAGES)
+def test_blocks_of_a_page_run_in_order(
+    page: str, folder: Path, server: str, files: RemoteServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace: dict[str, Any] = {"__name__": "reader"}
+    for block in PYTHON:
+        if block.page == page and reason_not_to_run(block.code) is None:
+            run_python(block, namespace, server, files.url)
+
+
+def run_python(block: Block, namespace: dict[str, Any], server: str, files: str) -> None:
+    code = "\n" * block.line + substituted(block.code, server, files)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+        for function in (annotate_video, track):
+            assert function.__kwdefaults__["model"] == "moondream2"
+            patch.setitem(function.__kwdefaults__, "model", "tiny")
+        exec(compile(code, block.page, "exec"), namespace)
+
+
+def test_the_excerpt_of_the_vision_model_is_accurate() -> None:
+    (block,) = (block for block in PYTHON if "class VisionModel(Protocol)" in block.code)
+    printed = {*re.findall(r"^    (?:def )?(\w+)[:(]", block.code, re.MULTILINE)}
+    assert printed == {"skills", "has_scores", "run", "close"}
+    assert printed <= {*VisionModel.__annotations__, *vars(VisionModel)}
+
+
+# --- command lines ---------------------------------------------------------------------------------------------------
+
+
+def lines() -> Iterator[Line]:
+    for block in SHELL:
+        for text in block.code.splitlines():
+            if "moondream-cv " in text:
+                yield Line(f"{block.page} line {block.line}", re.sub(r"\s+#.*", "", text))
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        for text in re.findall(r"^ *\$ (.*)$", command.help or "", re.MULTILINE):
+            yield Line(f"{name} --help", text.replace("\\[", "["))
+
+
+LINES = list(lines())
+RUN_LINES = [line for line in LINES if reason_not_to_run(line.text) is None]
+
+
+def with_tiny_model(text: str) -> str:
+    """Add `--model tiny` to a command that uses the real model, and a free port to a server."""
+    for printed, here in LINE_SUBSTITUTES:
+        text = text.replace(printed, here)
+    if text.endswith("moondream-cv download"):
+        return f"{text} tiny"
+    command = re.search(r"moondream-cv (\w+)", text)
+    assert command is not None
+    if command[1] == "serve":
+        text = f"{re.sub(r' --port [0-9]+', '', text)} --port {free_port()}"
+    if command[1] in ("detect", "point", "query", "caption", "video", "serve") and "--model" not in text:
+        text = f"{text[: command.end()]} --model tiny{text[command.end() :]}"
+    return text
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("line", RUN_LINES, ids=[f"{line.place}: {line.text[:60]}" for line in RUN_LINES])
+def test_command_lines_run(line: Line, folder: Path) -> None:
+    text = with_tiny_model(line.text)
+    if re.match(r"moondream-cv (?!serve)[^|>]*$", text):  # a shell would only add the start of a process
+        result = CliRunner().invoke(app, shlex.split(text)[1:])
+        status, log = result.exit_code, result.stderr
+    else:
+        status, log = run_in_shell(text)
+    assert status == 0, f"{text}\n{log}"
+    assert "Traceback" not in log
+    for target in re.findall(r"(?:-o|--json|--mot|--save-txt|--to|>) ([\w./]+)", text):
+        assert Path(target).exists(), f"{text} did not write {target}"
+
+
+def run_in_shell(text: str) -> tuple[int, str]:
+    """Run a command line, and stop it once it serves; return its status and standard error."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MOONDREAM")}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    is_server = "moondream-cv serve" in text
+    if is_server:  # the signal goes to the server itself instead of the shell
+        variables, _, command = text.rpartition("moondream-cv serve")
+        text = f"{f'export {variables};' if variables else ''} exec moondream-cv serve{command}"
+    log = Path("stderr.txt")
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", text], env=environment, stdout=subprocess.DEVNULL, stderr=stderr
+        )
+    try:
+        if is_server:
+            wait_for(process, log, "Serving tiny at ")
+            process.send_signal(signal.SIGTERM)
+        return process.wait(timeout=240), log.read_text()
+    finally:
+        process.kill()
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, text: str) -> None:
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        try:
+            process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_batch_example_of_the_server_page(folder: Path, server: str, files: RemoteServer) -> None:
+    (block,) = (block for block in SHELL if "/v1/batch" in block.code)
+    result = subprocess.run(["bash", "-c", substituted(block.code, server, files.url)], capture_output=True, text=True)
+    first, second, third = map(json.loads, result.stdout.splitlines())
+    assert [answer["custom_id"] for answer in (first, second, third)] == ["a", "b", "c"]
+    assert "objects" in first["result"]
+    assert "answer" in second["result"]
+    assert "error" in third
+
+
+# --- everything else -------------------------------------------------------------------------------------------------
+
+
+def test_every_shell_line_runs_or_has_a_reason() -> None:
+    for block in SHELL:
+        text = re.sub(r"<<'LINES'\n.*?\nLINES\n", "\n", block.code, flags=re.DOTALL)
+        for line in filter(str.strip, text.splitlines()):
+            assert "moondream-cv " in line or "/v1/batch" in line or reason_not_to_run(line), f"{block.page}: {line}"
+
+
+def test_reasons_belong_to_printed_code() -> None:
+    printed = "\n".join([*(block.code for block in BLOCKS), *(line.text for line in LINES)])
+    assert [start for start in NOT_RUN if start not in printed] == []
+    assert [start for start, _ in SUBSTITUTES if start not in printed] == []
+
+
+def test_extras_and_make_targets_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    shell = "\n".join(block.code for block in SHELL)
+    assert {name for found in re.findall(r"moondream-cv\[([\w,]+)\]", shell) for name in found.split(",")} <= {*extras}
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make ([\w-]+)", shell, re.MULTILINE)
+    assert targets
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=lambda b: f"{b.page} line {b.line}")
+def test_json_blocks_are_valid(block: Block, tmp_path: Path) -> None:
+    if block.page == "zones.md":
+        (tmp_path / "zones.json").write_text(block.code)
+        assert Zones.read(tmp_path / "zones.json").counts()["zones"]
+        return
+    documents = (
+        [json.loads(block.code)] if block.code.startswith("{\n") else list(map(json.loads, block.code.splitlines()))
+    )
+    assert all(isinstance(document, dict) for document in documents)
