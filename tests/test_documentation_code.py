@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pytest
-import tomllib
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -46,7 +45,7 @@ from tests.served import served
 
 ROOT = Path(moondream_cv.__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-if not PAGES[0].exists():
+if not (ROOT / "docs" / "cli.md").exists():
     pytest.skip("the pages are not part of a source distribution", allow_module_level=True)
 
 
@@ -328,6 +327,7 @@ def test_reasons_belong_to_printed_code() -> None:
 
 
 def test_extras_and_make_targets_exist() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     shell = "\n".join(block.code for block in SHELL)
     assert {name for found in re.findall(r"moondream-cv\[([\w,]+)\]", shell) for name in found.split(",")} <= {*extras}

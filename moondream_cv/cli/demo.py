@@ -20,7 +20,7 @@ from .demo_clip import SHOWN, Followed, follow, shown_frames
 from .demo_scenes import PLANS, Check, Score, Shown, look
 from .models import ModelOptions, opened_model
 from .output import Report, shown
-from .saving import save
+from .saving import check_folder, save
 
 
 def demo(
@@ -44,6 +44,7 @@ def demo(
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; the demo needs a folder")
+    check_folder("--output", output)
     started = time.perf_counter()
     report, score = Report("demo", as_json, model=model), Score()
     report.print(Text(f"moondream-cv demo: {len(PLANS)} rendered scenes and a clip, the model {model!r}", style="bold"))

@@ -10,7 +10,7 @@ import typer
 Images = Annotated[
     list[str],
     typer.Argument(
-        metavar="IMAGE...",
+        metavar="IMAGE",
         help="Files, folders, globs (quoted or not) or URLs; - reads one image from standard input.",
         show_default=False,
     ),

@@ -17,7 +17,7 @@ def query(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IMAGE...]",
+            metavar="IMAGE",
             help="Files, folders, globs (quoted or not) or URLs; - reads standard input. Optional.",
             show_default=False,
         ),

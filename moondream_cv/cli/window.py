@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from moondream_cv.video.window import Window
 
+_CLOSING_KEYS = (ord("q"), ord("Q"), 27)  # 27 is Esc
 _POLL_MS = 50  # interval for checking keys and the window's close button
 
 
@@ -48,8 +49,11 @@ class ImageWindow:
         frame = Frame(np.ascontiguousarray(np.asarray(image)[..., ::-1]), 0, 0.0)
         while not window.closed:
             window.write(frame, sv.Detections.empty())
-            if not window.closed and cv2.waitKey(_POLL_MS) not in (-1, 255):
+            key = -1 if window.closed else cv2.waitKey(_POLL_MS)
+            if key != -1 and key & 0xFF not in _CLOSING_KEYS:
                 return
+            if key != -1:
+                window.close()
         self._ended = True
 
     def close(self) -> None:

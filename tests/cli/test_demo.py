@@ -135,3 +135,6 @@ def test_a_file_in_the_place_of_the_folder(
     result = run(monkeypatch, scenes, "-o", str(tmp_path / "demo"))
     assert result.exit_code == 2
     assert "is a file; the demo needs a folder" in result.stderr
+    result = run(monkeypatch, scenes, "-o", str(tmp_path / "demo" / "images"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "demo is not a folder; choose another place" in result.stderr

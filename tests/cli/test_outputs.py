@@ -153,6 +153,11 @@ def test_errors_of_images_are_shown_once_and_before_the_model_is_loaded(run: Run
     assert result.stderr == "Error: 'typo.jpg': no such image file\n"
 
 
+def test_backslashes_in_a_path_are_shown_once_as_they_are(run: Run, folder: Path) -> None:
+    result = run("detect", r"C:\photos\typo.jpg", "-c", "red")
+    assert result.stderr == "Error: 'C:\\photos\\typo.jpg': no such image file\n"
+
+
 def test_image_urls(run: Run, folder: Path, server: RemoteServer) -> None:
     server.on("/shelf/a%20b.png", Answer((folder / "one.png").read_bytes(), kind="image/png"))
     url = f"{server.url}/shelf/a%20b.png?token=secret"
@@ -327,6 +332,36 @@ def test_classes_file(run: Run, folder: Path) -> None:
     assert json.loads(result.stdout)["classes"] == ["blue", "red", "green, or not"]
     result = run("point", "one.png", "--classes-file", "names.txt", "-c", "red")
     assert (result.exit_code, "duplicates: 'red'" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("keys", "shown"), [("ab", 2), ("q", 1), ("\x1b", 1), ("aQ", 2)])
+def test_show_waits_for_a_key_after_each_image(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, keys: str, shown: int
+) -> None:
+    from tests.video.test_writers import FakeScreen
+
+    class Screen(FakeScreen):
+        """Presses one key per image, in the longer of the two waits for keys."""
+
+        def waitKey(self, milliseconds: int) -> int:
+            return ord(keys[len(self.images) - 1]) if milliseconds > 1 and self.images else -1
+
+        def imshow(self, title: str, image: np.ndarray) -> None:
+            super().imshow(title, image)
+            self.images[image.tobytes()] = image
+
+        images: dict[bytes, np.ndarray]
+
+    screen = Screen()
+    screen.images = {}
+    monkeypatch.setitem(sys.modules, "cv2", screen)
+    monkeypatch.setattr("moondream_cv.video.window._check_screen", lambda title: None)
+    result = run("detect", "one.png", "two.jpg", "-c", "red", "--show", "-o", "out/")
+    assert result.exit_code == 0, result.stderr
+    assert len(screen.images) == shown
+    assert next(iter(screen.images.values()))[25, 20].tolist() == [0, 0, 255]  # BGR, as OpenCV shows it
+    assert len(list(Path("out").iterdir())) == 2
+    assert screen.calls[-1] == "close"
 
 
 def test_quiet_prints_only_errors_on_standard_error(run: Run, folder: Path) -> None:
