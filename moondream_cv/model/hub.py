@@ -3,10 +3,10 @@
 Only weights, `config.json`, `tokenizer.json` and `calibration.json` are fetched: code published with a checkpoint is
 never downloaded. Files are compared with the hashes that the hub lists, and a branch or tag points to a commit only
 once its files are complete.
+
 An interrupted download of a large file continues, also in another process: recent versions of `huggingface_hub` only
 continue within a call. Progress bars and access tokens are those of `huggingface_hub`, which reads its own environment
-variables;
-`HF_HUB_OFFLINE`, `HF_ENDPOINT` and the location of the cache are read here at each call.
+variables. `HF_HUB_OFFLINE`, `HF_ENDPOINT` and the location of the cache are read here at each call.
 """
 
 from __future__ import annotations
