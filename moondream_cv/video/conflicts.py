@@ -108,10 +108,13 @@ class ClassConflicts:
         chosen = class_ids.copy()
         own = (class_ids[:, None] == track_classes) & (ious >= OCCUPIED)
         free = ~own.any(0)
+        # A detection of the track's class that only touches it is more likely the object if its score is higher.
+        touching = (class_ids[:, None] == track_classes) & (ious > 0)
+        rival = np.where(touching, confidence[:, None], 0.0).max(0, initial=0.0)
         for row in np.argsort(-confidence).tolist():
             if own[row].any():
                 continue
-            allowed = free & (ious[row] >= CONTINUES)
+            allowed = free & (ious[row] >= CONTINUES) & (rival < confidence[row])
             allowed &= np.array([self._exclude(class_id, class_ids[row]) for class_id in track_classes], bool)
             if allowed.any():
                 best = int(np.where(allowed, ious[row], -1).argmax())

@@ -97,6 +97,15 @@ def test_a_detection_continues_a_track_of_its_own_class_first() -> None:
     assert stream((CAT, 50, 0.6)) == [2]
 
 
+def test_another_class_does_not_take_a_track_from_a_higher_score_of_its_class() -> None:
+    """An object that appears from behind another one is not that one."""
+    stream = Stream()
+    for score in (0.9, 0.8, 0.9, 0.8):
+        assert stream((DOG, 100, score)) == [1]
+    assert stream((CAT, 108, 0.5), (DOG, 128, 0.8)) == [2, 1]
+    assert [track.class_id for track in stream.tracker.tracks.values()] == [DOG, CAT]
+
+
 def test_another_class_far_away_starts_a_track() -> None:
     stream = Stream()
     for _ in range(4):
