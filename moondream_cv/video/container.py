@@ -25,6 +25,7 @@ from moondream_cv.video.base import (
     Source,
     TimedImage,
 )
+from moondream_cv.video.colors import BGRConverter
 from moondream_cv.video.timestamps import FrameTimestamps
 
 if TYPE_CHECKING:
@@ -159,8 +160,6 @@ class FrameDecoder:
             container: An open container.
             source: Gets the problems and the shape of the pixels.
         """
-        from moondream_cv.video.colors import BGRConverter  # not above, since it uses PyAV's types
-
         self.stream = video_stream(container, source.name)
         self._source = source
         self.timestamps = FrameTimestamps(container.format.name)

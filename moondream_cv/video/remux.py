@@ -327,7 +327,7 @@ def _shifted(
         ticks = round(start / unit)
         pts, dts = packet_pts - ticks, packet_dts - ticks
         if is_subtitle:
-            if begin < 0:  # shown since before the first image: what is left of it
+            if begin < 0:  # shown since before the first image: keep the rest
                 packet.duration, pts, dts = max(0, (packet.duration or 0) + pts), 0, 0
             if not packet.duration:
                 continue

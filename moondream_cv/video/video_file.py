@@ -1,6 +1,6 @@
 """Frames as an H.264 file that browsers play, with the times of the frames, and sound and subtitles of another file.
 
-While frames come, `NAME.part.mp4` beside the target holds everything but the last second: an MP4 in fragments, which
+While frames come, `NAME.part.mp4` next to the target holds everything but the last second: an MP4 in fragments, which
 plays after a crash and on a full disk. `close` copies its packets, unchanged, and those of the sound and the subtitles
 into the final form, with the index in front, and moves that to the target.
 """
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from moondream_cv.errors import VideoError
 from moondream_cv.video.base import MAX_ASPECT_RATIO, MIN_ASPECT_RATIO, Colorspace, Recording
 from moondream_cv.video.colors import usual_colorspace
+from moondream_cv.video.container import open_file
 from moondream_cv.video.encoder import TICKS, H264Encoder, Preset
 from moondream_cv.video.frame import Frame
 from moondream_cv.video.remux import SideStreams, av_errors, copyable_streams, image_times, remux
@@ -297,7 +298,7 @@ class _Clock:
 def _side_streams(
     source: Path, target: Path, file_format: str, start_time: float | Sequence[Recording] | None
 ) -> SideStreams | None:
-    """Return what to copy of a file beside a video; None if there is nothing."""
+    """Return the sound and subtitles to copy from a file; None if it has none that fit."""
     indices, has_sound = copyable_streams(source, target, file_format)
     if not indices:
         return None
@@ -309,8 +310,6 @@ def _side_streams(
 
 def _first_image(path: Path) -> float:
     """Return when a file's first image that can be decoded is shown, in seconds on its own clock; 0 if it has none."""
-    from moondream_cv.video.container import open_file
-
     try:
         with open_file(path, str(path)) as source:
             return source.start_time or 0.0

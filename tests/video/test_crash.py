@@ -1,4 +1,4 @@
-"""What is on the disk when a process that writes a video is killed. Run with `pytest tests/video/test_crash.py`."""
+"""Files of a process that is killed while it writes a video. Run with `pytest tests/video/test_crash.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real files of many formats through `annotate_video`: what comes out has the input's frames, times, colors and sound.
+"""Real files of many formats through `annotate_video`: outputs keep the frames, times, colors and sound.
 
 The inputs are made by ffmpeg. Each has a white flash and a beep once a second, and patches of color. The outputs are
 read by PyAV, OpenCV and ffprobe. Run with `pytest tests/video/test_formats.py`.
