@@ -65,14 +65,14 @@ endef
 $(VENV)/bin/python:
 	$(call create,$(VENV))
 
-$(BASE): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(call install,$(PY),constraints.txt,-e .)
+$(BASE): pyproject.toml constraints/default.txt | $(VENV)/bin/python
+	$(call install,$(PY),constraints/default.txt,-e .)
 	@touch $@
 
 # Without the extra workflows: its engine holds openai below 2, which the tests drive as it is today.
 # Moondream's own client comes without its requirements, an inference engine among them: over HTTP it needs none of them.
 $(DEV): $(BASE)
-	$(call install,$(PY),constraints.txt,-e ".[roboflow$(comma)server$(comma)clients$(comma)dev$(comma)notebooks]")
+	$(call install,$(PY),constraints/default.txt,-e ".[roboflow$(comma)server$(comma)clients$(comma)dev$(comma)notebooks]")
 	$(PY) -m pip install --no-deps moondream==2.6.1
 	@touch $@
 
@@ -84,19 +84,19 @@ $(NPM): tests/npm/package.json tests/npm/package-lock.json
 $(VENV_NEWEST)/bin/python:
 	$(call create,$(VENV_NEWEST))
 
-$(NEWEST): pyproject.toml constraints-newest.txt | $(VENV_NEWEST)/bin/python
-	$(call install,$(VENV_NEWEST)/bin/python,constraints-newest.txt,-e ".[server$(comma)dev]")
+$(NEWEST): pyproject.toml constraints/newest.txt | $(VENV_NEWEST)/bin/python
+	$(call install,$(VENV_NEWEST)/bin/python,constraints/newest.txt,-e ".[server$(comma)dev]")
 	@touch $@
 
 $(VENV_ROBOFLOW)/bin/python:
 	$(call create,$(VENV_ROBOFLOW))
 
 # An engine from before it became a distribution of its own lies beside, for one test of the plugin (test_older_engine.py).
-$(ROBOFLOW): pyproject.toml constraints-roboflow.in constraints-roboflow.txt constraints-roboflow-newer.txt \
+$(ROBOFLOW): pyproject.toml constraints/roboflow.in constraints/roboflow.txt constraints/roboflow_newer.txt \
   | $(VENV_ROBOFLOW)/bin/python
-	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints-roboflow.txt,-e ".[all$(comma)dev]" \
-	  -r constraints-roboflow.in)
-	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps -r constraints-roboflow-newer.txt
+	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints/roboflow.txt,-e ".[all$(comma)dev]" \
+	  -r constraints/roboflow.in)
+	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps -r constraints/roboflow_newer.txt
 	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps --upgrade --target $(VENV_ROBOFLOW)/older-engine inference-core==1.5.2
 	@touch $@
 
@@ -121,7 +121,7 @@ test-newest: $(NEWEST) ## Run the tests marked compat with the newest supervisio
 	$(call PYTEST,$(VENV_NEWEST)/bin/python) -m "compat and not download and not soak" \
 	  --ignore=tests/server --ignore=tests/backends --ignore=tests/roboflow $(PYTEST_ARGS)
 
-# Only their folder: other tests import what torchvision breaks there (tests/roboflow_app.py says why). The server warns
+# Only their folder: other tests import what torchvision breaks there (tests/helpers/roboflow_app.py says why). The server warns
 # by the thousand, hence --disable-warnings.
 test-roboflow: $(ROBOFLOW) ## Run the tests marked roboflow, with Roboflow's own workflows engine and server
 	$(call PYTEST,$(VENV_ROBOFLOW)/bin/python) -m "roboflow and not download and not soak" --disable-warnings \
@@ -165,10 +165,10 @@ CUDA_ONLY := ^(cuda-|nvidia-|triton)
 resolve: $(DEV) ## Show that the constraints resolve on Python 3.10 to 3.13 (a dry run)
 	@set -e; for python in $(RESOLVE_PYTHONS); do for platform in $(RESOLVE_PLATFORMS); do \
 	  found=$$(MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) $(WITH_CLIENTS) --only-binary :all: --python-version $$python --python-platform $$platform \
-	    -c constraints.txt pyproject.toml); \
+	    -c constraints/default.txt pyproject.toml); \
 	  loose=$$(echo "$$found" | grep -vE '$(CUDA_ONLY)' | while read -r pin; do \
-	    grep -q "^$$pin\( \|$$\)" constraints.txt || echo "$$pin"; done); \
-	  test -z "$$loose" || { echo "Not pinned in constraints.txt on Python $$python, $$platform: $$loose"; exit 1; }; \
+	    grep -q "^$$pin\( \|$$\)" constraints/default.txt || echo "$$pin"; done); \
+	  test -z "$$loose" || { echo "Not pinned in constraints/default.txt on Python $$python, $$platform: $$loose"; exit 1; }; \
 	  echo "Python $$python $$platform: $$(echo "$$found" | grep -cvE '$(CUDA_ONLY)') packages," \
 	    $$(echo "$$found" | grep -E '^(torch|transformers|supervision|numpy)=='); \
 	done; done
@@ -176,26 +176,26 @@ resolve: $(DEV) ## Show that the constraints resolve on Python 3.10 to 3.13 (a d
 CONSTRAINTS_HEADER = \# Exact versions for Python 3.10 to 3.13. Written by \`make constraints\`
 WITHOUT_CUDA = grep -vE '$(CUDA_ONLY)'
 
-# Two passes for constraints.txt: the first resolves the package together with constraints.in, the second keeps what the
+# Two passes for constraints/default.txt: the first resolves the package together with constraints/default.in, the second keeps what the
 # package itself needs, together with the clients of the tests: Roboflow's engine holds openai below 2, and is not there.
 # Roboflow's server pins its engine itself. The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
-constraints: $(DEV) ## Write constraints.txt, constraints-newest.txt and constraints-roboflow.txt anew
+constraints: $(DEV) ## Write constraints/default.txt, constraints/newest.txt and constraints/roboflow.txt anew
 	@mkdir -p build
-	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints.in -o build/with-engine.txt >/dev/null
+	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints/default.in -o build/with-engine.txt >/dev/null
 	sed -i.old /^openai==/d build/with-engine.txt
 	$(UV) $(WITH_CLIENTS) --universal --python-version 3.10 pyproject.toml -c build/with-engine.txt -o build/pinned.txt >/dev/null
-	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml and constraints.in."; \
-	  $(WITHOUT_CUDA) build/pinned.txt; } > constraints.txt
+	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml and constraints/default.in."; \
+	  $(WITHOUT_CUDA) build/pinned.txt; } > constraints/default.txt
 	echo "supervision>=0.31" > build/newest.in
-	grep '^torch==' constraints.in >> build/newest.in
+	grep '^torch==' constraints/default.in >> build/newest.in
 	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
-	  $(WITHOUT_CUDA) build/newest.txt; } > constraints-newest.txt
-	sed -E '/^(roboflow-workflows|streamvision)==/d' constraints.in > build/with-server.in
+	  $(WITHOUT_CUDA) build/newest.txt; } > constraints/newest.txt
+	sed -E '/^(roboflow-workflows|streamvision)==/d' constraints/default.in > build/with-server.in
 	$(UV) --extra all --extra dev --universal --python-version 3.10 \
-	  pyproject.toml build/with-server.in constraints-roboflow.in -o build/roboflow.txt >/dev/null
-	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints.in and constraints-roboflow.in."; \
-	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints-roboflow.txt
+	  pyproject.toml build/with-server.in constraints/roboflow.in -o build/roboflow.txt >/dev/null
+	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints/default.in and constraints/roboflow.in."; \
+	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints/roboflow.txt
 
 clean: ## Remove environments, caches and what was built
 	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_ROBOFLOW) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -31,7 +31,7 @@ from moondream_cv.evaluation.tracks import (
 )
 from moondream_cv.scenes.clips import Clip, TrackedObject
 from moondream_cv.video import Tracking, watch
-from moondream_cv.video.frame import Frame
+from moondream_cv.video.sources.frame import Frame
 
 EVERY = (1, 3, 5, 10, 15)
 FPS = 30.0
@@ -55,8 +55,8 @@ def ours(clip: Clip, truth: Truth, detector: Any, every: int, **options: Any) ->
 
 def ours_live(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
     """As in `watch` of a live source, but the model takes no time."""
-    from moondream_cv.video.between import as_detections, predicted
-    from moondream_cv.video.tracking import Tracker
+    from moondream_cv.video.tracking.interpolation import as_detections, predicted
+    from moondream_cv.video.tracking.tracker import Tracker
 
     tracker = Tracker()
     for index, image in enumerate(frames_of(clip, detector)):

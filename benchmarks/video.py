@@ -26,8 +26,8 @@ from av.video.frame import PictureType
 from moondream_cv import load
 from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Frame, annotate_video, watch
-from moondream_cv.video.live import LiveReader
-from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.sources.live import LiveReader
+from moondream_cv.video.writers.video_file import VideoWriter
 
 FPS = 30
 

@@ -4,7 +4,7 @@
 
 Ratios within one run, medians, with the tiny model. Every run is on frames that were not there before, so that no
 encoded image is met again but by the blocks of the same run. The core block for Moondream 2 gets the tiny model too:
-`tests/roboflow_app.py` puts it into Roboflow's own adapter.
+`tests/helpers/roboflow_app.py` puts it into Roboflow's own adapter.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moondream_cv import Detector, load
 from moondream_cv.scenes import ICONS, render_scene
-from tests.roboflow_app import MODEL_ID, model_manager, prepare
-from tests.workflows import compiled, step, workflow
+from tests.helpers.roboflow_app import MODEL_ID, model_manager, prepare
+from tests.helpers.workflows import compiled, step, workflow
 
 CLASSES = list(ICONS[:8])
 SIZE = (640, 480)

@@ -23,7 +23,7 @@ import supervision as sv
 from moondream_cv.errors import VideoError
 from moondream_cv.scenes import Clip, render_clip
 from moondream_cv.video import Frame, open_source
-from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.writers.video_file import VideoWriter
 
 WORKFLOW = Path(__file__).parents[1] / "blocks" / "workflows" / "track_count_line.json"
 FPS = 30

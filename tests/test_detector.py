@@ -28,7 +28,7 @@ from moondream_cv.detector import Detector, Pointer
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError, ImageError, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import DetectedObject, DetectedPoint, PointResult, Request, Result
-from tests.colour_model import ColourModel, ListModel, picture
+from tests.helpers.color_model import ColorModel, ListModel, picture
 
 pytestmark = pytest.mark.compat
 
@@ -38,8 +38,8 @@ BROKEN = picture(("magenta", (0, 0, 80, 60)))
 
 
 @pytest.fixture
-def colours() -> ColourModel:
-    return ColourModel()
+def colours() -> ColorModel:
+    return ColorModel()
 
 
 def assert_filled(detections: sv.Detections, length: int) -> None:
@@ -63,7 +63,7 @@ def assert_filled(detections: sv.Detections, length: int) -> None:
 # --- what comes back -------------------------------------------------------------------------------------------------
 
 
-def test_one_frame_one_class(colours: ColourModel) -> None:
+def test_one_frame_one_class(colours: ColorModel) -> None:
     detections = Detector(colours)(FRAME, "red")
     assert_filled(detections, 1)
     assert detections.xyxy.tolist() == [list(RED)]
@@ -71,7 +71,7 @@ def test_one_frame_one_class(colours: ColourModel) -> None:
     assert detections.data["class_name"].tolist() == ["red"]
 
 
-def test_class_id_follows_the_order_of_the_classes(colours: ColourModel) -> None:
+def test_class_id_follows_the_order_of_the_classes(colours: ColorModel) -> None:
     detections = Detector(colours)(FRAME, ["blue", "green", "red"])
     assert_filled(detections, 2)
     assert detections.class_id.tolist() == [1, 2]
@@ -80,7 +80,7 @@ def test_class_id_follows_the_order_of_the_classes(colours: ColourModel) -> None
     assert Detector(colours)(FRAME, ("red", "green")).class_id.tolist() == [0, 1]
 
 
-def test_nothing_found_is_filled_and_merges(colours: ColourModel) -> None:
+def test_nothing_found_is_filled_and_merges(colours: ColorModel) -> None:
     detector = Detector(colours)
     empty, full = detector(FRAME, ["blue", "a class with a long name"]), detector(FRAME, ["red", "green"])
     assert_filled(empty, 0)
@@ -91,7 +91,7 @@ def test_nothing_found_is_filled_and_merges(colours: ColourModel) -> None:
     assert_filled(empty.with_nms(0.5), 0)
 
 
-def test_a_list_gives_a_list_whatever_its_length(colours: ColourModel) -> None:
+def test_a_list_gives_a_list_whatever_its_length(colours: ColorModel) -> None:
     detector = Detector(colours)
     assert detector([], "red") == []
     (single,) = detector([FRAME], "red")
@@ -102,7 +102,7 @@ def test_a_list_gives_a_list_whatever_its_length(colours: ColourModel) -> None:
     assert second.class_id.tolist() == [1]
 
 
-def test_one_run_and_one_image_for_all_classes_of_a_frame(colours: ColourModel, tmp_path: Path) -> None:
+def test_one_run_and_one_image_for_all_classes_of_a_frame(colours: ColorModel, tmp_path: Path) -> None:
     path = tmp_path / "frame.png"
     cv2.imwrite(str(path), FRAME)
     Detector(colours, max_objects=7, max_crops=3)([FRAME, path], ["red", "green", "blue"])
@@ -115,7 +115,7 @@ def test_one_run_and_one_image_for_all_classes_of_a_frame(colours: ColourModel, 
     assert {(request.settings.max_objects, request.settings.max_crops) for request in requests} == {(7, 3)}
 
 
-def test_an_encoded_image_is_passed_on(colours: ColourModel) -> None:
+def test_an_encoded_image_is_passed_on(colours: ColorModel) -> None:
     encoded = colours.encode(FRAME)
     detections = Detector(colours)(encoded, "red")
     assert detections.xyxy.tolist() == [list(RED)]
@@ -153,7 +153,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_image_gives_the_same_boxes(kind: str, colours: ColourModel, tmp_path: Path) -> None:
+def test_every_kind_of_image_gives_the_same_boxes(kind: str, colours: ColorModel, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "frame.png"), FRAME)
     detections = Detector(colours)(KINDS[kind](tmp_path), ["red", "green"])
     assert detections.xyxy.tolist() == [list(RED), list(GREEN)]
@@ -264,23 +264,23 @@ def test_confidence_leaves_out_what_is_below_it() -> None:
 
 def test_a_threshold_without_scores_warns_once() -> None:
     detector_module._warn_no_scores.cache_clear()
-    model = ColourModel(has_scores=False)
+    model = ColorModel(has_scores=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Detector(model)(FRAME, "red")  # no threshold, no warning
-    with pytest.warns(UserWarning, match="ColourModel gives no scores") as caught:
+    with pytest.warns(UserWarning, match="ColorModel gives no scores") as caught:
         assert len(Detector(model, confidence=0.9)(FRAME, "red")) == 1
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Detector(model, confidence=0.9)(FRAME, "red")
-        Detector(ColourModel(), confidence=0.9)(FRAME, "red")
+        Detector(ColorModel(), confidence=0.9)(FRAME, "red")
 
 
 def test_what_the_limit_cuts_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     frame = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)])
     with caplog.at_level(logging.INFO, "moondream_cv"):
-        assert len(Detector(ColourModel(), max_objects=3)(frame, "red")) == 3
+        assert len(Detector(ColorModel(), max_objects=3)(frame, "red")) == 3
     assert "'red': there may be more than max_objects=3" in caplog.text
 
 
@@ -288,7 +288,7 @@ ROW = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", 
 
 
 def test_what_the_limit_cuts_off_is_marked_where_asked() -> None:
-    detector = Detector(ColourModel(), max_objects=3, mark_truncated=True)
+    detector = Detector(ColorModel(), max_objects=3, mark_truncated=True)
     detections = detector(ROW, ["green", "red", "blue"])
     assert_filled(detections, 4)
     assert detections.data["truncated"].dtype == bool
@@ -296,11 +296,11 @@ def test_what_the_limit_cuts_off_is_marked_where_asked() -> None:
     assert detections[detections.class_id == 1].data["truncated"].tolist() == [True] * 3
     assert detections[0].data["truncated"].tolist() == [False]
     assert detections.with_nms(0.5).data["truncated"].tolist() == [False, True, True, True]
-    assert list(Detector(ColourModel(), max_objects=3)(ROW, "red").data) == ["class_name"]
+    assert list(Detector(ColorModel(), max_objects=3)(ROW, "red").data) == ["class_name"]
 
 
 def test_the_mark_is_there_when_nothing_is_and_merges(tmp_path: Path) -> None:
-    detector = Detector(ColourModel(), max_objects=3, mark_truncated=True, on_error="empty")
+    detector = Detector(ColorModel(), max_objects=3, mark_truncated=True, on_error="empty")
     cut, empty, failed = detector([ROW, FRAME, BROKEN], "red")[0], detector(FRAME, "blue"), detector("no.png", "red")
     for nothing in (empty, failed):
         assert_filled(nothing, 0)
@@ -318,7 +318,7 @@ def test_the_mark_is_there_when_nothing_is_and_merges(tmp_path: Path) -> None:
     assert "True" in (tmp_path / "found.csv").read_text()
 
 
-def test_unmarked_detections_merge_with_those_of_other_libraries(colours: ColourModel) -> None:
+def test_unmarked_detections_merge_with_those_of_other_libraries(colours: ColorModel) -> None:
     other = sv.Detections(
         xyxy=np.array([[1, 2, 3, 4]], dtype=np.float32),
         confidence=np.array([0.5], dtype=np.float32),
@@ -347,7 +347,7 @@ def test_unmarked_detections_merge_with_those_of_other_libraries(colours: Colour
         ("x" * 200_000, "200000 characters"),
     ],
 )
-def test_wrong_classes_are_refused_by_name(classes: Any, message: str, colours: ColourModel) -> None:
+def test_wrong_classes_are_refused_by_name(classes: Any, message: str, colours: ColorModel) -> None:
     with pytest.raises(ValueError, match=message):
         Detector(colours)(FRAME, classes)
     assert colours.runs == []
@@ -356,13 +356,13 @@ def test_wrong_classes_are_refused_by_name(classes: Any, message: str, colours: 
 @pytest.mark.parametrize(
     "container", [(FRAME, FRAME), {"a": FRAME}, iter([FRAME]), deque([FRAME]), (f for f in [FRAME]), {1, 2}]
 )
-def test_containers_other_than_a_list_are_refused(container: Any, colours: ColourModel) -> None:
+def test_containers_other_than_a_list_are_refused(container: Any, colours: ColorModel) -> None:
     with pytest.raises(ValueError, match=f"must come in a list, not in a {type(container).__name__}"):
         Detector(colours)(container, "red")
 
 
 @pytest.mark.parametrize("frame", [None, 3, np.stack([FRAME, FRAME]), np.zeros((0, 5, 3), np.uint8), b"", "no.png"])
-def test_frames_that_are_no_images_raise_image_errors(frame: Any, colours: ColourModel) -> None:
+def test_frames_that_are_no_images_raise_image_errors(frame: Any, colours: ColorModel) -> None:
     with pytest.raises(ImageError):
         Detector(colours)(frame, "red")
     with pytest.raises(ImageError, match=r"^frames\[1\]: "):
@@ -370,14 +370,14 @@ def test_frames_that_are_no_images_raise_image_errors(frame: Any, colours: Colou
     assert colours.runs == []
 
 
-def test_an_error_of_the_model_is_raised(colours: ColourModel) -> None:
+def test_an_error_of_the_model_is_raised(colours: ColorModel) -> None:
     with pytest.raises(BackendError, match="refused the picture"):
         Detector(colours)(BROKEN, "red")
     with pytest.raises(BackendError, match="refused the picture"):
         Detector(colours)([FRAME, BROKEN], "red")
 
 
-def test_a_bad_frame_may_give_empty_detections(colours: ColourModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_frame_may_give_empty_detections(colours: ColorModel, caplog: pytest.LogCaptureFixture) -> None:
     detector = Detector(colours, on_error="empty")
     with caplog.at_level(logging.WARNING, "moondream_cv"):
         good, unread, failed, also_good = detector([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
@@ -395,7 +395,7 @@ def test_a_bad_frame_may_give_empty_detections(colours: ColourModel, caplog: pyt
 
 
 @pytest.mark.parametrize("on_error", ["raise", "empty"])
-def test_an_attempt_gives_errors_in_their_places(colours: ColourModel, on_error: Any) -> None:
+def test_an_attempt_gives_errors_in_their_places(colours: ColorModel, on_error: Any) -> None:
     detector = Detector(colours, on_error=on_error)
     good, unread, failed, also_good = detector.attempt([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
     assert isinstance(good, sv.Detections)
@@ -438,26 +438,26 @@ def test_an_attempt_gives_errors_in_their_places(colours: ColourModel, on_error:
         ({"device": "cuda"}, "device='cuda' is for a model that is given by name"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, colours: ColourModel) -> None:
+def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, colours: ColorModel) -> None:
     with pytest.raises(ValueError, match=message):
         Detector(colours, **arguments)
 
 
-@pytest.mark.parametrize("model", [None, 3, object(), ColourModel])
+@pytest.mark.parametrize("model", [None, 3, object(), ColorModel])
 def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="model must be a name"):
         Detector(model)
 
 
-def test_a_model_that_cannot_detect_is_refused(colours: ColourModel) -> None:
+def test_a_model_that_cannot_detect_is_refused(colours: ColorModel) -> None:
     colours.skills = frozenset({"query"})
-    with pytest.raises(UnsupportedSkill, match=r"needs a model that can detect; ColourModel can query\."):
+    with pytest.raises(UnsupportedSkill, match=r"needs a model that can detect; ColorModel can query\."):
         Detector(colours)
     with pytest.raises(UnsupportedSkill, match="needs a model that can point"):
         Pointer(colours)
 
 
-def test_too_few_results_are_noticed(colours: ColourModel) -> None:
+def test_too_few_results_are_noticed(colours: ColorModel) -> None:
     colours.run = lambda requests: []  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="gave 0 results for 1 requests"):
         Detector(colours)(FRAME, "red")
@@ -466,16 +466,16 @@ def test_too_few_results_are_noticed(colours: ColourModel) -> None:
 # --- use -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_was_passed_in_stays_open(colours: ColourModel) -> None:
+def test_a_model_that_was_passed_in_stays_open(colours: ColorModel) -> None:
     with Detector(colours) as detector:
         assert detector.model is colours
     assert not colours.closed
 
 
-def test_a_model_that_was_loaded_by_name_is_closed(colours: ColourModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_was_loaded_by_name_is_closed(colours: ColorModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def open_model(*arguments: Any) -> ColourModel:
+    def open_model(*arguments: Any) -> ColorModel:
         asked.append(arguments)
         return colours
 
@@ -486,7 +486,7 @@ def test_a_model_that_was_loaded_by_name_is_closed(colours: ColourModel, monkeyp
     assert asked == [(Path("folder"), "cpu")]
 
 
-def test_acall_does_the_same(colours: ColourModel) -> None:
+def test_acall_does_the_same(colours: ColorModel) -> None:
     async def both() -> tuple[sv.Detections, list[sv.Detections]]:
         detector = Detector(colours)
         one, many = await asyncio.gather(detector.acall(FRAME, "red"), detector.acall([FRAME], ["red", "green"]))
@@ -499,7 +499,7 @@ def test_acall_does_the_same(colours: ColourModel) -> None:
     assert_filled(many[0], 2)
 
 
-def test_calls_from_many_threads(colours: ColourModel) -> None:
+def test_calls_from_many_threads(colours: ColorModel) -> None:
     detector = Detector(colours, nms=0.5)
     frames = [picture(("red", (x, 5, x + 10, 20))) for x in range(60)]
     with ThreadPoolExecutor(8) as pool:
@@ -507,7 +507,7 @@ def test_calls_from_many_threads(colours: ColourModel) -> None:
     assert [d.xyxy[0, 0] for d in found] == list(range(60))
 
 
-def test_as_the_callback_of_an_inference_slicer(colours: ColourModel) -> None:
+def test_as_the_callback_of_an_inference_slicer(colours: ColorModel) -> None:
     frame = picture(("red", (150, 20, 160, 30)), ("green", (20, 150, 40, 170)), size_wh=(200, 200))
     slicer = sv.InferenceSlicer(partial(Detector(colours), classes=["red", "green"]), slice_wh=120, overlap_wh=40)
     detections = slicer(frame)
@@ -518,7 +518,7 @@ def test_as_the_callback_of_an_inference_slicer(colours: ColourModel) -> None:
     assert sorted(batched(frame).xyxy.tolist()) == sorted(detections.xyxy.tolist())
 
 
-def test_detections_go_through_supervision(colours: ColourModel) -> None:
+def test_detections_go_through_supervision(colours: ColorModel) -> None:
     for detections in (Detector(colours)(FRAME, ["red", "green"]), Detector(colours)(FRAME, "blue")):
         scene = sv.BoxAnnotator().annotate(FRAME.copy(), detections)
         assert sv.LabelAnnotator().annotate(scene, detections).shape == FRAME.shape
@@ -548,7 +548,7 @@ def test_the_local_engine_behind_it(model: LocalModel, frame: np.ndarray) -> Non
 # --- pointing --------------------------------------------------------------------------------------------------------
 
 
-def test_pointer_gives_boxes_of_no_area(colours: ColourModel) -> None:
+def test_pointer_gives_boxes_of_no_area(colours: ColorModel) -> None:
     points = Pointer(colours)(FRAME, ["red", "green", "blue"])
     assert_filled(points, 2)
     assert points.xyxy.tolist() == [[20, 25, 20, 25], [60, 30, 60, 30]]
@@ -557,7 +557,7 @@ def test_pointer_gives_boxes_of_no_area(colours: ColourModel) -> None:
     assert [len(found) for found in Pointer(colours)([FRAME, FRAME], "red")] == [1, 1]
 
 
-def test_key_points(colours: ColourModel) -> None:
+def test_key_points(colours: ColorModel) -> None:
     pointer = Pointer(colours)
     points = pointer.key_points(FRAME, ["red", "green"])
     assert isinstance(points, sv.KeyPoints)

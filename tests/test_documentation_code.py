@@ -37,11 +37,11 @@ from moondream_cv.cli import app
 from moondream_cv.scenes import render_clip, render_scene
 from moondream_cv.video import Zones, annotate_video, track
 from moondream_cv.vision_model import VisionModel
-from tests.certificates import make_certificates
-from tests.clips import write_clip
-from tests.remote_server import Answer, RemoteServer, remote_server
-from tests.serve_process import free_port
-from tests.served import served
+from tests.helpers.certificates import make_certificates
+from tests.helpers.clips import write_clip
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.serve_process import free_port
+from tests.helpers.served import served
 
 ROOT = Path(moondream_cv.__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

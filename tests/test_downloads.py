@@ -14,8 +14,8 @@ from moondream_cv.detector import Detector
 from moondream_cv.downloads import download_image
 from moondream_cv.errors import ImageError
 from moondream_cv.images import to_rgb
-from tests.colour_model import ColourModel, picture
-from tests.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
 
 
 def png() -> bytes:
@@ -40,7 +40,7 @@ def test_an_image_url_is_downloaded_from_a_private_address(server: RemoteServer)
 
 
 def test_detector_takes_an_image_url(server: RemoteServer) -> None:
-    (found,) = Detector(ColourModel())([f"{server.url}/a.png"], "red")
+    (found,) = Detector(ColorModel())([f"{server.url}/a.png"], "red")
     np.testing.assert_array_equal(found.xyxy, [[10, 5, 30, 45]])
 
 

@@ -12,7 +12,7 @@ import supervision as sv
 from PIL import Image, ImageDraw, ImageFont
 
 from moondream_cv import fonts
-from moondream_cv.cli.pictures import annotate
+from moondream_cv.cli.images import annotate
 from moondream_cv.fonts import FontFile, font_for, legible, load_font
 from moondream_cv.video import Annotator
 
@@ -114,7 +114,7 @@ def test_images_and_videos_show_the_same_letters(name: str) -> None:
 
 
 def test_words_from_right_to_left_stay_in_the_order_of_the_font() -> None:
-    from moondream_cv.video.panel import _coverage
+    from moondream_cv.video.drawing.panel import _coverage
 
     text = "كلب أحمر"
     assert legible(text) == text

@@ -10,8 +10,8 @@ from moondream_cv import load
 from moondream_cv.engine.scheduler import Limits
 from moondream_cv.evaluation.scenes import held_out_scenes
 from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Point, Query, Request, Settings
-from tests.company import assert_same
-from tests.conftest import random_model
+from tests.helpers.batch_invariance import assert_same
+from tests.helpers.models import random_model
 
 SHORT = Settings(temperature=0, max_tokens=8, max_objects=3)
 

@@ -20,7 +20,7 @@ from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.errors import CheckpointError
 from moondream_cv.loading import load
 from moondream_cv.vision_model import VisionModel
-from tests.small_checkpoint import small_config, write_small
+from tests.helpers.small_checkpoint import small_config, write_small
 
 pytestmark = pytest.mark.compat
 GOLDEN = Path(__file__).parent / "data" / "golden" / "gqa"

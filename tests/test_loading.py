@@ -19,7 +19,7 @@ from moondream_cv.model.adapters import load_adapter
 from moondream_cv.model.releases import MOONDREAM_2B, RELEASES
 from moondream_cv.model.sources import local_source
 from moondream_cv.requests import Detect, Point, Settings
-from tests.small_checkpoint import byte_tokenizer, small_config, write_small
+from tests.helpers.small_checkpoint import byte_tokenizer, small_config, write_small
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TINY = Path(loading.__file__).parent / "tiny" / "model.safetensors"

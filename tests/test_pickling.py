@@ -20,7 +20,7 @@ from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.engine.image_cache import ImageCache
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import MoondreamError
-from tests.remote_server import Answer, remote_server
+from tests.helpers.remote_server import Answer, remote_server
 from tests.test_parity import GOLDEN
 
 ADAPTER = GOLDEN / "mha" / "adapter.pt"

@@ -17,7 +17,7 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import ImageError
 from moondream_cv.hf import MoondreamForCausalLM, MoondreamHfConfig
 from moondream_cv.vision_model import PublishedMethods
-from tests.small_checkpoint import byte_tokenizer, small_config
+from tests.helpers.small_checkpoint import byte_tokenizer, small_config
 
 REQUIRED = inspect.Parameter.empty
 KEYWORDS = "**"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.signals import default_signals
+from tests.helpers.signals import default_signals
 
 REPORT = """
 import signal

@@ -21,7 +21,7 @@ from PIL import Image
 
 from moondream_cv import Detector, load
 from moondream_cv.engine.local import LocalModel
-from tests.colour_model import ColourModel, picture
+from tests.helpers.color_model import ColorModel, picture
 
 pytestmark = pytest.mark.compat
 
@@ -87,7 +87,7 @@ def test_batches_threads_and_kinds_of_image_give_the_same(example: ModuleType, t
 def test_a_slice_that_is_cut_off_shows_in_the_whole() -> None:
     crowd = picture(*[("red", (x, 10, x + 5, 15)) for x in range(0, 100, 10)], ("red", (150, 150, 160, 160)),
                     size_wh=(200, 200))  # fmt: skip
-    find = partial(Detector(ColourModel(), max_objects=3, mark_truncated=True), classes=["red", "green"])
+    find = partial(Detector(ColorModel(), max_objects=3, mark_truncated=True), classes=["red", "green"])
     found = sv.InferenceSlicer(find, slice_wh=100, overlap_wh=0)(crowd)
     assert found.xyxy.tolist() == [[0, 10, 5, 15], [10, 10, 15, 15], [20, 10, 25, 15], [150, 150, 160, 160]]
     assert found.data["truncated"].tolist() == [True, True, True, False]
@@ -96,7 +96,7 @@ def test_a_slice_that_is_cut_off_shows_in_the_whole() -> None:
 
 def test_objects_larger_than_a_slice_come_from_the_whole_image() -> None:
     frame = picture(("red", (20, 20, 180, 180)), ("green", (185, 5, 190, 10)), size_wh=(200, 200))
-    model = ColourModel()
+    model = ColorModel()
     pieces = sv.InferenceSlicer(partial(Detector(model, max_area=0.5), classes=["red", "green"]), 100, 0)(frame)
     assert pieces.data["class_name"].tolist() == ["green"]  # four pieces of the red one would fill their slices
     both = sv.Detections.merge([Detector(model)(frame, ["red", "green"]), pieces]).with_nms(0.5)

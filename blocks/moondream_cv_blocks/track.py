@@ -20,8 +20,8 @@ from pydantic import Field
 
 from moondream_cv.detector import Detector
 from moondream_cv.video import Frame, Tracking
-from moondream_cv.video.base import ASSUMED_FPS
-from moondream_cv.video.between import as_detections, predicted
+from moondream_cv.video.sources.base import ASSUMED_FPS
+from moondream_cv.video.tracking.interpolation import as_detections, predicted
 
 from .detect import KIND
 from .fields import ALWAYS_VISIBLE, BoxManifest, Count, described, error_outputs

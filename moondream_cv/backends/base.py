@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from moondream_cv.backends.failures import Failure
 from moondream_cv.backends.http import Http, Probe, check_integer
-from moondream_cv.backends.pictures import EncodedPicture, check_format, encode
+from moondream_cv.backends.images import EncodedPicture, check_format, encode
 from moondream_cv.errors import BackendError, BackendTimeout, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,

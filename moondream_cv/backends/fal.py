@@ -11,7 +11,7 @@ from moondream_cv.backends import replies
 from moondream_cv.backends.addresses import Address, find_key
 from moondream_cv.backends.base import RemoteModel, changed
 from moondream_cv.backends.http import Http
-from moondream_cv.backends.pictures import EncodedPicture
+from moondream_cv.backends.images import EncodedPicture
 from moondream_cv.requests import (
     Caption,
     CaptionResult,

@@ -17,7 +17,7 @@ from moondream_cv.backends.addresses import Address, find_key
 from moondream_cv.backends.base import RemoteModel, changed, model_has_scores, model_has_skill
 from moondream_cv.backends.failures import Failure
 from moondream_cv.backends.http import Http, Probe
-from moondream_cv.backends.pictures import EncodedPicture
+from moondream_cv.backends.images import EncodedPicture
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import (
     Caption,

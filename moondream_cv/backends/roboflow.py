@@ -16,7 +16,7 @@ from moondream_cv.backends.base import RemoteModel
 from moondream_cv.backends.deadlines import Callers
 from moondream_cv.backends.failures import Failure
 from moondream_cv.backends.http import Http, Probe
-from moondream_cv.backends.pictures import EncodedPicture
+from moondream_cv.backends.images import EncodedPicture
 from moondream_cv.errors import MoondreamError
 from moondream_cv.requests import Detect, DetectResult, Request, Result
 

@@ -9,7 +9,7 @@ import typer
 from . import options
 from .images_command import ImageOptions
 from .models import ModelOptions
-from .telling import tell
+from .text_command import tell
 
 
 def caption(

@@ -88,8 +88,8 @@ def _print_checks(report: Report, title: str, checks: Sequence[Check]) -> None:
 
 
 def _save_pictures(output: Path, scenes: Sequence[Shown], score: Score, model: str) -> list[Path]:
+    from .images import annotate
     from .montage import Panel, make_montage
-    from .pictures import annotate
 
     saved, panels = [], []
     for number, result in enumerate(scenes, 1):
@@ -127,8 +127,8 @@ def _save_sheet(clip: Followed, model: str) -> None:
 
 
 def _pieces(check: Check) -> list[tuple[str, tuple[int, int, int]]]:
+    from .images import BLACK
     from .montage import GREY, RED
-    from .pictures import BLACK
 
     said = [(check.asked, GREY), (check.said, BLACK)]
     return said if check.right else [*said, (f"(in truth: {check.truth})", RED)]

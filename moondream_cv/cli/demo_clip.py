@@ -137,7 +137,7 @@ def _write(clip: Clip, path: Path) -> None:
     import supervision as sv
 
     from moondream_cv.video import Frame
-    from moondream_cv.video.video_file import VideoWriter
+    from moondream_cv.video.writers.video_file import VideoWriter
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with VideoWriter(path, fps=FPS) as writer:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
+from .detect_command import Export, locate
 from .images_command import ImageOptions
-from .locating import Export, locate
 from .models import ModelOptions
 
 if TYPE_CHECKING:

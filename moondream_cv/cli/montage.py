@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from moondream_cv.fonts import Font, load_font
 
-from .pictures import RGB, WHITE
+from .images import RGB, WHITE
 
 GREY: RGB = (110, 114, 122)
 RED: RGB = (200, 40, 40)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import options
+from .detect_command import locate
 from .images_command import ImageOptions
-from .locating import locate
 from .models import ModelOptions
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from .output import shown_model
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
-    from moondream_cv.server.engine_process import EngineProcess
+    from moondream_cv.server.runtime.engine_process import EngineProcess
     from moondream_cv.vision_model import VisionModel
 
 KEYS_VARIABLE = "MOONDREAM_CV_API_KEYS"
@@ -199,7 +199,7 @@ def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], No
         from moondream_cv.backends import connect
 
         return connect(options.name)
-    from moondream_cv.server.engine_process import EngineProcess
+    from moondream_cv.server.runtime.engine_process import EngineProcess
 
     return EngineProcess(partial(load_model, options, cache_images), set_up)
 

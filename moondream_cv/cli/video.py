@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from . import options
-from .locating import class_names
+from .detect_command import class_names
 from .models import ModelOptions, opened_model
 from .output import Report, set_verbosity
 from .stopping import exit_status
@@ -164,8 +164,8 @@ def video(
         # Whatever is wrong ends the command before a model is loaded.
         with report.working("Starting"):
             from moondream_cv.video import Annotator, Tracking, Zones, annotate_video
-            from moondream_cv.video.schedule import check_every
-            from moondream_cv.video.sources import url_name
+            from moondream_cv.video.sources.opening import url_name
+            from moondream_cv.video.tracking.schedule import check_every
 
             looks = check_every(int(every) if re.fullmatch(r"[+-]?\d+", every) else every)
             tracking = Tracking(tracker, scene_change=scene_change, bridge_seconds=bridge)
@@ -294,8 +294,8 @@ def _check_targets(targets: Mapping[str, str]) -> None:
         VideoError: There is none; names the target.
     """
     from moondream_cv.errors import VideoError
-    from moondream_cv.video.video_file import VideoWriter
-    from moondream_cv.video.writers import cannot_be_written
+    from moondream_cv.video.writers.base import cannot_be_written
+    from moondream_cv.video.writers.video_file import VideoWriter
 
     for target in targets.values():
         place = os.path.expanduser(target)

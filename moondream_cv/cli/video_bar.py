@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from moondream_cv.video import Summary
 
-_FRAME_BY_FRAME = ("moondream_cv.detector", "moondream_cv.video.detecting")  # what logs about single frames
+# Loggers that report single frames.
+_FRAME_BY_FRAME = ("moondream_cv.detector", "moondream_cv.video.tracking.keyframe_detector")
 _LINES_OF_A_KIND = 3
 
 

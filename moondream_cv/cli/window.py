@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-    from moondream_cv.video.window import Window
+    from moondream_cv.video.writers.window import Window
 
 _CLOSING_KEYS = (ord("q"), ord("Q"), 27)  # 27 is Esc
 _POLL_MS = 50  # interval for checking keys and the window's close button
@@ -22,7 +22,7 @@ class ImageWindow:
         Raises:
             VideoError: There is no screen, or OpenCV comes without windows.
         """
-        from moondream_cv.video.window import Window
+        from moondream_cv.video.writers.window import Window
 
         self._title = title
         self._window: Window | None = None
@@ -41,8 +41,8 @@ class ImageWindow:
         import numpy as np
         import supervision as sv
 
-        from moondream_cv.video.frame import Frame
-        from moondream_cv.video.window import Window
+        from moondream_cv.video.sources.frame import Frame
+        from moondream_cv.video.writers.window import Window
 
         window = self._window or Window(self._title)
         self._window = window

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moondream_cv.engine.crops import Crops, cut_all, largest_differences, normalize
 from moondream_cv.engine.prefix import Prefix, encode_prefix
-from moondream_cv.engine.prepared import PreparedImage
+from moondream_cv.engine.preprocessing import PreparedImage
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.prepared import PreparedImage, digest_of
+from moondream_cv.engine.preprocessing import PreparedImage, digest_of
 
 Coming = Future["EncodedImage | None"]
 

@@ -19,7 +19,7 @@ from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
 from moondream_cv.engine.fingerprint import fingerprint
 from moondream_cv.engine.image_cache import Coming, ImageCache, ImageKey
-from moondream_cv.engine.prepared import PreparedImage
+from moondream_cv.engine.preprocessing import PreparedImage
 from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.engine.structured_output import GrammarCompiler
 from moondream_cv.errors import MoondreamError

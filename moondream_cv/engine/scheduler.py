@@ -25,15 +25,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from moondream_cv.engine.admission import GATHER, Crowd, Entry, Job, WaitingImage, source_key
 from moondream_cv.engine.autocast import without_autocast
-from moondream_cv.engine.batch import Arrival, Batch
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.memory import free_after, is_out_of_memory
-from moondream_cv.engine.prepared import PreparedImage
+from moondream_cv.engine.model_runner import Arrival, Batch
+from moondream_cv.engine.preprocessing import PreparedImage
 from moondream_cv.engine.prompts import write_prompt
-from moondream_cv.engine.rows import make_row
+from moondream_cv.engine.sequences import make_row
 from moondream_cv.engine.structured_output import GrammarMatcher
-from moondream_cv.engine.waiting import GATHER, Crowd, Entry, Job, WaitingImage, source_key
 from moondream_cv.errors import MoondreamError, RequestCancelled
 from moondream_cv.images import to_rgb
 from moondream_cv.requests import ErrorResult, Query, Request, Result

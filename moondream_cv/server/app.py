@@ -12,16 +12,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from moondream_cv import __version__
-
-from . import batch, fal, fal_wire, moondream, openai, operations, page, roboflow
-from .dialect import find_dialect
-from .errors import ClientLeft, ServerError, explain, invalid
-from .gate import Entrance, Gate
-from .options import ServerOptions
-from .service import Service
+from moondream_cv.server.apis import batch, moondream, operations, roboflow
+from moondream_cv.server.apis.base import find_dialect
+from moondream_cv.server.apis.fal import routes as fal
+from moondream_cv.server.apis.fal import wire as fal_wire
+from moondream_cv.server.apis.openai import routes as openai
+from moondream_cv.server.errors import ClientLeft, ServerError, explain, invalid
+from moondream_cv.server.middleware import Entrance, Gate
+from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.playground import page
+from moondream_cv.server.service import Service
 
 if TYPE_CHECKING:
-    from .service import Source
+    from moondream_cv.server.service import Source
 
 EXPOSED = ("X-Request-Id", "Retry-After", fal_wire.REQUEST_ID, fal_wire.ERROR_TYPE, fal_wire.TIMEOUT_TYPE)
 DIALECTS = (openai.DIALECT, roboflow.DIALECT, fal.DIALECT, moondream.DIALECT)

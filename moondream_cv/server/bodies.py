@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from .errors import ServerError
+from moondream_cv.server.errors import ServerError
 
 T = TypeVar("T")
 

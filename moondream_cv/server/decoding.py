@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moondream_cv.errors import ImageError
-
-from .decoder_process import FAILURE, READY, REPLY, REQUEST
+from moondream_cv.server.decoder_process import FAILURE, READY, REPLY, REQUEST
 
 _PIPE_BYTES = 2**20
 _F_SETPIPE_SZ = 1031  # of Linux

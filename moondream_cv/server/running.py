@@ -16,11 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from moondream_cv.errors import MoondreamError
-
-from .connections import ConnectionTable, LimitedProtocol
-from .memory import release_large_blocks
-from .options import ServerOptions
-from .service import Service
+from moondream_cv.server.connections import ConnectionTable, LimitedProtocol
+from moondream_cv.server.memory import release_large_blocks
+from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.service import Service
 
 logger = logging.getLogger(__name__)
 

@@ -23,15 +23,14 @@ from fastapi import Request as HttpRequest
 from PIL import Image
 
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
-
-from .driving import Usage
-from .engine_process import EngineProcess
-from .engines import Call, Engine, LocalEngine, RemoteEngine
-from .errors import ClientLeft, ServerError, explain
-from .fetching import Fetcher
-from .metrics import Meters
-from .options import ServerOptions
-from .pictures import Pictures
+from moondream_cv.server.errors import ClientLeft, ServerError, explain
+from moondream_cv.server.fetching import Fetcher
+from moondream_cv.server.images import Pictures
+from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.runtime.engine_loop import Usage
+from moondream_cv.server.runtime.engine_process import EngineProcess
+from moondream_cv.server.runtime.engines import Call, Engine, LocalEngine, RemoteEngine
+from moondream_cv.server.runtime.metrics import Meters
 
 if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel

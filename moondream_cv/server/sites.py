@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from .errors import ServerError
-from .options import ServerOptions
+from moondream_cv.server.errors import ServerError
+from moondream_cv.server.options import ServerOptions
 
 _HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(:[0-9]{0,5})?")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -15,12 +15,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .annotation import Annotator
-    from .frame import Frame
+    from .drawing.annotation import Annotator
+    from .drawing.zones import Zones
     from .pipeline import Summary, annotate_video
-    from .sources import Source, open_source
-    from .watching import Tracked, Tracking, track, watch
-    from .zones import Zones
+    from .sources.frame import Frame
+    from .sources.opening import Source, open_source
+    from .stream import Tracked, Tracking, track, watch
 
 __all__ = [
     "Annotator",
@@ -37,17 +37,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Annotator": "annotation",
-    "Frame": "frame",
-    "Source": "sources",
+    "Annotator": "drawing.annotation",
+    "Frame": "sources.frame",
+    "Source": "sources.opening",
     "Summary": "pipeline",
-    "Tracked": "watching",
-    "Tracking": "watching",
-    "Zones": "zones",
+    "Tracked": "stream",
+    "Tracking": "stream",
+    "Zones": "drawing.zones",
     "annotate_video": "pipeline",
-    "open_source": "sources",
-    "track": "watching",
-    "watch": "watching",
+    "open_source": "sources.opening",
+    "track": "stream",
+    "watch": "stream",
 }
 
 

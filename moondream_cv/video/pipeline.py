@@ -14,17 +14,17 @@ import numpy as np
 import supervision as sv
 
 from moondream_cv.detector import check_classes
-from moondream_cv.video.animations import image_format
-from moondream_cv.video.annotation import Annotator
-from moondream_cv.video.json_lines import JsonLinesWriter
-from moondream_cv.video.mot import MotWriter
-from moondream_cv.video.schedule import Every
-from moondream_cv.video.sources import open_source
-from moondream_cv.video.video_file import MAX_FPS, MIN_FPS, VideoWriter
-from moondream_cv.video.watching import Tracked, Tracking, Watch, watch
-from moondream_cv.video.window import Window
-from moondream_cv.video.writers import Writer
-from moondream_cv.video.zones import Zones
+from moondream_cv.video.drawing.annotation import Annotator
+from moondream_cv.video.drawing.zones import Zones
+from moondream_cv.video.sources.animations import image_format
+from moondream_cv.video.sources.opening import open_source
+from moondream_cv.video.stream import Tracked, Tracking, Watch, watch
+from moondream_cv.video.tracking.schedule import Every
+from moondream_cv.video.writers.base import Writer
+from moondream_cv.video.writers.json_lines import JsonLinesWriter
+from moondream_cv.video.writers.mot import MotWriter
+from moondream_cv.video.writers.video_file import MAX_FPS, MIN_FPS, VideoWriter
+from moondream_cv.video.writers.window import Window
 
 
 @dataclass

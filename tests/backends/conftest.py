@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tests.remote_server import RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, remote_server
 
 KEYS = ("API_KEY", "FAL_KEY", "MOONDREAM_API_KEY", "OPENAI_API_KEY", "ROBOFLOW_API_KEY")
 

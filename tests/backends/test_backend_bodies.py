@@ -19,7 +19,7 @@ from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, bodies, c
 from moondream_cv.backends.base import RemoteModel
 from moondream_cv.backends.failures import Failure
 from moondream_cv.errors import BackendError
-from tests.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import Answer, RemoteServer
 
 MIB = 2**20
 GZIPPED = "Content-Encoding: gzip\r\n"

@@ -9,7 +9,7 @@ import pytest
 
 from moondream_cv.backends import Fal
 from moondream_cv.errors import BackendError, UnsupportedSkill
-from tests.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import Answer, RemoteServer
 
 APP = "/fal-ai/moondream2"
 BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0}

@@ -9,7 +9,7 @@ import pytest
 
 from moondream_cv.backends import MoondreamAPI
 from moondream_cv.errors import BackendError, UnsupportedSkill
-from tests.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import Answer, RemoteServer
 
 LISTED = {"models": [{"id": "a", "skills": ["caption", "gaze"]}, {"id": "b", "skills": ["caption"]}]}
 OTHERS = {"detect", "point", "query", "caption"}

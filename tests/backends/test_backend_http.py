@@ -13,7 +13,7 @@ import pytest
 from moondream_cv.backends import MoondreamAPI
 from moondream_cv.backends.failures import LONGEST_WAIT, error_text, retry_after, wait_seconds
 from moondream_cv.errors import BackendError
-from tests.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import Answer, RemoteServer
 
 GOOD = Answer({"caption": "a patch"})
 BUSY = Answer({"detail": "busy"}, 503)

@@ -10,7 +10,7 @@ import pytest
 from moondream_cv.backends import MoondreamAPI
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import Caption, Query, Reasoning
-from tests.remote_server import Answer, RemoteServer, streamed
+from tests.helpers.remote_server import Answer, RemoteServer, streamed
 
 BOX = {"x_min": -0.01, "y_min": 0.2, "x_max": 0.5, "y_max": 1}
 THOUGHTS = {"text": "Two cats.", "grounding": [{"start_idx": 0, "end_idx": 8, "points": [[0.5, 0.25]]}]}

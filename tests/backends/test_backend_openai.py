@@ -11,7 +11,7 @@ import pytest
 from moondream_cv.backends import OpenAICompatible
 from moondream_cv.errors import BackendError, UnsupportedSkill
 from moondream_cv.requests import Query, Reasoning
-from tests.remote_server import Answer, RemoteServer, streamed
+from tests.helpers.remote_server import Answer, RemoteServer, streamed
 
 CHAT = "/v1/chat/completions"
 BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0, "confidence": 0.25}

@@ -18,7 +18,7 @@ from moondream_cv import Detector
 from moondream_cv.backends import RoboflowInference
 from moondream_cv.errors import BackendError, UnsupportedSkill
 from moondream_cv.requests import Detect, DetectResult
-from tests.remote_server import Answer, Asked, RemoteServer
+from tests.helpers.remote_server import Answer, Asked, RemoteServer
 
 pytest.importorskip("inference_sdk")
 

@@ -19,7 +19,7 @@ from moondream_cv import Detector, Pointer, connect, load
 from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowInference
 from moondream_cv.backends.base import RemoteModel
 from moondream_cv.errors import BackendError, UnsupportedSkill
-from tests.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import Answer, RemoteServer
 
 OURS = Answer({"object": "list", "data": [{"id": "tiny"}], "models": [{"id": "tiny", "has_scores": True}]})
 STATION = Answer({"models": [{"id": "moondream-2", "name": "Moondream 2", "description": "", "version": "1"}]})

@@ -14,12 +14,12 @@ from moondream_cv import Detector, connect, load
 from moondream_cv.backends import DIALECTS, MoondreamAPI
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError
-from tests.colour_model import ColourModel, picture
-from tests.served import served
+from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.served import served
 
-pytest.register_assert_rewrite("tests.detector_suite")
+pytest.register_assert_rewrite("tests.helpers.detector_suite")
 
-from tests.detector_suite import DetectorBehaviour, Place, place_on, wide  # noqa: E402
+from tests.helpers.detector_suite import DetectorBehaviour, Place, place_on, wide  # noqa: E402
 
 pytest.importorskip("inference_sdk")
 
@@ -98,7 +98,7 @@ def test_a_frame_that_the_server_refuses(narrow: str, tiny: LocalModel, dialect:
 @pytest.fixture(scope="module")
 def many() -> Iterator[str]:
     """A server that finds everything that is red."""
-    with served(ColourModel()) as server:
+    with served(ColorModel()) as server:
         yield server.url
 
 
@@ -108,7 +108,7 @@ def test_a_long_list_that_is_cut_is_marked(many: str, dialect: str, most: int) -
     frame = picture(*[("red", (x, 10, x + 5, 20)) for x in range(0, 600, 10)], size_wh=(600, 40))
     with place_on(many, dialect, "png").model as model:
         found, local = (
-            Detector(each, max_objects=most, mark_truncated=True)(frame, "red") for each in (model, ColourModel())
+            Detector(each, max_objects=most, mark_truncated=True)(frame, "red") for each in (model, ColorModel())
         )
     assert len(local) == most
     assert np.asarray(local.data["truncated"]).all()

@@ -29,7 +29,7 @@ from moondream_cv.requests import (
     Settings,
 )
 from moondream_cv.vision_model import VisionModel
-from tests.remote_server import Answer, Asked, RemoteServer
+from tests.helpers.remote_server import Answer, Asked, RemoteServer
 
 BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75}
 

@@ -15,7 +15,7 @@ from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowI
 from moondream_cv.backends.addresses import Address, find_key, is_url, redacted, shortened, shown_url
 from moondream_cv.errors import MoondreamError
 from moondream_cv.requests import Detect, ErrorResult
-from tests.remote_server import Answer, RemoteServer, streamed
+from tests.helpers.remote_server import Answer, RemoteServer, streamed
 
 KEY = "kid-3f0a77:ksecret/5+e1"
 MODELS = {

@@ -26,7 +26,7 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError, CheckpointError, MoondreamError
 from moondream_cv.requests import Detect, ErrorResult
 from moondream_cv_blocks import REGISTERED_INITIALIZERS, ModelPool, load_blocks, pool
-from tests.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
 
 TINY = Path(moondream_cv.__file__).parent / "tiny"
 OURS = Answer({"models": [{"id": "tiny", "has_scores": True}]})

@@ -13,17 +13,17 @@ from typer.testing import CliRunner, Result
 from moondream_cv.cli import app, models
 from moondream_cv.cli.models import ModelOptions
 from moondream_cv.errors import CheckpointError
-from tests.colour_model import ColourModel, picture
+from tests.helpers.color_model import ColorModel, picture
 
 Run = Callable[..., Result]
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> ColourModel:
+def model(monkeypatch: pytest.MonkeyPatch) -> ColorModel:
     """The model "colours", which finds patches of red, green and blue. No other name is known."""
-    fake = ColourModel()
+    fake = ColorModel()
 
-    def load_model(options: ModelOptions, report: Any) -> ColourModel:
+    def load_model(options: ModelOptions, report: Any) -> ColorModel:
         if options.name not in ("colours", "moondream2"):
             raise CheckpointError(f"there is no model {options.name!r}")
         if options.device not in (None, "cpu"):
@@ -35,7 +35,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ColourModel:
 
 
 @pytest.fixture
-def run(model: ColourModel) -> Run:
+def run(model: ColorModel) -> Run:
     """Calls the command line: `run("detect", "a.png", "-c", "red")`."""
 
     def call(*arguments: object, stdin: bytes | None = None) -> Result:

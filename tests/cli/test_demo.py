@@ -19,7 +19,7 @@ from moondream_cv.cli.demo_scenes import PLANS, RESOLUTION_WH
 from moondream_cv.images import to_rgb
 from moondream_cv.requests import Detect, DetectedObject, DetectResult, Request, Result
 from moondream_cv.scenes import Scene, render_scene
-from tests.scene_model import SceneModel
+from tests.helpers.scene_model import SceneModel
 
 STEP = 16  # pixels between those by which a frame of the clip is known again
 

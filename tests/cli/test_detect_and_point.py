@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import __version__
-from tests.colour_model import ColourModel, picture
+from tests.helpers.color_model import ColorModel, picture
 
 Run = Callable[..., Any]
 
@@ -74,7 +74,7 @@ def test_point(run: Run, folder: Path) -> None:
     assert "two.jpg  80×60  nothing found" in text
 
 
-def test_options_reach_the_detector(run: Run, folder: Path, model: ColourModel) -> None:
+def test_options_reach_the_detector(run: Run, folder: Path, model: ColorModel) -> None:
     run("detect", "one.png", "-c", "red", "--max-objects", 3)
     assert model.runs[-1][0].settings.max_objects == 3
     Image.fromarray(picture(("red", (0, 0, 10, 10)), ("red", (5, 5, 20, 20)))[..., ::-1]).save("corner.png")
@@ -110,7 +110,7 @@ def test_what_the_limit_cuts_off_is_told(run: Run, folder: Path) -> None:
     assert run("detect", "row.png", "-c", "red").stderr == ""
 
 
-def test_no_scores_are_shown_where_there_are_none(run: Run, folder: Path, model: ColourModel) -> None:
+def test_no_scores_are_shown_where_there_are_none(run: Run, folder: Path, model: ColorModel) -> None:
     model.has_scores = False
     assert ["red", "-", *map(str, RED)] in [
         line.split() for line in run("detect", "one.png", "-c", "red").stdout.splitlines()
@@ -196,7 +196,7 @@ def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
     ],
 )
 def test_wrong_arguments_end_with_one_line_and_2(
-    arguments: list[str], message: str, run: Run, folder: Path, model: ColourModel
+    arguments: list[str], message: str, run: Run, folder: Path, model: ColorModel
 ) -> None:
     (folder / "empty").mkdir()
     (folder / "file").touch()
@@ -236,7 +236,7 @@ def test_an_unknown_model_ends_with_one_line_and_1(run: Run, folder: Path) -> No
     assert result.stderr == "Error: there is no model 'nope'\n"
 
 
-def test_a_model_without_the_skill_is_refused(run: Run, folder: Path, model: ColourModel) -> None:
+def test_a_model_without_the_skill_is_refused(run: Run, folder: Path, model: ColorModel) -> None:
     model.skills = frozenset({"query"})
     result = run("point", "one.png", "-c", "red")
     assert result.exit_code == 1
@@ -244,7 +244,7 @@ def test_a_model_without_the_skill_is_refused(run: Run, folder: Path, model: Col
     assert model.closed
 
 
-def test_the_model_is_closed(run: Run, folder: Path, model: ColourModel) -> None:
+def test_the_model_is_closed(run: Run, folder: Path, model: ColorModel) -> None:
     run("detect", "one.png", "-c", "red")
     assert model.closed
 

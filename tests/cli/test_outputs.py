@@ -19,9 +19,9 @@ import supervision as sv
 from PIL import Image
 
 from moondream_cv.requests import Result
-from tests.colour_model import ColourModel, picture
-from tests.remote_server import Answer, RemoteServer, remote_server
-from tests.small_commands import command
+from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.small_commands import command
 
 Run = Callable[..., Any]
 
@@ -76,7 +76,7 @@ def test_one_image_gives_a_document_unless_lines_are_requested(run: Run, folder:
     assert json.loads(line) == {**document, **image, "schema": 2}
 
 
-def test_json_of_missing_images_needs_no_model(run: Run, folder: Path, model: ColourModel) -> None:
+def test_json_of_missing_images_needs_no_model(run: Run, folder: Path, model: ColorModel) -> None:
     result = run("detect", "no.png", "-c", "red", "--json", "-m", "unknown")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["images"] == [{"image": "no.png", "error": "'no.png': no such image file"}]
@@ -308,7 +308,7 @@ def test_crop_folders_have_safe_names(name: str, expected: str) -> None:
 # --- other options ---------------------------------------------------------------------------------------------------
 
 
-def test_slices_find_small_objects_at_their_place(run: Run, folder: Path, model: ColourModel) -> None:
+def test_slices_find_small_objects_at_their_place(run: Run, folder: Path, model: ColorModel) -> None:
     patches = [("red", (x, y, x + 6, y + 6)) for x, y in ((3, 3), (180, 20), (84, 84), (250, 130))]
     Image.fromarray(picture(*patches, size_wh=(300, 200))[..., ::-1]).save("large.png")
 
@@ -355,7 +355,7 @@ def test_show_waits_for_a_key_after_each_image(
     screen = Screen()
     screen.images = {}
     monkeypatch.setitem(sys.modules, "cv2", screen)
-    monkeypatch.setattr("moondream_cv.video.window._check_screen", lambda title: None)
+    monkeypatch.setattr("moondream_cv.video.writers.window._check_screen", lambda title: None)
     result = run("detect", "one.png", "two.jpg", "-c", "red", "--show", "-o", "out/")
     assert result.exit_code == 0, result.stderr
     assert len(screen.images) == shown
@@ -372,7 +372,7 @@ def test_quiet_prints_only_errors_on_standard_error(run: Run, folder: Path) -> N
 
 
 def test_verbose_shows_the_traceback_of_a_failed_image(
-    run: Run, folder: Path, model: ColourModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: Run, folder: Path, model: ColorModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(requests: Any) -> list[Result]:
         raise RuntimeError("a bug")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from moondream_cv.cli import output
 from moondream_cv.requests import Caption, Query
-from tests.colour_model import ColourModel
+from tests.helpers.color_model import ColorModel
 
 Run = Callable[..., Any]
 
@@ -49,13 +49,13 @@ def test_reasoning_is_printed_before_the_answer(run: Run, folder: Path) -> None:
     assert result.stdout == "Thoughts: I count patches.\n\n1 red, 1 green, 0 blue\n"
 
 
-def test_without_an_image(run: Run, folder: Path, model: ColourModel) -> None:
+def test_without_an_image(run: Run, folder: Path, model: ColorModel) -> None:
     result = run("query", "-q", "What is 2 + 2?", "--json")
     assert json.loads(result.stdout)["images"] == [{"image": None, "answer": "Nothing to see.", "truncated": False}]
     assert model.runs[0][0].image is None
 
 
-def test_options_reach_the_request(run: Run, folder: Path, model: ColourModel) -> None:
+def test_options_reach_the_request(run: Run, folder: Path, model: ColorModel) -> None:
     run("query", "one.png", "-q", "What?", "--point", "0.25,0.5", "--box", "0,0,.5,1", "--temperature", 0, "--seed", 3)
     (request,) = model.runs[-1]
     assert isinstance(request, Query)
@@ -81,7 +81,7 @@ def test_options_reach_the_request(run: Run, folder: Path, model: ColourModel) -
     ],
 )
 def test_wrong_arguments_end_with_one_line_and_2(
-    arguments: list[str], message: str, run: Run, folder: Path, model: ColourModel
+    arguments: list[str], message: str, run: Run, folder: Path, model: ColorModel
 ) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
@@ -106,7 +106,7 @@ def test_pictures_carry_the_text(run: Run, folder: Path) -> None:
 
 
 def test_a_terminal_gets_the_text_as_it_is_written(
-    run: Run, folder: Path, model: ColourModel, monkeypatch: pytest.MonkeyPatch
+    run: Run, folder: Path, model: ColorModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def console(stderr: bool) -> Console:
         return Console(stderr=stderr, force_terminal=not stderr, color_system=None, width=80)

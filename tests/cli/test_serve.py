@@ -23,9 +23,9 @@ from PIL import Image
 
 from moondream_cv.model.checkpoints import save_checkpoint
 from moondream_cv.scenes import render_scene
-from tests.conftest import endless_model
-from tests.serve_process import ServeProcess, serving
-from tests.served import data_uri
+from tests.helpers.models import endless_model
+from tests.helpers.serve_process import ServeProcess, serving
+from tests.helpers.served import data_uri
 
 KEY = "a-key-of-the-test"
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from moondream_cv import cli
 from moondream_cv.cli import app, output
-from tests.remote_server import Answer, RemoteServer, remote_server, streamed
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server, streamed
 
 ODD = "\x1b[31mred\x1b]0;title\x07 [red]markup[/red] :cat: \x9b2J\u202eabc\x7f\ud83d"
 SHOWN = "\\x1b[31mred\\x1b]0;title\\x07 [red]markup[/red] :cat: \\x9b2J\\u202eabc\\x7f\\ud83d"

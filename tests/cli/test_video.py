@@ -23,8 +23,8 @@ import moondream_cv
 import moondream_cv.video
 from moondream_cv.cli import app
 from moondream_cv.scenes.clips import render_clip
-from tests.clips import write_clip
-from tests.colour_model import ColourModel, picture
+from tests.helpers.clips import write_clip
+from tests.helpers.color_model import ColorModel, picture
 
 Run = Callable[..., Any]
 
@@ -152,7 +152,7 @@ def test_a_glob_and_classes_as_options(run: Run, frames: Path) -> None:
     assert [line.split()[0] for line in result.stderr.splitlines()[:3]] == ["red", "green", "blue"]
 
 
-def test_a_model_without_scores(run: Run, frames: Path, model: ColourModel) -> None:
+def test_a_model_without_scores(run: Run, frames: Path, model: ColorModel) -> None:
     model.has_scores = False
     result = run("video", "frames", "red", "--json", "out.jsonl")
     assert result.stdout.splitlines()[0] == "red  1 object, on 10 frames, 1 at a time at the most"
@@ -227,7 +227,7 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
     ],
 )
 def test_what_is_wrong_ends_with_one_line_before_anything_is_written(
-    arguments: str, status: int, message: str, run: Run, frames: Path, model: ColourModel
+    arguments: str, status: int, message: str, run: Run, frames: Path, model: ColorModel
 ) -> None:
     for name in ("broken.mp4", "broken.json"):
         Path(name).write_text('{"lines":')

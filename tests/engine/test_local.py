@@ -30,7 +30,7 @@ from moondream_cv.requests import (
     Settings,
 )
 from moondream_cv.vision_model import VisionModel
-from tests.conftest import random_model
+from tests.helpers.models import random_model
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 

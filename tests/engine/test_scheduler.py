@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moondream_cv import load
+from moondream_cv.engine.admission import GATHER, Job
 from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.kv_cache import SharedCache
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.engine.prefix import Prefix
 from moondream_cv.engine.scheduler import Limits, Scheduler
-from moondream_cv.engine.shared_cache import SharedCache
-from moondream_cv.engine.waiting import GATHER, Job
 from moondream_cv.errors import CheckpointError, ImageError, MoondreamError, RequestCancelled, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
@@ -45,8 +45,8 @@ from moondream_cv.requests import (
     Result,
     Settings,
 )
-from tests.company import assert_same
-from tests.conftest import random_model
+from tests.helpers.batch_invariance import assert_same
+from tests.helpers.models import random_model
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "mha"
 SHORT = Settings(temperature=0, max_tokens=6, max_objects=2)

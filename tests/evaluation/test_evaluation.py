@@ -11,7 +11,7 @@ from moondream_cv.errors import ImageError
 from moondream_cv.evaluation.matching import Counts, match_boxes, match_points
 from moondream_cv.evaluation.scenes import RENDERERS, evaluate_scenes, held_out_scenes
 from moondream_cv.requests import ErrorResult
-from tests.scene_model import SceneModel
+from tests.helpers.scene_model import SceneModel
 
 
 def boxes(*rows: tuple[float, ...]) -> np.ndarray:

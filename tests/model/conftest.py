@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.published_hub import Published, published_hub
+from tests.helpers.published_hub import Published, published_hub
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from moondream_cv.model.adapters import Adapter, load_adapter, save_adapter
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.releases import read_config_file
 from moondream_cv.model.variants import fetch_variant, variant_cache
-from tests.small_checkpoint import small_config
+from tests.helpers.small_checkpoint import small_config
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 CONFIG = small_config()

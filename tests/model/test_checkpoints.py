@@ -17,7 +17,7 @@ from moondream_cv.model.checkpoints import load_network, save_checkpoint, stored
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
-from tests.small_checkpoint import byte_tokenizer, small_config, small_network
+from tests.helpers.small_checkpoint import byte_tokenizer, small_config, small_network
 
 State = dict[str, Tensor]
 CONFIG = small_config()

@@ -30,8 +30,8 @@ from moondream_cv.model.hub_requests import get_revision, read_safetensors_heade
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.releases import MOONDREAM_2B, find_release
 from moondream_cv.model.sources import hub_source
-from tests.hub import Hub
-from tests.published_hub import (
+from tests.helpers.hub import Hub
+from tests.helpers.published_hub import (
     EARLIER,
     EARLIER_TEMPLATES,
     FOUR_BIT,
@@ -44,7 +44,7 @@ from tests.published_hub import (
     tokenizer_json,
     weights,
 )
-from tests.small_checkpoint import byte_tokenizer, small_config, write_small
+from tests.helpers.small_checkpoint import byte_tokenizer, small_config, write_small
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 
@@ -361,7 +361,7 @@ from pathlib import Path
 from moondream_cv.model import releases, sources
 from moondream_cv.model.export import download_from_hub
 from moondream_cv.model.releases import Release
-from tests.small_checkpoint import small_config
+from tests.helpers.small_checkpoint import small_config
 known = (Release("vikhyatk/moondream2", "2025-06-21", small_config(), "moondream/starmie-v1"),)
 releases.RELEASES = sources.RELEASES = known
 download_from_hub("vikhyatk/moondream2", None, *map(Path, sys.argv[1:]))

@@ -23,9 +23,9 @@ from moondream_cv.loading import download
 from moondream_cv.model import hub_requests
 from moondream_cv.model.hub import fetch_file
 from moondream_cv.model.hub_requests import HubError, get_revision
-from tests.certificates import make_certificates
-from tests.hub import LOGIN_PAGE
-from tests.published_hub import PUBLISHED_CONFIG, RELEASE, REPO, TOKENIZER_REPO, Published
+from tests.helpers.certificates import make_certificates
+from tests.helpers.hub import LOGIN_PAGE
+from tests.helpers.published_hub import PUBLISHED_CONFIG, RELEASE, REPO, TOKENIZER_REPO, Published
 
 PLACES = {  # path → the host in the message: the hub or its file server
     "/api/models/vikhyatk/moondream2/revision": "url",

@@ -19,7 +19,7 @@ from moondream_cv.model.releases import (
     read_config_file,
     release_by_size,
 )
-from tests.small_checkpoint import small_config
+from tests.helpers.small_checkpoint import small_config
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SIZES_2B = {

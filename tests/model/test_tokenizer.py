@@ -12,7 +12,7 @@ from moondream_cv.errors import CheckpointError
 from moondream_cv.model.config import MoondreamConfig, TextConfig
 from moondream_cv.model.releases import MOONDREAM_2B_EARLIER, read_config_file
 from moondream_cv.model.tokenizer import control_ids, prepare_tokenizer, read_tokenizer
-from tests.small_checkpoint import CONTROL_TOKENS, byte_tokenizer, small_config
+from tests.helpers.small_checkpoint import CONTROL_TOKENS, byte_tokenizer, small_config
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

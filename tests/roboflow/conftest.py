@@ -13,8 +13,8 @@ import pytest
 from moondream_cv import load
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene, render_clip, render_scene
-from tests.roboflow_app import MODEL_ID, encoded, prepare, serve
-from tests.workflows import Looks, bgr_frames
+from tests.helpers.roboflow_app import MODEL_ID, encoded, prepare, serve
+from tests.helpers.workflows import Looks, bgr_frames
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,10 +21,10 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.scenes import render_scene
 from moondream_cv_blocks import ModelPool, pool
-from tests.remote_server import Answer, Asked, RemoteServer, remote_server
-from tests.roboflow_app import skip_without_server
-from tests.served import served
-from tests.workflows import BLOCKS, FINDERS, compiled, refusal, results, run, step, workflow
+from tests.helpers.remote_server import Answer, Asked, RemoteServer, remote_server
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.served import served
+from tests.helpers.workflows import BLOCKS, FINDERS, compiled, refusal, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -12,8 +12,8 @@ import pytest
 
 import moondream_cv
 from moondream_cv_blocks import ModelPool, load_blocks, pool
-from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, FINDERS, REQUIRED, compiled, refusal, results, run, step, workflow
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import BLOCKS, FINDERS, REQUIRED, compiled, refusal, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -11,8 +11,8 @@ import pytest
 
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import ErrorResult, Request
-from tests.roboflow_app import skip_without_server
-from tests.workflows import (
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import (
     BLOCKS,
     Looks,
     block_step,

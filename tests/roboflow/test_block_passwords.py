@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import pool
-from tests.remote_server import Answer, RemoteServer, remote_server
-from tests.roboflow_app import skip_without_server
-from tests.workflows import (
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import (
     BLOCKS,
     block_step,
     check_nothing,

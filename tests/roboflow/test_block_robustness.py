@@ -22,10 +22,10 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import ErrorResult
 from moondream_cv.scenes import render_clip
-from moondream_cv.video.tracking import Tracker
+from moondream_cv.video.tracking.tracker import Tracker
 from moondream_cv_blocks import ModelPool, pool
-from tests.roboflow_app import skip_without_server
-from tests.workflows import (
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import (
     BLOCKS,
     FINDERS,
     Looks,

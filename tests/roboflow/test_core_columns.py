@@ -10,9 +10,9 @@ import pytest
 import supervision as sv
 
 from moondream_cv.engine.local import LocalModel
-from tests.remote_server import Answer, remote_server
-from tests.roboflow_app import model_manager, skip_without_server
-from tests.workflows import compiled, results, run, step, workflow
+from tests.helpers.remote_server import Answer, remote_server
+from tests.helpers.roboflow_app import model_manager, skip_without_server
+from tests.helpers.workflows import compiled, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -18,9 +18,9 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene, render_clip, render_scene
 from moondream_cv.scenes.clips import Clip
 from moondream_cv_blocks.pool import shared_pool
-from tests.detector_suite import IN_BATCHES, SCORE
-from tests.roboflow_app import skip_without_server
-from tests.workflows import as_bgr, compiled, in_video, results, run, step, workflow
+from tests.helpers.detector_suite import IN_BATCHES, SCORE
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import as_bgr, compiled, in_video, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -12,12 +12,12 @@ import pytest
 from moondream_cv import connect
 from moondream_cv.backends import DIALECTS, RoboflowInference
 from moondream_cv.engine.local import LocalModel
-from tests.roboflow_app import skip_without_server
-from tests.served import served
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.served import served
 
-pytest.register_assert_rewrite("tests.detector_suite")
+pytest.register_assert_rewrite("tests.helpers.detector_suite")
 
-from tests.detector_suite import DetectorBehaviour, Place, place_on  # noqa: E402
+from tests.helpers.detector_suite import DetectorBehaviour, Place, place_on  # noqa: E402
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

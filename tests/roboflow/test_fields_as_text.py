@@ -9,8 +9,8 @@ import pytest
 
 from moondream_cv_blocks import ModelPool, pool
 from moondream_cv_blocks.values import class_list, optional_fraction
-from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, FINDERS, block_step, compiled, refusal, results, run, step, workflow
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import BLOCKS, FINDERS, block_step, compiled, refusal, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

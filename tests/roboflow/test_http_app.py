@@ -13,7 +13,7 @@ from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene
-from tests.roboflow_app import MODEL_ID, MODEL_IDS, boxes_of, encoded, expected_boxes, skip_without_server
+from tests.helpers.roboflow_app import MODEL_ID, MODEL_IDS, boxes_of, encoded, expected_boxes, skip_without_server
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -14,8 +14,8 @@ from moondream_cv.backends import RoboflowInference
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError, ImageError
 from moondream_cv.requests import Detect, DetectResult, ErrorResult
-from tests.detector_suite import Place
-from tests.roboflow_app import MODEL_IDS, skip_without_server
+from tests.helpers.detector_suite import Place
+from tests.helpers.roboflow_app import MODEL_IDS, skip_without_server
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

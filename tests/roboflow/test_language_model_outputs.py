@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import ModelPool
-from tests.remote_server import Answer, RemoteServer, remote_server
-from tests.roboflow_app import skip_without_server
-from tests.workflows import compiled, results, run, step, workflow
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import compiled, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -18,9 +18,9 @@ import pytest
 
 import moondream_cv.tiny
 from moondream_cv_blocks import ModelPool
-from tests.network_guard import NetworkRefused, is_here, refusing_network
-from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, compiled, results, step, workflow
+from tests.helpers.network_guard import NetworkRefused, is_here, refusing_network
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import BLOCKS, compiled, results, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -43,18 +43,18 @@ import json, os, sys
 from pathlib import Path
 
 packages, folder, *models = sys.argv[1:]
-from tests.network_guard import refusing_network
+from tests.helpers.network_guard import refusing_network
 
 said = {}
 with refusing_network() as attempts:
-    from tests.roboflow_app import declare_torchvision_schemas, prepare
+    from tests.helpers.roboflow_app import declare_torchvision_schemas, prepare
     if packages == "server":
         prepare(Path(folder))
     else:
         declare_torchvision_schemas()
         os.environ["WORKFLOWS_PLUGINS"] = "moondream_cv_blocks"
     from moondream_cv.scenes import render_scene
-    from tests.workflows import run, step, workflow
+    from tests.helpers.workflows import run, step, workflow
 
     image = render_scene(5, resolution_wh=(320, 240), names=["dog", "bus"], style="plain").image[..., ::-1].copy()
     for model in models:

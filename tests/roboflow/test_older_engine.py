@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.roboflow_app import ENVIRONMENT, skip_without_server
-from tests.workflows import ROOT, said_by
+from tests.helpers.roboflow_app import ENVIRONMENT, skip_without_server
+from tests.helpers.workflows import ROOT, said_by
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()
@@ -33,7 +33,7 @@ class NotThereYet:
 
 sys.meta_path.insert(0, NotThereYet())
 
-from tests.roboflow_app import declare_torchvision_schemas
+from tests.helpers.roboflow_app import declare_torchvision_schemas
 
 declare_torchvision_schemas()
 
@@ -41,7 +41,7 @@ import numpy as np
 from inference.core.workflows.execution_engine.core import ExecutionEngine
 from moondream_cv.scenes import render_scene
 from moondream_cv_blocks.roboflow import WorkflowBlock
-from tests.workflows import step, workflow
+from tests.helpers.workflows import step, workflow
 
 steps = [step("detect", class_names="dog"), step("point", "pointed", class_names="dog"),
          step("track", "tracked", class_names="dog"), step("caption", "said", length="short"),

@@ -22,8 +22,8 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene, SceneObject, render_clip, render_scene
 from moondream_cv.scenes.clips import TrackedObject
 from moondream_cv_blocks import ModelPool
-from tests.roboflow_app import skip_without_server
-from tests.workflows import NAMESPACE, as_bgr, compiled, in_video, results
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import NAMESPACE, as_bgr, compiled, in_video, results
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -10,8 +10,8 @@ import pytest
 import supervision as sv
 
 from moondream_cv.scenes import Scene, render_scene
-from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, compiled, results, run, step, workflow
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import BLOCKS, compiled, results, run, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

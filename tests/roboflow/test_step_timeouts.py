@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import ModelPool
-from tests.remote_server import Answer, Asked, RemoteServer, remote_server
-from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, FINDERS, block_step, check_nothing, compiled, in_video, results, workflow
+from tests.helpers.remote_server import Answer, Asked, RemoteServer, remote_server
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import BLOCKS, FINDERS, block_step, check_nothing, compiled, in_video, results, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.roboflow_app import skip_without_server
-from tests.workflows import said_by
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import said_by
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()
@@ -20,12 +20,12 @@ import json
 import sys
 from pathlib import Path
 
-from tests.roboflow_app import prepare
+from tests.helpers.roboflow_app import prepare
 
 prepare(Path(sys.argv[1]))
 
 from moondream_cv.scenes import render_scene
-from tests.workflows import refusal, run, step, workflow
+from tests.helpers.workflows import refusal, run, step, workflow
 
 scene = render_scene(5, resolution_wh=(320, 240), names=["dog", "red circle"], style="plain")
 refused = {name: refusal(workflow(step(name, class_names="dog"))) for name in ("detect", "point", "track")}

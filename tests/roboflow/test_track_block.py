@@ -18,10 +18,10 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.scenes import render_clip
 from moondream_cv.scenes.clips import Clip, TrackedObject
-from moondream_cv.video.tracking import Tracker
+from moondream_cv.video.tracking.tracker import Tracker
 from moondream_cv_blocks import ModelPool
-from tests.roboflow_app import skip_without_server
-from tests.workflows import compiled, in_video, results, step, workflow
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import compiled, in_video, results, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

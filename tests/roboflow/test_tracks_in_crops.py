@@ -12,8 +12,8 @@ import supervision as sv
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import render_clip
 from moondream_cv.scenes.clips import Clip
-from tests.roboflow_app import skip_without_server
-from tests.workflows import (
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import (
     Looks,
     bgr_frames,
     engine_of,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.roboflow_app import skip_without_server
+from tests.helpers.roboflow_app import skip_without_server
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
 
 ROOT = Path(__file__).parents[2]
-NEWER = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-roboflow-newer.txt").read_text(), re.MULTILINE))
+NEWER = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints/roboflow_newer.txt").read_text(), re.MULTILINE))
 EXTRA = re.findall(r'^workflows = \["([^"]+)", "([^"]+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 

@@ -14,9 +14,9 @@ import requests
 import moondream_cv_blocks
 from moondream_cv_blocks import ModelPool, load_blocks, pool
 from moondream_cv_blocks.messages import in_workflow_terms
-from tests.remote_server import Answer, RemoteServer, remote_server
-from tests.roboflow_app import skip_without_server
-from tests.workflows import BLOCKS, block_step, compiled, refusal, results, workflow
+from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import BLOCKS, block_step, compiled, refusal, results, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -126,7 +126,7 @@ def test_messages_of_refused_models_are_for_users_of_workflows(model: str, advic
 
 
 def test_messages_of_the_engine_are_for_users_of_workflows() -> None:
-    from moondream_cv.engine.rows import _overflow
+    from moondream_cv.engine.sequences import _overflow
 
     message = in_workflow_terms(_overflow())
     assert "MOONDREAM_CV_BLOCKS_DEVICE" in message

@@ -12,8 +12,8 @@ import requests
 from moondream_cv import Detector, Pointer
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene
-from tests.roboflow_app import boxes_of, encoded, expected_boxes, skip_without_server
-from tests.workflows import BLOCKS, NAMESPACE, step, workflow
+from tests.helpers.roboflow_app import boxes_of, encoded, expected_boxes, skip_without_server
+from tests.helpers.workflows import BLOCKS, NAMESPACE, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

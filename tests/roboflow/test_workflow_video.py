@@ -14,9 +14,9 @@ from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.scenes import render_clip
 from moondream_cv.scenes.clips import Clip
 from moondream_cv_blocks import ModelPool
-from tests.clips import deadline, write_clip
-from tests.roboflow_app import skip_without_server
-from tests.workflows import step, workflow
+from tests.helpers.clips import deadline, write_clip
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow

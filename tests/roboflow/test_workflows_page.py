@@ -19,9 +19,9 @@ import pytest
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import render_clip
-from tests.clips import write_clip
-from tests.roboflow_app import skip_without_server
-from tests.workflows import run, workflow
+from tests.helpers.clips import write_clip
+from tests.helpers.roboflow_app import skip_without_server
+from tests.helpers.workflows import run, workflow
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()

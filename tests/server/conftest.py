@@ -10,7 +10,7 @@ from PIL import Image
 from moondream_cv import scenes
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.loading import load
-from tests.served import Served, data_uri, served
+from tests.helpers.served import Served, data_uri, served
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,12 +20,13 @@ from PIL import Image
 from moondream_cv import scenes
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import Caption, Detect, Point, Query
-from moondream_cv.server.batch import IN_FLIGHT, MAX_LINES, Batch
-from moondream_cv.server.moondream import described
+from moondream_cv.server.apis.batch import IN_FLIGHT, MAX_LINES, Batch
+from moondream_cv.server.apis.moondream import described
 from moondream_cv.server.options import ServerOptions
 from moondream_cv.server.service import Service
-from tests.conftest import endless_model
-from tests.served import Served, data_uri, served
+from tests.helpers.models import endless_model
+from tests.helpers.served import Served, data_uri, served
+from tests.helpers.waiting import until
 
 GREEDY = {"temperature": 0.0}
 ENDLESS = 100_000  # tokens: as many as the context allows, which takes many seconds
@@ -45,14 +45,6 @@ def pictures() -> list[Image.Image]:
         Image.fromarray(scenes.render_scene(seed, resolution_wh=size, names=("red circle", "cat"), style="plain").image)
         for seed, size in enumerate(sizes)
     ]
-
-
-def until(condition: Callable[[], bool], seconds: float = 240) -> None:
-    """Wait for something that happens in another thread."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 def written(lines: list[Any]) -> bytes:

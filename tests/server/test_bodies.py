@@ -14,7 +14,7 @@ import pytest
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.server.bodies import MAX_DEPTH, MAX_VALUES, ReceiveBudget, check_json
 from moondream_cv.server.errors import ServerError
-from tests.served import served
+from tests.helpers.served import served
 from tests.server.test_connections import HEAD, connected
 
 

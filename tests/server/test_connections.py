@@ -15,7 +15,7 @@ import pytest
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.server import connections
 from moondream_cv.server.connections import MAX_HEAD, MAX_URL, address_group
-from tests.served import Served, served
+from tests.helpers.served import Served, served
 
 WAIT = 240  # seconds, only to end a test that hangs
 

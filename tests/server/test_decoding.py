@@ -18,7 +18,8 @@ from PIL import Image
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import ImageError
 from moondream_cv.server.decoding import Decoders, FairSlots
-from tests.served import data_uri, served, until
+from tests.helpers.served import data_uri, served
+from tests.helpers.waiting import until
 
 LARGE = (7000, 7000)  # 49 million pixels: half a second of decoding on any machine
 

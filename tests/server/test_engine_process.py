@@ -21,9 +21,10 @@ from moondream_cv.cli.models import ModelOptions
 from moondream_cv.cli.serve import load_model
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
-from moondream_cv.server.engine_process import EngineProcess
-from tests.conftest import endless_model
-from tests.served import Served, served, until
+from moondream_cv.server.runtime.engine_process import EngineProcess
+from tests.helpers.models import endless_model
+from tests.helpers.served import Served, served
+from tests.helpers.waiting import until
 
 FIRM = {"temperature": 0}
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
-from tests.certificates import Certificates, make_certificates
-from tests.fal_clients import run_python
-from tests.held import held_server, wait_until
-from tests.served import Served, served
+from tests.helpers.certificates import Certificates, make_certificates
+from tests.helpers.fal_clients import run_python
+from tests.helpers.held_server import held_server
+from tests.helpers.served import Served, served
+from tests.helpers.waiting import until
 
 pytest.importorskip("fal_client")
 
@@ -269,7 +270,7 @@ show([fal_client.run(APP + "/visual-query", arguments), fal_client.submit(APP + 
         refused = busy.post(f"{QUEUE}/visual-query", body)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         second = pool.submit(run_python, code, busy, certificates, uri)
-        wait_until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.meters.text())
+        until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.meters.text())
         held.go_on()
         found = second.result()
         assert found == [busy.client.get(first["response_url"]).json()] * 2
@@ -292,7 +293,7 @@ show(found)
 """
     with held_server(tls=(certificates.certificate, certificates.key)) as (_, running):
         at_once, queued, subscribed = run_python(code, running, certificates, uri)
-        wait_until(lambda: running.service.taken == 0)
+        until(lambda: running.service.taken == 0)
     for error in (at_once, queued):
         assert (error["status"], error["timeout_type"]) == (504, "user")
         assert "1.1 seconds" in error["message"]

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
-from tests.fal_clients import run_node
-from tests.held import held_server
-from tests.served import Served, served
+from tests.helpers.fal_clients import run_node
+from tests.helpers.held_server import held_server
+from tests.helpers.served import Served, served
 
 SIZE = {"width": 320, "height": 240}
 

@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
+from moondream_cv.server.apis.fal.queue import QueuedRequest, RequestQueue
 from moondream_cv.server.errors import ServerError
-from moondream_cv.server.fal_queue import QueuedRequest, RequestQueue
 from moondream_cv.server.options import ServerOptions
 from moondream_cv.server.service import Exchange, Service
-from tests.certificates import Certificates, make_certificates
-from tests.fal_clients import run_python
-from tests.held import HeldModel, held_server
-from tests.served import Served, served
+from tests.helpers.certificates import Certificates, make_certificates
+from tests.helpers.fal_clients import run_python
+from tests.helpers.held_server import HeldModel, held_server
+from tests.helpers.served import Served, served
 
 QUEUE = "/queue/fal-ai/moondream2"
 LONG = {"prompt": "What?", "settings": {"temperature": 0, "max_tokens": 300}}

@@ -11,9 +11,9 @@ from PIL import Image
 from moondream_cv import connect
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import Gaze, GazeResult
-from tests.colour_model import ColourModel
-from tests.remote_server import Answer, remote_server
-from tests.served import Served, served
+from tests.helpers.color_model import ColorModel
+from tests.helpers.remote_server import Answer, remote_server
+from tests.helpers.served import Served, served
 
 EYE = [0.4, 0.3]
 
@@ -42,7 +42,7 @@ def test_gaze_without_force_is_that_of_the_model(
 
 
 def test_gaze_is_null_without_a_target(uri: str) -> None:
-    with served(ColourModel()) as running:
+    with served(ColorModel()) as running:
         answer = running.post("/v1/gaze", {"image_url": uri, "eye": EYE})
         assert answer.json() == {"request_id": answer.headers["x-request-id"], "gaze": None}
         with connect(running.url) as model:

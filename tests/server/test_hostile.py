@@ -22,7 +22,8 @@ import pytest
 from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
-from tests.served import Served, served, until
+from tests.helpers.served import Served, served
+from tests.helpers.waiting import until
 from tests.test_image_formats import HOSTILE, bitmap, icon, jp2_of, tiff_with_tile
 
 MIB = 2**20

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.serve_process import ServeProcess, serving
+from tests.helpers.serve_process import ServeProcess, serving
 from tests.server.test_connections import HEAD
 from tests.test_image_formats import HOSTILE, icon
 

@@ -22,7 +22,7 @@ from PIL import Image
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import Caption, Detect, Point, Query, Settings
 from moondream_cv.scenes import render_scene
-from tests.served import Served, data_uri, served
+from tests.helpers.served import Served, data_uri, served
 
 CLIENTS = 32
 NAMES = ("cat", "red circle", "blue square")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from moondream_cv.server import logs
-from tests.serve_process import serving
-from tests.served import Served
+from tests.helpers.serve_process import serving
+from tests.helpers.served import Served
 
 PATHS = ["/infer/%0aFAKE%1b%5b31m", "/%E2%80%A8%C2%9B31m%E2%80%AE", "/v1/%0d%0a%7f%07", "/%ff%ed%a0%80"]
 HEADS = [

@@ -21,9 +21,9 @@ from PIL import Image
 from moondream_cv import scenes
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.images import to_rgb
-from moondream_cv.server.pictures import decode_base64
-from tests.conftest import endless_model
-from tests.served import Served, data_uri, served
+from moondream_cv.server.images import decode_base64
+from tests.helpers.models import endless_model
+from tests.helpers.served import Served, data_uri, served
 
 GREEDY = {"temperature": 0.0}
 HOW_MANY = "How many blue squares are there?"

@@ -16,8 +16,8 @@ from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.images import to_rgb
-from moondream_cv.server.pictures import decode_base64
-from tests.served import Served, served
+from moondream_cv.server.images import decode_base64
+from tests.helpers.served import Served, served
 
 PACKAGES = Path(__file__).parents[1] / "npm"
 KEY = "npm-key-4711"

@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from moondream_cv.engine.local import LocalModel
-from tests.held import held_server
-from tests.openai_client import (
+from tests.helpers.held_server import held_server
+from tests.helpers.openai_client import (
     GREEDY,
     LONG,
     QUESTION,
@@ -28,7 +28,7 @@ from tests.openai_client import (
     text,
     user,
 )
-from tests.served import Served, data_uri, served
+from tests.helpers.served import Served, data_uri, served
 
 
 @pytest.fixture(scope="module")

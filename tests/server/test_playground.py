@@ -23,8 +23,8 @@ from PIL import ExifTags, Image
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.loading import load
 from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
-from tests.browser import ask, chromium, copied, encoded, rectangles, settled, transfer, upload, visiting
-from tests.served import Served, served
+from tests.helpers.browser import ask, chromium, copied, encoded, rectangles, settled, transfer, upload, visiting
+from tests.helpers.served import Served, served
 
 ROOT = Path(__file__).parents[2]
 Open = Callable[..., Any]

@@ -17,7 +17,7 @@ from moondream_cv.backends import MoondreamAPI
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import Caption, Detect, Query, Request, Result, Settings
 from moondream_cv.scenes import render_scene
-from tests.serve_process import ServeProcess, free_port
+from tests.helpers.serve_process import ServeProcess, free_port
 
 CLIENTS = 8
 ALWAYS_SAME = Settings(temperature=0)

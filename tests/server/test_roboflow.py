@@ -27,12 +27,12 @@ from PIL import Image
 from moondream_cv import __version__, scenes
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
-from moondream_cv.server.pictures import decode_base64
-from moondream_cv.server.roboflow import MAX_IMAGES
+from moondream_cv.server.apis.roboflow import MAX_IMAGES
+from moondream_cv.server.images import decode_base64
 from moondream_cv.vision_model import PublishedMethods
-from tests.remote_server import Answer as RemoteAnswer
-from tests.remote_server import Asked, remote_server
-from tests.served import Served, data_uri, served
+from tests.helpers.remote_server import Answer as RemoteAnswer
+from tests.helpers.remote_server import Asked, remote_server
+from tests.helpers.served import Served, data_uri, served
 
 WIDTH, HEIGHT = 320, 240
 KEY = "rf-key-4711"

@@ -19,7 +19,8 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.generation import GenerationMode
 
 from moondream_cv.engine.local import LocalModel
-from tests.served import Served, data_uri, served, until
+from tests.helpers.served import Served, data_uri, served
+from tests.helpers.waiting import until
 
 EXAMPLES = 15  # of each route, as its schema has it, and as many that do not fit
 CHECKS = [

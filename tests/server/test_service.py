@@ -21,14 +21,15 @@ import pytest
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
 from moondream_cv.requests import CaptionResult, Query, Request, Result
-from moondream_cv.server.engines import Call, LocalEngine
-from moondream_cv.server.metrics import Meters
 from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.runtime.engines import Call, LocalEngine
+from moondream_cv.server.runtime.metrics import Meters
 from moondream_cv.server.service import Exchange, Service
 from moondream_cv.vision_model import PublishedMethods
-from tests.conftest import endless_model, random_model
-from tests.held import held_server
-from tests.served import Served, served, until
+from tests.helpers.held_server import held_server
+from tests.helpers.models import endless_model, random_model
+from tests.helpers.served import Served, served
+from tests.helpers.waiting import until
 
 LONG = 1_000  # tokens: many more decoding steps than a detection takes
 ENDLESS = 100_000  # as many as the context allows

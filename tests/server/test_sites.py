@@ -10,7 +10,7 @@ import pytest
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.server.sites import host_name, hosts_of
-from tests.served import Served, served
+from tests.helpers.served import Served, served
 
 DETECTION = {"image_url": "https://example.com/a.png", "object": ""}  # rejected by the route, with status 400
 

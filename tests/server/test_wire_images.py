@@ -14,8 +14,8 @@ from PIL import Image
 
 from moondream_cv.errors import ImageError
 from moondream_cv.server.fetching import Fetcher
-from moondream_cv.server.pictures import Pictures
-from tests.served import data_uri
+from moondream_cv.server.images import Pictures
+from tests.helpers.served import data_uri
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

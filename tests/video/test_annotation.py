@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 import supervision as sv
 
-from moondream_cv.video import annotation
-from moondream_cv.video.annotation import Annotator
-from moondream_cv.video.panel import Panel, Pen
-from moondream_cv.video.zones import Zones
+from moondream_cv.video.drawing import annotation
+from moondream_cv.video.drawing.annotation import Annotator
+from moondream_cv.video.drawing.panel import Panel, Pen
+from moondream_cv.video.drawing.zones import Zones
 
 pytestmark = pytest.mark.compat
 

@@ -9,9 +9,9 @@ import pytest
 import supervision as sv
 
 from moondream_cv.video import Tracking, watch
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.tracking import Tracker
-from tests.clips import Known, Thing, deadline, numbered
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.tracking.tracker import Tracker
+from tests.helpers.clips import Known, Thing, deadline, numbered
 
 SIZE = (320, 192)
 IMAGE = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)

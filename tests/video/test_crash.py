@@ -23,8 +23,8 @@ import json, os, random, signal, sys
 import numpy as np
 import supervision as sv
 from moondream_cv.cli.stopping import Terminated, stop_on_signals
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.writers.video_file import VideoWriter
 
 folder, name, fps, moments = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ import pytest
 import supervision as sv
 
 from moondream_cv.video import Summary, annotate_video, open_source
-from tests.clips import turn
+from tests.helpers.clips import turn
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("ffmpeg") and shutil.which("ffprobe")),

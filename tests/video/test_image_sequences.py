@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, features
 
 from moondream_cv.video import annotate_video, track, watch
-from tests.clips import Known, Thing, deadline, jpeg, number_of, numbered
+from tests.helpers.clips import Known, Thing, deadline, jpeg, number_of, numbered
 
 DURATIONS = [100, 250, 40, 600]
 IMAGES = [numbered(number) for number in range(8)]

@@ -11,7 +11,7 @@ import pytest
 import supervision as sv
 
 from moondream_cv.video import Zones, annotate_video, open_source, watch
-from tests.clips import deadline, number_of, numbered
+from tests.helpers.clips import deadline, number_of, numbered
 
 SIZE = (320, 192)
 FRAMES = 120

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
 from types import SimpleNamespace
 
@@ -13,10 +12,11 @@ import numpy as np
 import pytest
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video import live
-from moondream_cv.video.live import LiveReader
-from moondream_cv.video.sources import open_source
-from tests.clips import Reply, deadline, number_of, numbered, serving
+from moondream_cv.video.sources import live
+from moondream_cv.video.sources.live import LiveReader
+from moondream_cv.video.sources.opening import open_source
+from tests.helpers.clips import Reply, deadline, number_of, numbered, serving
+from tests.helpers.waiting import until
 
 TIMES = {"open_timeout": 120.0, "read_timeout": 120.0}
 
@@ -26,13 +26,6 @@ def _in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(live, "FIRST_PAUSE", 0.05)
     with deadline(240):
         yield
-
-
-def until(condition: Callable[[], bool], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 class Camera:

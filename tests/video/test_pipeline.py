@@ -24,9 +24,9 @@ from moondream_cv import loading
 from moondream_cv.errors import VideoError
 from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Summary, Tracking, Zones, annotate_video, track
-from moondream_cv.video.live import LiveReader
-from tests.clips import Known, Thing, cut, deadline, number_of, numbered, write_clip
-from tests.colour_model import ColourModel
+from moondream_cv.video.sources.live import LiveReader
+from tests.helpers.clips import Known, Thing, cut, deadline, number_of, numbered, write_clip
+from tests.helpers.color_model import ColorModel
 
 SIZE = (320, 192)
 CLASSES = ["dog", "cat", "horse"]
@@ -492,9 +492,9 @@ def test_wrong_arguments_are_told_before_a_model_is_loaded(
 ) -> None:
     loaded = []
 
-    def load_colours(name: str, device: str | None = None) -> ColourModel:
+    def load_colours(name: str, device: str | None = None) -> ColorModel:
         loaded.append(name)
-        return ColourModel()
+        return ColorModel()
 
     monkeypatch.setattr(loading, "load", load_colours)
     arguments = {"source": clip, "target": None, "classes": CLASSES, "model": "colours", **wrong}

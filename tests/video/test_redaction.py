@@ -19,11 +19,11 @@ from moondream_cv import Detector, load
 from moondream_cv.cli import demo_clip
 from moondream_cv.evaluation.tracks import truth_of
 from moondream_cv.scenes.clips import render_clip
-from moondream_cv.video import Annotator, Tracked, Tracking, Zones, annotate_video, track, watch, watching
-from moondream_cv.video.base import Source
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.redaction import BRIDGE_SECONDS, LOOKAHEAD, MARGIN, Redactor
-from tests.clips import Known, Thing, deadline, number_of, numbered
+from moondream_cv.video import Annotator, Tracked, Tracking, Zones, annotate_video, stream, track, watch
+from moondream_cv.video.sources.base import Source
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.tracking.redaction import BRIDGE_SECONDS, LOOKAHEAD, MARGIN, Redactor
+from tests.helpers.clips import Known, Thing, deadline, number_of, numbered
 
 SIZE = (320, 180)
 FPS = 30.0
@@ -551,7 +551,7 @@ def test_frames_that_exceed_the_memory_limit_come_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = [numbered(n, SIZE) for n in range(90)]
-    monkeypatch.setattr(watching, "HELD_BYTES", 10 * images[0].nbytes)
+    monkeypatch.setattr(stream, "HELD_BYTES", 10 * images[0].nbytes)
     read = out = most = 0
 
     def counted() -> Iterator[np.ndarray]:
@@ -579,8 +579,8 @@ def test_auto_detects_within_the_bridge(monkeypatch: pytest.MonkeyPatch) -> None
     class Clock:
         perf_counter = staticmethod(lambda: now[0])
 
-    monkeypatch.setattr(watching, "time", Clock)
-    monkeypatch.setattr("moondream_cv.video.detecting.time", Clock)
+    monkeypatch.setattr(stream, "time", Clock)
+    monkeypatch.setattr("moondream_cv.video.tracking.keyframe_detector.time", Clock)
     images = [numbered(n, SIZE) for n in range(200)]
     steps = {}
     for redact in (False, True):

@@ -17,8 +17,8 @@ import pytest
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video import Summary, annotate_video, open_source
-from tests.clips import deadline, number_of, numbered, write_clip
-from tests.signals import default_signals
+from tests.helpers.clips import deadline, number_of, numbered, write_clip
+from tests.helpers.signals import default_signals
 from tests.video.test_formats import no_objects, video_frames
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # whose python3-gi comes from the system's packages
@@ -139,7 +139,7 @@ def test_frames_are_as_far_apart_as_in_the_stream(server: Server) -> None:
 def test_an_interruption_is_a_gap_of_its_length_in_the_output(server: Server, tmp_path: Path) -> None:
     target, before, after = tmp_path / "out.mp4", 30, 30
     lost = Seen("was lost")
-    logging.getLogger("moondream_cv.video.live").addHandler(lost)
+    logging.getLogger("moondream_cv.video.sources.live").addHandler(lost)
     times: list[float] = []
     arrived: list[float] = []
 
@@ -162,7 +162,7 @@ def test_an_interruption_is_a_gap_of_its_length_in_the_output(server: Server, tm
         with open_source(server.url, read_timeout=2, reconnect_for=120) as source:
             annotate_video(source, target, "dog", model=no_objects, annotate="none", every=10, on_frame=on_frame)
     finally:
-        logging.getLogger("moondream_cv.video.live").removeHandler(lost)
+        logging.getLogger("moondream_cv.video.sources.live").removeHandler(lost)
         restarting.join()
     assert len(times) == before + after
     steps = np.diff(times)

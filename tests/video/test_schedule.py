@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from moondream_cv.video.schedule import SLOWEST, Every, SceneChange, Schedule, check_every
-from tests.clips import numbered
+from moondream_cv.video.tracking.schedule import SLOWEST, Every, SceneChange, Schedule, check_every
+from tests.helpers.clips import numbered
 
 
 def keyframes(schedule: Schedule, count: int, first: int = 0) -> list[int]:

@@ -18,10 +18,10 @@ from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from moondream_cv.errors import VideoError
 from moondream_cv.images import to_rgb
-from moondream_cv.video import container as container_module
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.sources import Source, open_source, url_name
-from tests.clips import Reply, cut, damage, deadline, jpeg, number_of, numbered, serving, turn, write_clip
+from moondream_cv.video.sources import container as container_module
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.sources.opening import Source, open_source, url_name
+from tests.helpers.clips import Reply, cut, damage, deadline, jpeg, number_of, numbered, serving, turn, write_clip
 
 IMAGES = [numbered(number) for number in range(31)]
 
@@ -901,6 +901,6 @@ def test_names_of_urls_hold_no_secrets(url: str, name: str) -> None:
 
 
 def test_importing_loads_neither_opencv_nor_pyav() -> None:
-    code = "import sys, moondream_cv.video.sources; print(sorted({'av', 'cv2', 'torch'} & set(sys.modules)))"
+    code = "import sys, moondream_cv.video.sources.opening; print(sorted({'av', 'cv2', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.strip() == "[]"

@@ -18,8 +18,8 @@ import pytest
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video import annotate_video, open_source
-from moondream_cv.video.video_file import VideoWriter
-from tests.clips import numbered, write_clip
+from moondream_cv.video.writers.video_file import VideoWriter
+from tests.helpers.clips import numbered, write_clip
 from tests.video.test_formats import (
     FLASHES,
     FORMATS,
@@ -339,7 +339,7 @@ def test_a_second_interrupt_while_closing_says_what_is_missing(
     with open_source(source) as opened:
         for frame in opened:
             writer.write(frame, no_objects(frame.image, []))
-    monkeypatch.setattr("moondream_cv.video.video_file.remux", interrupted)
+    monkeypatch.setattr("moondream_cv.video.writers.video_file.remux", interrupted)
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert [record.getMessage() for record in caplog.records] == [

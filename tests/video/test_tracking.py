@@ -27,11 +27,11 @@ from moondream_cv.evaluation.tracks import (
     truth_of,
 )
 from moondream_cv.video import watch
-from moondream_cv.video.between import as_detections, interpolated, predicted
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.returning import match_returning
-from moondream_cv.video.tracking import TRACKERS, Tracker
-from moondream_cv.video.tracks import Sighting, Track
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.tracking.interpolation import as_detections, interpolated, predicted
+from moondream_cv.video.tracking.reassociation import match_returning
+from moondream_cv.video.tracking.tracker import TRACKERS, Tracker
+from moondream_cv.video.tracking.tracks import Sighting, Track
 
 pytestmark = pytest.mark.compat
 SIZE = (640, 360)

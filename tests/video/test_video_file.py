@@ -22,8 +22,8 @@ import pytest
 import supervision as sv
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.video_file import VideoWriter, _Clock
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.writers.video_file import VideoWriter, _Clock
 
 NOTHING = sv.Detections.empty()
 RED = (0, 0, 255)  # BGR
@@ -283,8 +283,8 @@ def test_plays_after_an_exception(tmp_path: Path) -> None:
 
 ENDLESS = """
 import sys, numpy as np, supervision as sv
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.writers.video_file import VideoWriter
 rng = np.random.default_rng(0)
 image = rng.integers(0, 256, (120, 160, 3), dtype=np.uint8)
 index = 0
@@ -320,8 +320,8 @@ def test_plays_after_ctrl_c(tmp_path: Path) -> None:
 FULL = """
 import resource, sys, numpy as np, supervision as sv
 from moondream_cv.errors import VideoError
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.video_file import VideoWriter
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.writers.video_file import VideoWriter
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 rng, nothing = np.random.default_rng(0), sv.Detections.empty()
 writer = VideoWriter(sys.argv[1], fps=25)

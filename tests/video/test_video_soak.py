@@ -15,9 +15,9 @@ import pytest
 import supervision as sv
 
 from moondream_cv.video import Frame, Summary, Tracking, annotate_video, watch
-from moondream_cv.video.tracking import Tracker
-from moondream_cv.video.video_file import VideoWriter
-from tests.clips import deadline
+from moondream_cv.video.tracking.tracker import Tracker
+from moondream_cv.video.writers.video_file import VideoWriter
+from tests.helpers.clips import deadline
 
 FRAMES = 20_000
 EVERY = 5

@@ -14,11 +14,11 @@ import pytest
 import supervision as sv
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.frame import Frame
-from moondream_cv.video.json_lines import JsonLinesWriter
-from moondream_cv.video.mot import MotWriter
-from moondream_cv.video.window import Window
-from moondream_cv.video.writers import Writer
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.writers.base import Writer
+from moondream_cv.video.writers.json_lines import JsonLinesWriter
+from moondream_cv.video.writers.mot import MotWriter
+from moondream_cv.video.writers.window import Window
 
 NOTHING = sv.Detections.empty()
 
@@ -178,7 +178,7 @@ sys.modules["cv2"] = cv2
 """
 SHOW = """
 from moondream_cv.errors import VideoError
-from moondream_cv.video.window import Window
+from moondream_cv.video.writers.window import Window
 try:
     Window("dogs")
 except VideoError as error:
@@ -221,7 +221,7 @@ class TestWindow:
     def screen(self, monkeypatch: pytest.MonkeyPatch) -> FakeScreen:
         screen = FakeScreen()
         monkeypatch.setitem(sys.modules, "cv2", screen)
-        monkeypatch.setattr("moondream_cv.video.window._check_screen", lambda title: None)
+        monkeypatch.setattr("moondream_cv.video.writers.window._check_screen", lambda title: None)
         return screen
 
     @pytest.mark.parametrize(("key", "visible"), [(ord("q"), 1.0), (27, 1.0), (-1, 0.0), (0x100000 | 27, 1.0)])

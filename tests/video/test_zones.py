@@ -13,7 +13,7 @@ import pytest
 import supervision as sv
 
 from moondream_cv.errors import VideoError
-from moondream_cv.video.zones import Zones
+from moondream_cv.video.drawing.zones import Zones
 
 pytestmark = pytest.mark.compat
 

@@ -1,0 +1,1 @@
+"""HTTP routes, one module or package per API."""

@@ -1,0 +1,1 @@
+"""fal's API: synchronous calls, streams and the queue."""

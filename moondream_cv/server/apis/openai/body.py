@@ -1,0 +1,479 @@
+"""What the body of a chat completion asks of Moondream 2: one question, or one object's name, about one image.
+
+Moondream 2 answers single questions, and was not trained on dialogues. So of a conversation
+
+- the text of the last user message is the question;
+- system and developer messages stand above it, each on its own lines, because that is where applications put what the
+  answer should be like; those that say nothing about the answer are better left out;
+- the one image may be in any message, since clients send it once and go on asking;
+- earlier questions and answers are not passed on: the model would take them for part of the question.
+
+`response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points instead. The
+text is then the object's name, and system messages do not matter. Any other JSON schema constrains the answer; the
+prompt stays as it is. So do the parameters of a function that `tool_choice` forces the model to call.
+
+It knows nothing of how answers look: that is `openai`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moondream_cv.requests import Detect, Point, Query, Settings
+from moondream_cv.server.errors import ServerError
+from moondream_cv.server.service import wire_settings
+
+STRUCTURED: dict[str, type[Detect] | type[Point]] = {"moondream_detect": Detect, "moondream_point": Point}
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # parameters that are rejected → values that change nothing; so does null
+    "n": (1,),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "modalities": ([], ["text"]),
+    "audio": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    # Parameters of vLLM and similar servers
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "skip_special_tokens": (True,),
+    "echo": (False,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}
+
+# Keywords of JSON schemas
+COMBINING = ("allOf", "anyOf", "oneOf")
+OBJECT_KEYWORDS = {"properties", "patternProperties", "additionalProperties", "required"}
+OPENING_KEYWORDS = {"additionalProperties", "patternProperties", "minProperties"}
+EXCLUDING_KEYWORDS = {
+    "oneOf",
+    "not",
+    "if",
+    "dependencies",
+    "dependentSchemas",
+    "dependentRequired",
+    "unevaluatedProperties",
+    "$dynamicRef",
+}
+
+
+MAX_ITEMS = 1_000  # of lists: an error message for each of many thousands would take seconds to make
+
+
+class ImageUrl(BaseModel):
+    url: str
+    detail: str | None = Field(None, description="Accepted and ignored: every image is looked at closely.")
+
+
+class Part(BaseModel):
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | str | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[Part], Field(max_length=MAX_ITEMS)] | None = None
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class ChatBody(BaseModel):
+    """As OpenAI's clients send it.
+
+    Parameters of OpenAI and vLLM that would change the answer are rejected unless they have a neutral value. Other
+    keys, such as `user`, `metadata` and `service_tier`, are ignored.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1, max_length=MAX_ITEMS)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    max_objects: int | None = Field(None, description="Of boxes or points, at the most.")
+    max_crops: int | None = Field(None, description="Local crops of the image, at the most; fewer are faster.")
+    seed: int | None = None
+    reasoning: bool | dict[str, Any] | None = Field(None, description="true: think first; other values are ignored.")
+    response_format: dict[str, Any] | None = Field(
+        None,
+        description="`json_schema`: JSON that conforms to a schema, or boxes or points with the schema name"
+        " `moondream_detect` or `moondream_point`. `json_object`: any JSON object.",
+    )
+    stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = Field(
+        None, description="Up to 4 strings; the answer ends before the first of them."
+    )
+    presence_penalty: float | None = Field(None, description="Only 0 is supported.")
+    frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
+    logit_bias: dict[str, Any] | None = Field(None, description="Only an empty object is supported.")
+    n: int | None = None
+    tools: list[Any] | None = Field(
+        None, description="Functions, one of which `tool_choice` must force; JSON that conforms to its parameters."
+    )
+    tool_choice: Any = Field(
+        None,
+        description='`{"type": "function", "function": {"name": ...}}`, or "required" with a single tool. Without tools'
+        ' also "none" and "auto".',
+    )
+    functions: list[Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    modalities: Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = None
+    audio: Any = None
+
+
+@dataclass(frozen=True)
+class ForcedCall:
+    """The function that the model is forced to call.
+
+    Attributes:
+        name: Name of the function.
+        json_schema: JSON schema of the arguments, as text.
+        finish_reason: Finish reason of a complete call.
+    """
+
+    name: str
+    json_schema: str
+    finish_reason: Literal["stop", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body asks.
+
+    Attributes:
+        kind: `Query`, `Detect` or `Point`.
+        text: The question, or the object's name.
+        image_url: None: the question is asked without an image.
+        reasoning: Whether to think first.
+        stop: Strings that end an answer.
+        json_schema: JSON schema that an answer conforms to.
+        call: The function call that the answer is the arguments of; None for an answer in `content`.
+    """
+
+    kind: type[Query] | type[Detect] | type[Point]
+    text: str
+    image_url: str | None
+    reasoning: bool
+    settings: Settings
+    stop: tuple[str, ...] = ()
+    json_schema: str | None = None
+    call: ForcedCall | None = None
+
+    def request(self, image: Any) -> Query | Detect | Point:
+        """The request to the model.
+
+        Raises:
+            ValueError: The text says nothing, or an image is needed and is None.
+        """
+        if self.kind is Query:
+            return Query(image, self.text, self.reasoning, (), self.settings, self.stop, self.json_schema)
+        return self.kind(image, self.text, settings=self.settings)
+
+
+def read_body(body: ChatBody) -> Asked:
+    """What a body asks.
+
+    Raises:
+        ServerError: It asks for something that Moondream 2 cannot do, or says nothing.
+    """
+    call = _forced_call(body)
+    _refuse_unsupported(body, () if call is None else ("tools", "tool_choice"))
+    skill, json_schema = _structured(body.response_format) if call is None else (None, call.json_schema)
+    users = [message for message in body.messages if message.role == "user"]
+    if not users:
+        raise ServerError(400, 'messages: none has the role "user", so nothing is asked', param="messages")
+    question = _text_of(users[-1])
+    if not question.strip():
+        raise ServerError(400, "messages: the last user message has no text, so nothing is asked", param="messages")
+    system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
+    text = question if skill else "\n".join([said for said in system if said.strip()] + [question])
+    settings, stop = _settings(body), _stop_of(body, skill)
+    url, reasoning = _image_url(body.messages), body.reasoning is True
+    return Asked(skill or Query, text, url, reasoning, settings, stop, json_schema, call)
+
+
+def _refuse_unsupported(body: ChatBody, supported: Collection[str]) -> None:
+    """Reject parameters that change the answer and are not supported, instead of ignoring them.
+
+    Args:
+        body: Request body.
+        supported: Names of parameters that this body uses in a supported way.
+
+    Raises:
+        ServerError: One of them has a value that is not neutral.
+    """
+    given = {**(body.model_extra or {}), **{name: getattr(body, name) for name in ChatBody.model_fields}}
+    for name, neutral in NEUTRAL.items():
+        value = given.get(name)
+        if value is not None and value not in neutral and name not in supported:
+            or_force = ", or force the call of one function with tool_choice" if name == "tools" else ""
+            raise ServerError(
+                400,
+                f"{name} is not supported here and was {value!r:.100}: Moondream 2 gives one answer in text;"
+                f" leave {name} out{or_force}",
+                kind="unsupported_parameter",
+                param=name,
+            )
+
+
+def _forced_call(body: ChatBody) -> ForcedCall | None:
+    """Return the function that `tool_choice` forces the model to call; None if it forces none.
+
+    Raises:
+        ServerError: The combination of parameters is not supported, or a tool is not valid.
+    """
+    # Find the name in tool_choice
+    choice, tools = body.tool_choice, body.tools
+    chosen = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    is_named = isinstance(chosen, dict) and "name" in chosen
+    if not tools or not (is_named or choice == "required"):
+        return None
+
+    # Reject combinations that are not supported
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        raise _unsupported_tools("not supported together with response_format; leave one of them out")
+    if not is_named and len(tools) > 1:
+        raise _unsupported_tools(
+            f'tool_choice "required" supports a single tool, got {len(tools)}; name one function in tool_choice'
+        )
+
+    # Select the function
+    functions = [_function_of(tool) for tool in tools]
+    names = [function["name"] for function in functions]
+    name = chosen["name"] if isinstance(chosen, dict) and is_named else names[0]
+    if names.count(name) != 1:
+        found = "several tools" if name in names else "none of the tools"
+        raise ServerError(400, f"tool_choice: {found} have the name {name!r:.100}", param="tool_choice")
+    if name in STRUCTURED:
+        raise _unsupported_tools(f"the name {name} is reserved; ask for boxes or points with response_format")
+    schema = _arguments_schema(functions[names.index(name)].get("parameters"))
+    return ForcedCall(name, schema, "stop" if is_named else "tool_calls")
+
+
+def _unsupported_tools(message: str) -> ServerError:
+    return ServerError(400, f"tools: {message}", kind="unsupported_parameter", param="tools")
+
+
+def _function_of(tool: Any) -> dict[str, Any]:
+    """Return the function of a tool.
+
+    Raises:
+        ServerError: The tool is not a function with a name.
+    """
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(name, str) or not name or not name.isprintable():
+        raise ServerError(
+            400,
+            'tools: each must have the type "function" and an object function with a printable name,'
+            f" got {tool!r:.100}",
+            param="tools",
+        )
+    return function
+
+
+def _arguments_schema(parameters: Any) -> str:
+    """Return the JSON schema of a function's arguments, which are always an object.
+
+    Raises:
+        ServerError: The parameters are not a JSON schema of an object, or the schema is too large.
+    """
+    schema = {} if parameters is None else parameters
+    if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+        raise ServerError(
+            400,
+            f'tools: function.parameters must be a JSON schema of the type "object", got {schema!r:.100}',
+            param="tools",
+        )
+    try:
+        return str(Query(None, "?", json_schema=_closed({**schema, "type": "object"})).json_schema)
+    except ValueError as error:
+        message = str(error).replace("json_schema", "function.parameters", 1)
+        raise ServerError(400, f"tools: {message}", param="tools") from error
+
+
+def _structured(response_format: dict[str, Any] | None) -> tuple[type[Detect] | type[Point] | None, str | None]:
+    """Return the skill that a response format asks for, None for an answer; and the JSON schema of the answer, if any.
+
+    Raises:
+        ServerError: The type is unknown, or the schema is missing or not usable.
+    """
+    kind = None if response_format is None else response_format.get("type")
+    if response_format is None or kind == "text":
+        return None, None
+    if kind == "json_object":
+        return None, '{"type": "object"}'
+    given = response_format.get("json_schema")
+    if kind != "json_schema" or not isinstance(given, dict):
+        raise ServerError(
+            400,
+            f"response_format must have the type text, json_object or json_schema, the last with an object json_schema,"
+            f" got {response_format!r:.100}",
+            kind="unsupported_response_format",
+            param="response_format",
+        )
+    name = given.get("name")
+    if isinstance(name, str) and name in STRUCTURED:
+        return STRUCTURED[name], None
+    if given.get("schema") is None:
+        raise ServerError(
+            400, "response_format: json_schema.schema is missing; send a JSON schema", param="response_format"
+        )
+    try:
+        return None, Query(None, "?", json_schema=_closed(given["schema"])).json_schema  # type: ignore[return-value]
+    except ValueError as error:
+        raise ServerError(400, f"response_format: {error}", param="response_format") from error
+
+
+def _closed(schema: Any) -> Any:
+    """Return a JSON schema whose objects have no properties but those in `properties`, unless it allows others.
+
+    JSON that conforms to it conforms to the original schema, too. Without this, a model that does not see the schema
+    can add properties until it reaches the token limit. OpenAI requires closed objects for `strict` schemas. A schema
+    that combines subschemas of the same object is returned as it is, because closing each of them would contradict the
+    others.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    copied = copy.deepcopy(schema)
+    subschemas = list(_subschemas(copied))
+    if any(_combines_objects(subschema) for subschema in subschemas):
+        return schema
+    for subschema in subschemas:
+        properties, required = subschema.get("properties"), subschema.get("required", [])
+        if not isinstance(properties, dict) or subschema.keys() & OPENING_KEYWORDS:
+            continue
+        if isinstance(required, list) and all(isinstance(name, str) and name in properties for name in required):
+            subschema["additionalProperties"] = False
+    return copied
+
+
+def _combines_objects(schema: dict[str, Any]) -> bool:
+    """Return whether several subschemas, or an alternative that excludes others, apply to the same value."""
+    all_of = schema.get("allOf")
+    combined = [schema.keys() & OBJECT_KEYWORDS, "$ref" in schema, "allOf" in schema, "anyOf" in schema]
+    has_several = sum(map(bool, combined)) > 1 or (isinstance(all_of, list) and len(all_of) > 1)
+    return has_several or bool(schema.keys() & EXCLUDING_KEYWORDS)
+
+
+def _subschemas(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield a JSON schema and everything in it that is a JSON schema."""
+    if not isinstance(schema, dict):
+        return
+    yield schema
+    for keyword, value in schema.items():
+        children: Iterable[Any] = ()
+        if keyword in ("properties", "patternProperties", "$defs", "definitions"):
+            children = value.values() if isinstance(value, dict) else ()
+        elif keyword in ("items", "prefixItems", "additionalItems", "additionalProperties", "contains", *COMBINING):
+            children = value if isinstance(value, list) else (value,)
+        for child in children:
+            yield from _subschemas(child)
+
+
+def _text_of(message: Message) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text for part in message.content or () if part.type == "text" and part.text)
+
+
+def _image_url(messages: list[Message]) -> str | None:
+    """The image that a conversation is about; one that is sent again with every message counts once."""
+    urls = list(dict.fromkeys(url for message in messages for url in _image_urls(message)))
+    if len(urls) > 1:
+        raise ServerError(
+            400,
+            f"the messages hold {len(urls)} images, and Moondream 2 looks at one at a time; send one, and leave the"
+            " images of earlier messages out",
+            kind="multiple_images_not_supported",
+            param="messages",
+        )
+    return urls[0] if urls else None
+
+
+def _image_urls(message: Message) -> Iterator[str]:
+    if message.content is None or isinstance(message.content, str):
+        return
+    for part in message.content:
+        if part.type == "image_url":
+            if part.image_url is None:
+                raise ServerError(400, "messages: a part of type image_url has no image_url", param="messages")
+            yield part.image_url if isinstance(part.image_url, str) else part.image_url.url
+        elif part.type != "text" and message.role not in ("assistant", "tool", "function"):
+            raise ServerError(
+                400,
+                f"messages: a part of type {part.type!r:.60} is not supported; send text and image_url",
+                kind="unsupported_content",
+                param="messages",
+            )
+
+
+def _stop_of(body: ChatBody, skill: type[Detect] | type[Point] | None) -> tuple[str, ...]:
+    """The stop strings of a body.
+
+    Raises:
+        ServerError: They are invalid, or the answer is a list of boxes or points.
+    """
+    if body.stop is None or body.stop == []:
+        return ()
+    if skill is not None:
+        raise ServerError(
+            400, f"stop is not supported for {skill.skill}; leave stop out", kind="unsupported_parameter", param="stop"
+        )
+    try:
+        return Query(None, "?", stop=body.stop).stop  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ServerError(400, str(error), param="stop") from error
+
+
+def _settings(body: ChatBody) -> Settings:
+    given = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "max_tokens": body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        "max_objects": body.max_objects,
+        "max_crops": body.max_crops,
+        "seed": body.seed,
+    }
+    for name, value in given.items():
+        try:
+            Settings.of({} if value is None else {name: value})
+        except ValueError as error:
+            raise ServerError(400, str(error), param=name) from error
+    return wire_settings(given)

@@ -1,0 +1,1 @@
+"""Annotation of frames: boxes, labels, zones, line counts, and the panel."""

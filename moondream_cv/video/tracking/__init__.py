@@ -1,0 +1,1 @@
+"""Keyframe detection, tracking, interpolation between keyframes, and boxes for redaction."""

@@ -1,0 +1,132 @@
+"""Duplicates and contradictions among the detections of a keyframe, found before they become tracks.
+
+A detector may return an object twice, or with two classes. Only the box with the higher score is tracked. Two classes
+that often coincide, such as "car" and "vehicle", do not contradict each other; how often they do is counted. Where an
+object is detected with another class for once, its track continues.
+
+Scores that do not differ decide nothing: without them, every detection is tracked with its own class.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import supervision as sv
+
+from moondream_cv.video.tracking.tracks import Track
+
+SAME_OBJECT = 0.6  # IoU from which two detections are of the same object
+COINCIDE = 0.5  # share of a class's detections that coincide with another class if both may be true
+CONTINUES = 0.4  # IoU of a detection and a track's predicted box from which it may continue a track of another class
+OCCUPIED = 0.3  # the same for a track of the detection's class, which it continues more likely
+ESTABLISHED = 2  # detections of a track that is taken into account
+LONGEST = 0.7  # seconds since the last one
+
+
+class ClassConflicts:
+    """Counts how often classes coincide in a stream, and decides which detections to track as which class."""
+
+    def __init__(self) -> None:
+        """Start without counts."""
+        self._detections: Counter[int] = Counter()
+        self._coincidences: Counter[tuple[int, int]] = Counter()
+        self._scored = False
+
+    def resolve(
+        self,
+        xyxy: npt.NDArray[np.float64],
+        confidence: npt.NDArray[np.float64],
+        class_ids: npt.NDArray[np.int64],
+        tracks: Iterable[Track],
+        time: float,
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Choose which detections of a keyframe to track, and as which class.
+
+        Args:
+            xyxy: [N, 4] boxes in pixels.
+            confidence: [N] scores.
+            class_ids: [N] class IDs.
+            tracks: The tracks before this keyframe.
+            time: Seconds since the first frame.
+
+        Returns:
+            [N] whether to track the detection, and [N] the class ID to track it as.
+        """
+        self._scored |= len(set(confidence.tolist())) > 1
+        if not self._scored or not len(xyxy):
+            return np.ones(len(xyxy), bool), class_ids
+        live = [track for track in tracks if time - track.last.time <= LONGEST and len(track.sightings) >= ESTABLISHED]
+        predicted = np.array([track.moved(time) for track in live]).reshape(-1, 4)
+        ious = np.asarray(sv.box_iou_batch(xyxy, predicted), np.float64) if live else np.zeros((len(xyxy), 0))
+        track_classes = np.array([track.class_id for track in live], np.int64)
+        kept = self._without_duplicates(xyxy, confidence, class_ids, ious, track_classes)
+        chosen = class_ids.copy()
+        chosen[kept] = self._continued(confidence[kept], class_ids[kept], ious[kept], track_classes)
+        return kept, chosen
+
+    def _without_duplicates(
+        self,
+        xyxy: npt.NDArray[np.float64],
+        confidence: npt.NDArray[np.float64],
+        class_ids: npt.NDArray[np.int64],
+        ious: npt.NDArray[np.float64],
+        track_classes: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.bool_]:
+        """Return which detections have no counterpart with a higher score, [N].
+
+        Two boxes of a class are no duplicates if two tracks of that class meet there.
+        """
+        self._detections.update(class_ids.tolist())
+        overlaps = np.argwhere(np.triu(sv.box_iou_batch(xyxy, xyxy) >= SAME_OBJECT, 1)).tolist()
+        for i, j in overlaps:
+            if class_ids[i] != class_ids[j]:
+                self._coincidences[_pair(class_ids[i], class_ids[j])] += 1
+        kept = np.ones(len(xyxy), bool)
+        for i, j in sorted(overlaps, key=lambda pair: -max(confidence[pair[0]], confidence[pair[1]])):
+            if not (kept[i] and kept[j]) or confidence[i] == confidence[j]:
+                continue
+            if class_ids[i] == class_ids[j]:
+                near = (track_classes == class_ids[i]) & (ious[[i, j]].max(0, initial=0) >= OCCUPIED)
+                duplicate = near.sum() < 2
+            else:
+                duplicate = self._exclude(class_ids[i], class_ids[j])
+            if duplicate:
+                kept[i if confidence[i] < confidence[j] else j] = False
+        return kept
+
+    def _continued(
+        self,
+        confidence: npt.NDArray[np.float64],
+        class_ids: npt.NDArray[np.int64],
+        ious: npt.NDArray[np.float64],
+        track_classes: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int64]:
+        """Return the class of the track that each detection continues, or its own, [N]."""
+        chosen = class_ids.copy()
+        own = (class_ids[:, None] == track_classes) & (ious >= OCCUPIED)
+        free = ~own.any(0)
+        # A detection of the track's class that only touches it is more likely the object if its score is higher.
+        touching = (class_ids[:, None] == track_classes) & (ious > 0)
+        rival = np.where(touching, confidence[:, None], 0.0).max(0, initial=0.0)
+        for row in np.argsort(-confidence).tolist():
+            if own[row].any():
+                continue
+            allowed = free & (ious[row] >= CONTINUES) & (rival < confidence[row])
+            allowed &= np.array([self._exclude(class_id, class_ids[row]) for class_id in track_classes], bool)
+            if allowed.any():
+                best = int(np.where(allowed, ious[row], -1).argmax())
+                chosen[row], free[best] = track_classes[best], False
+        return chosen
+
+    def _exclude(self, first: int, second: int) -> bool:
+        """Return whether an object has one of two classes at most, as far as the detections show."""
+        pair = _pair(first, second)
+        rarer = min(self._detections[pair[0]], self._detections[pair[1]])
+        return first != second and self._coincidences[pair] < COINCIDE * rarer
+
+
+def _pair(first: int, second: int) -> tuple[int, int]:
+    return (int(min(first, second)), int(max(first, second)))

@@ -1,0 +1,1 @@
+"""Writers of frames and detections: video files, JSON lines, MOT, and a window."""

@@ -1,0 +1,53 @@
+"""Tracks as a MOT challenge file, which tools for measuring trackers read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.writers.base import TextWriter
+
+if TYPE_CHECKING:
+    import supervision as sv
+
+logger = logging.getLogger(__name__)
+
+
+class MotWriter(TextWriter):
+    """Writes `frame,id,left,top,width,height,confidence,-1,-1,-1`, one line a tracked object.
+
+    Frames count from 1, boxes are in pixels with 2 decimals, the confidence has 4 and is 1 where there is none. Rows
+    without an id of 0 or above are left out.
+    """
+
+    def __init__(self, target: str | Path | TextIO) -> None:
+        super().__init__(target)
+        self._rows = self._rows_without_id = 0
+
+    def write(self, frame: Frame, detections: sv.Detections) -> None:
+        """Write the rows of one frame; the image is not looked at.
+
+        Raises:
+            VideoError: They cannot be written, or the writer is closed.
+        """
+        lines = []
+        for row in range(len(detections)):
+            tracker_id = -1 if detections.tracker_id is None else int(detections.tracker_id[row])
+            left, top, right, bottom = (float(value) for value in detections.xyxy[row])
+            if tracker_id < 0 or not all(map(math.isfinite, (left, top, right, bottom))):
+                continue
+            confidence = 1.0 if detections.confidence is None else float(detections.confidence[row])
+            box = ",".join(f"{round(value, 2) + 0.0:.2f}" for value in (left, top, right - left, bottom - top))
+            lines.append(f"{frame.index + 1},{tracker_id},{box},{confidence:.4f},-1,-1,-1\n")
+        self._target.write("".join(lines))
+        self._rows += len(lines)
+        self._rows_without_id += len(detections) - len(lines)
+
+    def close(self) -> None:
+        if self._rows_without_id and not self._rows:
+            logger.warning("%s is empty: no detection had a tracker's id; track before writing", self._target.name)
+            self._rows_without_id = 0
+        super().close()

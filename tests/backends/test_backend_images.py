@@ -1,0 +1,135 @@
+"""Images → files in base64: which are sent as they are, and that every other one shows the pixels of `to_rgb`."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from moondream_cv.backends.images import EncodedPicture, encode
+from moondream_cv.errors import ImageError
+from moondream_cv.images import to_rgb
+
+
+def written(picture: np.ndarray, kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(picture[..., ::-1])).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(128)
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def file_of(encoded: EncodedPicture) -> bytes:
+    return base64.b64decode(encoded.base64, validate=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options", "mime"),
+    [
+        ("JPEG", "RGB", {}, "image/jpeg"),
+        ("JPEG", "L", {}, "image/jpeg"),
+        ("JPEG", "RGB", {"exif": turned(1)}, "image/jpeg"),
+        ("PNG", "RGB", {}, "image/png"),
+        ("PNG", "L", {}, "image/png"),
+        ("WEBP", "RGB", {"lossless": True}, "image/webp"),
+    ],
+)
+@pytest.mark.parametrize("form", ["bytes", "bytearray", "memoryview", "path", "text"])
+def test_plain_files_are_sent_as_they_are(
+    picture: np.ndarray, tmp_path: Path, kind: str, mode: str, options: dict[str, Any], mime: str, form: str
+) -> None:
+    file = written(picture, kind, mode, **options)
+    path = tmp_path / "picture"
+    path.write_bytes(file)
+    forms = {"bytes": file, "bytearray": bytearray(file), "memoryview": memoryview(file), "path": path}
+    encoded = encode(forms.get(form, str(path)), "png")
+    assert file_of(encoded) == file
+    assert (encoded.mime, encoded.size) == (mime, (50, 40))
+    assert encoded.data_uri == f"data:{mime};base64,{base64.b64encode(file).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {"exif": turned(6)}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGB", {"exif": turned(3)}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "RGB", {"transparency": (20, 60, 200)}),
+        ("PNG", "I;16", {}),
+        ("PNG", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (50, 40))]}),
+        ("WEBP", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (50, 40))], "lossless": True}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("GIF", "P", {}),
+        ("BMP", "RGB", {}),
+        ("TIFF", "RGB", {}),
+    ],
+)
+def test_other_files_are_encoded_anew(picture: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> None:
+    file = written(picture, kind, "L" if mode == "I;16" else mode, **options)
+    if mode == "I;16":
+        deep = io.BytesIO()
+        Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30).save(deep, "PNG")
+        file = deep.getvalue()
+    encoded = encode(file, "png")
+    assert encoded.mime == "image/png"
+    assert np.array_equal(np.array(Image.open(io.BytesIO(file_of(encoded)))), to_rgb(file))
+    assert encoded.size == to_rgb(file).shape[1::-1]
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "png"])
+@pytest.mark.parametrize("form", ["array", "grey", "floats", "pil", "rgba", "file object"])
+def test_everything_else_is_encoded(picture: np.ndarray, image_format: str, form: str) -> None:
+    forms: dict[str, Any] = {
+        "array": picture,
+        "grey": picture[..., 0],
+        "floats": picture / 255,
+        "pil": Image.fromarray(picture),
+        "rgba": Image.fromarray(picture).convert("RGBA"),
+        "file object": io.BytesIO(written(picture, "PNG")),
+    }
+    expected = to_rgb(forms[form])
+    if form == "file object":
+        forms[form].seek(0)
+    encoded = encode(forms[form], image_format)
+    with Image.open(io.BytesIO(file_of(encoded))) as opened:
+        assert (encoded.mime, opened.format) == (f"image/{image_format}", image_format.upper())
+        seen = np.array(opened.convert("RGB")).astype(int)
+        assert image_format == "png" or opened.layer[1][1:3] == (1, 1)  # colours at full resolution
+    assert np.abs(seen - expected).max() <= (0 if image_format == "png" else 20)  # beside edges
+    assert encoded.size == (50, 40)
+
+
+def test_a_picture_too_wide_for_jpeg() -> None:
+    encoded = encode(np.zeros((1, 66_000, 3), np.uint8))
+    assert (encoded.mime, encoded.size) == ("image/png", (66_000, 1))
+
+
+def test_a_file_with_damaged_exif_is_encoded_anew(picture: np.ndarray) -> None:
+    file = written(picture, "PNG", exif=b"Exif\0\0junk")
+    encoded = encode(file)
+    assert (encoded.mime, encoded.size) == ("image/jpeg", (50, 40))
+
+
+@pytest.mark.parametrize("image", [b"", b"junk", "missing.jpg", 5, [1], b"\xff\xd8\xff\xe0 cut off"])
+def test_what_is_no_image(image: Any) -> None:
+    with pytest.raises(ImageError):
+        encode(image)
+
+
+def test_a_truncated_file_is_refused_here(picture: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="truncated"):
+        encode(written(picture, "PNG")[:-30])

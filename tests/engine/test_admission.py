@@ -1,0 +1,138 @@
+"""Who goes next: in their order, but for objects and points that are rare among texts.
+
+Run with `pytest tests/engine/test_admission.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from moondream_cv.engine.admission import ENCODED_TOGETHER, GATHER, PATIENCE, RARE, Job
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.scheduler import Limits, Scheduler
+from moondream_cv.requests import Caption, Detect, ErrorResult, Request, Settings
+from tests.helpers.models import endless_model, random_model
+
+LONG = Settings(temperature=0, max_tokens=200)
+ONE = Settings(max_objects=1)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+def caption(seed: int) -> Request:
+    return Caption(picture(seed), "short", LONG)
+
+
+def detect(seed: int) -> Request:
+    return Detect(picture(seed), "dog", ONE)
+
+
+@pytest.fixture(scope="module")
+def talker() -> LocalModel:
+    return endless_model()
+
+
+def steps_until(scheduler: Scheduler, condition: Callable[[], bool], limit: int = 100) -> int:
+    for step in range(1, limit + 1):
+        scheduler.step()
+        if condition():
+            return step
+    raise AssertionError("it did not happen")
+
+
+def running(jobs: list[Job]) -> int:
+    return sum(job.row is not None for job in jobs)
+
+
+def crowded(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
+    """A scheduler that writes so many texts."""
+    scheduler = model.scheduler()
+    jobs = [scheduler.submit(caption(seed)) for seed in range(texts)]
+    steps_until(scheduler, lambda: running(jobs) == texts)
+    return scheduler, jobs
+
+
+def test_a_detection_among_texts_does_not_wait_for_those_that_came_before(talker: LocalModel) -> None:
+    scheduler, _ = crowded(talker, 2 * RARE)
+    late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
+    short = scheduler.submit(detect(30))
+    scheduler.step()
+    assert short.row is not None  # it runs, and no image was encoded for a text meanwhile
+    assert running(late) == 0
+
+
+def test_texts_wait_for_it_but_not_for_ever(talker: LocalModel) -> None:
+    scheduler, _ = crowded(talker, 2 * RARE)
+    late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
+    seeds = iter(range(30, 1000))
+    waited = 0
+    while running(late) == 0:  # a camera whose frames never end
+        if not any(not entry.is_text for lane in scheduler._lanes.values() for entry in lane.entries.values()):
+            scheduler.submit(detect(next(seeds)))
+        scheduler.step()
+        waited += 1
+        assert waited <= PATIENCE + 2
+    assert 1 <= running(late) <= ENCODED_TOGETHER
+
+
+def test_after_a_detection_images_for_texts_are_encoded_a_few_at_a_time(talker: LocalModel) -> None:
+    scheduler, _ = crowded(talker, 2 * RARE)
+    short = scheduler.submit(detect(30))
+    steps_until(scheduler, lambda: short.done)
+    late = [scheduler.submit(caption(seed)) for seed in range(20, 28)]
+    grown = [running(late)]
+    for _ in range(8):
+        scheduler.step()
+        grown.append(running(late))
+    assert grown[-1] > 0
+    assert max(after - before for before, after in itertools.pairwise(grown)) <= ENCODED_TOGETHER
+
+
+def test_where_they_are_not_rare_all_go_in_their_order(talker: LocalModel) -> None:
+    scheduler = talker.scheduler()
+    jobs = [scheduler.submit(request) for i in range(6) for request in (caption(i), detect(50 + i))]
+    scheduler.step()
+    assert running(jobs) == len(jobs)  # all of them at once
+
+
+def test_texts_alone_are_not_held_back(talker: LocalModel) -> None:
+    scheduler = talker.scheduler()
+    jobs = [scheduler.submit(caption(seed)) for seed in range(12)]
+    scheduler.step()
+    assert running(jobs) == 12
+
+
+def test_newcomers_join_together(talker: LocalModel) -> None:
+    scheduler, _ = crowded(talker, 2)
+    late = []
+    joined = []
+    for seed in range(20, 28):
+        late.append(scheduler.submit(caption(seed)))
+        before = running(late)
+        scheduler.step()
+        joined.append(running(late) - before)
+    assert sum(joined) >= len(late) - (GATHER - 1)
+    assert all(not (a and b) for a, b in itertools.pairwise(joined))  # never in two steps running
+
+
+def test_nobody_is_left_behind_whatever_the_room(talker: LocalModel) -> None:
+    model = random_model()
+    scheduler = model.scheduler()
+    scheduler.limits = Limits(rows=3, images=2)
+    mixed = [caption(i) if i % 3 else detect(i) for i in range(18)]
+    jobs = [scheduler.submit(request) for request in mixed]
+    steps_until(scheduler, lambda: all(job.done for job in jobs), limit=5000)
+    assert not any(isinstance(job.result, ErrorResult) for job in jobs)
+
+
+def test_small_models_take_more_images_at_a_time(talker: LocalModel) -> None:
+    assert Limits.of(150 * 2**20).images == 16  # Moondream 2
+    assert Limits.of(64 * 2**20).images == 32
+    assert Limits.of(1).images == Limits().rows
+    assert talker.limits.images == Limits().rows

@@ -1,0 +1,44 @@
+"""Streaming never splits a character or a word."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moondream_cv.engine.detokenizer import WordStream
+from moondream_cv.training.tokenizer import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+TOKENIZER.encode_special_tokens = True  # as every loaded tokenizer: "<|size|>" in a text is text
+
+
+def pieces_of(text: str) -> list[str]:
+    stream = WordStream(TOKENIZER)
+    pieces = [stream.add(token) for token in TOKENIZER.encode(text).ids]
+    return [p for p in [*pieces, stream.rest()] if p]
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("A red circle and a dog.", ["A ", "red ", "circle ", "and ", "a ", "dog."]),
+        ("one\ntwo three", ["one\n", "two ", "three"]),
+        ("红色圆形", ["红", "色", "圆", "形"]),
+        ("naïve café", ["naïve ", "café"]),
+        ("😀😀 ok", ["😀😀 ", "ok"]),
+        ("", []),
+    ],
+)
+def test_pieces_end_at_words(text: str, pieces: list[str]) -> None:
+    assert pieces_of(text) == pieces
+
+
+@given(st.text(max_size=60))
+def test_pieces_add_up_to_the_text(text: str) -> None:
+    assert "".join(pieces_of(text)) == text
+
+
+@given(st.text(max_size=60))
+def test_no_piece_holds_half_a_character(text: str) -> None:
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces_of(text))

@@ -1,0 +1,313 @@
+"""The shared cache against plain attention of each row over its own prefix and entries.
+
+Run with `pytest tests/engine/test_kv_cache.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moondream_cv.engine.kv_cache import GROWTH_STEPS, NOBODY, SharedCache
+from moondream_cv.engine.prefix import Prefix
+
+HEADS, KV_HEADS, HEAD_DIM, LAYERS, DIM = 4, 2, 8, 2, 6
+
+
+def network(dtype: torch.dtype = torch.float32) -> Any:
+    """All that a cache asks of a network: its sizes."""
+    text = SimpleNamespace(n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, n_layers=LAYERS, dim=DIM)
+    return SimpleNamespace(config=SimpleNamespace(text=text), device=torch.device("cpu"), dtype=dtype)
+
+
+def prefix_of(length: int) -> Prefix | None:
+    if length == 0:
+        return None
+    shape = (1, KV_HEADS, length, HEAD_DIM)
+    return Prefix(tuple((torch.randn(shape), torch.randn(shape)) for _ in range(LAYERS)))
+
+
+def plain(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """[heads, head_dim] query, [n, kv_heads, head_dim] keys and values → [heads, head_dim], written out."""
+    keys, values = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (keys, values))
+    weights = (torch.einsum("hd,nhd->hn", q, keys) / math.sqrt(HEAD_DIM)).softmax(-1)
+    return torch.einsum("hn,nhd->hd", weights, values)
+
+
+@dataclass
+class PlainRow:
+    """A row that keeps everything for itself: per layer its keys and values, those of the prefix first."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    fed: Tensor = field(default_factory=lambda: torch.zeros(0, DIM))
+
+
+@dataclass
+class PlainContext:
+    prefix: Prefix | None
+    rows: dict[int, PlainRow] = field(default_factory=dict)
+
+    def row(self) -> PlainRow:
+        if self.prefix is None:
+            nothing = [torch.zeros(0, KV_HEADS, HEAD_DIM)] * LAYERS
+            return PlainRow(list(nothing), list(nothing))
+        layers = [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in self.prefix.layers]
+        return PlainRow([k for k, _ in layers], [v for _, v in layers])
+
+
+class AgainstPlainAttention(RuleBasedStateMachine):
+    """Contexts and rows come and go, and rows feed 1..5 entries in a step, or none."""
+
+    @initialize(
+        seed=st.integers(0, 2**32),
+        length=st.sampled_from((0, 1, 7)),
+        contexts=st.integers(1, 2),
+        room=st.integers(0, 9),
+    )
+    def start(self, seed: int, length: int, contexts: int, room: int) -> None:
+        torch.manual_seed(seed)
+        self.cache = SharedCache(network(), length, contexts, room)
+        self.contexts: list[PlainContext] = []
+        self.next_key = 0
+
+    @rule(rows=st.integers(1, 4))
+    def add_context(self, rows: int) -> None:
+        context = PlainContext(prefix_of(self.cache.prefix_length))
+        assert self.cache.add(context.prefix) == len(self.contexts)
+        self.contexts.append(context)
+        for _ in range(rows):
+            self.add_row(context)
+
+    def add_row(self, context: PlainContext) -> None:
+        context.rows[self.next_key] = context.row()
+        self.next_key += 1
+
+    @precondition(lambda self: self.contexts)
+    @rule(data=st.data())
+    def row_comes(self, data: st.DataObject) -> None:
+        self.add_row(data.draw(st.sampled_from(self.contexts)))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def row_ends(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(self.live))
+        for context in self.contexts:
+            context.rows.pop(key, None)
+
+    @precondition(lambda self: self.contexts)
+    @rule(data=st.data())
+    def remove_context(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.contexts) - 1))
+        self.cache.remove(number)
+        last = self.contexts.pop()
+        if number < len(self.contexts):
+            self.contexts[number] = last
+
+    @rule(contexts=st.integers(0, 5), entries=st.integers(0, 20))
+    def make_room(self, contexts: int, entries: int) -> None:
+        self.cache.make_room(contexts, entries, self.live)
+        assert self.cache.contexts >= contexts
+        assert self.cache.capacity >= self.cache.end + entries
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), many=st.booleans(), fails=st.booleans())
+    def step(self, data: st.DataObject, many: bool, fails: bool) -> None:
+        """Feed; a step that fails is done again with other numbers, as if it had never been."""
+        fed = {key: data.draw(st.integers(0, 5 if many else 1)) for key in self.live}
+        tokens = [[key for key in context.rows for _ in range(fed[key])] for context in self.contexts]
+        steps = max(map(len, tokens))
+        if steps == 0:
+            return
+        owners = torch.tensor([row + [NOBODY] * (steps - len(row)) for row in tokens])
+        if self.cache.end + steps > self.cache.capacity:
+            self.cache.make_room(self.cache.count, steps, self.live)
+        causal = any(count > 1 for count in fed.values())
+        inputs = torch.randn(*owners.shape, DIM)
+        if fails:
+            self.cache.open(owners, torch.randn_like(inputs), causal)
+            self.cache.attend(0, *self.random(owners))
+        self.cache.open(owners, inputs, causal)
+        for layer in range(LAYERS):
+            q, k, v = self.random(owners)
+            out = self.cache.attend(layer, q, k, v)
+            assert out.shape == q.shape
+            for number, context in enumerate(self.contexts):
+                for place, key in enumerate(tokens[number]):
+                    row = context.rows[key]
+                    row.keys[layer] = torch.cat((row.keys[layer], k[number, place][None]))
+                    row.values[layer] = torch.cat((row.values[layer], v[number, place][None]))
+                    expected = plain(q[number, place], row.keys[layer], row.values[layer])
+                    assert torch.allclose(out[number, place], expected, atol=1e-5), (layer, number, place)
+        self.cache.commit()
+        for number, context in enumerate(self.contexts):
+            for place, key in enumerate(tokens[number]):
+                context.rows[key].fed = torch.cat((context.rows[key].fed, inputs[number, place][None]))
+
+    @staticmethod
+    def random(owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = tuple(owners.shape)
+        kv = (*shape, KV_HEADS, HEAD_DIM)
+        return 2 * torch.randn(*shape, HEADS, HEAD_DIM), 2 * torch.randn(kv), torch.randn(kv)
+
+    @property
+    def live(self) -> list[int]:
+        return [key for context in self.contexts for key in context.rows]
+
+    @invariant()
+    def gives_back_what_was_fed(self) -> None:
+        assert self.cache.count == len(self.contexts)
+        for number, context in enumerate(self.contexts):
+            for key, row in context.rows.items():
+                assert torch.equal(self.cache.fed(number, key), row.fed)
+
+
+TestAgainstPlainAttention = AgainstPlainAttention.TestCase
+TestAgainstPlainAttention.settings = settings(
+    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def feed(cache: SharedCache, owners: list[list[int]], live: list[int]) -> Tensor:
+    """One step of random entries; gives back the [count, T, dim] inputs."""
+    table = torch.tensor(owners)
+    cache.make_room(cache.count, table.shape[1], live)
+    inputs = torch.randn(*table.shape, DIM)
+    cache.open(table, inputs, causal=True)
+    for layer in range(LAYERS):
+        cache.attend(layer, *(t.to(cache._layers[0].dtype) for t in AgainstPlainAttention.random(table)))
+    cache.commit()
+    return inputs
+
+
+def test_memory_grows_with_entries_and_not_with_rows_times_prefix() -> None:
+    prefix = prefix_of(200)
+    assert prefix is not None
+    entry = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 + DIM * 4 + 8  # keys and values, the input, the owner
+
+    def nbytes(rows: int, steps: int) -> int:
+        cache = SharedCache(network(), prefix.length, 1, 0)
+        cache.add(prefix)
+        for _ in range(steps):
+            feed(cache, [list(range(rows))], list(range(rows)))
+        return cache.nbytes
+
+    alone = SharedCache(network(), prefix.length, 1, 0).nbytes
+    assert prefix.nbytes <= alone == 200 * entry
+    for rows, steps in ((1, 64), (8, 8), (64, 1), (64, 16)):
+        grown = nbytes(rows, steps) - alone
+        assert rows * steps * entry <= grown <= (1.5 * rows * steps + GROWTH_STEPS * rows) * entry, (rows, steps)
+
+
+def test_rows_that_have_ended_make_room() -> None:
+    """A cache through which rows pass one after another stays as large as one row."""
+    cache = SharedCache(network(), 0, 1, 20)
+    cache.add(None)
+    for key in range(50):
+        for _ in range(10):
+            feed(cache, [[key]], [key])
+    assert cache.capacity <= 20 + 2 * GROWTH_STEPS
+
+
+@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan, 65504.0])
+def test_overflow_of_a_row_in_half_precision_does_not_reach_the_others(broken: float) -> None:
+    torch.manual_seed(0)
+    cache = SharedCache(network(torch.float16), 0, 2, 64)
+    cache.add(None)
+    cache.add(None)
+    owners = torch.tensor([[0, 1], [2, NOBODY]])
+    seen: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], 2: []}
+    for _ in range(4):
+        q, k, v = (t.half() for t in AgainstPlainAttention.random(owners))
+        k[0, 0], v[0, 0] = broken, broken  # of row 0
+        k[1, 1], v[1, 1] = broken, broken  # of the gap
+        cache.open(owners, torch.zeros(2, owners.shape[1], DIM), causal=False)
+        out = cache.attend(0, q, k, v)
+        cache.commit()
+        for key, number, place in ((1, 0, 1), (2, 1, 0)):
+            seen[key].append((k[number, place].float(), v[number, place].float()))
+            keys, values = (torch.stack(t) for t in zip(*seen[key], strict=True))
+            expected = plain(q[number, place].float(), keys, values)
+            assert torch.allclose(out[number, place].float(), expected, atol=5e-3), key
+
+
+def test_a_context_takes_nothing_over_from_the_one_before_it() -> None:
+    """A row that gave no numbers leaves them in its context; the next image there must not see them."""
+    cache = SharedCache(network(), 3, 2, 32)
+    stays, goes = prefix_of(3), prefix_of(3)
+    cache.add(stays)
+    cache.add(goes)
+    owners = torch.tensor([[0], [1]])
+    for _ in range(3):
+        q, k, v = AgainstPlainAttention.random(owners)
+        k[1], v[1] = torch.nan, torch.nan
+        cache.open(owners, torch.zeros(2, owners.shape[1], DIM), causal=False)
+        cache.attend(0, q, k, v)
+        cache.commit()
+    cache.remove(1)
+    comes = prefix_of(3)
+    assert comes is not None
+    cache.add(comes)
+    q, k, v = AgainstPlainAttention.random(owners)
+    cache.open(torch.tensor([[0], [2]]), torch.zeros(2, 1, DIM), causal=False)
+    out = cache.attend(0, q, k, v)
+    keys, values = (torch.cat((t[0].transpose(0, 1), new[1])) for t, new in zip(comes.layers[0], (k, v), strict=True))
+    assert torch.allclose(out[1, 0], plain(q[1, 0], keys, values), atol=1e-5)
+
+
+class OutOfMemoryAt(TorchFunctionMode):
+    """Raises at the n-th call of torch that may need memory: not where a tensor is looked at or written into."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.calls = number, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        index = args[1] if func is Tensor.__getitem__ else ()
+        view = all(isinstance(i, int | slice) for i in (index if isinstance(index, tuple) else (index,)))
+        if not (func.__name__ in ("__get__", "__setitem__") or (func is Tensor.__getitem__ and view)):
+            self.calls += 1
+            if self.calls == self.number:
+                raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_was_fed_survives_running_out_of_memory_while_making_room() -> None:
+    """Whatever allocation fails, `fed` must still tell what a row goes on from."""
+
+    def filled() -> tuple[SharedCache, dict[tuple[int, int], Tensor]]:
+        torch.manual_seed(0)
+        cache = SharedCache(network(), 2, 2, 12)
+        prefixes = prefix_of(2), prefix_of(2)
+        for prefix in prefixes:
+            cache.add(prefix)
+        fed: dict[tuple[int, int], list[Tensor]] = {(0, 1): [], (1, 3): []}
+        for _ in range(5):
+            inputs = feed(cache, [[0, 1], [2, 3]], [0, 1, 2, 3])
+            for number, key in fed:
+                fed[number, key].append(inputs[number, 1])
+        return cache, {row: torch.stack(inputs) for row, inputs in fed.items()}
+
+    number, calls = 1, 1
+    while number <= calls:
+        cache, fed = filled()
+        counter = OutOfMemoryAt(number)
+        try:
+            with counter:
+                cache.make_room(2, 30, [1, 3])  # packs and grows
+        except torch.OutOfMemoryError:
+            calls = counter.calls + 1
+        for (context, key), inputs in fed.items():
+            assert torch.equal(cache.fed(context, key), inputs), f"call {number}"
+        number += 1
+    assert number > 10  # so many calls have failed

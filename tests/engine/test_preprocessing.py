@@ -1,0 +1,84 @@
+"""Images that are read and cut before the model sees them. Run with `pytest tests/engine/test_preprocessing.py`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moondream_cv import Detector
+from moondream_cv.engine.crops import cut_crops
+from moondream_cv.engine.image_cache import ImageCache
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.errors import ImageError
+from moondream_cv.requests import Caption, Detect, Query, Settings
+from tests.helpers.batch_invariance import assert_same
+from tests.helpers.models import random_model
+
+SHORT = Settings(temperature=0, max_tokens=6, max_objects=2)
+
+
+@pytest.mark.parametrize("max_crops", [None, 1, 2])
+def test_replies_are_those_of_the_image(model: LocalModel, frame: np.ndarray, max_crops: int | None) -> None:
+    settings = Settings(temperature=0, max_tokens=6, max_objects=2, max_crops=max_crops)
+    prepared = model.prepare_image(frame)  # with as many crops as by default: others are cut when they are asked for
+    for ask in (Detect, lambda i, s: Caption(i, "short", s), lambda i, s: Query(i, "What?", settings=s)):
+        request = ask(frame, "dog", settings) if ask is Detect else ask(frame, settings)
+        same = ask(prepared, "dog", settings) if ask is Detect else ask(prepared, settings)
+        assert_same(model, request, model.run([request])[0], model.run([same])[0])
+
+
+def test_what_is_cut_is_what_would_be_cut(model: LocalModel, frame: np.ndarray) -> None:
+    prepared = model.prepare_image(frame, {"max_crops": 2})
+    rgb = np.ascontiguousarray(frame[..., ::-1])
+    for max_crops in (2, 4):
+        expected = cut_crops(rgb, model.config.vision, max_crops)
+        assert prepared.crops(max_crops).tiling == expected.tiling
+        assert np.array_equal(prepared.crops(max_crops).pixels, expected.pixels)
+    assert prepared.size == (320, 240)
+    assert prepared.nbytes > rgb.nbytes
+    assert repr(prepared) == "PreparedImage(320x240)"
+    assert model.prepare_image(prepared) is prepared
+
+
+def test_works_wherever_an_image_does(model: LocalModel, frame: np.ndarray) -> None:
+    prepared = model.prepare_image(frame)
+    assert model.encode_image(prepared).size == (320, 240)
+    encoded = model.encode_image(frame)
+    assert model.encode_image(prepared, previous=encoded) is encoded  # nothing has changed
+    detector = Detector(model, max_objects=2)
+    assert np.array_equal(detector(prepared, "dog").xyxy, detector(frame, "dog").xyxy)
+
+
+def test_it_is_found_among_images_that_came_as_something_else(frame: np.ndarray) -> None:
+    model = random_model()
+    model.image_cache = ImageCache(4, 1 << 30)
+    model.run([Detect(frame, "dog", SHORT)])
+    model.run([Detect(model.prepare_image(frame.copy()), "dog", SHORT)])
+    assert (model.image_cache.hits, model.image_cache.misses) == (1, 1)
+
+
+def test_the_image_may_change_afterwards(model: LocalModel, frame: np.ndarray) -> None:
+    changing = frame.copy()
+    prepared = model.prepare_image(changing)
+    changing[:] = 0
+    request = Detect(frame, "dog", SHORT)
+    assert_same(model, request, model.run([request])[0], model.run([Detect(prepared, "dog", SHORT)])[0])
+
+
+def test_many_threads_may_prepare(model: LocalModel) -> None:
+    pictures = [Image.new("RGB", (50 + 30 * i, 90), (i, 2 * i, 255 - i)) for i in range(12)]
+    with ThreadPoolExecutor(8) as pool:
+        prepared = list(pool.map(model.prepare_image, pictures))
+        assert [one.size for one in prepared] == [picture.size for picture in pictures]
+        tilings = list(pool.map(lambda one: one.crops(1).tiling, prepared * 3))
+    assert set(tilings) == {(1, 1)}
+
+
+def test_what_is_no_image_is_refused(model: LocalModel) -> None:
+    with pytest.raises(ImageError):
+        model.prepare_image(b"junk")
+    with pytest.raises(ValueError, match="max_crops"):
+        model.prepare_image(np.zeros((4, 4, 3), np.uint8), {"max_crops": 0})

@@ -1,0 +1,272 @@
+"""What every request goes through: keys, sizes, ids, logs, metrics, paths, errors.
+
+Run with `pytest tests/server/test_middleware.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from moondream_cv.engine.local import LocalModel
+from moondream_cv.server import logs, middleware
+from moondream_cv.server.options import ServerOptions
+from tests.helpers.served import Served, served
+
+KEY = "correct horse"
+NAMES = {"api_keys": "API key", "allowed_hosts": "allowed host", "cors_origins": "CORS origin"}  # in messages
+
+
+@pytest.fixture(scope="module")
+def locked(tiny: LocalModel):
+    with served(tiny, api_keys=(KEY, "battery"), max_body=200_000) as running:
+        yield running
+
+
+def detection(uri: str) -> dict[str, str]:
+    return {"image_url": uri, "object": "cat"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Moondream-Auth": KEY},
+        {"X-Moondream-Auth": "battery"},
+        {"Authorization": f"Bearer {KEY}"},
+        {"Authorization": f"bearer  {KEY}"},
+        {"Authorization": f"Key {KEY}"},
+        {"X-API-Key": KEY},
+        {"X-Moondream-Auth": "wrong", "Authorization": f"Bearer {KEY}"},
+    ],
+)
+def test_a_right_key_opens(locked: Served, uri: str, headers: dict[str, str]) -> None:
+    assert locked.post("/v1/detect", detection(uri), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-Moondream-Auth": ""},
+        {"X-Moondream-Auth": "correct"},
+        {"X-Moondream-Auth": f"{KEY} "[:-2]},
+        {"Authorization": KEY},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": "Bearer"},
+        {"X-Moondream-Auth": "ключ".encode()},
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/detect", "/v1//detect", "/v1/batch", "/v1/models", "/metrics", "/nothing"])
+def test_without_a_right_key_nothing_opens(locked: Served, uri: str, headers: dict[str, Any], path: str) -> None:
+    answer = locked.client.request("GET" if path in ("/v1/models", "/metrics") else "POST", path, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "API key" in answer.text
+
+
+def test_a_key_in_the_query_opens_as_roboflow_s_clients_send_it(locked: Served) -> None:
+    assert locked.client.get("/v1/models", params={"api_key": KEY}).status_code == 200
+    assert locked.client.get("/v1/models", params={"api_key": "wrong"}).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
+def test_what_orchestrators_ask_is_open(locked: Served, path: str) -> None:
+    assert locked.client.get(path).status_code == 200
+
+
+def test_keys_are_neither_logged_nor_shown(locked: Served, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        locked.post("/v1/detect", detection(uri), headers={"X-Moondream-Auth": KEY})
+        locked.client.get("/v1/models", params={"api_key": KEY})
+        wrong = locked.client.get("/v1/models", params={"api_key": "guess-of-mine"})
+    ours = "\n".join(r.getMessage() + str(vars(r)) for r in caplog.records if r.name.startswith("moondream_cv"))
+    assert "/v1/models" in ours
+    for secret in (KEY, "battery", "guess-of-mine"):
+        assert secret not in ours
+        assert secret not in wrong.text
+        assert secret not in repr(locked.service.options)
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(locked: Served) -> None:
+    headers = {"X-Moondream-Auth": KEY, "Content-Type": "application/json"}
+    declared = locked.client.post("/v1/detect", content=b"x" * 300_000, headers=headers)
+    chunked = locked.client.post("/v1/detect", content=(b"x" * 50_000 for _ in range(10)), headers=headers)
+    for answer in (declared, chunked):
+        assert answer.status_code == 413
+        assert "200,000 bytes" in answer.json()["error"]["message"]
+    host, port = locked.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=240) as client:  # only says that it would send so much
+        head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"X-Moondream-Auth: {KEY}\r\nContent-Length: 9999999999\r\n\r\n"
+        client.sendall(head.encode())
+        assert b" 413 " in client.recv(1000)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(locked: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
+    host, port = locked.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=240) as client:
+        head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"X-Moondream-Auth: {KEY}\r\nContent-Length: 100\r\n\r\n{{"
+        client.sendall(head.encode())
+        assert b" 408 " in client.recv(1000)
+
+
+def test_a_key_is_not_needed_where_none_is_set(server: Served, uri: str) -> None:
+    assert server.post("/v1/detect", detection(uri)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1//detect", "//v1/detect", "/v1///detect"])
+def test_doubled_slashes_are_accepted(server: Served, uri: str, path: str) -> None:
+    assert httpx.post(server.url + path, json=detection(uri), timeout=240).json()["objects"]
+
+
+def test_every_answer_has_an_id_and_the_client_s_own_is_kept(server: Served) -> None:
+    own = server.client.get("/health", headers={"X-Request-Id": "mine-1.2"})
+    assert own.headers["X-Request-Id"] == "mine-1.2"
+    for bad in ("a b", "x" * 65, "a;b"):
+        made = server.client.get("/health", headers={"X-Request-Id": bad}).headers["X-Request-Id"]
+        assert len(made) == 32
+    assert server.client.get("/nothing").headers["X-Request-Id"] != server.client.get("/no").headers["X-Request-Id"]
+
+
+def test_logs_are_json_with_the_request_s_id(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    loggers = [logging.getLogger(name) for name in ("moondream_cv", "uvicorn")]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    try:
+        logs.set_up_logging("info")
+        server.client.get("/v1/models?api_key=secret", headers={"X-Request-Id": "seen"})
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    finally:
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+    (line,) = (line for line in lines if line.get("request_id") == "seen")
+    assert line["message"] == "GET /v1/models 200"
+    assert (line["level"], line["logger"], line["dialect"], line["status"]) == (
+        "INFO",
+        "moondream_cv.server.middleware",
+        "openai",
+        200,
+    )
+    assert line["milliseconds"] >= 0
+
+
+def test_metrics_count_requests_tokens_rows_and_cache_hits(tiny: LocalModel, uri: str) -> None:
+    with served(tiny) as running:
+        for _ in range(2):
+            running.post("/v1/detect", detection(uri))
+        running.post("/v1/detect", {})
+        running.client.get("/a/path/of/their/own")
+        text = running.client.get("/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    counted = 'moondream_cv_requests_total{dialect="moondream",route="/v1/detect",status="%d"}'
+    assert (lines[counted % 200], lines[counted % 422]) == ("2.0", "1.0")
+    assert lines['moondream_cv_request_seconds_count{dialect="moondream",route="/v1/detect"}'] == "3.0"
+    assert lines['moondream_cv_skill_requests_total{outcome="ok",skill="detect"}'] == "2.0"
+    assert float(lines['moondream_cv_tokens_total{kind="prompt"}']) > 100
+    assert float(lines['moondream_cv_tokens_total{kind="completion"}']) >= 6  # a box takes three
+    assert float(lines["moondream_cv_batch_rows_count"]) > 0
+    assert float(lines['moondream_cv_image_cache_total{outcome="hit"}']) >= 1
+    assert lines["moondream_cv_requests_taken"] == "0.0"
+    assert lines["moondream_cv_queue_depth"] == "0.0"
+    assert "/a/path" not in text  # paths that anyone can make up would fill the memory
+
+
+def test_other_pages_may_call_only_where_they_are_named(server: Served, tiny: LocalModel) -> None:
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in server.client.options("/v1/detect", headers=asked).headers
+    with served(tiny, cors_origins=("https://page.example",), api_keys=(KEY,)) as running:
+        allowed = running.client.options("/v1/detect", headers=asked)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+        other = running.client.options("/v1/detect", headers={**asked, "Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+        refused = running.client.post("/v1/detect", json={}, headers={"Origin": "https://page.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://page.example"  # so that the page can read it
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/nothing", 404, "nothing at /nothing"),
+        ("GET", "/v1/detect", 405, "GET is not what /v1/detect takes"),
+        ("DELETE", "/v1/caption", 405, "DELETE"),
+        ("GET", "/docs", 404, "/docs"),  # their scripts would come from elsewhere
+        ("GET", "/redoc", 404, "/redoc"),
+        ("GET", "/../../etc/passwd", 404, "nothing at"),
+    ],
+)
+def test_what_is_not_there_is_said_in_json(server: Served, method: str, path: str, status: int, said: str) -> None:
+    answer = server.client.request(method, path)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "Field required"),
+        (b"{", "JSON decode error"),
+        (b"[]", ""),
+        (b"null", ""),
+        (b'{"image_url": "\xff"}', ""),
+        (b'{"image_url": 1, "object": []}', "image_url"),
+        (b"[" * 100_000, ""),
+        (b'{"a":' * 50_000, ""),
+        (b'{"image_url": ' + b"9" * 10_000 + b"}", ""),
+        (b"\0", ""),
+    ],
+)
+def test_a_body_that_is_none_is_the_client_s_mistake(server: Served, body: bytes, said: str) -> None:
+    answer = server.client.post("/v1/detect", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 413, 422)
+    assert said in answer.json()["error"]["message"]
+    assert len(answer.text) < 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_objects": 0}, "max_objects must be an integer of at least 1"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"variant": "../../adapter.pt"}, "no variants"),
+    ],
+)
+def test_settings_out_of_range_are_refused(server: Served, uri: str, settings: dict[str, object], said: str) -> None:
+    answer = server.post("/v1/detect", {**detection(uri), "settings": settings})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        {},
+        {"unknown": 1, "variant": None, "temperature": None},
+        {"max_crops": 10**9, "max_objects": 10**30, "max_tokens": 10**30, "seed": 10**30},
+    ],
+)
+def test_settings_that_are_unknown_null_or_huge_do_no_harm(server: Served, uri: str, settings: object) -> None:
+    assert server.post("/v1/detect", {**detection(uri), "settings": settings}).json()["objects"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"allowed_hosts": ("http://a",)}, {"allowed_hosts": ("a b",)}, {"allowed_hosts": ("",)}, {"cors_origins": ("https://a/",)},
+     {"queue": 0}, {"queue": 1.5}, {"timeout": 0}, {"timeout": float("inf")}, {"max_body": -1}, {"api_keys": (" ",)},
+     {"api_keys": ("ключ",)}],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=NAMES.get(next(iter(given)), next(iter(given)))):
+        ServerOptions(**given)  # type: ignore[arg-type]

@@ -1,0 +1,262 @@
+"""The thread that looks at keyframes. Run with `pytest tests/video/test_keyframe_detector.py`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import supervision as sv
+
+from moondream_cv import Detector, load
+from moondream_cv.scenes.render import render_scene
+from moondream_cv.video.sources.frame import Frame
+from moondream_cv.video.tracking import keyframe_detector
+from moondream_cv.video.tracking.keyframe_detector import MAX_BATCH, DetectionWorker
+from tests.helpers.clips import deadline
+from tests.helpers.color_model import ColorModel
+
+CLASSES = ["red", "green"]
+MAGENTA = np.full((40, 60, 3), (255, 0, 255), np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    with deadline(240):
+        yield
+
+
+def frame(index: int, left: int | None = 10, size: tuple[int, int] = (60, 40)) -> Frame:
+    """Grey, with a red square of 10 pixels."""
+    image = np.full((size[1], size[0], 3), 90, np.uint8)
+    if left is not None:
+        image[10:20, left : left + 10] = (0, 0, 255)
+    return Frame(image, index, index / 30)
+
+
+def red(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+    """What `ColorModel` finds, as a detector of one's own."""
+    return Detector(ColorModel())(image, list(classes))
+
+
+def held(detector: Callable[..., Any]) -> tuple[Callable[..., Any], threading.Event, threading.Event]:
+    """A detector that waits for the second event, and sets the first one when it has begun."""
+    began, go = threading.Event(), threading.Event()
+
+    def detect(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        began.set()
+        go.wait(240)
+        return detector(image, classes)
+
+    return detect, began, go
+
+
+class Counting(Detector):
+    """A detector that records with how many frames it is called, and can be held."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sizes: list[int] = []
+        self.began, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, frame: Any, classes: Any) -> Any:
+        self.sizes.append(len(frame) if isinstance(frame, list) else 1)
+        self.began.set()
+        self.go.wait(240)
+        return super().__call__(frame, classes)
+
+
+@pytest.fixture
+def worker() -> Iterator[Callable[..., DetectionWorker]]:
+    workers = []
+
+    def make(detector: Any) -> DetectionWorker:
+        workers.append(DetectionWorker(detector, CLASSES))
+        return workers[-1]
+
+    yield make
+    for each in workers:
+        each.close(240)
+        assert not each._thread.is_alive()
+
+
+def test_results_belong_to_their_frames(worker: Callable[..., DetectionWorker]) -> None:
+    working = worker(red)
+    lefts = [10, 25, None, 40]
+    found = [working.submit(frame(i, left), "clip").result(240) for i, left in enumerate(lefts)]
+    assert [f.xyxy[:, 0].tolist() for f in found if f is not None] == [[10], [25], [], [40]]
+    assert (working.looked, working.failed, working.backlog) == (4, 0, 0)
+    assert working.seconds > 0
+
+
+@pytest.mark.compat
+def test_waiting_frames_become_one_call(worker: Callable[..., DetectionWorker]) -> None:
+    detector = Counting(ColorModel())
+    working = worker(detector)
+    first = working.submit(frame(0), "clip", 0)
+    assert detector.began.wait(240)
+    count = MAX_BATCH + 4
+    rest = [working.submit(frame(i, 10 + i, (60 + i, 40)), "clip", i) for i in range(1, count)]
+    assert working.backlog == count
+    detector.go.set()
+    lefts = []
+    for each in (first, *rest):
+        found = each.result(240)
+        assert found is not None
+        lefts.append(found.xyxy[0, 0].round())
+    assert lefts == [10 + i for i in range(count)]  # in order, whatever the size of the frames
+    assert detector.sizes == [1, MAX_BATCH, 3]
+    assert (working.looked, working.failed) == (count, 0)
+
+
+def test_frames_of_one_source_come_one_by_one(worker: Callable[..., DetectionWorker]) -> None:
+    detector = Counting(ColorModel())
+    detector.go.set()
+    working = worker(detector)
+    waiting = [working.submit(frame(i), "clip") for i in range(6)]
+    assert all(each.result(240) is not None for each in waiting)
+    assert detector.sizes == [1] * 6
+
+
+def test_one_bad_frame_of_a_batch(worker: Callable[..., DetectionWorker], caplog: pytest.LogCaptureFixture) -> None:
+    detector = Counting(ColorModel())  # which fails on magenta
+    working = worker(detector)
+    first = working.submit(frame(0), "door")
+    assert detector.began.wait(240)
+    rest = [working.submit(frame(1), "door", 0), working.submit(Frame(MAGENTA, 5, 0.2), "yard", 1)]
+    rest.append(working.submit(frame(2), "door", 0))
+    detector.go.set()
+    assert [each.result(240) is None for each in (first, *rest)] == [False, False, True, False]
+    assert detector.sizes == [1, 2, 1, 1, 1]  # those of the call that failed are looked at one by one
+    assert (working.looked, working.failed) == (3, 1)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("yard: the detector failed on frame 5: ")
+
+
+def test_the_tiny_model(worker: Callable[..., DetectionWorker]) -> None:
+    scenes = [render_scene(seed, resolution_wh=(240, 160)).image for seed in range(3)]
+    with load("tiny", device="cpu", dtype="float32") as model:
+        detector = Detector(model)
+        working = worker(Counting(model))
+        working._detector.go.set()  # type: ignore[union-attr]
+        waiting = [working.submit(Frame(image, i, 0.0), "clip") for i, image in enumerate(scenes)]
+        for image, each in zip(scenes, waiting, strict=True):
+            found, alone = each.result(240), detector(image, CLASSES)
+            assert found is not None
+            np.testing.assert_allclose(found.xyxy, alone.xyxy, atol=0.5)
+            assert list(found.data["class_name"]) == list(alone.data["class_name"])
+
+
+def given(**settings: Any) -> Callable[..., Any]:
+    boxes = np.array([[1, 2, 3, 4], [5, 5, 9, 9]], np.float32)
+    return lambda image, classes: sv.Detections(xyxy=boxes, **settings)
+
+
+NONSENSE: dict[str, Callable[..., Any]] = {
+    "None": lambda image, classes: None,
+    "a list": lambda image, classes: [(1, 2, 3, 4)],
+    "an exception": lambda image, classes: 1 / 0,
+    "no argument": lambda: None,
+    "a class too high": given(class_id=np.array([0, 2])),
+    "all classes below 0": given(class_id=np.array([-1, -1])),
+    "a class below 0": given(class_id=np.array([-1, 1])),
+    "a box of NaN": lambda image, classes: sv.Detections(np.array([[np.nan] * 4]), class_id=np.array([0])),
+    "corners exchanged": lambda image, classes: sv.Detections(np.array([[9.0, 9, 5, 5]]), class_id=np.array([0])),
+}
+
+
+@pytest.mark.parametrize("detector", NONSENSE.values(), ids=list(NONSENSE))
+def test_nonsense_counts_as_not_looked_at(
+    detector: Callable[..., Any], worker: Callable[..., DetectionWorker], caplog: pytest.LogCaptureFixture
+) -> None:
+    working = worker(detector)
+    assert [working.submit(frame(i), "the yard").result(240) for i in range(2)] == [None, None]
+    assert (working.looked, working.failed) == (0, 2)
+    assert "the yard: the detector failed on frame 1: " in caplog.text
+
+
+def test_nothing_found_is_no_nonsense(worker: Callable[..., DetectionWorker]) -> None:
+    for empty in (sv.Detections.empty(), sv.Detections(np.zeros((0, 4)), class_id=np.zeros(0, int))):
+        working = worker(lambda image, classes, empty=empty: empty)
+        assert working.submit(frame(0), "clip").result(240) is not None
+        assert working.failed == 0
+
+
+def test_a_detector_for_single_frames_gives_each_at_once(
+    worker: Callable[..., DetectionWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, began, may_return = [0.0], threading.Event(), threading.Semaphore(0)
+    monkeypatch.setattr(keyframe_detector, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def slow(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        began.set()
+        assert may_return.acquire(timeout=240)
+        now[0] += 0.1
+        return red(image, classes)
+
+    working = worker(slow)
+    first = working.submit(frame(0), "clip")
+    assert began.wait(240)
+    second, *_, last = (working.submit(frame(i), "clip") for i in range(1, 6))
+    may_return.release(2)
+    first.result(240)
+    second.result(240)
+    assert not last.done()
+    may_return.release(4)
+    last.result(240)
+    assert working.seconds == pytest.approx(0.1)  # what a call takes
+
+
+class Exit(BaseException):
+    """As `SystemExit` is: no `Exception`."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_detector_that_exits_hangs_nobody(worker: Callable[..., DetectionWorker]) -> None:
+    def leave(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+        raise Exit
+
+    waiting = worker(leave).submit(frame(0), "clip")
+    end = time.monotonic() + 240
+    while not waiting.done() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert waiting.done()
+
+
+def test_closing() -> None:
+    detector, began, go = held(red)
+    working = DetectionWorker(detector, CLASSES)
+    first = working.submit(frame(0), "clip")
+    assert began.wait(240)
+    second = working.submit(frame(1), "clip")
+    assert not working.close(0.1)  # returns although the detector is still running
+    assert not first.done()
+    assert second.cancelled()
+    assert working.submit(frame(2), "clip").cancelled()
+    go.set()
+    assert first.result(240) is not None
+    assert working.close(240)
+    assert not working._thread.is_alive()
+    assert working.looked == 1
+
+
+EXIT = """
+import atexit
+import supervision as sv
+working = None
+atexit.register(lambda: print(working._thread.is_alive()))  # runs last
+from moondream_cv.video.tracking.keyframe_detector import DetectionWorker
+working = DetectionWorker(lambda image, classes: sv.Detections.empty(), ["dog"])
+"""
+
+
+def test_a_worker_that_is_left_open_ends_with_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=240, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
