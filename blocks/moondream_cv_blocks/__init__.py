@@ -18,7 +18,7 @@ _logged: set[str] = set()  # problems with environment variables
 __all__ = ["REGISTERED_INITIALIZERS", "ModelPool", "load_blocks"]
 
 
-def models_of_process() -> ModelPool:
+def process_pool() -> ModelPool:
     """Return the pool that all blocks of the process share.
 
     Raises:
@@ -34,7 +34,7 @@ def models_of_process() -> ModelPool:
         ) from error
 
 
-REGISTERED_INITIALIZERS = {"models": models_of_process}
+REGISTERED_INITIALIZERS = {"models": process_pool}
 
 
 def load_blocks() -> list[type[Any]]:

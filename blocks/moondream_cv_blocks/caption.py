@@ -8,11 +8,11 @@ from pydantic import Field
 
 from moondream_cv.requests import Caption, CaptionResult
 
-from .fields import ALWAYS_VISIBLE, Text, TextManifest, described, error_outputs
-from .results import outputs
+from .fields import ALWAYS_VISIBLE, Text, TextManifest, block_metadata, error_output_definitions
+from .results import block_outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
-from .running import MoondreamBlock, ask
-from .values import text_settings
+from .running import MoondreamBlock, run_requests
+from .values import parse_text_settings
 
 DESCRIPTION = """
 Describe images with **Moondream 2**, in a sentence (`short`), a paragraph (`normal`) or at length (`long`).
@@ -29,7 +29,7 @@ same image, it is encoded once for all of them.
 class Manifest(TextManifest):
     """A description of each image."""
 
-    model_config = described(
+    model_config = block_metadata(
         "Moondream Caption",
         "Describe images in words.",
         DESCRIPTION,
@@ -49,7 +49,7 @@ class Manifest(TextManifest):
     def describe_outputs(cls) -> list[OutputDefinition]:
         return [
             OutputDefinition(name="caption", kind=[types.STRING_KIND, types.LANGUAGE_MODEL_OUTPUT_KIND]),
-            *error_outputs(),
+            *error_output_definitions(),
         ]
 
 
@@ -66,15 +66,16 @@ class CaptionBlock(MoondreamBlock):
         max_tokens: int,
         temperature: float,
     ) -> BlockResult:
-        def request(picture: Any, index: int) -> Caption:
-            return Caption(picture, length, text_settings(max_tokens, temperature))
+        def request(image: Any, index: int) -> Caption:
+            return Caption(image, length, parse_text_settings(max_tokens, temperature))
 
-        return outputs(ask(self._models, model, list(images), request), images, _described, _nothing, "caption")
+        results = run_requests(self._models, model, list(images), request)
+        return block_outputs(results, images, _caption_outputs, _empty_outputs, "caption")
 
 
-def _described(result: CaptionResult, image: WorkflowImageData) -> dict[str, Any]:
+def _caption_outputs(result: CaptionResult, image: WorkflowImageData) -> dict[str, Any]:
     return {"caption": result.caption}
 
 
-def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+def _empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
     return {"caption": ""}

@@ -8,10 +8,10 @@ import supervision as sv
 
 from moondream_cv.detector import Detector
 
-from .fields import BoxManifest, described, error_outputs
-from .results import as_prediction, no_prediction, outputs
+from .fields import BoxManifest, block_metadata, error_output_definitions
+from .results import as_prediction, block_outputs, empty_prediction
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
-from .running import MoondreamBlock, find
+from .running import MoondreamBlock, run_detector
 
 KIND = "object-detection"
 
@@ -43,7 +43,7 @@ It takes the place of `roboflow_core/moondream2@v1`: change the step's `type`, a
 class Manifest(BoxManifest):
     """Boxes of whatever the class names mean."""
 
-    model_config = described(
+    model_config = block_metadata(
         "Moondream Detect",
         "Detect objects of any classes by name, with real confidences.",
         DESCRIPTION,
@@ -56,7 +56,7 @@ class Manifest(BoxManifest):
     def describe_outputs(cls) -> list[OutputDefinition]:
         return [
             OutputDefinition(name="predictions", kind=[types.OBJECT_DETECTION_PREDICTION_KIND]),
-            *error_outputs(),
+            *error_output_definitions(),
         ]
 
 
@@ -75,13 +75,13 @@ class DetectBlock(MoondreamBlock):
         nms: float | None,
     ) -> BlockResult:
         options = {"confidence": confidence, "max_objects": max_objects, "nms": nms}
-        found = find(Detector, self._models, model, list(images), class_names, **options)
-        return outputs(found, images, _found, _nothing, "detect")
+        detections = run_detector(Detector, self._models, model, list(images), class_names, **options)
+        return block_outputs(detections, images, _detection_outputs, _empty_outputs, "detect")
 
 
-def _found(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
+def _detection_outputs(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
     return {"predictions": as_prediction(detections, image, KIND)}
 
 
-def _nothing(image: WorkflowImageData) -> dict[str, Any]:
-    return {"predictions": no_prediction(image, KIND)}
+def _empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
+    return {"predictions": empty_prediction(image, KIND)}

@@ -16,20 +16,20 @@ from pydantic_core import CoreSchema
 
 from moondream_cv.errors import MoondreamError
 
-from .messages import in_workflow_terms
-from .pool import CORE_MODELS, canonical, check_model
+from .messages import workflow_message
+from .pool import CORE_MODELS, canonical_name, check_model
 from .roboflow import ENGINE_VERSIONS, TENSORS, OutputDefinition, WorkflowBlockManifest, types
 from .values import (
     MAX_COUNT,
     MAX_TEMPERATURE,
-    checked,
-    class_list,
-    count,
-    fraction,
     is_selector,
-    like_a_selector,
-    optional_fraction,
-    sampling_temperature,
+    parse_class_names,
+    parse_count,
+    parse_fraction,
+    parse_optional_fraction,
+    parse_temperature,
+    parsed_by,
+    resembles_selector,
 )
 
 if TYPE_CHECKING:
@@ -51,19 +51,19 @@ else:
     Flag = types.Selector(kind=[types.BOOLEAN_KIND])
     Anything = types.Selector()
 
-# The bounds are for the workflow builder; `checked` enforces them.
+# The bounds are for the workflow builder; `parsed_by` enforces them.
 FractionLiteral: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-Fraction: TypeAlias = Annotated[FractionLiteral | Number, checked(fraction)]
-OptionalFraction: TypeAlias = Annotated[FractionLiteral | Number | None, checked(optional_fraction)]
-Count: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | Integer, checked(count)]
-Temperature: TypeAlias = Annotated[
-    Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | Number, checked(sampling_temperature)
+FractionField: TypeAlias = Annotated[FractionLiteral | Number, parsed_by(parse_fraction)]
+OptionalFractionField: TypeAlias = Annotated[FractionLiteral | Number | None, parsed_by(parse_optional_fraction)]
+CountField: TypeAlias = Annotated[Annotated[int, Field(ge=1, le=MAX_COUNT)] | Integer, parsed_by(parse_count)]
+TemperatureField: TypeAlias = Annotated[
+    Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | Number, parsed_by(parse_temperature)
 ]
 ALWAYS_VISIBLE: JsonDict = {"always_visible": True}
 """Extra of a field that the workflow builder shows without opening the advanced options."""
 
 
-def described(
+def block_metadata(
     name: str, short: str, long: str, *, keywords: Sequence[str], priority: float, section: str = "model"
 ) -> ConfigDict:
     """Return the metadata of a block for the workflow builder.
@@ -128,7 +128,7 @@ class MoondreamManifest(WorkflowBlockManifest):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_model_version(cls, values: Any) -> Any:
+    def _convert_model_version(cls, values: Any) -> Any:
         """Read the field `model_version` of `roboflow_core/moondream2@v1`, which changes to this block by its type.
 
         Raises:
@@ -137,7 +137,9 @@ class MoondreamManifest(WorkflowBlockManifest):
         if not isinstance(values, dict) or values.get("model_version") is None:
             return values
         version, rest = values["model_version"], {k: v for k, v in values.items() if k != "model_version"}
-        if not like_a_selector(version) and (not isinstance(version, str) or canonical(version) != "moondream2"):
+        if not resembles_selector(version) and (
+            not isinstance(version, str) or canonical_name(version) != "moondream2"
+        ):
             raise ValueError(
                 f"model_version must be 'moondream2' or one of {', '.join(map(repr, sorted(CORE_MODELS)))}, got "
                 f"{version!r:.100}; remove it, and set the field model"
@@ -146,7 +148,7 @@ class MoondreamManifest(WorkflowBlockManifest):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_misspelt(cls, values: Any) -> Any:
+    def _reject_misspelled_fields(cls, values: Any) -> Any:
         """Fields that a block does not have are passed over, but not those that are nearly called like one it has."""
         if isinstance(values, dict):
             missing = [name for name in cls.model_fields if name not in values]
@@ -163,8 +165,8 @@ class MoondreamManifest(WorkflowBlockManifest):
             try:
                 check_model(value)
             except (MoondreamError, ValueError) as error:  # a MoondreamError would leave pydantic as it is
-                raise ValueError(in_workflow_terms(error)) from error
-            return canonical(value)
+                raise ValueError(workflow_message(error)) from error
+            return canonical_name(value)
         return value
 
     @classmethod
@@ -176,7 +178,7 @@ class MoondreamManifest(WorkflowBlockManifest):
         return ENGINE_VERSIONS
 
 
-class FinderManifest(MoondreamManifest):
+class ClassNamesManifest(MoondreamManifest):
     """What is looked for as well."""
 
     class_names: list[str] | str | Texts = Field(
@@ -186,7 +188,7 @@ class FinderManifest(MoondreamManifest):
         examples=[["person", "red car"], "person, red car", "$inputs.class_names"],
         json_schema_extra=ALWAYS_VISIBLE,
     )
-    confidence: Fraction = Field(
+    confidence: FractionField = Field(
         default=0.0,
         title="Confidence Threshold",
         description="Drop results below this confidence, from 0 to 1; 0 keeps all that the model says, 0.3 is a good "
@@ -194,7 +196,7 @@ class FinderManifest(MoondreamManifest):
         "answers 1.0 for everything.",
         examples=[0.0, 0.3, "$inputs.confidence"],
     )
-    max_objects: Count = Field(
+    max_objects: CountField = Field(
         default=50,
         title="Maximum Objects",
         description="Results per image and class at the most.",
@@ -203,21 +205,21 @@ class FinderManifest(MoondreamManifest):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_tensors(cls, values: Any) -> Any:
+    def _reject_tensor_representation(cls, values: Any) -> Any:
         if TENSORS:
             raise ValueError("this block gives sv.Detections: unset ENABLE_TENSOR_DATA_REPRESENTATION")
         return values
 
     @model_validator(mode="before")
     @classmethod
-    def _take_prompt(cls, values: Any) -> Any:
+    def _convert_prompt(cls, values: Any) -> Any:
         """A step of `roboflow_core/moondream2@v1` becomes one of these by its `type` alone.
 
         A prompt that is written down is one class, commas or not; one from a selector is read as `class_names` are.
         """
         if isinstance(values, dict) and "class_names" not in values and values.get("prompt") is not None:
             prompt = values["prompt"]
-            names = prompt if like_a_selector(prompt) else [prompt]
+            names = prompt if resembles_selector(prompt) else [prompt]
             return {**{key: value for key, value in values.items() if key != "prompt"}, "class_names": names}
         return values
 
@@ -225,14 +227,14 @@ class FinderManifest(MoondreamManifest):
     @classmethod
     def _check_class_names(cls, value: Any) -> Any:
         if not is_selector(value):
-            class_list(value)
+            parse_class_names(value)
         return value
 
 
-class BoxManifest(FinderManifest):
+class BoxManifest(ClassNamesManifest):
     """Which boxes are kept as well."""
 
-    nms: OptionalFraction = Field(
+    nms: OptionalFractionField = Field(
         default=None,
         title="NMS Threshold",
         description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
@@ -244,13 +246,13 @@ class BoxManifest(FinderManifest):
 class TextManifest(MoondreamManifest):
     """How text is written as well."""
 
-    max_tokens: Count = Field(
+    max_tokens: CountField = Field(
         default=768,
         title="Maximum Tokens",
         description="Tokens at the most, a token being a short word or a part of a longer one.",
         examples=[768, 64, "$inputs.max_tokens"],
     )
-    temperature: Temperature = Field(
+    temperature: TemperatureField = Field(
         default=0.0,
         title="Temperature",
         description="0 always takes the likeliest words, so that the same image gives the same text. Above it the "
@@ -259,7 +261,7 @@ class TextManifest(MoondreamManifest):
     )
 
 
-def error_outputs() -> list[OutputDefinition]:
+def error_output_definitions() -> list[OutputDefinition]:
     """What every block says of an image on which it failed."""
     return [
         OutputDefinition(name="error_status", kind=[types.BOOLEAN_KIND]),

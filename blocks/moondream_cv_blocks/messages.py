@@ -34,7 +34,7 @@ _TERMS = (  # pattern of the advice for Python users → advice for users of wor
 )
 
 
-def in_workflow_terms(error: Exception | str) -> str:
+def workflow_message(error: Exception | str) -> str:
     """Return the message of an error as users of a workflow can act on it; the error's type if it has no message."""
     text = str(error) or type(error).__name__
     for pattern, advice in _TERMS:

@@ -9,10 +9,10 @@ import supervision as sv
 
 from moondream_cv.detector import Pointer
 
-from .fields import FinderManifest, described, error_outputs
-from .results import as_float64, as_prediction, no_prediction, outputs
+from .fields import ClassNamesManifest, block_metadata, error_output_definitions
+from .results import as_float64, as_prediction, block_outputs, empty_prediction
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, constants, types
-from .running import MoondreamBlock, find
+from .running import MoondreamBlock, run_detector
 
 KIND = "keypoint-detection"
 KEY_POINT = "point"  # the name of the only one that an object has
@@ -42,10 +42,10 @@ Images are encoded once however many classes there are, and all images of a batc
 """
 
 
-class Manifest(FinderManifest):
+class Manifest(ClassNamesManifest):
     """A point on whatever the class names mean."""
 
-    model_config = described(
+    model_config = block_metadata(
         "Moondream Point",
         "Point at objects of any classes by name, or count them.",
         DESCRIPTION,
@@ -62,7 +62,7 @@ class Manifest(FinderManifest):
                 kind=[types.KEYPOINT_DETECTION_PREDICTION_KIND, types.OBJECT_DETECTION_PREDICTION_KIND],
             ),
             OutputDefinition(name="points", kind=[LABELED_POINTS_KIND]),
-            *error_outputs(),
+            *error_output_definitions(),
         ]
 
 
@@ -80,17 +80,17 @@ class PointBlock(MoondreamBlock):
         max_objects: int,
     ) -> BlockResult:
         options = {"confidence": confidence, "max_objects": max_objects}
-        found = find(Pointer, self._models, model, list(images), class_names, **options)
-        return outputs(found, images, _found, _nothing, "point")
+        detections = run_detector(Pointer, self._models, model, list(images), class_names, **options)
+        return block_outputs(detections, images, _point_outputs, _empty_outputs, "point")
 
 
-def _found(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
+def _point_outputs(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
     points = [{"x": float(x), "y": float(y), "positive": True} for x, y in detections.xyxy[:, :2]]
     return {"predictions": as_prediction(_with_key_points(detections), image, KIND), "points": points}
 
 
-def _nothing(image: WorkflowImageData) -> dict[str, Any]:
-    return {"predictions": _with_key_points(no_prediction(image, KIND)), "points": []}
+def _empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
+    return {"predictions": _with_key_points(empty_prediction(image, KIND)), "points": []}
 
 
 def _with_key_points(detections: sv.Detections) -> sv.Detections:

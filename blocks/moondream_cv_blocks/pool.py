@@ -56,7 +56,7 @@ class ModelPool:
         """
         check_seconds("timeout", timeout)
         self.device, self.timeout, self.cache_bytes = device, timeout, cache_bytes
-        self._opened: dict[str, _Opened] = {}  # by what it was asked for as, and by what that means
+        self._opened: dict[str, _Entry] = {}  # by what it was asked for as, and by what that means
         self._lock = threading.Lock()
 
     def get(self, name: str) -> VisionModel:
@@ -72,7 +72,7 @@ class ModelPool:
         opened = self._entry(name)
         with opened.lock:  # one model that loads for minutes keeps no other waiting
             if opened.model is None:
-                if time.monotonic() < opened.again:
+                if time.monotonic() < opened.retry_at:
                     raise opened.kind(opened.reason)
                 try:
                     check_name(name)
@@ -82,10 +82,10 @@ class ModelPool:
                     raise
             return opened.model
 
-    def holds(self, name: str) -> bool:
+    def is_open(self, name: str) -> bool:
         """Whether the model of this name is open."""
         with self._lock:
-            opened = self._opened.get(canonical(name))
+            opened = self._opened.get(canonical_name(name))
             return opened is not None and opened.model is not None
 
     def add(self, name: str, model: VisionModel) -> None:
@@ -96,7 +96,7 @@ class ModelPool:
             ValueError: Likewise, or it may not be used here.
         """
         name = check_model(name)
-        opened = _Opened()
+        opened = _Entry()
         opened.model = model
         with self._lock:
             before = self._opened.get(_key(name))
@@ -113,25 +113,25 @@ class ModelPool:
                 if model is not None:
                     model.close()
 
-    def _entry(self, name: str) -> _Opened:
+    def _entry(self, name: str) -> _Entry:
         with self._lock:
             opened = self._opened.get(name)
             if opened is None:
                 now = time.monotonic()
-                self._opened = {key: one for key, one in self._opened.items() if not one.forgettable(now)}
-                opened = self._opened[name] = self._opened.setdefault(_key(name), _Opened())
+                self._opened = {key: one for key, one in self._opened.items() if not one.is_expired(now)}
+                opened = self._opened[name] = self._opened.setdefault(_key(name), _Entry())
             return opened
 
     def _open(self, name: str) -> VisionModel:
         if is_url(name):
-            server = connect(name, timeout=self.timeout, retries=1, api_key=None if _may_have_keys(name) else "")
+            server = connect(name, timeout=self.timeout, retries=1, api_key=None if _may_receive_keys(name) else "")
             server.stop_after_timeout = True
             server.has_scores  # noqa: B018 - requested now, not in the middle of a step
             return server
         return load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=self.cache_bytes)
 
 
-class _Opened:
+class _Entry:
     """A model, or why it could not be opened. The exception itself would hold on to what was being loaded."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class _Opened:
         self.model: VisionModel | None = None
         self.kind: type[Exception] = MoondreamError
         self.reason = ""
-        self.again = -math.inf  # when it may be tried
+        self.retry_at = -math.inf  # when it may be tried
 
     def fail(self, error: Exception) -> None:
         if isinstance(error, MoondreamError):
@@ -147,11 +147,11 @@ class _Opened:
         else:
             self.kind = ValueError if isinstance(error, ValueError) else MoondreamError
         self.reason = str(error) or type(error).__name__
-        self.again = time.monotonic() + RETRY_SECONDS
+        self.retry_at = time.monotonic() + RETRY_SECONDS
 
-    def forgettable(self, now: float) -> bool:
+    def is_expired(self, now: float) -> bool:
         """Whether nothing is lost without it: it has failed a while ago, and nobody is at it."""
-        return self.model is None and -math.inf < self.again < now and not self.lock.locked()
+        return self.model is None and -math.inf < self.retry_at < now and not self.lock.locked()
 
 
 def shared_pool() -> ModelPool:
@@ -163,11 +163,11 @@ def shared_pool() -> ModelPool:
     global _shared
     with _shared_lock:  # the server compiles in several threads
         if _shared is None:
-            _shared = pool_of_environment()
+            _shared = pool_from_environment()
         return _shared
 
 
-def pool_of_environment() -> ModelPool:
+def pool_from_environment() -> ModelPool:
     """Return a new pool with the settings of the environment variables; raises as `shared_pool`."""
     device, seconds = os.environ.get(DEVICE, "").strip() or None, os.environ.get(TIMEOUT, "").strip()
     if device is not None:
@@ -190,12 +190,12 @@ def environment_problems() -> list[str]:
     """Return a message for each environment variable with an invalid value."""
     problems = []
     try:
-        pool_of_environment()
+        pool_from_environment()
     except ValueError as error:
         problems.append(str(error))
     for name in _allowed():
         try:
-            check_name(canonical(name))
+            check_name(canonical_name(name))
         except (MoondreamError, ValueError) as error:
             problems.append(f"the environment variable {ALLOWED} lists a model that cannot be used: {error}")
     return problems
@@ -212,7 +212,7 @@ def check_model(name: object) -> str:
         ValueError: The name is not a string, or `MOONDREAM_CV_BLOCKS_MODELS` does not list the model.
     """
     text = check_allowed(name)
-    if _shared is None or not _shared.holds(text):  # the files of an open model may be deleted
+    if _shared is None or not _shared.is_open(text):  # the files of an open model may be deleted
         check_name(text)
     return text
 
@@ -231,19 +231,19 @@ def check_allowed(name: object) -> str:
     allowed = _allowed()
     if allowed and _key(name) not in map(_key, allowed):
         raise ValueError(
-            f"the model {shown(name)!r} may not be used here, only {', '.join(map(shown, allowed))}; "
+            f"the model {redacted(name)!r} may not be used here, only {', '.join(map(redacted, allowed))}; "
             f"{ALLOWED} lists the models"
         )
-    return canonical(name)
+    return canonical_name(name)
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return a name without surrounding spaces, and "moondream2" for a `model_version` of Roboflow's own block."""
     text = name.strip()
     return "moondream2" if text in CORE_MODELS and not os.path.exists(text) else text
 
 
-def shown(name: str) -> str:
+def redacted(name: str) -> str:
     """A model's name for messages, without what is secret in a URL."""
     return shown_url(name) if is_url(name) else name[:200]
 
@@ -252,7 +252,7 @@ def _allowed() -> list[str]:
     return [part.strip() for part in os.environ.get(ALLOWED, "").split(",") if part.strip()]
 
 
-def _may_have_keys(url: str) -> bool:
+def _may_receive_keys(url: str) -> bool:
     """Whether keys of the environment are sent to a server.
 
     Those who write workflows are not always those whose keys these are: a server that somebody just names gets none.
@@ -263,7 +263,7 @@ def _may_have_keys(url: str) -> bool:
 
 def _key(name: str) -> str:
     """Return the same key for all names of a model."""
-    text = canonical(name)
+    text = canonical_name(name)
     if is_url(text):
         try:
             address = Address.of(text)

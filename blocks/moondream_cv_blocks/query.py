@@ -11,11 +11,11 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from moondream_cv.requests import Query, QueryResult
 
-from .fields import ALWAYS_VISIBLE, Anything, Flag, Text, TextManifest, described, error_outputs
-from .results import outputs
+from .fields import ALWAYS_VISIBLE, Anything, Flag, Text, TextManifest, block_metadata, error_output_definitions
+from .results import block_outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
-from .running import MoondreamBlock, ask
-from .values import flag, is_selector, text_settings
+from .running import MoondreamBlock, run_requests
+from .values import is_selector, parse_flag, parse_text_settings
 
 DESCRIPTION = """
 Ask a question about each image and get **Moondream 2**'s answer, in words: "What colour is the car?", "Is the door
@@ -49,7 +49,7 @@ _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}|\{(\w+)\}")
 class Manifest(TextManifest):
     """An answer to a question about each image."""
 
-    model_config = described(
+    model_config = block_metadata(
         "Moondream Query",
         "Ask a question about images and get an answer in words.",
         DESCRIPTION,
@@ -91,7 +91,7 @@ class Manifest(TextManifest):
     def _check_parameters(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         question = info.data.get("question")  # missing where it is wrong itself
         if question is not None and not is_selector(question):
-            filled(question, value)
+            fill_placeholders(question, value)
         return value
 
     @classmethod
@@ -104,7 +104,7 @@ class Manifest(TextManifest):
             OutputDefinition(name="answer", kind=[types.STRING_KIND, types.LANGUAGE_MODEL_OUTPUT_KIND]),
             OutputDefinition(name="reasoning", kind=[types.STRING_KIND]),
             OutputDefinition(name="grounding", kind=[types.LIST_OF_VALUES_KIND]),
-            *error_outputs(),
+            *error_output_definitions(),
         ]
 
 
@@ -123,16 +123,17 @@ class QueryBlock(MoondreamBlock):
         max_tokens: int,
         temperature: float,
     ) -> BlockResult:
-        def request(picture: Any, index: int) -> Query:
+        def request(image: Any, index: int) -> Query:
             values = {name: _of_image(value, index) for name, value in parameters.items()}
-            asked = filled(_of_image(question, index), values)
-            settings = text_settings(max_tokens, temperature)
-            return Query(picture, asked, flag(reasoning, "reasoning"), settings=settings)
+            asked = fill_placeholders(_of_image(question, index), values)
+            settings = parse_text_settings(max_tokens, temperature)
+            return Query(image, asked, parse_flag(reasoning, "reasoning"), settings=settings)
 
-        return outputs(ask(self._models, model, list(images), request), images, _answered, _nothing, "query")
+        results = run_requests(self._models, model, list(images), request)
+        return block_outputs(results, images, _answer_outputs, _empty_outputs, "query")
 
 
-def filled(question: Any, values: Mapping[str, Any]) -> str:
+def fill_placeholders(question: Any, values: Mapping[str, Any]) -> str:
     """A question with values in the place of its placeholders.
 
     Raises:
@@ -164,7 +165,7 @@ def _of_image(value: Any, index: int) -> Any:
     return value[index] if isinstance(value, Batch) else value
 
 
-def _answered(result: QueryResult, image: WorkflowImageData) -> dict[str, Any]:
+def _answer_outputs(result: QueryResult, image: WorkflowImageData) -> dict[str, Any]:
     """The outputs; points of the grounding are in pixels."""
     if result.reasoning is None:
         return {"answer": result.answer, "reasoning": "", "grounding": []}
@@ -182,5 +183,5 @@ def _answered(result: QueryResult, image: WorkflowImageData) -> dict[str, Any]:
     return {"answer": result.answer, "reasoning": thoughts.text, "grounding": grounding}
 
 
-def _nothing(image: WorkflowImageData) -> dict[str, Any]:
+def _empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
     return {"answer": "", "reasoning": "", "grounding": []}

@@ -16,17 +16,17 @@ import supervision as sv
 from moondream_cv.errors import ImageError, MoondreamError
 from moondream_cv.images import to_rgb
 
-from .messages import in_workflow_terms
+from .messages import workflow_message
 from .roboflow import WorkflowImageData, attach_parents_coordinates_to_sv_detections, constants
 
 logger = logging.getLogger(__name__)
 
-TOLD_AGAIN = 60.0  # seconds after which the same message is logged again
-MOST_TOLD = 256
+LOG_INTERVAL_SECONDS = 60.0  # seconds after which the same message is logged again
+MAX_LOGGED_MESSAGES = 256
 
 NO_ERROR = {"error_status": False, "error_message": ""}
 
-_told: dict[tuple[str, str], float] = {}  # when each block's messages were logged
+_logged_at: dict[tuple[str, str], float] = {}  # when each block's messages were logged
 
 
 def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
@@ -46,7 +46,7 @@ def pixels_of(image: WorkflowImageData) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(to_rgb(pixels)[..., ::-1])
 
 
-def outputs(
+def block_outputs(
     results: Sequence[Any],
     images: Iterable[WorkflowImageData],
     give: Callable[[Any, WorkflowImageData], dict[str, Any]],
@@ -72,21 +72,21 @@ def outputs(
     return given
 
 
-def error_of(error: Exception) -> dict[str, Any]:
+def error_outputs(error: Exception) -> dict[str, Any]:
     """Return the error outputs."""
-    return {"error_status": True, "error_message": in_workflow_terms(error)}
+    return {"error_status": True, "error_message": workflow_message(error)}
 
 
 def _failed(error: Exception, block: str) -> dict[str, Any]:
     """The error outputs of an image, which are logged; what is not meant to happen with its traceback."""
     expected = isinstance(error, (MoondreamError, ValueError))
-    given, now = error_of(error), time.monotonic()
+    given, now = error_outputs(error), time.monotonic()
     message = given["error_message"]
-    told = block, message[:80]  # what it quotes at the end may differ from frame to frame
-    if now - _told.get(told, -math.inf) > TOLD_AGAIN:  # of a stream, every frame would say it
-        if len(_told) >= MOST_TOLD:
-            _told.clear()
-        _told[told] = now
+    key = block, message[:80]  # what it quotes at the end may differ from frame to frame
+    if now - _logged_at.get(key, -math.inf) > LOG_INTERVAL_SECONDS:  # of a stream, every frame would say it
+        if len(_logged_at) >= MAX_LOGGED_MESSAGES:
+            _logged_at.clear()
+        _logged_at[key] = now
         level = logging.WARNING if expected else logging.ERROR
         logger.log(level, "moondream_cv/%s: %s", block, message, exc_info=None if expected else error)
     return given
@@ -121,7 +121,7 @@ def as_prediction(detections: sv.Detections, image: WorkflowImageData, kind: str
     return attach_parents_coordinates_to_sv_detections(detections, image)
 
 
-def no_prediction(image: WorkflowImageData, kind: str) -> sv.Detections:
+def empty_prediction(image: WorkflowImageData, kind: str) -> sv.Detections:
     """What stands in the place of detections on an image that failed."""
     nothing = sv.Detections(
         xyxy=np.empty((0, 4), np.float64),

@@ -13,10 +13,10 @@ from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.vision_model import VisionModel
 
-from .pool import ModelPool, shown
+from .pool import ModelPool, redacted
 from .results import pixels_of
 from .roboflow import WorkflowBlock, WorkflowBlockManifest, WorkflowImageData
-from .values import class_list, count, fraction, optional_fraction
+from .values import parse_class_names, parse_count, parse_fraction, parse_optional_fraction
 
 SKILLS: dict[type[Detector] | type[Pointer], str] = {Detector: "detect", Pointer: "point"}
 
@@ -44,7 +44,7 @@ class MoondreamBlock(WorkflowBlock):
         return cls.manifest
 
 
-def find(
+def run_detector(
     kind: type[Detector] | type[Pointer],
     pool: ModelPool,
     model: str,
@@ -60,18 +60,18 @@ def find(
     Args:
         kind: What finds them.
         model: A name for the pool.
-        class_names: As `class_list` takes them; this and what follows may come from anywhere, and be wrong.
+        class_names: As `parse_class_names` takes them; this and what follows may come from anywhere, and be wrong.
         nms: Of a `Detector` alone.
     """
     frames, outcomes = _readable(images, pixels_of)
     if frames:
         try:
-            names = class_list(class_names)
+            names = parse_class_names(class_names)
             options: dict[str, Any] = {
-                "confidence": fraction(confidence, "confidence"),
-                "max_objects": count(max_objects, "max_objects"),
+                "confidence": parse_fraction(confidence, "confidence"),
+                "max_objects": parse_count(max_objects, "max_objects"),
             }
-            threshold = optional_fraction(nms, "nms")
+            threshold = parse_optional_fraction(nms, "nms")
             if threshold is not None:
                 options["nms"] = threshold
             opened = _able(pool.get(model), model, SKILLS[kind])
@@ -82,7 +82,7 @@ def find(
     return [outcomes[index] for index in range(len(images))]
 
 
-def ask(
+def run_requests(
     pool: ModelPool, model: str, images: Sequence[WorkflowImageData], request: Callable[[Any, int], Request]
 ) -> list[Result | Exception]:
     """Ask something of each image.
@@ -117,8 +117,8 @@ def _able(opened: VisionModel, name: str, skill: str) -> VisionModel:
     """
     if skill not in opened.skills:
         raise UnsupportedSkill(
-            f"the model {shown(name)} cannot {skill}, only {', '.join(sorted(opened.skills))}; set the field model to "
-            "moondream2 or to the URL of moondream-cv serve"
+            f"the model {redacted(name)} cannot {skill}, only {', '.join(sorted(opened.skills))}; set the field model "
+            "to moondream2 or to the URL of moondream-cv serve"
         )
     return opened
 

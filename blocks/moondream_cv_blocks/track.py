@@ -24,9 +24,9 @@ from moondream_cv.video.sources.base import ASSUMED_FPS
 from moondream_cv.video.tracking.interpolation import as_detections, predicted
 
 from .detect import KIND
-from .fields import ALWAYS_VISIBLE, BoxManifest, Count, described, error_outputs
+from .fields import ALWAYS_VISIBLE, BoxManifest, CountField, block_metadata, error_output_definitions
 from .pool import ModelPool
-from .results import NO_ERROR, as_prediction, error_of, no_prediction, outputs, pixels_of
+from .results import NO_ERROR, as_prediction, block_outputs, empty_prediction, error_outputs, pixels_of
 from .roboflow import (
     Batch,
     BlockResult,
@@ -36,8 +36,8 @@ from .roboflow import (
     prototypes,
     types,
 )
-from .running import MoondreamBlock, find
-from .values import class_list, count
+from .running import MoondreamBlock, run_detector
+from .values import parse_class_names, parse_count
 
 DETECTIONS = ("tracked_detections", "new_instances", "already_seen_instances")
 CROP_OF = " | crop: "  # stands in an identifier behind that of the whole video
@@ -78,7 +78,7 @@ HTTP requests.
 class Manifest(BoxManifest):
     """Boxes with numbers that stay, on every frame of each video source."""
 
-    model_config = described(
+    model_config = block_metadata(
         "Moondream Track",
         "Detect objects by name on every Nth frame and follow them in between.",
         DESCRIPTION,
@@ -87,7 +87,7 @@ class Manifest(BoxManifest):
         section="video",
     )
     type: Literal["moondream_cv/track@v1"]
-    every: Count = Field(
+    every: CountField = Field(
         default=5,
         title="Every Nth Frame",
         description="Run the model on every Nth frame of each source; boxes in between are predicted. 1: on all.",
@@ -112,7 +112,7 @@ class Manifest(BoxManifest):
     def describe_outputs(cls) -> list[OutputDefinition]:
         return [
             OutputDefinition(name=name, kind=[types.OBJECT_DETECTION_PREDICTION_KIND]) for name in DETECTIONS
-        ] + error_outputs()
+        ] + error_output_definitions()
 
 
 class TrackBlock(MoondreamBlock):
@@ -137,17 +137,17 @@ class TrackBlock(MoondreamBlock):
         tracker: str,
     ) -> BlockResult:
         try:
-            every, names = count(every, "every"), class_list(class_names)
+            every, names = parse_count(every, "every"), parse_class_names(class_names)
         except Exception as error:
-            return outputs([error] * len(images), images, _tracked, _nothing, "track")
+            return block_outputs([error] * len(images), images, _tracked, _nothing, "track")
         with self._lock:
             places = [self._placed(image, every, names, tracker) for image in images]
         due = [index for index, place in enumerate(places) if isinstance(place, _Place) and place.due]
         options = {"confidence": confidence, "max_objects": max_objects, "nms": nms}
-        found = find(Detector, self._models, model, [images[index] for index in due], names, **options)
+        found = run_detector(Detector, self._models, model, [images[index] for index in due], names, **options)
         looked = dict(zip(due, found, strict=True))
         with self._lock:
-            return outputs(
+            return block_outputs(
                 [(place, looked.get(index)) for index, place in enumerate(places)], images, _tracked, _nothing, "track"
             )
 
@@ -239,7 +239,7 @@ class _Stream:
         if place.anew:
             self.forget()
         if found is not None:
-            self.trouble = error_of(found) if isinstance(found, Exception) else NO_ERROR
+            self.trouble = error_outputs(found) if isinstance(found, Exception) else NO_ERROR
 
     def forget(self) -> None:
         """Carry nothing over to what comes; numbers are not given twice."""
@@ -285,7 +285,7 @@ def _tracked(result: tuple[_Place | Exception, Any], image: WorkflowImageData) -
         }
     except Exception as error:
         place.stream.forget()
-        place.stream.trouble = error_of(error)
+        place.stream.trouble = error_outputs(error)
         raise
 
 
@@ -295,7 +295,7 @@ def _part(tracked: sv.Detections, mask: npt.NDArray[np.bool_], image: WorkflowIm
 
 
 def _nothing(image: WorkflowImageData) -> dict[str, Any]:
-    given = {name: no_prediction(image, KIND) for name in DETECTIONS}
+    given = {name: empty_prediction(image, KIND) for name in DETECTIONS}
     for nothing in given.values():
         nothing.tracker_id = np.empty(0, int)  # line counters insist on numbers
     return given

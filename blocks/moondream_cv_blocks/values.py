@@ -1,6 +1,6 @@
 """Values of fields: what is accepted, whether it is written down or comes while a workflow runs.
 
-What is written down is checked when the workflow is compiled (`checked`); what comes from a selector by the same
+What is written down is checked when the workflow is compiled (`parsed_by`); what comes from a selector by the same
 functions in the block, which makes error outputs of what they raise.
 """
 
@@ -26,10 +26,10 @@ _NUMBER, _INTEGER, _FLAG = TypeAdapter(float), TypeAdapter(int), TypeAdapter(boo
 MAX_COUNT = 2**31 - 1
 MAX_TEMPERATURE = 2.0
 _SELECTOR = re.compile(r"\$(inputs|steps)\.\S+")
-_LIKE_A_SELECTOR = re.compile(r"\$[A-Za-z_]")  # unlike "$20"
+_SELECTOR_PREFIX = re.compile(r"\$[A-Za-z_]")  # unlike "$20"
 
 
-def checked(check: Callable[[Any, str], Any]) -> BeforeValidator:
+def parsed_by(check: Callable[[Any, str], Any]) -> BeforeValidator:
     """Have a manifest read a field by one of the functions below, but for a selector."""
 
     def read(value: Any, info: ValidationInfo) -> Any:
@@ -38,7 +38,7 @@ def checked(check: Callable[[Any, str], Any]) -> BeforeValidator:
     return BeforeValidator(read)
 
 
-def class_list(value: Any) -> list[str]:
+def parse_class_names(value: Any) -> list[str]:
     """Return class names without surrounding spaces.
 
     Args:
@@ -58,7 +58,7 @@ def class_list(value: Any) -> list[str]:
         )
     parts = [part.strip() if isinstance(part, str) else part for part in parts]
     for part in parts:
-        if isinstance(part, str) and (like_a_selector(part) or _SELECTOR.fullmatch(f"${part}")):
+        if isinstance(part, str) and (resembles_selector(part) or _SELECTOR.fullmatch(f"${part}")):
             raise ValueError(
                 f"class_names has {part!r}, which is no name; a selector, such as $inputs.class_names, stands for "
                 "the whole list"
@@ -99,9 +99,9 @@ def _parsed_list(text: str) -> list[Any] | None:
     return None if others or len(brackets) != 2 else items
 
 
-def like_a_selector(value: Any) -> bool:
+def resembles_selector(value: Any) -> bool:
     """Whether a value is a selector, or was meant to be one."""
-    return isinstance(value, str) and _LIKE_A_SELECTOR.match(value) is not None
+    return isinstance(value, str) and _SELECTOR_PREFIX.match(value) is not None
 
 
 def is_selector(value: Any) -> bool:
@@ -110,14 +110,14 @@ def is_selector(value: Any) -> bool:
     Raises:
         ValueError: It looks like a selector and is none.
     """
-    if not like_a_selector(value):
+    if not resembles_selector(value):
         return False
     if not _SELECTOR.fullmatch(value):
         raise ValueError(f"{value!r} is no selector; write $inputs.NAME or $steps.STEP.OUTPUT")
     return True
 
 
-def fraction(value: Any, field: str) -> float:
+def parse_fraction(value: Any, field: str) -> float:
     """A number in 0..1, perhaps written as a string.
 
     Raises:
@@ -129,7 +129,7 @@ def fraction(value: Any, field: str) -> float:
     return given
 
 
-def sampling_temperature(value: Any, field: str) -> float:
+def parse_temperature(value: Any, field: str) -> float:
     """Return a number between 0 and `MAX_TEMPERATURE`; otherwise as `fraction`."""
     given = _read(_NUMBER, value)
     if given is None or not 0 <= given <= MAX_TEMPERATURE:
@@ -137,7 +137,7 @@ def sampling_temperature(value: Any, field: str) -> float:
     return given
 
 
-def count(value: Any, field: str) -> int:
+def parse_count(value: Any, field: str) -> int:
     """An integer from 1 on; otherwise as `fraction`."""
     given = _read(_INTEGER, value)
     if given is None or not 1 <= given <= MAX_COUNT:
@@ -145,13 +145,13 @@ def count(value: Any, field: str) -> int:
     return given
 
 
-def optional_fraction(value: Any, field: str) -> float | None:
+def parse_optional_fraction(value: Any, field: str) -> float | None:
     """Return None for None and for its text, and the same as `fraction` for the others."""
     missing = value is None or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
-    return None if missing else fraction(value, field)
+    return None if missing else parse_fraction(value, field)
 
 
-def flag(value: Any, field: str) -> bool:
+def parse_flag(value: Any, field: str) -> bool:
     """True or false, perhaps written as a string; otherwise as `fraction`."""
     given = _read(_FLAG, value)
     if given is None:
@@ -169,8 +169,8 @@ def _read(adapter: TypeAdapter[T], value: Any) -> T | None:
         return None
 
 
-def text_settings(max_tokens: Any, temperature: Any) -> Settings:
+def parse_text_settings(max_tokens: Any, temperature: Any) -> Settings:
     """Return the settings of a text from two fields; raises `ValueError` if one is out of range."""
     return Settings(
-        temperature=sampling_temperature(temperature, "temperature"), max_tokens=count(max_tokens, "max_tokens")
+        temperature=parse_temperature(temperature, "temperature"), max_tokens=parse_count(max_tokens, "max_tokens")
     )

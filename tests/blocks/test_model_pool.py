@@ -426,7 +426,7 @@ def test_an_empty_list_allows_everything(models: ModelPool, monkeypatch: pytest.
 
 def test_the_pool_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by threads that ask for it at once."""
-    made, make = [], pool.pool_of_environment
+    made, make = [], pool.pool_from_environment
 
     def slowly() -> ModelPool:
         time.sleep(0.05)
@@ -434,7 +434,7 @@ def test_the_pool_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         return made[-1]
 
     monkeypatch.setattr(pool, "_shared", None)
-    monkeypatch.setattr(pool, "pool_of_environment", slowly)
+    monkeypatch.setattr(pool, "pool_from_environment", slowly)
     with ThreadPoolExecutor(4) as threads:
         given = list(threads.map(lambda _: REGISTERED_INITIALIZERS["models"](), range(4)))
     assert len(made) == 1
@@ -442,14 +442,14 @@ def test_the_pool_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_set() -> None:
-    made = pool.pool_of_environment()
+    made = pool.pool_from_environment()
     assert (made.device, made.timeout) == (None, 30.0)
 
 
 def test_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.DEVICE, " cpu ")
     monkeypatch.setenv(pool.TIMEOUT, " 2.5 ")
-    made = pool.pool_of_environment()
+    made = pool.pool_from_environment()
     assert (made.device, made.timeout) == ("cpu", 2.5)
     assert str(made.get("tiny").device) == "cpu"
     made.close()
@@ -458,14 +458,14 @@ def test_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.DEVICE, "cuda:99")
     with pytest.raises(ValueError, match="there is no device 'cuda:99'"):
-        pool.pool_of_environment().get("tiny")
+        pool.pool_from_environment().get("tiny")
 
 
 @pytest.mark.parametrize("seconds", ["soon", "1s", "-1", "0", "nan", "inf"])
 def test_a_time_out_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
     monkeypatch.setenv(pool.TIMEOUT, seconds)
     with pytest.raises(ValueError, match=f"{pool.TIMEOUT} must be a number of seconds above 0, got '{seconds}'"):
-        pool.pool_of_environment()
+        pool.pool_from_environment()
 
 
 def test_the_time_out_is_that_of_servers(server: RemoteServer) -> None:

@@ -44,7 +44,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock of our own, `seconds`, and nothing logged so far."""
     clock = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr("moondream_cv_blocks.results.time", SimpleNamespace(monotonic=lambda: clock.seconds))
-    monkeypatch.setattr("moondream_cv_blocks.results._told", {})
+    monkeypatch.setattr("moondream_cv_blocks.results._logged_at", {})
     return clock
 
 

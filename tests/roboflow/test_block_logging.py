@@ -110,14 +110,14 @@ def test_what_is_not_meant_to_happen_is_logged_with_its_traceback(
 
 
 def test_few_messages_are_remembered(now: SimpleNamespace, log: Log) -> None:
-    from moondream_cv_blocks import results as told
+    from moondream_cv_blocks import results as block_results
 
     engine = engine_of(workflow(block_step("caption", length="$inputs.length"), parameters=["length"]))
     small = np.zeros((8, 8, 3), np.uint8)
-    for number in range(told.MOST_TOLD + 50):
+    for number in range(block_results.MAX_LOGGED_MESSAGES + 50):
         results(engine, small, length=f"length {number}")
-        assert len(told._told) <= told.MOST_TOLD
-    assert len(log()) == told.MOST_TOLD + 50  # all of them differ
+        assert len(block_results._logged_at) <= block_results.MAX_LOGGED_MESSAGES
+    assert len(log()) == block_results.MAX_LOGGED_MESSAGES + 50  # all of them differ
 
 
 def test_a_wrong_value_that_differs_on_each_frame_is_logged_once(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import ModelPool, pool
-from moondream_cv_blocks.values import class_list, optional_fraction
+from moondream_cv_blocks.values import parse_class_names, parse_optional_fraction
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import BLOCKS, FINDERS, block_step, compiled, refusal, results, run, step, workflow
 
@@ -60,12 +60,12 @@ REFUSED_LISTS = {
 
 @pytest.mark.parametrize(("text", "names"), [*LISTS.items(), *NO_LISTS.items()])
 def test_class_names_are_read_from_text(text: str, names: list[str]) -> None:
-    assert class_list(text) == names
+    assert parse_class_names(text) == names
 
 
 @pytest.mark.parametrize("value", [np.array(["dog", "bus"]), ("dog", "bus"), ["dog ", " bus"]], ids=str)
 def test_class_names_are_read_from_sequences(value: Any) -> None:
-    assert class_list(value) == ["dog", "bus"]
+    assert parse_class_names(value) == ["dog", "bus"]
 
 
 @pytest.mark.parametrize("block", FINDERS)
@@ -131,7 +131,7 @@ def test_inner_workflows_bind_values_of_all_types(block: str, bgr: np.ndarray) -
 
 @pytest.mark.parametrize("value", [None, "None", "null", "", " none "])
 def test_no_nms_threshold_as_text(value: str | None) -> None:
-    assert optional_fraction(value, "nms") is None
+    assert parse_optional_fraction(value, "nms") is None
 
 
 # Model names
@@ -154,7 +154,7 @@ def test_spaces_around_a_model_name_are_ignored_everywhere(
         (outputs,) = results(engine, bgr, model=name)
         assert outputs["error_message"] == ""
     assert models.get(name) is models.get("tiny")
-    assert models.holds(name)
+    assert models.is_open(name)
     assert model is None or models.get(name) is model
     models.add(name, models.get("tiny"))
     models.close()

@@ -13,7 +13,7 @@ import requests
 
 import moondream_cv_blocks
 from moondream_cv_blocks import ModelPool, load_blocks, pool
-from moondream_cv_blocks.messages import in_workflow_terms
+from moondream_cv_blocks.messages import workflow_message
 from tests.helpers.remote_server import Answer, RemoteServer, remote_server
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import BLOCKS, block_step, compiled, refusal, results, workflow
@@ -128,7 +128,7 @@ def test_messages_of_refused_models_are_for_users_of_workflows(model: str, advic
 def test_messages_of_the_engine_are_for_users_of_workflows() -> None:
     from moondream_cv.engine.sequences import _overflow
 
-    message = in_workflow_terms(_overflow())
+    message = workflow_message(_overflow())
     assert "MOONDREAM_CV_BLOCKS_DEVICE" in message
     assert not PYTHON.search(message)
 
