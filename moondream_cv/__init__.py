@@ -9,8 +9,9 @@ Names are imported when they are first used: `import moondream_cv` alone imports
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moondream_cv._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .backends import connect
@@ -43,7 +44,7 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {
+_SUBMODULES = {
     "BackendError": "errors",
     "Caption": "requests",
     "CheckpointError": "errors",
@@ -63,14 +64,4 @@ _HOMES = {
     "load": "loading",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _SUBMODULES)

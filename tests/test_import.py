@@ -84,10 +84,12 @@ def test_every_name_resolves(name: str) -> None:
 
 def test_names_are_sorted_and_complete() -> None:
     assert moondream_cv.__all__ == sorted(moondream_cv.__all__)
-    assert set(moondream_cv._HOMES) == set(moondream_cv.__all__) - {"__version__"}
+    assert set(moondream_cv._SUBMODULES) == set(moondream_cv.__all__) - {"__version__"}
     typed = re.search(r"if TYPE_CHECKING:\n((?:    .*\n)+)", Path(moondream_cv.__file__).read_text())
     assert typed is not None
-    assert set(re.findall(r"\b\w+\b(?=,|\n)", re.sub(r"from \S+ import", "", typed[1]))) == set(moondream_cv._HOMES)
+    assert set(re.findall(r"\b\w+\b(?=,|\n)", re.sub(r"from \S+ import", "", typed[1]))) == set(
+        moondream_cv._SUBMODULES
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -6,8 +6,9 @@ used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moondream_cv._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .alternate import render_alternate
@@ -33,7 +34,7 @@ __all__ = [
     "with_article",
 ]
 
-_HOMES = {
+_SUBMODULES = {
     "ALL_NAMES": "world",
     "COLOURED_SHAPES": "world",
     "COLOURS": "world",
@@ -50,14 +51,4 @@ _HOMES = {
     "with_article": "world",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _SUBMODULES)

@@ -11,8 +11,9 @@ Names are imported when they are first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moondream_cv._lazy import lazy_names
 
 if TYPE_CHECKING:
     from .drawing.annotation import Annotator
@@ -36,7 +37,7 @@ __all__ = [
     "watch",
 ]
 
-_HOMES = {
+_SUBMODULES = {
     "Annotator": "drawing.annotation",
     "Frame": "sources.frame",
     "Source": "sources.opening",
@@ -50,14 +51,4 @@ _HOMES = {
     "watch": "stream",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _SUBMODULES)
