@@ -120,21 +120,21 @@ def _questions(plan: Plan, scene: Scene, image: Any) -> tuple[dict[str, Any], li
     from moondream_cv.training.prompts import short_caption
 
     settings = Settings(temperature=0)
-    (x, y), (width, height) = scene.named(plan.what)[0].centre, scene.resolution_wh
+    (x, y), (width, height) = scene.named(plan.what)[0].center, scene.resolution_wh
     how_many = f"How many {plural(plan.count)} are there?"
     requests: dict[str, Any] = {how_many: Query(image, how_many, settings=settings)}
     truths = [str(len(scene.named(plan.count)))]
     if plan.colour is not None:
         which = f"What colour is the {plan.colour}?"
         requests[which] = Query(image, which, settings=settings)
-        truths.append(str(scene.named(plan.colour)[0].colour))
+        truths.append(str(scene.named(plan.colour)[0].color))
     place = ((x / width, y / height),)
     requests[f"What is this, at {x:.0f}, {y:.0f}?"] = Query(
         image, "What is this?", spatial_refs=place, settings=settings
     )
     truths.append(plan.what)
     requests["Short caption:"] = Caption(image, "short", settings)
-    left_to_right = sorted(scene.objects, key=lambda item: item.centre[0])
+    left_to_right = sorted(scene.objects, key=lambda item: item.center[0])
     truths.append(short_caption([item.name for item in left_to_right]))
     return requests, truths
 

@@ -2,7 +2,7 @@
 
 python -m moondream_cv.evaluation.confidence --model tiny --scenes 1000 [--write FOLDER] [--candidates] [--json]
 
-Each scene is asked for every name in it, for its shapes whatever their colour, and for names that something in it is
+Each scene is asked for every name in it, for its shapes whatever their color, and for names that something in it is
 easily taken for. A box is right at an IoU of 0.5, a point within a box, one to one, per name. The formula was chosen
 and the calibration is fitted on one half of the scenes; the figures that count are those of the other. Training draws
 no hard scenes at all.
@@ -105,9 +105,9 @@ def hard_scenes(half: str, count: int) -> Iterator[tuple[int, Scene]]:
 
 
 def hard_names(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """The names to ask for: of the objects, of their shapes without colour, and half as many look-alikes, absent."""
+    """The names to ask for: of the objects, of their shapes without color, and half as many look-alikes, absent."""
     names = list(dict.fromkeys(item.name for item in scene.objects))
-    shapes = list(dict.fromkeys(item.shape for item in scene.objects if item.colour))
+    shapes = list(dict.fromkeys(item.shape for item in scene.objects if item.color))
     absent: list[str] = []
     for _ in range(20 * len(names)):
         other = lookalike(rng, names[int(rng.integers(len(names)))])

@@ -55,7 +55,7 @@ def right_boxes(
 
 
 def match_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
-    """Match points one to one to boxes that they lie in, nearest to the centre first.
+    """Match points one to one to boxes that they lie in, nearest to the center first.
 
     Args:
         predicted: [N, 2] x, y.
@@ -74,9 +74,9 @@ def _counts(rows: list[int], predicted: npt.NDArray[np.float32], true: npt.NDArr
 
 
 def _depth(points: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
-    """How deep points lie in boxes: [N, M], 2 at the centre, 1 at the edge."""
-    centre, half = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]) / 2
-    offset = np.abs(points[:, None] - centre) / np.maximum(half, 1e-9)  # [N, M, 2], 1 at the edge
+    """How deep points lie in boxes: [N, M], 2 at the center, 1 at the edge."""
+    center, half = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]) / 2
+    offset = np.abs(points[:, None] - center) / np.maximum(half, 1e-9)  # [N, M, 2], 1 at the edge
     depth: npt.NDArray[np.floating] = 2.0 - offset.max(-1)
     return depth
 

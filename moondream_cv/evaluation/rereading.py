@@ -26,7 +26,7 @@ class Reading:
     """One object of a reply.
 
     Attributes:
-        box: x and y of its centre, and width and height of an object with a box, as fractions of the image.
+        box: x and y of its center, and width and height of an object with a box, as fractions of the image.
         going_on: Probability of anything but the end before it.
         logits: [2 or 4, bins] of each number of `box`.
     """
@@ -87,9 +87,9 @@ def _fed(result: DetectResult | PointResult, coordinate_bins: int, size_bins: in
     if isinstance(result, PointResult):
         return _numbers([(p.x, p.y) for p in result.points])
     corners = _numbers([(o.x_min, o.y_min, o.x_max, o.y_max) for o in result.objects]).reshape(-1, 4)
-    centre = bin_to_coordinate(((corners[:, :2] + corners[:, 2:]) / 2 * coordinate_bins).round(), coordinate_bins)
+    center = bin_to_coordinate(((corners[:, :2] + corners[:, 2:]) / 2 * coordinate_bins).round(), coordinate_bins)
     size = bin_to_size(size_to_bin(corners[:, 2:] - corners[:, :2], size_bins).round(), size_bins)
-    return torch.cat((centre, size), 1)
+    return torch.cat((center, size), 1)
 
 
 def _numbers(values: Sequence[Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model on rendered scenes: boxes, points, absent names, counts, colours, "What is this?" and captions.
+"""A model on rendered scenes: boxes, points, absent names, counts, colors, "What is this?" and captions.
 
 Scenes come from the training renderer with seeds that training never draws, or from the other renderer, which shares
 nothing with it but the names and the icons. `python -m moondream_cv.evaluation` prints the figures.
@@ -18,7 +18,7 @@ from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Po
 from moondream_cv.scenes.alternate import render_alternate
 from moondream_cv.scenes.render import render_scene
 from moondream_cv.scenes.scene import Scene, SceneObject
-from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, plural, short_caption, with_article
+from moondream_cv.scenes.world import COLORS, ICONS, SHAPES, plural, short_caption, with_article
 from moondream_cv.vision_model import VisionModel
 
 RENDERERS: dict[str, Callable[..., Scene]] = {"own": render_scene, "alternate": render_alternate}
@@ -55,7 +55,7 @@ class SceneReport:
         points: Points inside the boxes of the name.
         overlaps: IoU of each matched box.
         absent: Names that are not there, answered with nothing.
-        count, colour, what, exists: Right answers.
+        count, color, what, exists: Right answers.
         several: Right counts of what is there more than once.
         caption: Short captions of up to three objects, equal to the letter.
     """
@@ -67,7 +67,7 @@ class SceneReport:
     absent: Rate = field(default_factory=Rate)
     count: Rate = field(default_factory=Rate)
     several: Rate = field(default_factory=Rate)
-    colour: Rate = field(default_factory=Rate)
+    color: Rate = field(default_factory=Rate)
     what: Rate = field(default_factory=Rate)
     exists: Rate = field(default_factory=Rate)
     caption: Rate = field(default_factory=Rate)
@@ -82,7 +82,7 @@ class SceneReport:
             "absent names answered with nothing": self.absent.value,
             "count": self.count.value,
             "count of two and more": self.several.value,
-            "colour": self.colour.value,
+            "colour": self.color.value,
             '"What is this?" at a point': self.what.value,
             "is there": self.exists.value,
             "short captions of up to 3 objects": self.caption.value,
@@ -131,13 +131,13 @@ def _about_names(scene: Scene, report: SceneReport, rng: np.random.Generator) ->
 
 
 def _about_objects(scene: Scene, report: SceneReport) -> Iterator[Asked]:
-    """What each thing is and of which colour, and all of them in a caption."""
+    """What each thing is and of which color, and all of them in a caption."""
     image, (width, height) = Image.fromarray(scene.image), scene.resolution_wh
-    ordered = sorted(scene.objects, key=lambda o: o.centre[0])
+    ordered = sorted(scene.objects, key=lambda o: o.center[0])
     for item in ordered:
-        if item.colour and sum(o.shape == item.shape for o in ordered) == 1:
-            yield _question(image, f"What colour is the {item.shape}?"), _answer_into(item.colour, report.colour)
-        at = (item.centre[0] / width, item.centre[1] / height)
+        if item.color and sum(o.shape == item.shape for o in ordered) == 1:
+            yield _question(image, f"What colour is the {item.shape}?"), _answer_into(item.color, report.color)
+        at = (item.center[0] / width, item.center[1] / height)
         yield Query(image, "What is this?", spatial_refs=(at,), settings=GREEDY), _answer_into(item.name, report.what)
     if 0 < len(ordered) <= CAPTIONED:
         expected = short_caption([o.name for o in ordered])
@@ -193,8 +193,8 @@ def _boxes(scene: Scene, objects: Iterable[SceneObject]) -> np.ndarray:
 def _absent(scene: Scene, rng: np.random.Generator, count: int) -> list[str]:
     """Names of nothing in a scene: by turns a near miss of one of its shapes, and any."""
     present = {name for o in scene.objects for name in (o.name, o.shape)}
-    shapes = [o for o in scene.objects if o.colour]
-    near = [f"{c} {o.shape}" for o in shapes for c in COLOURS] + [f"{o.colour} {s}" for o in shapes for s in SHAPES]
-    far = [*ICONS, *SHAPES, *(f"{c} {s}" for c in COLOURS for s in SHAPES)]
+    shapes = [o for o in scene.objects if o.color]
+    near = [f"{c} {o.shape}" for o in shapes for c in COLORS] + [f"{o.color} {s}" for o in shapes for s in SHAPES]
+    far = [*ICONS, *SHAPES, *(f"{c} {s}" for c in COLORS for s in SHAPES)]
     pools = [[name for name in pool if name not in present] for pool in (near or far, far)]
     return [str(rng.choice(pools[i % 2])) for i in range(count)]

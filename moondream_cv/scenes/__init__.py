@@ -1,4 +1,4 @@
-"""Synthetic scenes and clips with ground truth: a small world of coloured shapes and icons.
+"""Synthetic scenes and clips with ground truth: a small world of colored shapes and icons.
 
 Used by training, tests, demos and notebooks; it knows nothing of models. Nothing heavy is imported until a name is
 used.
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .clips import Clip, TrackedObject, render_clip
     from .render import render_scene
     from .scene import Scene, SceneObject
-    from .world import ALL_NAMES, COLOURED_SHAPES, COLOURS, ICONS, SHAPES, plural, with_article
+    from .world import ALL_NAMES, COLORED_SHAPES, COLORS, ICONS, SHAPES, plural, with_article
 
 __all__ = [
     "ALL_NAMES",
-    "COLOURED_SHAPES",
-    "COLOURS",
+    "COLORED_SHAPES",
+    "COLORS",
     "ICONS",
     "SHAPES",
     "Clip",
@@ -36,8 +36,8 @@ __all__ = [
 
 _SUBMODULES = {
     "ALL_NAMES": "world",
-    "COLOURED_SHAPES": "world",
-    "COLOURS": "world",
+    "COLORED_SHAPES": "world",
+    "COLORS": "world",
     "Clip": "clips",
     "ICONS": "world",
     "SHAPES": "world",

@@ -2,7 +2,7 @@
 
 It shares the vocabulary, the icons and the result type with `moondream_cv.scenes.render`, and no drawing code: shapes
 are built from Pillow's primitives at four times the size and scaled down, backgrounds are of other kinds, objects sit
-in the cells of a loose grid. What a model gets right here it has not learnt from one renderer's habits. Speed is no
+in the cells of a loose grid. What a model gets right here it has not learned from one renderer's habits. Speed is no
 aim.
 """
 
@@ -18,11 +18,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from .scene import Scene, SceneObject
 from .sprites import icon_levels
-from .world import COLOURED_SHAPES, COLOURS, ICONS, split_name
+from .world import COLORED_SHAPES, COLORS, ICONS, split_name
 
 _OVERSAMPLING: Final = 4
 _FRAMES: Final = ((640, 480), (640, 480), (640, 480), (480, 640), (512, 512), (800, 600), (1280, 720), (320, 240))
-_Colour = tuple[int, int, int]
+_Color = tuple[int, int, int]
 
 
 def _upright(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
@@ -65,15 +65,15 @@ def _upright(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
     return mask
 
 
-def _shape_layer(colour: str, shape: str, size: float, rng: np.random.Generator) -> Image.Image:
-    """Draw a coloured shape, turned by up to ten degrees, as an RGBA picture cropped to what is visible."""
+def _shape_layer(color: str, shape: str, size: float, rng: np.random.Generator) -> Image.Image:
+    """Draw a colored shape, turned by up to ten degrees, as an RGBA picture cropped to what is visible."""
     side = round(size * 4 / 3)  # the mask's margin is an eighth on either side
     mask = _upright(shape, side * _OVERSAMPLING, rng)
     if rng.random() < 0.5:
         mask = mask.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BICUBIC)
     mask = mask.resize((side, side), Image.Resampling.LANCZOS)
     shift = rng.integers(-8, 9, 3)
-    fill = tuple(int(np.clip(base + step, 0, 255)) for base, step in zip(COLOURS[colour], shift, strict=True))
+    fill = tuple(int(np.clip(base + step, 0, 255)) for base, step in zip(COLORS[color], shift, strict=True))
     layer = Image.new("RGBA", mask.size, (*fill, 255))
     layer.putalpha(mask)
     return layer
@@ -89,17 +89,17 @@ def _icon_layer(name: str, size: float, rng: np.random.Generator) -> Image.Image
         icon = icon.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BICUBIC, expand=True)
     scale = size / max(icon.size)
     target = (max(2, round(icon.width * scale)), max(2, round(icon.height * scale)))
-    # Premultiplied, so that the resampling filter takes no colour from transparent pixels.
+    # Premultiplied, so that the resampling filter takes no color from transparent pixels.
     return icon.convert("RGBa").resize(target, Image.Resampling.LANCZOS).convert("RGBA")
 
 
-def _background_tone(avoid: Sequence[Sequence[float]], rng: np.random.Generator) -> tuple[_Colour, _Colour]:
-    """Draw two related tones as far from the objects' colours as twenty attempts allow."""
+def _background_tone(avoid: Sequence[Sequence[float]], rng: np.random.Generator) -> tuple[_Color, _Color]:
+    """Draw two related tones as far from the objects' colors as twenty attempts allow."""
     best: tuple[float, list[npt.NDArray[np.float64]]] = (-1.0, [])
     for _ in range(20):
-        mix = rng.uniform(0.55, 0.95)  # share of grey: pastel, dusk or slate
-        grey = rng.choice([rng.uniform(200, 245), rng.uniform(90, 170), rng.uniform(25, 60)], p=[0.6, 0.25, 0.15])
-        first = mix * grey + (1 - mix) * rng.uniform(0, 255, 3)
+        mix = rng.uniform(0.55, 0.95)  # share of gray: pastel, dusk or slate
+        gray = rng.choice([rng.uniform(200, 245), rng.uniform(90, 170), rng.uniform(25, 60)], p=[0.6, 0.25, 0.15])
+        first = mix * gray + (1 - mix) * rng.uniform(0, 255, 3)
         pair = [first, np.clip(first + rng.uniform(-28, 28), 0, 255)]
         distances = [np.abs(tone - np.asarray(other)).sum() for tone in pair for other in avoid]
         gap = float(min(distances, default=765))
@@ -111,7 +111,7 @@ def _background_tone(avoid: Sequence[Sequence[float]], rng: np.random.Generator)
     return first, second
 
 
-def _background(size: tuple[int, int], tones: tuple[_Colour, _Colour], rng: np.random.Generator) -> Image.Image:
+def _background(size: tuple[int, int], tones: tuple[_Color, _Color], rng: np.random.Generator) -> Image.Image:
     """Draw one of seven backgrounds in two tones."""
     width, height = size
     image = Image.new("RGB", size, tones[0])
@@ -130,7 +130,7 @@ def _background(size: tuple[int, int], tones: tuple[_Colour, _Colour], rng: np.r
         ramp = Image.linear_gradient("L").resize((width * 2, height * 2)).rotate(45, expand=False)
         ramp = ramp.crop((width // 2, height // 2, width // 2 + width, height // 2 + height))
         image = Image.composite(image, Image.new("RGB", size, tones[1]), ramp)
-    elif kind == 5:  # watercolour
+    elif kind == 5:  # watercolor
         noise = Image.fromarray(rng.integers(0, 256, (9, 12), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
         image = Image.composite(image, Image.new("RGB", size, tones[1]), noise.filter(ImageFilter.GaussianBlur(8)))
     elif kind == 6:  # wide soft waves
@@ -165,7 +165,7 @@ def _cells(size: tuple[int, int], count: int) -> tuple[int, int, float]:
 
 def _sample(rng: np.random.Generator, count: int) -> list[str]:
     """Draw names: a few classes, so that several objects often share one."""
-    pool = list(rng.choice(COLOURED_SHAPES, 3)) + list(rng.choice(ICONS, 3))
+    pool = list(rng.choice(COLORED_SHAPES, 3)) + list(rng.choice(ICONS, 3))
     return [str(rng.choice(pool)) for _ in range(count)]
 
 
@@ -185,7 +185,7 @@ def render_alternate(
         names: Exactly the objects to draw instead of a random choice, with full names such as ``"red circle"``.
 
     Raises:
-        ValueError: If a name is unknown or lacks its colour.
+        ValueError: If a name is unknown or lacks its color.
     """
     rng = np.random.default_rng(seed)
     size = resolution_wh or _FRAMES[int(rng.integers(len(_FRAMES)))]
@@ -193,18 +193,18 @@ def render_alternate(
     chosen = _sample(rng, int(rng.integers(low, high + 1))) if names is None else list(names)
     for name in chosen:
         if name not in ICONS and split_name(name)[0] is None:
-            raise ValueError(f"{name!r} has no colour to paint it in; say for example {'red ' + name!r}")
+            raise ValueError(f"{name!r} has no color to paint it in; say for example {'red ' + name!r}")
     columns, rows, cell = _cells(size, max(len(chosen), 2))
     parts = [split_name(name) for name in chosen]
-    representative = [COLOURS[colour] if colour else icon_levels(shape)[0].rgb.mean((0, 1)) for colour, shape in parts]
+    representative = [COLORS[color] if color else icon_levels(shape)[0].rgb.mean((0, 1)) for color, shape in parts]
     tones = _background_tone(representative, rng)
     image = _background(size, tones, rng)
     objects = []
     places = rng.permutation(columns * rows)[: len(chosen)]
-    for name, (colour, shape), rgb, place in zip(chosen, parts, representative, places.tolist(), strict=True):
+    for name, (color, shape), rgb, place in zip(chosen, parts, representative, places.tolist(), strict=True):
         side = max(15.0, min(size) * rng.uniform(0.1, 0.34))
         side = min(side, cell - 8)
-        layer = _shape_layer(colour, shape, side, rng) if colour else _icon_layer(shape, side, rng)
+        layer = _shape_layer(color, shape, side, rng) if color else _icon_layer(shape, side, rng)
         if min(np.abs(np.subtract(tone, rgb)).sum() for tone in tones) < 130:
             layer = _with_halo(layer, light=sum(tones[0]) < 380)
         left, top, right, bottom = _visible_box(layer)

@@ -1,8 +1,8 @@
 """Backgrounds of training scenes: plain, gradients, blobs, stripes, patches, clutter and grain, light to dark.
 
-Every background is made of a few muted or pale tones around one base colour, so that nothing in it could be taken for
-an object; most are made small and enlarged, because time per image counts. Which base colour leaves the objects visible
-is decided here from the objects' colours; whether each object stands out where it lies is checked in
+Every background is made of a few muted or pale tones around one base color, so that nothing in it could be taken for
+an object; most are made small and enlarged, because time per image counts. Which base color leaves the objects visible
+is decided here from the objects' colors; whether each object stands out where it lies is checked in
 `moondream_cv.scenes.render`.
 """
 
@@ -20,8 +20,8 @@ UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 
 
-def colour_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return how different RGB colours (0..255, [..., 3]) look: 0 for equal, about 765 for black and white.
+def color_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return how different RGB colors (0..255, [..., 3]) look: 0 for equal, about 765 for black and white.
 
     A weighted Euclidean distance ("redmean", https://www.compuphase.com/cmetric.htm) with constant weights.
     """
@@ -29,8 +29,8 @@ def colour_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[
     return np.asarray(np.sqrt((delta * delta) @ (2.5, 4.0, 2.5)))
 
 
-def base_colour(rng: np.random.Generator, avoid: Sequence[tuple[float, float, float]]) -> npt.NDArray[np.float64]:
-    """Draw a background's base colour away from the colours of the objects.
+def base_color(rng: np.random.Generator, avoid: Sequence[tuple[float, float, float]]) -> npt.NDArray[np.float64]:
+    """Draw a background's base color away from the colors of the objects.
 
     Args:
         rng: Source of randomness.
@@ -40,7 +40,7 @@ def base_colour(rng: np.random.Generator, avoid: Sequence[tuple[float, float, fl
         [3] RGB, 0..255.
     """
     count = 12
-    # Brightness is uniform over dark, mid and light; chroma mostly small: a strong colour would be an object's.
+    # Brightness is uniform over dark, mid and light; chroma mostly small: a strong color would be an object's.
     brightness = rng.uniform(12, 250, (count, 1))
     chroma = np.minimum(np.abs(rng.normal(0, 26, (count, 1))), 70)
     tint = rng.normal(0, 1, (count, 3))
@@ -49,7 +49,7 @@ def base_colour(rng: np.random.Generator, avoid: Sequence[tuple[float, float, fl
     candidates = np.clip(brightness + tint * chroma, 4, 252)
     if not avoid:
         return np.asarray(candidates[0])
-    nearest = colour_distance(candidates[:, None], np.asarray(avoid, np.float64)[None]).min(1)
+    nearest = color_distance(candidates[:, None], np.asarray(avoid, np.float64)[None]).min(1)
     far = np.flatnonzero(nearest > 170)
     return np.asarray(candidates[far[0] if far.size else int(nearest.argmax())])
 
@@ -76,14 +76,14 @@ def add_grain(image: UInt8, rng: np.random.Generator, deviation: float, *, mono:
 
 
 def _enlarged(small: npt.NDArray[np.float64] | Float32, size: tuple[int, int], smooth: bool = True) -> UInt8:
-    """Enlarge a small colour field ([h, w, 3], 0..255) to `size` (width, height)."""
+    """Enlarge a small color field ([h, w, 3], 0..255) to `size` (width, height)."""
     field = np.asarray(np.clip(small, 0, 255), np.uint8)
     method = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
     return np.asarray(cv2.resize(field, size, interpolation=method), np.uint8)
 
 
 def _tones(rng: np.random.Generator, base: npt.NDArray[np.float64], spread: float, count: int) -> Float32:
-    """Draw `count` tones around the base colour ([count, 3]): mostly lighter and darker, a little in hue."""
+    """Draw `count` tones around the base color ([count, 3]): mostly lighter and darker, a little in hue."""
     light = rng.normal(0, spread, (count, 1))
     return (base + light + rng.normal(0, spread * 0.35, (count, 3))).astype(np.float32)
 
@@ -232,13 +232,13 @@ def make_background(
     Args:
         rng: Source of randomness.
         resolution_wh: Width and height in pixels.
-        avoid: RGB colours of the objects that have to stand out, 0..255.
-        plain: One flat colour.
+        avoid: RGB colors of the objects that have to stand out, 0..255.
+        plain: One flat color.
 
     Returns:
         [H, W, 3] uint8, RGB.
     """
-    base = base_colour(rng, avoid)
+    base = base_color(rng, avoid)
     if plain:
         return _plain(rng, base, resolution_wh, 0)
     kind = min(int(np.searchsorted(_CUMULATIVE, rng.random() * _CUMULATIVE[-1], "right")), len(_KINDS) - 1)

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from .backgrounds import colour_distance, make_background
+from .backgrounds import color_distance, make_background
 from .objects import Patch, outlined, paint, stamp
-from .sampling import near_miss, sample_name, with_colours
+from .sampling import near_miss, sample_name, with_colors
 from .scene import SceneObject
-from .sprites import icon_colour
-from .world import COLOURS, split_name
+from .sprites import icon_color
+from .world import COLORS, split_name
 
 Frame = tuple[npt.NDArray[np.uint8], tuple["TrackedObject", ...]]
 
@@ -99,13 +99,13 @@ class Clip:
         objects = []
         for track_id, (left, top, right, bottom) in boxes.items():
             name = self.names[track_id - 1]
-            colour, shape = split_name(name)
+            color, shape = split_name(name)
             objects.append(
                 TrackedObject(
                     name=name,
-                    kind="icon" if colour is None else "shape",
+                    kind="icon" if color is None else "shape",
                     shape=shape,
-                    colour=colour,
+                    color=color,
                     xyxy=(float(left), float(top), float(right), float(bottom)),
                     track_id=track_id,
                     visible=float(counts[track_id] / _silhouette(self._patches[track_id - 1]).sum()),
@@ -180,14 +180,14 @@ def _class_names(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def _backdrop(
-    rng: np.random.Generator, size_wh: tuple[int, int], colours: Sequence[tuple[float, float, float]]
+    rng: np.random.Generator, size_wh: tuple[int, int], colors: Sequence[tuple[float, float, float]]
 ) -> tuple[npt.NDArray[np.uint8], float]:
-    """Draw a background on which the given colours show; returns it with the share of it that hides the worst one."""
+    """Draw a background on which the given colors show; returns it with the share of it that hides the worst one."""
     best: tuple[float, npt.NDArray[np.uint8] | None] = (2.0, None)
     for _ in range(8):
-        image = make_background(rng, size_wh, colours)
+        image = make_background(rng, size_wh, colors)
         sample = image[::16, ::16]
-        hidden = max(float((colour_distance(sample, colour) < 120).mean()) for colour in colours)
+        hidden = max(float((color_distance(sample, color) < 120).mean()) for color in colors)
         if hidden < best[0]:
             best = (hidden, image)
         if hidden < 0.01:
@@ -216,7 +216,7 @@ def render_clip(
         resolution_wh: Width and height of a frame in pixels.
         pan: Let the camera swing over a world half as wide again as the frame.
         names: The name of each object, in the order of track ids, in place of `num_objects` and `num_classes`. A shape
-            without a colour gets a random one.
+            without a color gets a random one.
 
     Raises:
         ValueError: If a number is out of range or a name is unknown.
@@ -233,13 +233,13 @@ def render_clip(
     else:
         if not 1 <= len(names) <= 255:
             raise ValueError(f"a clip has 1 to 255 objects; got {len(names)} names")
-        chosen = with_colours(rng, names)
+        chosen = with_colors(rng, names)
     frame_wh = np.array(resolution_wh, np.float64)
     travel = np.rint(frame_wh * (0.5, 0.15)) if pan else np.zeros(2)
     world = frame_wh + travel
     parts = [split_name(name) for name in chosen]
-    colours = [icon_colour(shape) if colour is None else COLOURS[colour] for colour, shape in parts]
-    background, hidden = _backdrop(rng, (int(world[0]), int(world[1])), colours)
+    colors = [icon_color(shape) if color is None else COLORS[color] for color, shape in parts]
+    background, hidden = _backdrop(rng, (int(world[0]), int(world[1])), colors)
     sizes = (rng.uniform(0.1, 0.24, len(chosen)) * frame_wh.min()).tolist()
     patches = tuple(paint(name, size, rng) for name, size in zip(chosen, sizes, strict=True))
     if hidden > 0.05:

@@ -13,7 +13,7 @@ _RAMP = np.linspace(0, 1, 256, dtype=np.float32)[:, None]
 
 
 def _relit(image: UInt8, rng: np.random.Generator) -> UInt8:
-    """Change gamma, contrast, brightness and white balance by amounts that keep colour names true."""
+    """Change gamma, contrast, brightness and white balance by amounts that keep color names true."""
     gamma, contrast = rng.uniform(0.87, 1.15), rng.uniform(0.85, 1.12)
     balance = rng.uniform(0.97, 1.03, 3)
     levels = ((_RAMP**gamma - 0.5) * contrast + 0.5 + rng.uniform(-0.05, 0.05)) * balance

@@ -20,8 +20,8 @@ from .effects import apply_effects
 from .render import DISTINCT, Canvas, Look
 from .sampling import near_miss, pick, sample_name
 from .scene import Scene
-from .sprites import icon_colour
-from .world import COLOURS, ICONS, split_name
+from .sprites import icon_color
+from .world import COLORS, ICONS, split_name
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -39,7 +39,7 @@ LOOKALIKES: Final = (
 """The icons in groups of similar looks or use; every icon stands in one."""
 
 _SMALLEST: Final = 11.0  # longer side in pixels: below, a star is a blot to anyone
-_FAINT: Final = 60.0  # colour distance from which an object can just be told from what is behind it
+_FAINT: Final = 60.0  # color distance from which an object can just be told from what is behind it
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Difficulties:
 
 
 def lookalike(rng: np.random.Generator, name: str) -> str:
-    """Draw a name that is easily taken for the given one: another colour, another shape, or an icon of its group."""
+    """Draw a name that is easily taken for the given one: another color, another shape, or an icon of its group."""
     if name not in ICONS:
         return near_miss(rng, name)
     group = next(group for group in LOOKALIKES if name in group)
@@ -87,9 +87,9 @@ def render_hard(
         num_objects = (num_objects, num_objects)
     low, high = num_objects or ((8, 14) if hard.crowded else (2, 7))
     names = _names(rng, int(rng.integers(low, high + 1)), hard.near_misses)
-    colours = [icon_colour(shape) if colour is None else COLOURS[colour] for colour, shape in map(split_name, names)]
-    # A background that avoids no colour is often close to an object's.
-    background = make_background(rng, size_wh, () if hard.faint else colours)
+    colors = [icon_color(shape) if color is None else COLORS[color] for color, shape in map(split_name, names)]
+    # A background that avoids no color is often close to an object's.
+    background = make_background(rng, size_wh, () if hard.faint else colors)
     look = Look(
         varied=True,
         max_cover=0.4 if hard.crowded else 0.05,
@@ -117,7 +117,7 @@ def _names(rng: np.random.Generator, count: int, near_misses: bool) -> list[str]
 def _sizes(rng: np.random.Generator, count: int, short_side: int, hard: Difficulties) -> list[float]:
     """Draw each object's longer side in pixels, logarithms being uniform.
 
-    Small is up to an eighth of the frame's short side: the tiny model sees a frame as 200 pixels, and learnt from
+    Small is up to an eighth of the frame's short side: the tiny model sees a frame as 200 pixels, and learned from
     objects of a tenth to two fifths.
     """
     low, high = (0.07, 0.13) if hard.small else (0.1, 0.22 if hard.crowded else 0.3)

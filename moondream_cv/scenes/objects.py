@@ -1,4 +1,4 @@
-"""Paints single objects: a coloured shape or an icon becomes a small patch with an alpha channel.
+"""Paints single objects: a colored shape or an icon becomes a small patch with an alpha channel.
 
 A patch knows nothing of scenes. Where it goes, and whether it stands out there, is decided by
 `moondream_cv.scenes.render` and `moondream_cv.scenes.clips`.
@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .shapes import contours
-from .sprites import icon_colour, icon_sprite
-from .world import COLOURS, ICONS, split_name
+from .sprites import icon_color, icon_sprite
+from .world import COLORS, ICONS, split_name
 
 _SHIFT = 5  # fractional bits of polygon vertices
-_HUE_NUDGES = {  # RGB directions in which a colour may drift and keep its name
+_HUE_NUDGES = {  # RGB directions in which a color may drift and keep its name
     "red": (0, -1, 1),
     "green": (1, 0, 1),
     "blue": (0, 1, 0),
@@ -42,7 +42,7 @@ class Patch:
         alpha: [h, w] uint8, opacity of the object.
         box: Left, top, width and height of the visible part (alpha above one half) within the patch, pixels.
         shadow: [h, w] float32 opacity of a black shadow under the object, or None.
-        mean_rgb: The colour that has to stand out from the background, 0..255.
+        mean_rgb: The color that has to stand out from the background, 0..255.
     """
 
     rgb: UInt8
@@ -52,26 +52,26 @@ class Patch:
     mean_rgb: tuple[float, float, float]
 
 
-def jittered_colour(colour: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return a colour's RGB, 0..255, moved by about 12 levels and a little in hue, still nameable."""
-    nudge, amount = _HUE_NUDGES[colour], float(rng.uniform(-8, 18))
+def jittered_color(color: str, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Return a color's RGB, 0..255, moved by about 12 levels and a little in hue, still nameable."""
+    nudge, amount = _HUE_NUDGES[color], float(rng.uniform(-8, 18))
     *noise, light = rng.uniform(-6, 6, 4).tolist()
     red, green, blue = (
         min(255.0, max(0.0, base + step * amount + shift + light))
-        for base, step, shift in zip(COLOURS[colour], nudge, noise, strict=True)
+        for base, step, shift in zip(COLORS[color], nudge, noise, strict=True)
     )
     return red, green, blue
 
 
 def _shape_mask(shape: str, size: float, rng: np.random.Generator, pad: int, varied: bool) -> UInt8:
-    """Rasterise a shape whose longer side is `size` pixels; [h, w] uint8 with `pad` empty pixels around."""
+    """Rasterize a shape whose longer side is `size` pixels; [h, w] uint8 with `pad` empty pixels around."""
     parts = contours(shape, rng, varied=varied)
     offset = pad + (rng.random(2) if varied else np.zeros(2))  # a fraction of a pixel: edges fall anywhere
     extent = parts[0].max(0) * size + offset + pad
     width, height = math.ceil(extent[0]) + 1, math.ceil(extent[1]) + 1
     draw = rng.random() if varied else 0.0
     scale, line = (1, cv2.LINE_AA) if draw < 0.55 else (3, cv2.LINE_8) if draw < 0.85 else (1, cv2.LINE_8)
-    # Pixel centres are whole numbers to OpenCV; the shape is drawn in edge coordinates.
+    # Pixel centers are whole numbers to OpenCV; the shape is drawn in edge coordinates.
     points = [np.rint(((part * size + offset) * scale - 0.5) * (1 << _SHIFT)).astype(np.int32) for part in parts]
     mask = np.zeros((height * scale, width * scale), np.uint8)
     cv2.fillPoly(mask, points, 255, line, _SHIFT)
@@ -81,14 +81,14 @@ def _shape_mask(shape: str, size: float, rng: np.random.Generator, pad: int, var
 
 
 def _shaded(mask: UInt8, rgb: tuple[float, float, float], rng: np.random.Generator, varied: bool) -> UInt8:
-    """Fill a patch with a colour: flat, or with a slight gradient, highlight or grain."""
+    """Fill a patch with a color: flat, or with a slight gradient, highlight or grain."""
     height, width = mask.shape
     fill = np.empty((height, width, 3), np.uint8)
     fill[:] = [round(channel) for channel in rgb]
     draw = rng.random() if varied else 0.0
     if draw < 0.55:
         return fill
-    # A black object turns grey, and a white one too, long before the others lose their colour.
+    # A black object turns gray, and a white one too, long before the others lose their color.
     depth = float(rng.uniform(6, 26)) * (0.5 if max(rgb) < 60 or min(rgb) > 200 else 1.0)
     if draw < 0.9:
         corners = rng.uniform(-depth, depth, (2, 2) if draw < 0.75 else (3, 3)).astype(np.float32)
@@ -151,22 +151,22 @@ def paint(
         name: ``"red circle"`` or ``"dog"``.
         size: Length of the object's longer side in pixels; approximate when `varied`.
         rng: Source of the variation.
-        varied: Draw proportions, rotation, colour and shading at random; otherwise canonical, flat and upright.
+        varied: Draw proportions, rotation, color and shading at random; otherwise canonical, flat and upright.
         shadow: Add a soft shadow. It does not belong to the box.
 
     Raises:
-        ValueError: If the name is unknown, or a shape without its colour.
+        ValueError: If the name is unknown, or a shape without its color.
     """
-    colour, shape = split_name(name)
-    if colour is None and shape not in ICONS:
-        raise ValueError(f"{name!r} has no colour to paint it in; say for example {'red ' + shape!r}")
+    color, shape = split_name(name)
+    if color is None and shape not in ICONS:
+        raise ValueError(f"{name!r} has no color to paint it in; say for example {'red ' + shape!r}")
     pad = 1 + (max(2, round(size * 0.08)) if shadow else 0)
-    if colour is None:
+    if color is None:
         rgb, alpha = _icon(shape, size, rng, pad, varied)
-        mean_rgb = icon_colour(shape)
+        mean_rgb = icon_color(shape)
     else:
         alpha = _shape_mask(shape, size, rng, pad, varied)
-        mean_rgb = jittered_colour(colour, rng) if varied else COLOURS[colour]
+        mean_rgb = jittered_color(color, rng) if varied else COLORS[color]
         rgb = _shaded(alpha, mean_rgb, rng, varied)
     soft = _shadow(alpha, pad - 1, rng) if shadow else None
     return Patch(rgb, alpha, _visible_box(alpha), soft, mean_rgb)

@@ -14,20 +14,20 @@ from typing import Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .backgrounds import colour_distance, make_background
+from .backgrounds import color_distance, make_background
 from .effects import apply_effects
 from .objects import outlined, paint, stamp
-from .sampling import MIN_SIDE, sample_count, sample_names, sample_resolution, sample_sizes, with_colours
+from .sampling import MIN_SIDE, sample_count, sample_names, sample_resolution, sample_sizes, with_colors
 from .scene import Scene, SceneObject
-from .sprites import icon_colour
-from .world import COLOURS, split_name
+from .sprites import icon_color
+from .world import COLORS, split_name
 
 Style = Literal["train", "plain"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 UInt8 = npt.NDArray[np.uint8]
 
 _PLACES = 24  # positions tried before an object shrinks
-DISTINCT: Final = 120.0  # colour distance from which two colours are told apart at a glance
+DISTINCT: Final = 120.0  # color distance from which two colors are told apart at a glance
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Look:
     """How objects are drawn and placed.
 
     Attributes:
-        varied: Draw proportions, colours, shadows and outlines at random; otherwise canonical objects.
+        varied: Draw proportions, colors, shadows and outlines at random; otherwise canonical objects.
         max_cover: Share of the smaller of two boxes that the other may cover.
-        distinct: Colour distance to what is behind it below which an object gets an outline.
+        distinct: Color distance to what is behind it below which an object gets an outline.
         min_side: Longer side in pixels below which an object is left out rather than shrunk further.
     """
 
@@ -64,10 +64,10 @@ def _covered(box: Box, others: Sequence[Box]) -> float:
 
 
 def _stands_out(background: UInt8, box: Box, rgb: tuple[float, float, float], distinct: float) -> bool:
-    """Whether a colour differs by `distinct` from nearly all of the background behind a box."""
+    """Whether a color differs by `distinct` from nearly all of the background behind a box."""
     x0, y0, x1, y1 = box
     behind = background[y0 : y1 : max(1, (y1 - y0) // 7), x0 : x1 : max(1, (x1 - x0) // 7)]
-    return bool((colour_distance(behind, rgb) < distinct).mean() < 0.12)
+    return bool((color_distance(behind, rgb) < distinct).mean() < 0.12)
 
 
 def _contrasting(background: UInt8, box: Box, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -97,7 +97,7 @@ class Canvas:
             width: Width of the object in pixels.
             height: Height of the object in pixels.
             margin: Free pixels around it, room for an outline.
-            rgb: The object's colour.
+            rgb: The object's color.
 
         Returns:
             A box and whether `rgb` stands out there, or None if no box is free.
@@ -156,10 +156,10 @@ def render_scene(
         resolution_wh: Width and height in pixels; None draws one, mostly small.
         num_objects: How many objects, an inclusive range to draw from, or None for 1 to 8. A frame too small for them
             all holds fewer.
-        style: ``"train"`` varies everything; ``"plain"`` draws canonical objects flat on one colour.
+        style: ``"train"`` varies everything; ``"plain"`` draws canonical objects flat on one color.
         allow_overlap: Let boxes cover each other up to a third instead of a twentieth. A box is that of the whole
             object, the hidden part included.
-        names: Exactly the objects to draw, in drawing order, instead of a random choice. A shape without a colour gets
+        names: Exactly the objects to draw, in drawing order, instead of a random choice. A shape without a color gets
             a random one.
 
     Raises:
@@ -172,9 +172,9 @@ def render_scene(
         raise ValueError(f"names already says how many objects there are; got num_objects={num_objects!r} as well")
     rng = np.random.default_rng(seed_or_rng)
     size_wh = resolution_wh or sample_resolution(rng)
-    chosen = sample_names(rng, sample_count(rng, num_objects)) if names is None else with_colours(rng, names)
+    chosen = sample_names(rng, sample_count(rng, num_objects)) if names is None else with_colors(rng, names)
     parts = [split_name(name) for name in chosen]
-    avoid = [icon_colour(shape) if colour is None else COLOURS[colour] for colour, shape in parts]
+    avoid = [icon_color(shape) if color is None else COLORS[color] for color, shape in parts]
     varied = style == "train"
     background = make_background(rng, size_wh, avoid, plain=not varied)
     canvas = Canvas(background, Look(varied, 1 / 3 if allow_overlap else 0.05), rng)

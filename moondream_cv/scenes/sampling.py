@@ -13,13 +13,13 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from .world import COLOURED_SHAPES, COLOURS, ICONS, SHAPES, split_name
+from .world import COLORED_SHAPES, COLORS, ICONS, SHAPES, split_name
 
 MIN_SIDE: Final = 14
 """Smallest longer side of an object in pixels."""
 
 _T = TypeVar("_T")
-_COLOUR_NAMES: Final = tuple(COLOURS)
+_COLOR_NAMES: Final = tuple(COLORS)
 _COMMON_FRAMES: Final = (
     ((640, 480), 0.3),
     ((480, 640), 0.15),
@@ -59,20 +59,20 @@ def sample_count(rng: np.random.Generator, num_objects: int | tuple[int, int] | 
 
 
 def sample_name(rng: np.random.Generator) -> str:
-    """Draw any name: a coloured shape or an icon with equal chance."""
-    return pick(rng, COLOURED_SHAPES) if rng.random() < 0.5 else pick(rng, ICONS)
+    """Draw any name: a colored shape or an icon with equal chance."""
+    return pick(rng, COLORED_SHAPES) if rng.random() < 0.5 else pick(rng, ICONS)
 
 
 def near_miss(rng: np.random.Generator, name: str) -> str:
-    """Draw a name that shares only its shape or only its colour with the given one; any other icon for an icon."""
-    colour, shape = split_name(name)
+    """Draw a name that shares only its shape or only its color with the given one; any other icon for an icon."""
+    color, shape = split_name(name)
     while True:
-        if colour is None:
+        if color is None:
             other = pick(rng, ICONS)
         elif rng.random() < 0.5:
-            other = f"{pick(rng, _COLOUR_NAMES)} {shape}"
+            other = f"{pick(rng, _COLOR_NAMES)} {shape}"
         else:
-            other = f"{colour} {pick(rng, SHAPES)}"
+            other = f"{color} {pick(rng, SHAPES)}"
         if other != name:
             return other
 
@@ -100,6 +100,6 @@ def sample_sizes(rng: np.random.Generator, count: int, short_side: int) -> list[
     return [max(MIN_SIDE + 1.0, math.exp(draw) * short_side) for draw in rng.uniform(low, high, count)]
 
 
-def with_colours(rng: np.random.Generator, names: Sequence[str]) -> list[str]:
-    """Give every shape that was named without a colour a random one: ``"circle"`` becomes ``"red circle"``."""
-    return [name if split_name(name)[0] or name in ICONS else f"{pick(rng, _COLOUR_NAMES)} {name}" for name in names]
+def with_colors(rng: np.random.Generator, names: Sequence[str]) -> list[str]:
+    """Give every shape that was named without a color a random one: ``"circle"`` becomes ``"red circle"``."""
+    return [name if split_name(name)[0] or name in ICONS else f"{pick(rng, _COLOR_NAMES)} {name}" for name in names]

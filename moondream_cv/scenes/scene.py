@@ -18,8 +18,8 @@ class SceneObject:
     Attributes:
         name: Its full name, ``"red circle"`` or ``"dog"``.
         kind: ``"shape"`` or ``"icon"``.
-        shape: The shape's or the icon's name without colour.
-        colour: The colour's name; None for icons.
+        shape: The shape's or the icon's name without color.
+        color: The color's name; None for icons.
         xyxy: Left, top, right and bottom in pixels, edges of the box tight around all pixels that are more than half
             covered: a lone pixel at column 3, row 5 has the box (3, 5, 4, 6).
     """
@@ -27,22 +27,22 @@ class SceneObject:
     name: str
     kind: Literal["shape", "icon"]
     shape: str
-    colour: str | None
+    color: str | None
     xyxy: tuple[float, float, float, float]
 
     @classmethod
     def from_name(cls, name: str, xyxy: tuple[float, float, float, float]) -> SceneObject:
         """Build an object from its full name and its box in pixels."""
-        colour, shape = split_name(name)
-        return cls(name, "icon" if colour is None else "shape", shape, colour, xyxy)
+        color, shape = split_name(name)
+        return cls(name, "icon" if color is None else "shape", shape, color, xyxy)
 
     @property
-    def centre(self) -> tuple[float, float]:
-        """Centre of the box, x and y in pixels."""
+    def center(self) -> tuple[float, float]:
+        """Center of the box, x and y in pixels."""
         return (self.xyxy[0] + self.xyxy[2]) / 2, (self.xyxy[1] + self.xyxy[3]) / 2
 
     def answers(self, query: str) -> bool:
-        """Whether a query means this object: ``"red circle"`` exactly, ``"circle"`` in any colour, ``"dog"``."""
+        """Whether a query means this object: ``"red circle"`` exactly, ``"circle"`` in any color, ``"dog"``."""
         return query in (self.name, self.shape)
 
 
@@ -67,10 +67,10 @@ class Scene:
         """Return the objects that a query name means, left to right.
 
         Args:
-            query: ``"red circle"``, ``"circle"`` for any colour, or ``"dog"``.
+            query: ``"red circle"``, ``"circle"`` for any color, or ``"dog"``.
 
         Raises:
-            ValueError: If the query is not a name of this world. A colour alone (``"red"``) is none.
+            ValueError: If the query is not a name of this world. A color alone (``"red"``) is none.
         """
         split_name(query)
         return tuple(sorted((item for item in self.objects if item.answers(query)), key=lambda item: item.xyxy))

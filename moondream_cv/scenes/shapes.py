@@ -2,7 +2,7 @@
 
 A shape is a list of closed contours in unit coordinates (x to the right, y down), filled by the even-odd rule.
 Variation stops where a name would change: a square is never turned far enough to pass for a diamond, an ellipse stays
-close to a circle. Filling, colour and position are left to `moondream_cv.scenes.objects`.
+close to a circle. Filling, color and position are left to `moondream_cv.scenes.objects`.
 """
 
 from __future__ import annotations

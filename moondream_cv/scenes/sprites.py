@@ -1,7 +1,7 @@
 """The icons as RGBA sprites at several sizes, read from ``sprites.png``.
 
 The pictures are glyphs of Noto Color Emoji by Google, licensed under the SIL Open Font License 1.1
-(https://openfontlicense.org), rasterised once by ``scripts/make_sprites.py``. This module only loads them: rotation,
+(https://openfontlicense.org), rasterized once by ``scripts/make_sprites.py``. This module only loads them: rotation,
 shadows and the like are added in `moondream_cv.scenes.objects`.
 """
 
@@ -29,7 +29,7 @@ _LEVELS: Final = (112, 64, 36, 20)
 class Sprite(NamedTuple):
     """One icon at one size, cropped to its visible pixels; its longer side is the level's size."""
 
-    rgb: npt.NDArray[np.uint8]  # [h, w, 3], RGB; colours continue beyond the silhouette
+    rgb: npt.NDArray[np.uint8]  # [h, w, 3], RGB; colors continue beyond the silhouette
     alpha: npt.NDArray[np.uint8]  # [h, w], 0..255
 
 
@@ -43,7 +43,7 @@ def _sheet() -> npt.NDArray[np.uint8]:
 
 
 def _bleed(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Continue an icon's colours into its transparent surroundings, so that resampling makes no dark fringe."""
+    """Continue an icon's colors into its transparent surroundings, so that resampling makes no dark fringe."""
     weight = alpha.astype(np.float32)[..., None] / 255
     total = cv2.GaussianBlur(np.dstack([rgb * weight, weight]), (0, 0), 3)
     mean = (rgb * weight).sum((0, 1)) / weight.sum()
@@ -86,7 +86,7 @@ def icon_sprite(name: str, size: float) -> Sprite:
 
 
 @cache
-def icon_colour(name: str) -> tuple[float, float, float]:
+def icon_color(name: str) -> tuple[float, float, float]:
     """Return the mean RGB of an icon's visible pixels, 0..255: what has to stand out from the background."""
     sprite = icon_levels(name)[0]
     red, green, blue = sprite.rgb[sprite.alpha > 127].mean(0)

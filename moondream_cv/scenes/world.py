@@ -1,7 +1,7 @@
-"""The vocabulary of the synthetic world: eight shapes in eight colours, and thirty-two icons.
+"""The vocabulary of the synthetic world: eight shapes in eight colors, and thirty-two icons.
 
-Names are plain English: a coloured shape is ``"red circle"``, an icon is ``"dog"``. A query may also name a shape
-without its colour (``"circle"``); a colour alone names nothing. This module holds words and RGB values only: what a
+Names are plain English: a colored shape is ``"red circle"``, an icon is ``"dog"``. A query may also name a shape
+without its color (``"circle"``); a color alone names nothing. This module holds words and RGB values only: what a
 thing looks like is the renderers' business.
 """
 
@@ -12,7 +12,7 @@ from typing import Final
 
 SHAPES: Final[tuple[str, ...]] = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
 
-COLOURS: Final[dict[str, tuple[int, int, int]]] = {  # RGB
+COLORS: Final[dict[str, tuple[int, int, int]]] = {  # RGB
     "red": (215, 35, 35),
     "green": (40, 160, 60),
     "blue": (40, 80, 215),
@@ -60,16 +60,16 @@ GLYPHS: Final[dict[str, str]] = {  # icon name -> emoji the sprite sheet was mad
 
 ICONS: Final[tuple[str, ...]] = tuple(GLYPHS)
 
-COLOURED_SHAPES: Final[tuple[str, ...]] = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+COLORED_SHAPES: Final[tuple[str, ...]] = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 
-ALL_NAMES: Final[tuple[str, ...]] = COLOURED_SHAPES + ICONS
-"""Every name that an object can carry: 64 coloured shapes and 32 icons."""
+ALL_NAMES: Final[tuple[str, ...]] = COLORED_SHAPES + ICONS
+"""Every name that an object can carry: 64 colored shapes and 32 icons."""
 
 _IRREGULAR_PLURALS: Final[dict[str, str]] = {"fish": "fish"}
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Split a query name into its colour and its shape or icon.
+    """Split a query name into its color and its shape or icon.
 
     Args:
         name: ``"red circle"``, ``"circle"`` or ``"dog"``.
@@ -80,9 +80,9 @@ def split_name(name: str) -> tuple[str | None, str]:
     Raises:
         ValueError: If the name is not part of this world, as ``"red"`` or ``"red dog"``.
     """
-    colour, _, shape = name.rpartition(" ")
-    if (not colour and (shape in SHAPES or shape in GLYPHS)) or (colour in COLOURS and shape in SHAPES):
-        return colour or None, shape
+    color, _, shape = name.rpartition(" ")
+    if (not color and (shape in SHAPES or shape in GLYPHS)) or (color in COLORS and shape in SHAPES):
+        return color or None, shape
     raise ValueError(f"{name!r} is not a name of this world; known are e.g. 'red circle', 'circle' and 'dog'")
 
 

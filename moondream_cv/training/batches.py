@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from moondream_cv.engine.crops import cut_crops
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.scenes.render import Scene, render_scene
-from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES
+from moondream_cv.scenes.world import COLORS, ICONS, SHAPES
 from moondream_cv.training.packing import IGNORE, Packed, Packer
 from moondream_cv.training.prompts import write_examples
 
@@ -43,12 +43,12 @@ class Cells:
 
     Attributes:
         thing: Class index (shapes, then icons), or IGNORE where the cell lies in no object's core.
-        colour: Colour index, or IGNORE.
-        box: [num_patches, 4] x centre, y centre, width, height of the object; NaN where there is none.
+        color: Color index, or IGNORE.
+        box: [num_patches, 4] x center, y center, width, height of the object; NaN where there is none.
     """
 
     thing: np.ndarray
-    colour: np.ndarray
+    color: np.ndarray
     box: np.ndarray
 
 
@@ -78,7 +78,7 @@ class Batch:
     offsets: Tensor  # [B, T]
     question: Tensor  # [B, T]
     thing: Tensor  # [B, P]
-    colour: Tensor  # [B, P]
+    color: Tensor  # [B, P]
     box: Tensor  # [B, P, 4]
 
     def to(self, device: torch.device) -> Batch:
@@ -110,11 +110,11 @@ class SceneSamples(Dataset[Sample]):
 def cells_of(scene: Scene, grid: int) -> Cells:
     """Assign each cell of the token grid to the object in whose core (half its width and height) it lies.
 
-    The cell of an object's centre always belongs to it.
+    The cell of an object's center always belongs to it.
     """
     width, height = scene.resolution_wh
     thing = np.full(grid * grid, IGNORE, np.int64)
-    colour, box = thing.copy(), np.full((grid * grid, 4), np.nan, np.float32)
+    color, box = thing.copy(), np.full((grid * grid, 4), np.nan, np.float32)
     middle = (np.arange(grid) + 0.5) / grid
     for item in sorted(scene.objects, key=lambda o: -(o.xyxy[2] - o.xyxy[0]) * (o.xyxy[3] - o.xyxy[1])):
         x0, y0, x1, y1 = np.divide(item.xyxy, (width, height, width, height))
@@ -124,9 +124,9 @@ def cells_of(scene: Scene, grid: int) -> Cells:
         own = min(int(y * grid), grid - 1) * grid + min(int(x * grid), grid - 1)
         cells = np.append((rows[:, None] * grid + columns).ravel(), own)
         thing[cells] = SHAPES.index(item.shape) if item.kind == "shape" else len(SHAPES) + ICONS.index(item.shape)
-        colour[cells] = list(COLOURS).index(item.colour) if item.colour else IGNORE
+        color[cells] = list(COLORS).index(item.color) if item.color else IGNORE
         box[cells] = (x, y, w, h)
-    return Cells(thing, colour, box)
+    return Cells(thing, color, box)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -155,6 +155,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         offsets=padded("offsets", 0, torch.long),
         question=padded("question", -1, torch.long),
         thing=torch.from_numpy(np.stack([s.cells.thing for s in samples])),
-        colour=torch.from_numpy(np.stack([s.cells.colour for s in samples])),
+        color=torch.from_numpy(np.stack([s.cells.color for s in samples])),
         box=torch.from_numpy(np.stack([s.cells.box for s in samples])),
     )

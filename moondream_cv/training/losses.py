@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from moondream_cv.engine.crops import normalize
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.region import size_to_bin
-from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES
+from moondream_cv.scenes.world import COLORS, ICONS, SHAPES
 from moondream_cv.training.batches import Batch
 from moondream_cv.training.packing import IGNORE
 
@@ -17,14 +17,14 @@ TEXT_WEIGHT, SIZE_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 0.006
 
 
 class CellHeads(nn.Module):
-    """Linear probes on image tokens, thrown away after training: is there a thing, which, which colour, where."""
+    """Linear probes on image tokens, thrown away after training: is there a thing, which, which color, where."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.present = nn.Linear(dim, 1)
         self.thing = nn.Linear(dim, len(SHAPES) + len(ICONS))
-        self.colour = nn.Linear(dim, len(COLOURS))
+        self.colour = nn.Linear(dim, len(COLORS))
         self.box = nn.Linear(dim, 4)
 
 
@@ -37,7 +37,7 @@ def image_tokens(network: MoondreamNetwork, batch: Batch) -> Tensor:
 def cell_losses(
     network: MoondreamNetwork, heads: CellHeads, tokens: Tensor, batch: Batch, sigma: float
 ) -> dict[str, Tensor]:
-    """Losses of single image tokens: presence, thing, colour, and the object's box through the real region heads."""
+    """Losses of single image tokens: presence, thing, color, and the object's box through the real region heads."""
     covered = batch.thing != IGNORE
     normed = heads.norm(tokens)
     chosen, chosen_normed = tokens[covered], normed[covered]
@@ -45,7 +45,7 @@ def cell_losses(
     return {
         "present": F.binary_cross_entropy_with_logits(heads.present(normed).squeeze(-1), covered.float()),
         "thing": F.cross_entropy(heads.thing(chosen_normed), batch.thing[covered]),
-        "colour": _mean(F.cross_entropy(heads.colour(chosen_normed), batch.colour[covered], reduction="none")),
+        "colour": _mean(F.cross_entropy(heads.colour(chosen_normed), batch.color[covered], reduction="none")),
         "cell size": 0.3 * soft_bins(network.region.decode_size(chosen), size_bins(box[:, 2:], network), sigma),
         "cell x": 0.3 * soft_bins(network.region.decode_coordinate(chosen), box[:, 0] * bins, sigma),
         "cell box": 4.0 * F.l1_loss(heads.box(chosen_normed), box),
@@ -104,17 +104,17 @@ def packed_mask(question: Tensor, prefix: int) -> Tensor:
     return mask[:, None]
 
 
-def soft_bins(logits: Tensor, centre: Tensor, sigma: float) -> Tensor:
+def soft_bins(logits: Tensor, center: Tensor, sigma: float) -> Tensor:
     """Cross entropy against a Gaussian of `sigma` bins around the true place.
 
     Args:
         logits: [..., bins].
-        centre: [...] real-valued bin.
+        center: [...] real-valued bin.
     """
     if not logits.numel():
         return logits.sum()
     bins = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
-    target = torch.softmax(-0.5 * ((bins - centre[..., None]) / sigma) ** 2, dim=-1)
+    target = torch.softmax(-0.5 * ((bins - center[..., None]) / sigma) ** 2, dim=-1)
     return -(target * logits.float().log_softmax(-1)).sum(-1).mean()
 
 

@@ -1,7 +1,7 @@
 """What the tiny model is taught to say about a scene: questions and answers written from the ground truth.
 
 An `Example` is text and objects; `training/packing.py` turns it into tokens. Objects stand in a fixed order, left to
-right by centre, since a set has to be said in some order.
+right by center, since a set has to be said in some order.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from moondream_cv.scenes.render import Scene, SceneObject
-from moondream_cv.scenes.world import COLOURS, ICONS, SHAPES, listing, plural, short_caption, with_article
+from moondream_cv.scenes.world import COLORS, ICONS, SHAPES, listing, plural, short_caption, with_article
 
-Box = tuple[float, float, float, float]  # x centre, y centre, width, height, as fractions of the image
+Box = tuple[float, float, float, float]  # x center, y center, width, height, as fractions of the image
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One request and the reply that is to be learnt.
+    """One request and the reply that is to be learned.
 
     Attributes:
         skill: "detect", "point", "query", "reason" or a caption length ("short", "normal", "long").
@@ -54,11 +54,11 @@ class _View:
 
     def __init__(self, scene: Scene) -> None:
         width, height = scene.resolution_wh
-        self.objects = sorted(scene.objects, key=lambda o: o.centre[0])
+        self.objects = sorted(scene.objects, key=lambda o: o.center[0])
         self.boxes = [
             (
-                o.centre[0] / width,
-                o.centre[1] / height,
+                o.center[0] / width,
+                o.center[1] / height,
                 (o.xyxy[2] - o.xyxy[0]) / width,
                 (o.xyxy[3] - o.xyxy[1]) / height,
             )
@@ -96,17 +96,17 @@ def _absent(view: _View, rng: np.random.Generator) -> str:
     """A name that nothing answers to, more often than not a near miss of something that is there."""
     for _ in range(20):
         picked, draw = view.pick(rng), rng.random()
-        if picked and picked[0].colour and draw < 0.6:
+        if picked and picked[0].color and draw < 0.6:
             item = picked[0]
             if draw < 0.3:
-                name = f"{rng.choice(list(COLOURS))} {item.shape}"
+                name = f"{rng.choice(list(COLORS))} {item.shape}"
             else:
-                name = f"{item.colour} {rng.choice(SHAPES)}"
+                name = f"{item.color} {rng.choice(SHAPES)}"
         elif draw < 0.8:
             name = str(rng.choice(ICONS))
         else:
             shape = str(rng.choice(SHAPES))
-            name = shape if rng.random() < 0.3 else f"{rng.choice(list(COLOURS))} {shape}"
+            name = shape if rng.random() < 0.3 else f"{rng.choice(list(COLORS))} {shape}"
         if not view.boxes_of(name):
             return name
     return "key" if not view.boxes_of("key") else "cup"
@@ -136,14 +136,14 @@ def _count(view: _View, rng: np.random.Generator) -> Example:
     return Example("query", question, str(len(boxes)))
 
 
-def _colour(view: _View, rng: np.random.Generator) -> Example | None:
-    shapes = [o for o in view.objects if o.colour]
+def _color(view: _View, rng: np.random.Generator) -> Example | None:
+    shapes = [o for o in view.objects if o.color]
     unique = [o for o in shapes if sum(o.shape == other.shape for other in shapes) == 1]
     if not unique:
         return None
     item = unique[int(rng.integers(len(unique)))]
     templates = ("What colour is the {}?", "What color is the {}?", "what colour is the {}?")
-    return Example("query", str(rng.choice(templates, p=(0.5, 0.3, 0.2))).format(item.shape), str(item.colour))
+    return Example("query", str(rng.choice(templates, p=(0.5, 0.3, 0.2))).format(item.shape), str(item.color))
 
 
 def _what(view: _View, rng: np.random.Generator) -> Example | None:
@@ -157,9 +157,9 @@ def _what(view: _View, rng: np.random.Generator) -> Example | None:
     else:
         ref = (x, y, w, h)
     question = str(rng.choice(("What is this?", "what is this?", "What colour is this?"), p=(0.6, 0.3, 0.1)))
-    if "colour" in question and item.colour is None:
+    if "colour" in question and item.color is None:
         question = "What is this?"
-    return Example("query", question, str(item.colour) if "colour" in question else item.name, refs=(ref,))
+    return Example("query", question, str(item.color) if "colour" in question else item.name, refs=(ref,))
 
 
 def _exists(view: _View, rng: np.random.Generator) -> Example:
@@ -195,7 +195,7 @@ def _capital(text: str) -> str:
 
 _WRITERS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (
     _count,
-    _colour,
+    _color,
     _what,
     _exists,
     _caption,

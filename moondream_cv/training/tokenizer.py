@@ -1,6 +1,6 @@
 """The tiny model's tokenizer: byte-level BPE over the words of its world.
 
-Every word of the world becomes one token with its leading space: names that split into several tokens are learnt more
+Every word of the world becomes one token with its leading space: names that split into several tokens are learned more
 slowly. Any other text still encodes, byte by byte.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moondream_cv.scenes.world import ALL_NAMES, COLOURS, plural, with_article
+from moondream_cv.scenes.world import ALL_NAMES, COLORS, plural, with_article
 from moondream_cv.training.prompts import COLUMNS, ROWS
 
 CONTROL_TOKENS = (
@@ -48,7 +48,7 @@ def _corpus() -> Iterator[str]:
     words = [
         *names,
         *(plural(n) for n in names),
-        *COLOURS,
+        *COLORS,
         *ROWS,
         *COLUMNS,
         "point",

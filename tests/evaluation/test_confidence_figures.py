@@ -87,7 +87,7 @@ def test_names_asked_for() -> None:
         there = {name for name in names if scene.named(name)}
         assert len(set(names)) == len(names)
         assert {o.name for o in scene.objects} <= there
-        assert {o.shape for o in scene.objects if o.colour} <= there
+        assert {o.shape for o in scene.objects if o.color} <= there
         absent += len(names) - len(there)
     assert absent >= 2 * 40 - 5  # less only where every look-alike is there
 

@@ -71,7 +71,7 @@ class SceneModel(PublishedMethods):
         if self.lies:
             return CaptionResult("A lie.") if isinstance(request, Caption) else QueryResult("no idea")
         if isinstance(request, Caption):
-            return CaptionResult(short_caption([o.name for o in sorted(scene.objects, key=lambda o: o.centre[0])]))
+            return CaptionResult(short_caption([o.name for o in sorted(scene.objects, key=lambda o: o.center[0])]))
         return QueryResult(self._answer(scene, request))
 
     def _answer(self, scene: Scene, request: Query) -> str:
@@ -83,4 +83,4 @@ class SceneModel(PublishedMethods):
         if request.question.startswith("Is there"):
             name = request.question.removesuffix("?").split(" ", 3)[3]
             return "yes" if any(item.answers(name) for item in scene.objects) else "no"
-        return next(str(item.colour) for item in scene.objects if f"the {item.shape}?" in request.question)
+        return next(str(item.color) for item in scene.objects if f"the {item.shape}?" in request.question)

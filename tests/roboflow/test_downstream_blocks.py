@@ -292,7 +292,7 @@ def frames_on_the_left(clip: Clip, middle_x: float) -> dict[str, int]:
     """How many frames ago each object that is on the left in the end came there."""
     since: dict[str, int] = {}
     for number, (_, objects) in enumerate(clip):
-        there = {item.name for item in objects if item.centre[0] < middle_x}
+        there = {item.name for item in objects if item.center[0] < middle_x}
         since = {name: since.get(name, number) for name in there}
     return {name: len(clip) - 1 - number for name, number in since.items()}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moondream_cv.scenes import ICONS, Scene
-from moondream_cv.scenes.backgrounds import colour_distance
+from moondream_cv.scenes.backgrounds import color_distance
 from moondream_cv.scenes.hard import FRAMES, LOOKALIKES, draw_difficulties, lookalike, render_hard
 from moondream_cv.scenes.world import split_name
 
@@ -58,7 +58,7 @@ def test_scenes_are_small_crowded_overlapping_and_of_near_misses(scenes: list[Sc
 
 
 def test_some_scenes_have_little_contrast(scenes: list[Scene]) -> None:
-    spread = [float(colour_distance(s.image[::8, ::8], s.image[::8, ::8].mean((0, 1))).max()) for s in scenes]
+    spread = [float(color_distance(s.image[::8, ::8], s.image[::8, ::8].mean((0, 1))).max()) for s in scenes]
     assert np.quantile(spread, 0.9) > 1.5 * np.quantile(spread, 0.1)
 
 
@@ -70,12 +70,12 @@ def common(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 def near(first: str, second: str) -> bool:
     """Whether one name is easily taken for the other."""
-    (colour, shape), (other_colour, other_shape) = split_name(first), split_name(second)
-    if first == second or (colour is None) != (other_colour is None):
+    (color, shape), (other_color, other_shape) = split_name(first), split_name(second)
+    if first == second or (color is None) != (other_color is None):
         return False
-    if colour is None:
+    if color is None:
         return any(shape in group and other_shape in group for group in LOOKALIKES)
-    return (colour == other_colour) != (shape == other_shape)
+    return (color == other_color) != (shape == other_shape)
 
 
 def test_every_icon_has_lookalikes() -> None:
