@@ -1,8 +1,9 @@
-# From nothing: `make demo` or `make test`. Needs a Python of 3.10 to 3.13, make and a C compiler.
+# Start with `make demo` or `make test-quick`. Requires Python 3.10 to 3.13, make and a C compiler.
 #
-# TORCH_INDEX. On Linux, PyPI's torch wheel brings some gigabytes of CUDA libraries. On a machine without a GPU:
+# TORCH_INDEX: package index for torch. On Linux, torch from PyPI includes several gigabytes of CUDA libraries. On a
+# machine without a GPU:
 #     make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# Unset, pip takes the torch that its own configuration finds.
+# If TORCH_INDEX is empty, pip uses its configured index.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,9 +15,8 @@ PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
 TRAIN_ARGS ?= runs/tiny
 
-# What `make bench` runs: everything that needs no GPU, no download and no argument.
-# parity.py compares with a checkout of the published implementation: see its --help.
-# workflows.py needs Roboflow's engine: `make bench-roboflow`.
+# `make bench` runs the benchmarks that need no GPU, download or argument. parity.py needs a checkout of the published
+# implementation (see its --help), and workflows.py needs Roboflow's engine (`make bench-roboflow`).
 BENCHMARKS ?= $(filter-out benchmarks/parity.py benchmarks/workflows.py benchmarks/_%,$(wildcard benchmarks/*.py))
 
 PY := $(VENV)/bin/python
@@ -26,16 +26,16 @@ NEWEST := $(VENV_NEWEST)/.installed
 ROBOFLOW := $(VENV_ROBOFLOW)/.installed
 NPM := tests/npm/node_modules/.package-lock.json
 
-# One torch thread per pytest worker: more would fight over the cores. A file's tests stay in one worker.
+# One torch thread per pytest worker, because more would compete for the cores. All tests of a file run in one worker.
 PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 --dist loadfile
 
 comma := ,
 
-.PHONY: help venv venv-roboflow demo test test-package test-newest test-roboflow lint format bench bench-roboflow soak \
-  resolve constraints train-tiny clean
+.PHONY: help venv venv-roboflow demo test-quick test test-package test-newest test-roboflow lint format bench \
+  bench-roboflow soak resolve constraints train-tiny clean
 .DEFAULT_GOAL := help
 
-help: ## Show this list
+help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
@@ -43,19 +43,19 @@ help: ## Show this list
 
 # --- Environments ---------------------------------------------------------------------------------------------------
 
-# $(call create,FOLDER): a virtual environment with pip in it, or a sentence that says what is missing.
+# $(call create,FOLDER): create a virtual environment with pip, or print the missing requirement.
 define create
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "moondream-cv is developed on Python 3.10 to 3.13; PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)"; \
-	  echo "Name another one: make PYTHON=python3.12 ..."; exit 1; } >&2
+	  echo "Python 3.10 to 3.13 is required; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)"; \
+	  echo "Choose another interpreter: make PYTHON=python3.12 ..."; exit 1; } >&2
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "$$($(PYTHON) --version 2>&1) has no ensurepip, so no virtual environment can be made with it."; \
+	  echo "$$($(PYTHON) --version 2>&1) has no module ensurepip, which virtual environments require."; \
 	  echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; } >&2
 	$(PYTHON) -m venv $(1)
 endef
 
-# $(call install,PYTHON,CONSTRAINTS,WHAT): torch alone from TORCH_INDEX if that is set (an index of torch need not
-# have the pinned versions of its dependencies, hence --no-deps), then everything else from pip's usual index.
+# $(call install,PYTHON,CONSTRAINTS,REQUIREMENTS): install torch from TORCH_INDEX if that is set, then everything else
+# from pip's configured index. --no-deps, because an index of torch builds may lack the pinned dependencies.
 define install
 	@$(1) -m pip --version >/dev/null 2>&1 || $(1) -m ensurepip
 	$(if $(TORCH_INDEX),$(1) -m pip install --no-deps --index-url $(TORCH_INDEX) -c $(2) torch)
@@ -69,17 +69,17 @@ $(BASE): pyproject.toml constraints/default.txt | $(VENV)/bin/python
 	$(call install,$(PY),constraints/default.txt,-e .)
 	@touch $@
 
-# Without the extra workflows: its engine holds openai below 2, which the tests drive as it is today.
-# Moondream's own client comes without its requirements, an inference engine among them: over HTTP it needs none of them.
+# Without the extra "workflows": its engine requires openai below 2, and the tests use the current client.
+# Moondream's client is installed without its requirements, which include an inference engine that HTTP does not need.
 $(DEV): $(BASE)
 	$(call install,$(PY),constraints/default.txt,-e ".[roboflow$(comma)server$(comma)clients$(comma)dev$(comma)notebooks]")
 	$(PY) -m pip install --no-deps moondream==2.6.1
 	@touch $@
 
-# JavaScript clients, where there is Node to run them; the tests that drive them skip elsewhere and say so.
+# JavaScript clients, if npm is installed. Without them, their tests are skipped.
 $(NPM): tests/npm/package.json tests/npm/package-lock.json
 	@if command -v npm >/dev/null; then cd tests/npm && npm ci --no-audit --no-fund --loglevel=error && touch -c ../../$@; \
-	  else echo "No npm here: the tests of JavaScript clients will skip."; fi
+	  else echo "npm is not installed: the tests of the JavaScript clients will be skipped."; fi
 
 $(VENV_NEWEST)/bin/python:
 	$(call create,$(VENV_NEWEST))
@@ -91,7 +91,7 @@ $(NEWEST): pyproject.toml constraints/newest.txt | $(VENV_NEWEST)/bin/python
 $(VENV_ROBOFLOW)/bin/python:
 	$(call create,$(VENV_ROBOFLOW))
 
-# An engine from before it became a distribution of its own lies beside, for one test of the plugin (test_older_engine.py).
+# tests/roboflow/test_older_engine.py uses an inference-core from before the engine became a separate distribution.
 $(ROBOFLOW): pyproject.toml constraints/roboflow.in constraints/roboflow.txt constraints/roboflow_newer.txt \
   | $(VENV_ROBOFLOW)/bin/python
 	$(call install,$(VENV_ROBOFLOW)/bin/python,constraints/roboflow.txt,-e ".[all$(comma)dev]" \
@@ -100,30 +100,34 @@ $(ROBOFLOW): pyproject.toml constraints/roboflow.in constraints/roboflow.txt con
 	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps --upgrade --target $(VENV_ROBOFLOW)/older-engine inference-core==1.5.2
 	@touch $@
 
-venv: $(DEV) ## Create the virtual environment for everything but Roboflow's engine and server
+venv: $(DEV) ## Create the virtual environment for development
 
 venv-roboflow: $(ROBOFLOW) ## Create an environment with Roboflow's workflows engine and inference server (3 GB)
 
 # --- Use ------------------------------------------------------------------------------------------------------------
 
-demo: $(BASE) ## Detect, point, ask, caption and track with the embedded tiny model; pictures and a video in demo/
+demo: $(BASE) ## Run the tiny model on rendered scenes; writes images and a video to demo/
 	$(VENV)/bin/moondream-cv demo
 
-test: test-package test-roboflow ## Run the tests
+test-quick: $(DEV) ## Run the tests that start no server, browser or other process (2 minutes)
+	$(call PYTEST,$(PY)) -m "not system and not slow and not download and not gpu and not roboflow and not soak" \
+	  --durations 5 $(PYTEST_ARGS)
 
-test-package: $(DEV) $(NPM) ## Run the tests except those that need Roboflow's own engine and server
+test: test-package test-roboflow ## Run all tests
+
+test-package: $(DEV) $(NPM) ## Run the tests that do not need Roboflow's engine and server
 	$(call PYTEST,$(PY)) $(PYTEST_ARGS)
 
-# HTTP touches neither supervision nor transformers, and its tests take clients that are not installed there.
-test-newest: $(NEWEST) ## Run the tests marked compat with the newest supervision and transformers
+# Without the HTTP tests: they use neither supervision nor transformers, and need clients that are not installed here.
+test-newest: $(NEWEST) ## Run the tests marked "compat" with the newest supervision and transformers
 	@$(VENV_NEWEST)/bin/python -c 'from importlib.metadata import version as v; \
 	  print(*(f"{n} {v(n)}" for n in ("supervision", "transformers", "torch", "numpy", "opencv-python")), sep=", ")'
 	$(call PYTEST,$(VENV_NEWEST)/bin/python) -m "compat and not download and not soak" \
 	  --ignore=tests/server --ignore=tests/backends --ignore=tests/roboflow $(PYTEST_ARGS)
 
-# Only their folder: other tests import what torchvision breaks there (tests/helpers/roboflow_app.py says why). The server warns
-# by the thousand, hence --disable-warnings.
-test-roboflow: $(ROBOFLOW) ## Run the tests marked roboflow, with Roboflow's own workflows engine and server
+# Only tests/roboflow: other tests fail to import in this environment because of torchvision
+# (see tests/helpers/roboflow_app.py). --disable-warnings, because the server emits thousands of warnings.
+test-roboflow: $(ROBOFLOW) ## Run the tests marked "roboflow" with Roboflow's workflows engine and server
 	$(call PYTEST,$(VENV_ROBOFLOW)/bin/python) -m "roboflow and not download and not soak" --disable-warnings \
 	  $(PYTEST_ARGS) tests/roboflow
 
@@ -132,21 +136,20 @@ lint: $(DEV) ## Check style, formatting and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-format: $(DEV) ## Format the code and mend what ruff can mend
+format: $(DEV) ## Format the code and apply ruff's fixes
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-bench: $(DEV) ## Run the benchmarks that need nothing but a CPU
-	@test -n "$(strip $(BENCHMARKS))" || echo "No benchmark runs without arguments yet."
+bench: $(DEV) ## Run the benchmarks that only need a CPU
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
 
-bench-roboflow: $(ROBOFLOW) ## Run the benchmark of the blocks in Roboflow's workflows engine
+bench-roboflow: $(ROBOFLOW) ## Run the benchmark of the workflow blocks
 	$(VENV_ROBOFLOW)/bin/python -W ignore benchmarks/workflows.py
 
-soak: $(DEV) ## Run the long tests
-	$(PY) -m pytest -m soak $(PYTEST_ARGS) || { code=$$?; test $$code -eq 5 && echo "No soak test was selected."; }
+soak: $(DEV) ## Run the tests marked "soak" (minutes to hours)
+	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
-train-tiny: $(BASE) ## Train the tiny model (hours on 2 cores; resumes; TRAIN_ARGS="..." is passed on)
+train-tiny: $(BASE) ## Train the tiny model, or resume its training (hours on 2 cores; arguments: TRAIN_ARGS="...")
 	$(PY) -m moondream_cv.training.tiny $(TRAIN_ARGS)
 
 # --- Versions -------------------------------------------------------------------------------------------------------
@@ -155,17 +158,17 @@ UV = $(PY) -m uv --quiet pip compile --no-header --no-annotate
 EXTRAS = --extra roboflow --extra server --extra dev --extra notebooks
 WITH_CLIENTS = $(EXTRAS) --extra clients
 
-# A dry run for each Python and platform. uv resolves for interpreters that are not installed (pip evaluates markers for
-# its own), and reads metadata only: torch's CUDA libraries are resolved and left out of the count, never fetched.
-# --only-binary shows that nothing would be compiled. macOS means 14 or later, as PyAV's wheels do.
+# A dry run for each Python version and platform. uv resolves for interpreters that are not installed, and reads only
+# metadata, so torch's CUDA libraries are never downloaded. --only-binary proves that nothing has to be compiled. The
+# wheels of PyAV require macOS 14.
 RESOLVE_PYTHONS ?= 3.10 3.11 3.12 3.13
 RESOLVE_PLATFORMS ?= x86_64-unknown-linux-gnu aarch64-apple-darwin x86_64-pc-windows-msvc
 CUDA_ONLY := ^(cuda-|nvidia-|triton)
 
-resolve: $(DEV) ## Show that the constraints resolve on Python 3.10 to 3.13 (a dry run)
+resolve: $(DEV) ## Check that the constraints resolve on Python 3.10 to 3.13 (dry run)
 	@set -e; for python in $(RESOLVE_PYTHONS); do for platform in $(RESOLVE_PLATFORMS); do \
-	  found=$$(MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) $(WITH_CLIENTS) --only-binary :all: --python-version $$python --python-platform $$platform \
-	    -c constraints/default.txt pyproject.toml); \
+	  found=$$(MACOSX_DEPLOYMENT_TARGET=14.0 $(UV) $(WITH_CLIENTS) --only-binary :all: --python-version $$python \
+	    --python-platform $$platform -c constraints/default.txt pyproject.toml); \
 	  loose=$$(echo "$$found" | grep -vE '$(CUDA_ONLY)' | while read -r pin; do \
 	    grep -q "^$$pin\( \|$$\)" constraints/default.txt || echo "$$pin"; done); \
 	  test -z "$$loose" || { echo "Not pinned in constraints/default.txt on Python $$python, $$platform: $$loose"; exit 1; }; \
@@ -176,19 +179,21 @@ resolve: $(DEV) ## Show that the constraints resolve on Python 3.10 to 3.13 (a d
 CONSTRAINTS_HEADER = \# Exact versions for Python 3.10 to 3.13. Written by \`make constraints\`
 WITHOUT_CUDA = grep -vE '$(CUDA_ONLY)'
 
-# Two passes for constraints/default.txt: the first resolves the package together with constraints/default.in, the second keeps what the
-# package itself needs, together with the clients of the tests: Roboflow's engine holds openai below 2, and is not there.
-# Roboflow's server pins its engine itself. The CUDA libraries are dropped, so that a CPU build of torch meets no pin of theirs.
-constraints: $(DEV) ## Write constraints/default.txt, constraints/newest.txt and constraints/roboflow.txt anew
+# default.txt takes two passes: the first resolves the package with constraints/default.in, the second removes Roboflow's
+# engine, which requires openai below 2, and adds the clients of the tests. Roboflow's server pins its engine itself.
+# CUDA libraries are removed, so that a CPU build of torch has no conflict with their pins.
+constraints: $(DEV) ## Update default.txt, newest.txt and roboflow.txt in constraints/
 	@mkdir -p build
 	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints/default.in -o build/with-engine.txt >/dev/null
 	sed -i.old /^openai==/d build/with-engine.txt
-	$(UV) $(WITH_CLIENTS) --universal --python-version 3.10 pyproject.toml -c build/with-engine.txt -o build/pinned.txt >/dev/null
+	$(UV) $(WITH_CLIENTS) --universal --python-version 3.10 pyproject.toml -c build/with-engine.txt \
+	  -o build/pinned.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml and constraints/default.in."; \
 	  $(WITHOUT_CUDA) build/pinned.txt; } > constraints/default.txt
 	echo "supervision>=0.31" > build/newest.in
 	grep '^torch==' constraints/default.in >> build/newest.in
-	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in -o build/newest.txt >/dev/null
+	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in \
+	  -o build/newest.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
 	  $(WITHOUT_CUDA) build/newest.txt; } > constraints/newest.txt
 	sed -E '/^(roboflow-workflows|streamvision)==/d' constraints/default.in > build/with-server.in
@@ -197,6 +202,6 @@ constraints: $(DEV) ## Write constraints/default.txt, constraints/newest.txt and
 	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints/default.in and constraints/roboflow.in."; \
 	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints/roboflow.txt
 
-clean: ## Remove environments, caches and what was built
+clean: ## Remove environments, caches and build output
 	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_ROBOFLOW) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
