@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from tests.helpers.signals import default_signals
+from tests.helpers.system_tests import is_system_test
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start a server, a browser or another process; `make test-quick` leaves them out."""
+    known: dict[object, bool] = {}
+    for item in items:
+        if is_system_test(item, known):
+            item.add_marker("system")
 
 
 @pytest.fixture(scope="session", autouse=True)
