@@ -89,8 +89,8 @@ def check_integer(name: str, value: object, low: int = 1, high: int | None = Non
     """
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if number is None or number < low or (high is not None and number > high):
-        limits = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be an integer {limits}, got {value!r:.100}")
+        kind = f"an integer of at least {low}" if high is None else f"an integer between {low} and {high}"
+        raise ValueError(f"{name} must be {kind}, got {value!r:.100}")
     return number
 
 

@@ -1,17 +1,24 @@
-"""What can be asked of a model and what it replies: plain frozen values that know nothing of how they are computed.
+"""Requests to a model and their results, as frozen dataclasses.
 
-Coordinates are fractions of the image's width and height, from its top left corner. Every result's `to_dict()` is the
-dict that the published model's method of that name returns; `confidence`, `truncated` and `logprob` are extra keys.
+Coordinates are fractions of the image's width and height, from its top left corner. `to_dict()` of a result returns
+the dict of the published model's method; `confidence`, `truncated` and `logprob` are additional keys.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Union
 
+from moondream_cv.arguments import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_not_negative,
+    check_probability,
+    check_text,
+)
 from moondream_cv.errors import SchemaError
 
 CAPTION_LENGTHS = ("short", "normal", "long")
@@ -25,18 +32,20 @@ SpatialRef = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a request is computed; the defaults are the published ones.
+    """Sampling and size settings of a request. The defaults are those of the published model.
 
     Attributes:
-        temperature: Of answers and captions; 0 always takes the likeliest token. Objects and points are never sampled.
-        top_p: Sampling draws from the likeliest tokens that together reach this probability.
-        max_tokens: Tokens of an answer, of its reasoning, or of a caption, at the most.
-        max_objects: Objects or points at the most.
-        max_crops: Local crops at the most; None: as many as the model was trained with. Fewer are faster and coarser.
-        variant: An adapter to use: a file or an id; None: the one that the model was loaded with.
-        seed: Makes sampling repeatable.
-        repeat_suffix: The published code ends a question twice before the answer. False ends it once, as another engine
-            of the model's authors does.
+        temperature: Sampling temperature of answers and captions, 0 or more; 0 is greedy decoding. Objects and points
+            are never sampled.
+        top_p: Cumulative probability of nucleus sampling, between 0 and 1.
+        max_tokens: Maximum number of tokens of an answer, of its reasoning, or of a caption.
+        max_objects: Maximum number of objects or points.
+        max_crops: Maximum number of local crops; fewer are faster and less accurate. None uses the value that the
+            model was trained with.
+        variant: LoRA adapter to use, as a file or an id. None uses the adapter that the model was loaded with.
+        seed: Random seed for repeatable sampling.
+        repeat_suffix: Append the end of the question template twice, as the published code does. False appends it
+            once, as another inference engine of the model's authors does.
     """
 
     temperature: float = 0.5
@@ -49,42 +58,47 @@ class Settings:
     repeat_suffix: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, math.inf)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_integer("max_tokens", self.max_tokens, 1)
-        _check_integer("max_objects", self.max_objects, 1)
-        if self.max_crops is not None:
-            _check_integer("max_crops", self.max_crops, 1)
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0)
+        checked = {
+            "temperature": check_not_negative("temperature", self.temperature),
+            "top_p": check_probability("top_p", self.top_p),
+            "max_tokens": check_integer("max_tokens", self.max_tokens),
+            "max_objects": check_integer("max_objects", self.max_objects),
+            "max_crops": None if self.max_crops is None else check_integer("max_crops", self.max_crops),
+            "seed": None if self.seed is None else check_integer("seed", self.seed, 0),
+            "repeat_suffix": check_flag("repeat_suffix", self.repeat_suffix),
+        }
         if self.variant is not None and not isinstance(self.variant, str):
-            raise ValueError(f"variant must be the name of an adapter, not {self.variant!r}")
-        if not isinstance(self.repeat_suffix, bool):
-            raise ValueError(f"repeat_suffix must be True or False, not {self.repeat_suffix!r}")
+            raise ValueError(f"variant must be the name of an adapter, got {self.variant!r:.100}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @classmethod
     def of(cls, values: Settings | Mapping[str, Any] | None, ignore_unknown: bool = False) -> Settings:
-        """Settings from a mapping; None gives the defaults, and settings themselves.
+        """Return settings from a mapping.
+
+        Args:
+            values: Settings by name; None for the defaults. A `Settings` object is returned unchanged.
+            ignore_unknown: Ignore unknown keys instead of raising.
 
         Raises:
-            ValueError: A key is unknown (unless they are to be ignored) or a value is out of range.
+            ValueError: A key is unknown (unless `ignore_unknown` is set), or a value is out of range.
         """
         if values is None:
             return cls()
         if isinstance(values, Settings):
             return values
         if not isinstance(values, Mapping):
-            raise ValueError(f"settings must be a mapping such as {{'max_objects': 50}}, not {values!r}")
+            raise ValueError(f"settings must be a mapping such as {{'max_objects': 50}}, got {values!r:.100}")
         known = [f.name for f in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown and not ignore_unknown:
-            raise ValueError(f"unknown settings {unknown}; known are {', '.join(known)}")
+            raise ValueError(f"unknown settings {unknown}; known settings: {', '.join(known)}")
         return cls(**{key: value for key, value in values.items() if key in known})
 
 
 @dataclass(frozen=True)
 class Detect:
-    """Boxes of everything that a name means."""
+    """A request for the boxes of all objects of a class."""
 
     skill: ClassVar[str] = "detect"
     image: Any
@@ -97,7 +111,7 @@ class Detect:
 
 @dataclass(frozen=True)
 class Point:
-    """Points on everything that a name means."""
+    """A request for one point on each object of a class."""
 
     skill: ClassVar[str] = "point"
     image: Any
@@ -113,12 +127,14 @@ class Query:
     """A question about an image, or without one.
 
     Attributes:
-        image: An image, or None.
-        reasoning: Think first, and return the thoughts.
-        spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the question is about.
-        stop: Up to 4 strings; the answer ends before the first occurrence of one of them. A single string is accepted.
-        json_schema: JSON schema that the answer conforms to, as a mapping or as JSON text; kept as text. An answer that
-            `max_tokens` truncates is incomplete JSON. The reasoning is not constrained.
+        image: Image, or None.
+        question: Question text.
+        reasoning: Generate reasoning before the answer, and return it.
+        spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the question refers to, as fractions.
+        settings: Settings of the request.
+        stop: Up to 4 strings; the answer ends before the first occurrence of any of them. A single string is accepted.
+        json_schema: JSON schema that the answer conforms to, as a mapping or as JSON text; stored as text. An answer
+            that `max_tokens` truncates is incomplete JSON. The reasoning is not constrained.
     """
 
     skill: ClassVar[str] = "query"
@@ -135,13 +151,13 @@ class Query:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
         if self.spatial_refs and self.image is None:
-            raise ValueError("spatial_refs point into an image, and image is None")
+            raise ValueError("spatial_refs need an image, got image=None; pass an image")
         _check_request(self, self.question, "question", image_required=False)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A description: "short", "normal" or "long"."""
+    """A request for a caption; `length` is "short", "normal" or "long"."""
 
     skill: ClassVar[str] = "caption"
     image: Any
@@ -149,18 +165,19 @@ class Caption:
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
-        if self.length not in CAPTION_LENGTHS:
-            raise ValueError(f"length must be one of {', '.join(CAPTION_LENGTHS)}, not {self.length!r}")
+        check_choice("length", self.length, CAPTION_LENGTHS)
         _check_request(self, None, "length")
 
 
 @dataclass(frozen=True)
 class Gaze:
-    """Where somebody looks.
+    """A request for the gaze target of a person.
 
     Attributes:
-        eye: (x, y) between the eyes.
-        force: Give a point even where the model sees none.
+        image: Image.
+        eye: (x, y) between the eyes, as fractions.
+        force: Return a point even if the model finds no target.
+        settings: Settings of the request.
     """
 
     skill: ClassVar[str] = "gaze"
@@ -172,7 +189,7 @@ class Gaze:
     def __post_init__(self) -> None:
         refs = _spatial_refs((self.eye,))
         if len(refs[0]) != 2:
-            raise ValueError(f"eye must be (x, y), not {self.eye!r}")
+            raise ValueError(f"eye must be (x, y), got {self.eye!r:.100}")
         object.__setattr__(self, "eye", refs[0])
         _check_request(self, None, "eye")
 
@@ -182,10 +199,14 @@ Request = Union[Detect, Point, Query, Caption, Gaze]  # noqa: UP007 - evaluated 
 
 @dataclass(frozen=True)
 class DetectedObject:
-    """A box as the model gave it: not clipped to the image.
+    """A detected box, not clipped to the image.
 
     Attributes:
-        confidence: 0..1, from the model's token probabilities; 1.0 where the model gives none.
+        x_min: Left edge, as a fraction of the image width.
+        y_min: Top edge, as a fraction of the image height.
+        x_max: Right edge, as a fraction of the image width.
+        y_max: Bottom edge, as a fraction of the image height.
+        confidence: Confidence between 0 and 1, from the model's token probabilities; 1.0 if the model returns none.
     """
 
     x_min: float
@@ -195,77 +216,92 @@ class DetectedObject:
     confidence: float = 1.0
 
     def to_dict(self) -> dict[str, float]:
+        """Return the fields as a dict."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
 class DetectedPoint:
-    """A point, and its confidence as that of a `DetectedObject`."""
+    """A detected point.
+
+    Attributes:
+        x: Fraction of the image width.
+        y: Fraction of the image height.
+        confidence: Confidence, as of a `DetectedObject`.
+    """
 
     x: float
     y: float
     confidence: float = 1.0
 
     def to_dict(self) -> dict[str, float]:
+        """Return the fields as a dict."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
 class Grounding:
-    """Points that characters `start` to `end` of a reasoning text speak of."""
+    """Points in the image that the characters `start` to `end` of a reasoning text refer to."""
 
     start: int
     end: int
     points: tuple[tuple[float, float], ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the dict of the published model."""
         return {"start_idx": self.start, "end_idx": self.end, "points": list(self.points)}
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """The thoughts before an answer."""
+    """Reasoning text before an answer, and the points that it refers to."""
 
     text: str
     grounding: tuple[Grounding, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the dict of the published model."""
         return {"text": self.text, "grounding": [g.to_dict() for g in self.grounding]}
 
 
 @dataclass(frozen=True)
 class DetectResult:
-    """What `Detect` gives.
+    """Result of `Detect`.
 
     Attributes:
-        truncated: `max_objects` ended the list.
+        objects: Detected boxes.
+        truncated: Whether `max_objects` ended the list.
     """
 
     objects: tuple[DetectedObject, ...]
     truncated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the dict of the published model."""
         return {"objects": [o.to_dict() for o in self.objects], "truncated": self.truncated}
 
 
 @dataclass(frozen=True)
 class PointResult:
-    """What `Point` gives."""
+    """Result of `Point`; `truncated` as in a `DetectResult`."""
 
     points: tuple[DetectedPoint, ...]
     truncated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the dict of the published model."""
         return {"points": [p.to_dict() for p in self.points], "truncated": self.truncated}
 
 
 @dataclass(frozen=True)
 class QueryResult:
-    """What `Query` gives.
+    """Result of `Query`.
 
     Attributes:
-        truncated: `max_tokens` ended the answer or its reasoning.
-        logprob: Mean log-probability of the answer's tokens; None where the model gives none.
+        answer: Answer text.
+        reasoning: Reasoning, if the request asked for it.
+        truncated: Whether `max_tokens` ended the answer or its reasoning.
+        logprob: Mean log-probability of the answer's tokens; None if the model returns none.
     """
 
     answer: str
@@ -274,35 +310,38 @@ class QueryResult:
     logprob: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        thoughts = {} if self.reasoning is None else {"reasoning": self.reasoning.to_dict()}
-        return {**thoughts, "answer": self.answer, "truncated": self.truncated, **_score(self.logprob)}
+        """Return the dict of the published model."""
+        reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning.to_dict()}
+        return {**reasoning, "answer": self.answer, "truncated": self.truncated, **_score(self.logprob)}
 
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """What `Caption` gives; `truncated` and `logprob` as in a `QueryResult`."""
+    """Result of `Caption`; `truncated` and `logprob` as in a `QueryResult`."""
 
     caption: str
     truncated: bool = False
     logprob: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the dict of the published model."""
         return {"caption": self.caption, "truncated": self.truncated, **_score(self.logprob)}
 
 
 @dataclass(frozen=True)
 class GazeResult:
-    """What `Gaze` gives: a point, or None where the model sees none."""
+    """Result of `Gaze`: a point, or None if the model finds no target."""
 
     gaze: DetectedPoint | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the dict of the published model."""
         return {"gaze": None if self.gaze is None else {"x": self.gaze.x, "y": self.gaze.y}}
 
 
 @dataclass(frozen=True)
 class ErrorResult:
-    """What stands in the place of a request that failed."""
+    """Result of a request that failed."""
 
     error: Exception
 
@@ -311,7 +350,7 @@ Result = Union[DetectResult, PointResult, QueryResult, CaptionResult, GazeResult
 
 
 def pieces_of(result: Result) -> list[Any]:
-    """What a reply would have been streamed as, had it not come in one piece: objects, points, thoughts and text."""
+    """Return the parts of a result in the order of streaming: objects, points, reasoning or text."""
     if isinstance(result, DetectResult):
         return list(result.objects)
     if isinstance(result, PointResult):
@@ -327,22 +366,19 @@ def _score(logprob: float | None) -> dict[str, float]:
     return {} if logprob is None else {"logprob": logprob}
 
 
-def _check_request(request: Any, text: str | None, what: str, image_required: bool = True) -> None:
+def _check_request(request: Any, text: str | None, name: str, image_required: bool = True) -> None:
     if image_required and request.image is None:
-        raise ValueError(f"{request.skill} needs an image, and image is None")
+        raise ValueError(f"{request.skill} needs an image, got image=None; pass an image")
     object.__setattr__(request, "settings", Settings.of(request.settings))
-    if what not in ("object", "question"):
+    if name not in ("object", "question"):
         return
-    if not isinstance(text, str):
-        raise ValueError(f"{what} must be a string, not {type(text).__name__}: {text!r:.100}")
-    if not text.strip():
-        raise ValueError(f"{what} must say something, not {text!r:.100}")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"{what} has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are accepted")
+    checked = check_text(name, text)
+    if len(checked) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{name} must have at most {MAX_PROMPT_CHARACTERS} characters, got {len(checked)}")
     try:
-        text.encode()
+        checked.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not valid Unicode text: {text!r:.100}") from error
+        raise ValueError(f"{name} must be valid Unicode text, got {text!r:.100}") from error
 
 
 def _spatial_refs(refs: Sequence[Sequence[float]] | None) -> tuple[SpatialRef, ...]:
@@ -351,13 +387,17 @@ def _spatial_refs(refs: Sequence[Sequence[float]] | None) -> tuple[SpatialRef, .
         try:
             values = tuple(float(v) for v in ref)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"a spatial reference is (x, y) or (x_min, y_min, x_max, y_max), not {ref!r}") from error
+            raise ValueError(
+                f"a spatial reference must be (x, y) or (x_min, y_min, x_max, y_max), got {ref!r:.100}"
+            ) from error
         if len(values) not in (2, 4):
-            raise ValueError(f"a spatial reference has 2 or 4 numbers, not {len(values)}: {ref!r}")
+            raise ValueError(f"a spatial reference must have 2 or 4 numbers, got {len(values)}: {ref!r:.100}")
         if not all(0.0 <= v <= 1.0 for v in values):
-            raise ValueError(f"spatial references are fractions of the image in 0..1, not {ref!r}")
+            raise ValueError(
+                f"a spatial reference must have fractions between 0 and 1, got {ref!r:.100}"
+            )
         if len(values) == 4 and (values[2] <= values[0] or values[3] <= values[1]):
-            raise ValueError(f"a box is (x_min, y_min, x_max, y_max) with a positive area, not {ref!r}")
+            raise ValueError(f"a box must be (x_min, y_min, x_max, y_max) with a positive area, got {ref!r:.100}")
         checked.append(values)
     return tuple(checked)
 
@@ -371,7 +411,7 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
             raise ValueError(f"stop must be a string or a sequence of strings, got {string!r:.100}")
         if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
             raise ValueError(
-                f"strings of stop must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(string)}: {string!r:.100}"
+                f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(string)}: {string!r:.100}"
             )
     return strings
 
@@ -403,19 +443,9 @@ def _schema_text(schema: Mapping[str, Any] | str | None) -> str | None:
 
 
 def _depth(value: Any) -> int:
-    """Return how many arrays and objects of a JSON value are nested."""
+    """Return the number of nested levels of a JSON value."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, Mapping | list | tuple)]:
         depth += 1
         level = [child for item in level for child in (item.values() if isinstance(item, Mapping) else item)]
     return depth
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or math.isinf(value):
-        raise ValueError(f"{name} must be a number in {low}..{high}, not {value!r}")
-
-
-def _check_integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer of at least {low}, not {value!r}")

@@ -1,4 +1,4 @@
-"""`Detector` and `Pointer`: frames × classes → one run → `sv.Detections`. Run with `pytest tests/test_detector.py`."""
+"""`Detector` and `Pointer`: results, filters, errors and use."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BROKEN = picture(("magenta", (0, 0, 80, 60)))
 
 
 @pytest.fixture
-def colours() -> ColorModel:
+def color_model() -> ColorModel:
     return ColorModel()
 
 
@@ -60,28 +60,28 @@ def assert_filled(detections: sv.Detections, length: int) -> None:
     assert detections.tracker_id is None
 
 
-# --- what comes back -------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_frame_one_class(colours: ColorModel) -> None:
-    detections = Detector(colours)(FRAME, "red")
+def test_one_frame_one_class(color_model: ColorModel) -> None:
+    detections = Detector(color_model)(FRAME, "red")
     assert_filled(detections, 1)
     assert detections.xyxy.tolist() == [list(RED)]
     assert detections.confidence.tolist() == [1.0]
     assert detections.data["class_name"].tolist() == ["red"]
 
 
-def test_class_id_follows_the_order_of_the_classes(colours: ColorModel) -> None:
-    detections = Detector(colours)(FRAME, ["blue", "green", "red"])
+def test_class_id_follows_the_order_of_the_classes(color_model: ColorModel) -> None:
+    detections = Detector(color_model)(FRAME, ["blue", "green", "red"])
     assert_filled(detections, 2)
     assert detections.class_id.tolist() == [1, 2]
     assert detections.data["class_name"].tolist() == ["green", "red"]
     assert detections.xyxy.tolist() == [list(GREEN), list(RED)]
-    assert Detector(colours)(FRAME, ("red", "green")).class_id.tolist() == [0, 1]
+    assert Detector(color_model)(FRAME, ("red", "green")).class_id.tolist() == [0, 1]
 
 
-def test_nothing_found_is_filled_and_merges(colours: ColorModel) -> None:
-    detector = Detector(colours)
+def test_empty_results_have_all_fields_and_merge(color_model: ColorModel) -> None:
+    detector = Detector(color_model)
     empty, full = detector(FRAME, ["blue", "a class with a long name"]), detector(FRAME, ["red", "green"])
     assert_filled(empty, 0)
     merged = sv.Detections.merge([empty, full, empty, detector(FRAME, "green")])
@@ -91,8 +91,8 @@ def test_nothing_found_is_filled_and_merges(colours: ColorModel) -> None:
     assert_filled(empty.with_nms(0.5), 0)
 
 
-def test_a_list_gives_a_list_whatever_its_length(colours: ColorModel) -> None:
-    detector = Detector(colours)
+def test_list_of_frames_returns_a_list_of_the_same_length(color_model: ColorModel) -> None:
+    detector = Detector(color_model)
     assert detector([], "red") == []
     (single,) = detector([FRAME], "red")
     assert_filled(single, 1)
@@ -102,11 +102,11 @@ def test_a_list_gives_a_list_whatever_its_length(colours: ColorModel) -> None:
     assert second.class_id.tolist() == [1]
 
 
-def test_one_run_and_one_image_for_all_classes_of_a_frame(colours: ColorModel, tmp_path: Path) -> None:
+def test_all_classes_of_a_frame_share_one_run_and_one_image(color_model: ColorModel, tmp_path: Path) -> None:
     path = tmp_path / "frame.png"
     cv2.imwrite(str(path), FRAME)
-    Detector(colours, max_objects=7, max_crops=3)([FRAME, path], ["red", "green", "blue"])
-    (requests,) = colours.runs
+    Detector(color_model, max_objects=7, max_crops=3)([FRAME, path], ["red", "green", "blue"])
+    (requests,) = color_model.runs
     assert [request.object for request in requests] == ["red", "green", "blue"] * 2
     assert len({id(request.image) for request in requests[:3]}) == 1
     assert len({id(request.image) for request in requests[3:]}) == 1
@@ -115,11 +115,11 @@ def test_one_run_and_one_image_for_all_classes_of_a_frame(colours: ColorModel, t
     assert {(request.settings.max_objects, request.settings.max_crops) for request in requests} == {(7, 3)}
 
 
-def test_an_encoded_image_is_passed_on(colours: ColorModel) -> None:
-    encoded = colours.encode(FRAME)
-    detections = Detector(colours)(encoded, "red")
+def test_encoded_image_reaches_the_model_unchanged(color_model: ColorModel) -> None:
+    encoded = color_model.encode(FRAME)
+    detections = Detector(color_model)(encoded, "red")
     assert detections.xyxy.tolist() == [list(RED)]
-    assert colours.runs[0][0].image is encoded
+    assert color_model.runs[0][0].image is encoded
 
 
 def stored(orientation: int, rgb: np.ndarray) -> bytes:
@@ -153,22 +153,22 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_image_gives_the_same_boxes(kind: str, colours: ColorModel, tmp_path: Path) -> None:
+def test_every_image_type_gives_the_same_boxes(kind: str, color_model: ColorModel, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "frame.png"), FRAME)
-    detections = Detector(colours)(KINDS[kind](tmp_path), ["red", "green"])
+    detections = Detector(color_model)(KINDS[kind](tmp_path), ["red", "green"])
     assert detections.xyxy.tolist() == [list(RED), list(GREEN)]
 
 
-# --- cleaning up -----------------------------------------------------------------------------------------------------
+# --- filters ---------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_are_clipped_and_those_without_area_in_the_frame_dropped() -> None:
+def test_boxes_are_clipped_and_boxes_without_area_removed() -> None:
     model = ListModel(
         [
             DetectedObject(-0.25, 0.5, 0.5, 1.5, 0.9),
             DetectedObject(1.1, 0.1, 1.3, 0.2, 0.8),  # outside
             DetectedObject(0.5, 0.5, 0.5, 0.8, 0.7),  # no width
-            DetectedObject(0.8, 0.2, 0.6, 0.4, 0.6),  # inside out
+            DetectedObject(0.8, 0.2, 0.6, 0.4, 0.6),  # x_max < x_min
         ]
     )
     detections = Detector(model)(FRAME, "thing")
@@ -182,7 +182,7 @@ def test_boxes_are_clipped_and_those_without_area_in_the_frame_dropped() -> None
     width=st.integers(1, 5000),
     height=st.integers(1, 5000),
 )
-def test_boxes_lie_within_the_frame(boxes: list[tuple[float, ...]], width: int, height: int) -> None:
+def test_boxes_are_inside_the_frame_and_have_an_area(boxes: list[tuple[float, ...]], width: int, height: int) -> None:
     model = ListModel([DetectedObject(*box) for box in boxes])
     frame = np.broadcast_to(np.uint8(0), (height, width, 3))
     xyxy = Detector(model)(frame, "thing").xyxy
@@ -191,18 +191,18 @@ def test_boxes_lie_within_the_frame(boxes: list[tuple[float, ...]], width: int, 
     assert (xyxy[:, 2:] > xyxy[:, :2]).all()
 
 
-def test_exact_duplicates_keep_the_most_confident_in_the_models_order() -> None:
+def test_most_confident_duplicate_is_kept_in_model_order() -> None:
     box, other = (0.1, 0.1, 0.3, 0.3), (0.5, 0.5, 0.9, 0.9)
     model = ListModel(
         [DetectedObject(*other, 0.4), DetectedObject(*box, 0.5), DetectedObject(*box, 0.8), DetectedObject(*box, 0.6)]
     )
     detections = Detector(model)(FRAME, ["a", "b"])
-    assert detections.class_id.tolist() == [0, 0, 1, 1]  # equal boxes of different classes stay
+    assert detections.class_id.tolist() == [0, 0, 1, 1]  # equal boxes of different classes are kept
     assert detections.confidence.tolist() == pytest.approx([0.4, 0.8] * 2)
     assert len(Detector(model, drop_duplicates=False)(FRAME, "a")) == 4
 
 
-def test_nms_works_within_a_class() -> None:
+def test_nms_applies_within_each_class() -> None:
     model = ListModel([DetectedObject(0.1, 0.1, 0.5, 0.5, 0.6), DetectedObject(0.1, 0.1, 0.52, 0.5, 0.9)])
     assert len(Detector(model)(FRAME, ["a", "b"])) == 4
     detections = Detector(model, nms=0.5)(FRAME, ["a", "b"])
@@ -211,7 +211,7 @@ def test_nms_works_within_a_class() -> None:
     assert detections.confidence.tolist() == pytest.approx([0.9, 0.9])
 
 
-WHOLE = DetectedObject(-0.1, 0.0, 1.0, 1.2, 0.9)  # clipped, it fills the frame
+WHOLE = DetectedObject(-0.1, 0.0, 1.0, 1.2, 0.9)  # fills the frame when clipped
 MOST = DetectedObject(0.0, 0.0, 1.0, 0.9, 0.8)
 LARGE = DetectedObject(0.0, 0.0, 0.75, 0.5, 0.7)
 THIN = DetectedObject(0.5, 0.5, 0.525, 1.0, 0.6)  # 2 by 30 of 80 by 60 pixels
@@ -224,7 +224,7 @@ DOT = DetectedObject(0.9875, 0.5, 1.5, 0.55, 0.5)  # clipped, 1 by 3 pixels
         ({}, [WHOLE, MOST, LARGE, THIN, DOT]),
         ({"max_area": 1.0}, [WHOLE, MOST, LARGE, THIN, DOT]),
         ({"max_area": 0.95}, [MOST, LARGE, THIN, DOT]),
-        ({"max_area": 0.9}, [MOST, LARGE, THIN, DOT]),  # 0.9 of the frame is not more than that
+        ({"max_area": 0.9}, [MOST, LARGE, THIN, DOT]),  # the limit itself passes
         ({"max_area": 0.3}, [THIN, DOT]),
         ({"min_size": 0}, [WHOLE, MOST, LARGE, THIN, DOT]),
         ({"min_size": 1}, [WHOLE, MOST, LARGE, THIN, DOT]),
@@ -235,40 +235,38 @@ DOT = DetectedObject(0.9875, 0.5, 1.5, 0.55, 0.5)  # clipped, 1 by 3 pixels
         ({"max_area": 0.95, "min_size": 3, "confidence": 0.75, "nms": 0.5}, [MOST]),
     ],
 )
-def test_boxes_that_fill_the_frame_and_thin_ones_go_where_asked(
-    options: dict[str, Any], kept: list[DetectedObject]
-) -> None:
+def test_max_area_and_min_size_filter_boxes(options: dict[str, Any], kept: list[DetectedObject]) -> None:
     detections = Detector(ListModel([WHOLE, MOST, LARGE, THIN, DOT]), **options)(FRAME, "thing")
     assert_filled(detections, len(kept))
     assert detections.confidence.tolist() == pytest.approx([item.confidence for item in kept])
 
 
-def test_what_is_left_out_does_not_hide_what_stays() -> None:
+def test_max_area_is_applied_before_nms() -> None:
     model = ListModel([DetectedObject(0, 0, 1, 1, 0.9), DetectedObject(0, 0, 1, 0.8, 0.6)])
     assert Detector(model, nms=0.5)(FRAME, "thing").confidence.tolist() == pytest.approx([0.9])
     assert Detector(model, nms=0.5, max_area=0.95)(FRAME, "thing").confidence.tolist() == pytest.approx([0.6])
 
 
-def test_shares_are_of_each_frame() -> None:
+def test_filters_use_the_size_of_each_frame() -> None:
     model = ListModel([DetectedObject(0, 0, 0.1, 0.1)])
     small, large = Detector(model, min_size=10)([FRAME, np.zeros((100, 200, 3), np.uint8)], "thing")
     assert (len(small), len(large)) == (0, 1)
 
 
-def test_confidence_leaves_out_what_is_below_it() -> None:
+def test_confidence_removes_detections_below_the_threshold() -> None:
     model = ListModel([DetectedObject(0, 0, 0.5, 0.5, 0.3), DetectedObject(0.5, 0.5, 1, 1, 0.7)])
     assert len(Detector(model)(FRAME, "a")) == 2
     assert Detector(model, confidence=0.7)(FRAME, "a").confidence.tolist() == pytest.approx([0.7])
     assert_filled(Detector(model, confidence=0.71)(FRAME, "a"), 0)
 
 
-def test_a_threshold_without_scores_warns_once() -> None:
+def test_threshold_without_scores_warns_once() -> None:
     detector_module._warn_no_scores.cache_clear()
     model = ColorModel(has_scores=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Detector(model)(FRAME, "red")  # no threshold, no warning
-    with pytest.warns(UserWarning, match="ColorModel gives no scores") as caught:
+    with pytest.warns(UserWarning, match="ColorModel returns no scores") as caught:
         assert len(Detector(model, confidence=0.9)(FRAME, "red")) == 1
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
@@ -277,7 +275,7 @@ def test_a_threshold_without_scores_warns_once() -> None:
         Detector(ColorModel(), confidence=0.9)(FRAME, "red")
 
 
-def test_what_the_limit_cuts_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncation_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     frame = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)])
     with caplog.at_level(logging.INFO, "moondream_cv"):
         assert len(Detector(ColorModel(), max_objects=3)(frame, "red")) == 3
@@ -287,7 +285,7 @@ def test_what_the_limit_cuts_off_is_logged(caplog: pytest.LogCaptureFixture) -> 
 ROW = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", GREEN))
 
 
-def test_what_the_limit_cuts_off_is_marked_where_asked() -> None:
+def test_mark_truncated_marks_every_object_of_a_truncated_class() -> None:
     detector = Detector(ColorModel(), max_objects=3, mark_truncated=True)
     detections = detector(ROW, ["green", "red", "blue"])
     assert_filled(detections, 4)
@@ -299,7 +297,7 @@ def test_what_the_limit_cuts_off_is_marked_where_asked() -> None:
     assert list(Detector(ColorModel(), max_objects=3)(ROW, "red").data) == ["class_name"]
 
 
-def test_the_mark_is_there_when_nothing_is_and_merges(tmp_path: Path) -> None:
+def test_truncated_data_is_set_for_empty_results_and_merges(tmp_path: Path) -> None:
     detector = Detector(ColorModel(), max_objects=3, mark_truncated=True, on_error="empty")
     cut, empty, failed = detector([ROW, FRAME, BROKEN], "red")[0], detector(FRAME, "blue"), detector("no.png", "red")
     for nothing in (empty, failed):
@@ -318,14 +316,14 @@ def test_the_mark_is_there_when_nothing_is_and_merges(tmp_path: Path) -> None:
     assert "True" in (tmp_path / "found.csv").read_text()
 
 
-def test_unmarked_detections_merge_with_those_of_other_libraries(colours: ColorModel) -> None:
+def test_detections_merge_with_those_of_other_libraries(color_model: ColorModel) -> None:
     other = sv.Detections(
         xyxy=np.array([[1, 2, 3, 4]], dtype=np.float32),
         confidence=np.array([0.5], dtype=np.float32),
         class_id=np.array([7]),
         data={"class_name": np.array(["bus"])},
     )
-    merged = sv.Detections.merge([other, Detector(colours, max_objects=1)(ROW, "red")])
+    merged = sv.Detections.merge([other, Detector(color_model, max_objects=1)(ROW, "red")])
     assert merged.data["class_name"].tolist() == ["bus", "red"]
 
 
@@ -336,68 +334,68 @@ def test_unmarked_detections_merge_with_those_of_other_libraries(colours: ColorM
     ("classes", "message"),
     [
         ([], "at least one class"),
-        ("", r"classes\[0\] must say something"),
-        (["dog", "  "], r"classes\[1\] must say something"),
-        (["dog", "cat", "dog"], "there twice: 'dog'"),
-        (["dog", 3], r"classes\[1\] must be a string, not int: 3"),
-        (None, "sequence of strings, not NoneType"),
-        ({"dog", "cat"}, "sequence of strings, not set"),
-        (b"dog", "sequence of strings, not bytes"),
-        (iter(["dog"]), "sequence of strings, not list_iterator"),
-        ("x" * 200_000, "200000 characters"),
+        ("", r"classes\[0\] must not be empty"),
+        (["dog", "  "], r"classes\[1\] must not be empty"),
+        (["dog", "cat", "dog"], "duplicates: 'dog'"),
+        (["dog", 3], r"classes\[1\] must be a string, got int: 3"),
+        (None, "sequence of strings, got NoneType"),
+        ({"dog", "cat"}, "sequence of strings, got set"),
+        (b"dog", "sequence of strings, got bytes"),
+        (iter(["dog"]), "sequence of strings, got list_iterator"),
+        ("x" * 200_000, "at most 100000 characters, got 200000"),
     ],
 )
-def test_wrong_classes_are_refused_by_name(classes: Any, message: str, colours: ColorModel) -> None:
+def test_invalid_classes_raise(classes: Any, message: str, color_model: ColorModel) -> None:
     with pytest.raises(ValueError, match=message):
-        Detector(colours)(FRAME, classes)
-    assert colours.runs == []
+        Detector(color_model)(FRAME, classes)
+    assert color_model.runs == []
 
 
 @pytest.mark.parametrize(
     "container", [(FRAME, FRAME), {"a": FRAME}, iter([FRAME]), deque([FRAME]), (f for f in [FRAME]), {1, 2}]
 )
-def test_containers_other_than_a_list_are_refused(container: Any, colours: ColorModel) -> None:
-    with pytest.raises(ValueError, match=f"must come in a list, not in a {type(container).__name__}"):
-        Detector(colours)(container, "red")
+def test_containers_other_than_lists_raise(container: Any, color_model: ColorModel) -> None:
+    with pytest.raises(ValueError, match=f"frames must be a list, got {type(container).__name__}"):
+        Detector(color_model)(container, "red")
 
 
 @pytest.mark.parametrize("frame", [None, 3, np.stack([FRAME, FRAME]), np.zeros((0, 5, 3), np.uint8), b"", "no.png"])
-def test_frames_that_are_no_images_raise_image_errors(frame: Any, colours: ColorModel) -> None:
+def test_unreadable_frames_raise_image_error(frame: Any, color_model: ColorModel) -> None:
     with pytest.raises(ImageError):
-        Detector(colours)(frame, "red")
+        Detector(color_model)(frame, "red")
     with pytest.raises(ImageError, match=r"^frames\[1\]: "):
-        Detector(colours)([FRAME, frame], "red")
-    assert colours.runs == []
+        Detector(color_model)([FRAME, frame], "red")
+    assert color_model.runs == []
 
 
-def test_an_error_of_the_model_is_raised(colours: ColorModel) -> None:
+def test_model_error_is_raised(color_model: ColorModel) -> None:
     with pytest.raises(BackendError, match="refused the picture"):
-        Detector(colours)(BROKEN, "red")
+        Detector(color_model)(BROKEN, "red")
     with pytest.raises(BackendError, match="refused the picture"):
-        Detector(colours)([FRAME, BROKEN], "red")
+        Detector(color_model)([FRAME, BROKEN], "red")
 
 
-def test_a_bad_frame_may_give_empty_detections(colours: ColorModel, caplog: pytest.LogCaptureFixture) -> None:
-    detector = Detector(colours, on_error="empty")
+def test_on_error_empty_returns_empty_detections(color_model: ColorModel, caplog: pytest.LogCaptureFixture) -> None:
+    detector = Detector(color_model, on_error="empty")
     with caplog.at_level(logging.WARNING, "moondream_cv"):
         good, unread, failed, also_good = detector([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
     assert_filled(good, 2)
     assert_filled(unread, 0)
     assert_filled(failed, 0)
     assert_filled(also_good, 2)
-    assert len(colours.runs) == 1
+    assert len(color_model.runs) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "missing.png" in caplog.text
     assert "refused the picture" in caplog.text
     assert_filled(detector("missing.png", "red"), 0)
-    with pytest.raises(ValueError, match="at least one class"):  # a mistake of the caller's is none of the frame's
+    with pytest.raises(ValueError, match="at least one class"):  # an invalid argument always raises
         detector(FRAME, [])
 
 
 @pytest.mark.parametrize("on_error", ["raise", "empty"])
-def test_an_attempt_gives_errors_in_their_places(colours: ColorModel, on_error: Any) -> None:
-    detector = Detector(colours, on_error=on_error)
-    good, unread, failed, also_good = detector.attempt([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
+def test_detect_each_returns_errors_in_order(color_model: ColorModel, on_error: Any) -> None:
+    detector = Detector(color_model, on_error=on_error)
+    good, unread, failed, also_good = detector.detect_each([FRAME, "missing.png", BROKEN, FRAME], ["red", "green"])
     assert isinstance(good, sv.Detections)
     assert isinstance(also_good, sv.Detections)
     assert_filled(good, 2)
@@ -406,89 +404,91 @@ def test_an_attempt_gives_errors_in_their_places(colours: ColorModel, on_error: 
     assert "frames[1]: " in str(unread)
     assert "missing.png" in str(unread)
     assert "refused the picture" in str(failed)
-    assert len(colours.runs) == 1
-    assert detector.attempt([], "red") == []
+    assert len(color_model.runs) == 1
+    assert detector.detect_each([], "red") == []
     with pytest.raises(ValueError, match="at least one class"):
-        detector.attempt([FRAME], [])
-    with pytest.raises(ValueError, match="frames must come in a list, not in a ndarray"):
-        detector.attempt(FRAME, "red")  # type: ignore[arg-type]
+        detector.detect_each([FRAME], [])
+    with pytest.raises(ValueError, match="frames must be a list, got ndarray"):
+        detector.detect_each(FRAME, "red")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"confidence": 1.5}, r"confidence must be a number in 0\.\.1, not 1\.5"),
+        ({"confidence": 1.5}, r"confidence must be between 0 and 1, got 1\.5"),
         ({"confidence": -0.1}, "confidence"),
         ({"confidence": float("nan")}, "confidence"),
         ({"confidence": True}, "confidence"),
         ({"confidence": None}, "confidence"),
-        ({"nms": 2}, r"nms must be a number in 0\.\.1, not 2"),
+        ({"nms": 2}, r"nms must be between 0 and 1, got 2"),
         ({"nms": "0.5"}, "nms"),
-        ({"max_area": 0}, r"max_area must be a number above 0 and up to 1, not 0"),
-        ({"max_area": 4800}, "max_area must be a number above 0 and up to 1, not 4800"),
+        ({"max_area": 0}, r"max_area must be above 0 and at most 1, got 0"),
+        ({"max_area": 4800}, "max_area must be above 0 and at most 1, got 4800"),
         ({"max_area": float("nan")}, "max_area"),
         ({"max_area": True}, "max_area"),
-        ({"min_size": -1}, "min_size must be a number of pixels from 0, not -1"),
+        ({"min_size": -1}, "min_size must be 0 or more pixels, got -1"),
         ({"min_size": float("inf")}, "min_size"),
         ({"min_size": float("nan")}, "min_size"),
         ({"min_size": None}, "min_size"),
         ({"max_objects": 0}, "max_objects"),
         ({"max_crops": 0}, "max_crops"),
-        ({"on_error": "ignore"}, "on_error must be 'raise' or 'empty', not 'ignore'"),
-        ({"device": "cuda"}, "device='cuda' is for a model that is given by name"),
+        ({"on_error": "ignore"}, "on_error must be one of raise, empty, got 'ignore'"),
+        ({"device": "cuda"}, "device applies to a model given by name only, got 'cuda'"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str, colours: ColorModel) -> None:
+def test_arguments_out_of_range_raise(arguments: dict[str, Any], message: str, color_model: ColorModel) -> None:
     with pytest.raises(ValueError, match=message):
-        Detector(colours, **arguments)
+        Detector(color_model, **arguments)
 
 
 @pytest.mark.parametrize("model", [None, 3, object(), ColorModel])
-def test_what_is_no_model_is_refused(model: Any) -> None:
+def test_objects_that_are_not_models_raise(model: Any) -> None:
     with pytest.raises(ValueError, match="model must be a name"):
         Detector(model)
 
 
-def test_a_model_that_cannot_detect_is_refused(colours: ColorModel) -> None:
-    colours.skills = frozenset({"query"})
-    with pytest.raises(UnsupportedSkill, match=r"needs a model that can detect; ColorModel can query\."):
-        Detector(colours)
-    with pytest.raises(UnsupportedSkill, match="needs a model that can point"):
-        Pointer(colours)
+def test_model_without_the_skill_raises(color_model: ColorModel) -> None:
+    color_model.skills = frozenset({"query"})
+    with pytest.raises(
+        UnsupportedSkill, match=r"needs a model with the skill 'detect'; the skills of ColorModel are: query; use"
+    ):
+        Detector(color_model)
+    with pytest.raises(UnsupportedSkill, match="needs a model with the skill 'point'"):
+        Pointer(color_model)
 
 
-def test_too_few_results_are_noticed(colours: ColorModel) -> None:
-    colours.run = lambda requests: []  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="gave 0 results for 1 requests"):
-        Detector(colours)(FRAME, "red")
+def test_missing_results_raise(color_model: ColorModel) -> None:
+    color_model.run = lambda requests: []  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="must return one result per request, got 0 for 1 requests"):
+        Detector(color_model)(FRAME, "red")
 
 
 # --- use -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_was_passed_in_stays_open(colours: ColorModel) -> None:
-    with Detector(colours) as detector:
-        assert detector.model is colours
-    assert not colours.closed
+def test_model_passed_as_an_object_stays_open(color_model: ColorModel) -> None:
+    with Detector(color_model) as detector:
+        assert detector.model is color_model
+    assert not color_model.closed
 
 
-def test_a_model_that_was_loaded_by_name_is_closed(colours: ColorModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_loaded_by_name_is_closed(color_model: ColorModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def open_model(*arguments: Any) -> ColorModel:
         asked.append(arguments)
-        return colours
+        return color_model
 
     monkeypatch.setattr(detector_module, "_open_model", open_model)
     with Detector(Path("folder"), device="cpu") as detector:
         assert_filled(detector(FRAME, "red"), 1)
-    assert colours.closed
+    assert color_model.closed
     assert asked == [(Path("folder"), "cpu")]
 
 
-def test_acall_does_the_same(colours: ColorModel) -> None:
+def test_acall_returns_the_results_of_a_call(color_model: ColorModel) -> None:
     async def both() -> tuple[sv.Detections, list[sv.Detections]]:
-        detector = Detector(colours)
+        detector = Detector(color_model)
         one, many = await asyncio.gather(detector.acall(FRAME, "red"), detector.acall([FRAME], ["red", "green"]))
         with pytest.raises(ValueError, match="at least one class"):
             await detector.acall(FRAME, [])
@@ -499,33 +499,33 @@ def test_acall_does_the_same(colours: ColorModel) -> None:
     assert_filled(many[0], 2)
 
 
-def test_calls_from_many_threads(colours: ColorModel) -> None:
-    detector = Detector(colours, nms=0.5)
+def test_concurrent_calls_return_their_own_results(color_model: ColorModel) -> None:
+    detector = Detector(color_model, nms=0.5)
     frames = [picture(("red", (x, 5, x + 10, 20))) for x in range(60)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda frame: detector(frame, ["green", "red"]), frames))
     assert [d.xyxy[0, 0] for d in found] == list(range(60))
 
 
-def test_as_the_callback_of_an_inference_slicer(colours: ColorModel) -> None:
+def test_detector_works_as_an_inference_slicer_callback(color_model: ColorModel) -> None:
     frame = picture(("red", (150, 20, 160, 30)), ("green", (20, 150, 40, 170)), size_wh=(200, 200))
-    slicer = sv.InferenceSlicer(partial(Detector(colours), classes=["red", "green"]), slice_wh=120, overlap_wh=40)
+    slicer = sv.InferenceSlicer(partial(Detector(color_model), classes=["red", "green"]), slice_wh=120, overlap_wh=40)
     detections = slicer(frame)
     assert sorted(detections.xyxy.tolist()) == [[20, 150, 40, 170], [150, 20, 160, 30]]
     batched = sv.InferenceSlicer(
-        partial(Detector(colours), classes=["red", "green"]), slice_wh=120, overlap_wh=40, batch_size=3
+        partial(Detector(color_model), classes=["red", "green"]), slice_wh=120, overlap_wh=40, batch_size=3
     )
     assert sorted(batched(frame).xyxy.tolist()) == sorted(detections.xyxy.tolist())
 
 
-def test_detections_go_through_supervision(colours: ColorModel) -> None:
-    for detections in (Detector(colours)(FRAME, ["red", "green"]), Detector(colours)(FRAME, "blue")):
+def test_detections_work_with_supervision_annotators(color_model: ColorModel) -> None:
+    for detections in (Detector(color_model)(FRAME, ["red", "green"]), Detector(color_model)(FRAME, "blue")):
         scene = sv.BoxAnnotator().annotate(FRAME.copy(), detections)
         assert sv.LabelAnnotator().annotate(scene, detections).shape == FRAME.shape
         assert isinstance(detections.with_nms(0.5), sv.Detections)
 
 
-def test_the_local_engine_behind_it(model: LocalModel, frame: np.ndarray) -> None:
+def test_local_model_returns_valid_detections(model: LocalModel, frame: np.ndarray) -> None:
     classes = ["dog", "red circle", "cat"]
     detector = Detector(model, max_objects=3)
     single = detector(frame, classes)
@@ -548,17 +548,17 @@ def test_the_local_engine_behind_it(model: LocalModel, frame: np.ndarray) -> Non
 # --- pointing --------------------------------------------------------------------------------------------------------
 
 
-def test_pointer_gives_boxes_of_no_area(colours: ColorModel) -> None:
-    points = Pointer(colours)(FRAME, ["red", "green", "blue"])
+def test_pointer_returns_boxes_without_area(color_model: ColorModel) -> None:
+    points = Pointer(color_model)(FRAME, ["red", "green", "blue"])
     assert_filled(points, 2)
     assert points.xyxy.tolist() == [[20, 25, 20, 25], [60, 30, 60, 30]]
     assert points.class_id.tolist() == [0, 1]
-    assert_filled(Pointer(colours)(FRAME, "blue"), 0)
-    assert [len(found) for found in Pointer(colours)([FRAME, FRAME], "red")] == [1, 1]
+    assert_filled(Pointer(color_model)(FRAME, "blue"), 0)
+    assert [len(found) for found in Pointer(color_model)([FRAME, FRAME], "red")] == [1, 1]
 
 
-def test_key_points(colours: ColorModel) -> None:
-    pointer = Pointer(colours)
+def test_key_points_have_one_point_per_object(color_model: ColorModel) -> None:
+    pointer = Pointer(color_model)
     points = pointer.key_points(FRAME, ["red", "green"])
     assert isinstance(points, sv.KeyPoints)
     assert points.xy.tolist() == [[[20, 25]], [[60, 30]]]
@@ -572,7 +572,7 @@ def test_key_points(colours: ColorModel) -> None:
     assert empty.xy.shape == (0, 1, 2)
 
 
-def test_points_outside_and_double_points_are_dropped() -> None:
+def test_points_outside_the_frame_and_duplicates_are_removed() -> None:
     model = ListModel(
         [DetectedPoint(0, 1, 0.5), DetectedPoint(1.2, 0.5), DetectedPoint(0, 1, 0.9), DetectedPoint(0.5, 0.5, 0.2)]
     )
@@ -583,8 +583,8 @@ def test_points_outside_and_double_points_are_dropped() -> None:
     assert len(Pointer(model, drop_duplicates=False)(FRAME, "a")) == 3
 
 
-class CutShort(ListModel):
-    """Says of every list that there may be more."""
+class TruncatedModel(ListModel):
+    """Reports every list of points as truncated."""
 
     def _one(self, request: Request) -> Result:
         result = super()._one(request)
@@ -592,13 +592,13 @@ class CutShort(ListModel):
         return replace(result, truncated=True)
 
 
-def test_points_that_the_limit_cuts_off_are_marked_where_asked() -> None:
-    model = CutShort([DetectedPoint(0.5, 0.5)])
+def test_mark_truncated_marks_points() -> None:
+    model = TruncatedModel([DetectedPoint(0.5, 0.5)])
     pointer = Pointer(model, mark_truncated=True)
     assert pointer(FRAME, ["a", "b"]).data["truncated"].tolist() == [True, True]
     assert pointer.key_points(FRAME, "a").data["truncated"].tolist() == [True]
     assert list(Pointer(model)(FRAME, "a").data) == ["class_name"]
 
 
-def test_errors_are_the_projects_own() -> None:
+def test_image_error_is_a_moondream_error_and_a_value_error() -> None:
     assert issubclass(ImageError, (MoondreamError, ValueError))

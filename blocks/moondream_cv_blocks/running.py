@@ -75,7 +75,7 @@ def run_detector(
             if threshold is not None:
                 options["nms"] = threshold
             opened = _able(pool.get(model), model, SKILLS[kind])
-            found = kind(opened, **options).attempt(list(frames.values()), names)
+            found = kind(opened, **options).detect_each(list(frames.values()), names)
         except Exception as error:  # of the step, not of an image
             found = [error] * len(frames)
         outcomes.update(zip(frames, found, strict=True))

@@ -12,15 +12,13 @@ import json
 import re
 import tokenize
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
 
-from moondream_cv.detector import check_classes
+from moondream_cv.arguments import check_classes, check_flag, check_integer, check_probability, check_range
 from moondream_cv.requests import Settings
-
-T = TypeVar("T")
 
 _NUMBER, _INTEGER, _FLAG = TypeAdapter(float), TypeAdapter(int), TypeAdapter(bool)
 MAX_COUNT = 2**31 - 1
@@ -118,31 +116,34 @@ def is_selector(value: Any) -> bool:
 
 
 def parse_fraction(value: Any, field: str) -> float:
-    """A number in 0..1, perhaps written as a string.
+    """Return a number between 0 and 1, given as a number or as text.
+
+    Args:
+        value: Value of the field.
+        field: Name of the field.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is not a number between 0 and 1.
     """
-    given = _read(_NUMBER, value)
-    if given is None or not 0 <= given <= 1:
-        raise ValueError(f"{field} must be a number in 0..1, not {value!r:.100}")
-    return given
+    return check_probability(field, _read(_NUMBER, value))
 
 
 def parse_temperature(value: Any, field: str) -> float:
-    """Return a number between 0 and `MAX_TEMPERATURE`; otherwise as `fraction`."""
-    given = _read(_NUMBER, value)
-    if given is None or not 0 <= given <= MAX_TEMPERATURE:
-        raise ValueError(f"{field} must be between 0 and {MAX_TEMPERATURE:g}, got {value!r:.100}")
-    return given
+    """Return a number between 0 and `MAX_TEMPERATURE`, given as a number or as text.
+
+    Raises:
+        ValueError: The value is not a number between 0 and `MAX_TEMPERATURE`.
+    """
+    return check_range(field, _read(_NUMBER, value), 0, MAX_TEMPERATURE)
 
 
 def parse_count(value: Any, field: str) -> int:
-    """An integer from 1 on; otherwise as `fraction`."""
-    given = _read(_INTEGER, value)
-    if given is None or not 1 <= given <= MAX_COUNT:
-        raise ValueError(f"{field} must be an integer from 1 to {MAX_COUNT}, not {value!r:.100}")
-    return given
+    """Return an integer between 1 and `MAX_COUNT`, given as a number or as text.
+
+    Raises:
+        ValueError: The value is not an integer between 1 and `MAX_COUNT`.
+    """
+    return check_integer(field, _read(_INTEGER, value), 1, MAX_COUNT)
 
 
 def parse_optional_fraction(value: Any, field: str) -> float | None:
@@ -152,21 +153,22 @@ def parse_optional_fraction(value: Any, field: str) -> float | None:
 
 
 def parse_flag(value: Any, field: str) -> bool:
-    """True or false, perhaps written as a string; otherwise as `fraction`."""
-    given = _read(_FLAG, value)
-    if given is None:
-        raise ValueError(f"{field} must be true or false, not {value!r:.100}")
-    return given
+    """Return True or False, given as a flag or as text.
+
+    Raises:
+        ValueError: The value is neither true nor false.
+    """
+    return check_flag(field, _read(_FLAG, value))
 
 
-def _read(adapter: TypeAdapter[T], value: Any) -> T | None:
-    """A value, perhaps written as a string; None where it is no such value."""
+def _read(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """Return a value of the adapter's type, or the unchanged value if it cannot be converted."""
     if isinstance(value, bool) and adapter is not _FLAG:
-        return None
+        return value
     try:
         return adapter.validate_python(value)
     except ValidationError:
-        return None
+        return value
 
 
 def parse_text_settings(max_tokens: Any, temperature: Any) -> Settings:

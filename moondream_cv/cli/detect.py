@@ -118,7 +118,7 @@ def sliced(
     import numpy as np
     import supervision as sv
 
-    from moondream_cv import cleanup
+    from moondream_cv import postprocessing
 
     def find(image: Any, names: list[str]) -> sv.Detections:
         slicer = sv.InferenceSlicer(
@@ -132,6 +132,6 @@ def sliced(
         found = slicer(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
         if not len(found):  # the slicer drops the keys of `data`
             found.data = {"class_name": np.array([], dtype=np.str_), "truncated": np.array([], dtype=np.bool_)}
-        return found if max_area is None else cleanup.without_frame_filling(found, max_area, image.size)
+        return found if max_area is None else postprocessing.filter_by_area(found, max_area, image.size)
 
     return find

@@ -70,14 +70,14 @@ def test_options_reach_the_request(run: Run, folder: Path, model: ColorModel) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["query", "one.png", "-q", " "], "question must say something"),
+        (["query", "one.png", "-q", " "], "question must not be empty"),
         (["query", "one.png", "-q", "x", "--point", "3,4"], "fractions of the image in 0..1"),
         (["query", "one.png", "-q", "x", "--point", "3"], "takes 2 numbers separated by commas, not '3'"),
         (["query", "one.png", "-q", "x", "--point", "nan,0"], "fractions"),
         (["query", "one.png", "-q", "x", "--box", "0,0,a,1"], "takes 4 numbers"),
         (["query", "one.png", "-q", "x", "--box", "0.5,0,0.1,1"], "positive area"),
         (["query", "-q", "x", "--point", "0,0"], "no image is given"),
-        (["caption", "one.png", "-l", "huge"], "short, normal, long, not 'huge'"),
+        (["caption", "one.png", "-l", "huge"], "short, normal, long, got 'huge'"),
     ],
 )
 def test_wrong_arguments_end_with_one_line_and_2(

@@ -29,7 +29,7 @@ import pytest
 import supervision as sv
 from PIL import Image
 
-from moondream_cv import Detector, Pointer, cleanup
+from moondream_cv import Detector, Pointer, postprocessing
 from moondream_cv import detector as detector_module
 from moondream_cv.backends import DIALECTS
 from moondream_cv.engine.local import LocalModel
@@ -83,7 +83,7 @@ class Place:
         assert_filled(found, len(exact))
         if self.has_scores:
             score = COMPRESSED_SCORE if self.compressed else SCORE
-            np.testing.assert_allclose(cleanup.scores(found), cleanup.scores(exact), rtol=0, atol=score)
+            np.testing.assert_allclose(postprocessing.scores(found), postprocessing.scores(exact), rtol=0, atol=score)
         else:
             np.testing.assert_array_equal(found.confidence, np.ones(len(exact)))
 
@@ -268,14 +268,14 @@ class DetectorBehaviour:
     def test_a_threshold(self, place: Place, tiny: LocalModel) -> None:
         black = np.zeros((64, 64, 3), np.uint8)  # on which the model finds an object, and hardly believes it
         exact = Detector(tiny)(black, "object")
-        assert cleanup.scores(exact) == pytest.approx([0.11], abs=0.05)
+        assert postprocessing.scores(exact) == pytest.approx([0.11], abs=0.05)
         place.check(Detector(place.model)(black, "object"), exact)
         detector_module._warn_no_scores.cache_clear()
         detector = Detector(place.model, confidence=0.5)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             kept = [len(detector(black, "object")) for _ in range(2)]
-        said = [str(each.message) for each in caught if "gives no scores" in str(each.message)]
+        said = [str(each.message) for each in caught if "returns no scores" in str(each.message)]
         if place.has_scores:
             assert (kept, said) == ([0, 0], [])
         else:
@@ -314,7 +314,7 @@ class DetectorBehaviour:
     def test_points(self, place: Place, tiny: LocalModel) -> None:
         if not place.points:
             name = type(place.model).__name__
-            advice = rf"needs a model that can point; {name} can detect\. A model from moondream_cv\.load\(\) can\."
+            advice = rf"needs a model with the skill 'point'; the skills of {name} are: detect; use a model from "
             with pytest.raises(UnsupportedSkill, match=advice):
                 Pointer(place.model)
             with pytest.raises(UnsupportedSkill, match="MoondreamAPI can"):

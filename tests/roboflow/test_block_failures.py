@@ -286,30 +286,30 @@ def test_wrong_inputs(block: str, field: str, values: list[Any], bgr: np.ndarray
     ("block", "field", "value", "says"),
     [
         *((block, "class_names", [], "must name at least one class") for block in FINDERS),
-        *((block, "class_names", ["dog", " dog"], "are there twice: 'dog'") for block in FINDERS),
+        *((block, "class_names", ["dog", " dog"], "duplicates: 'dog'") for block in FINDERS),
         *((block, "class_names", 5, "not int: 5") for block in FINDERS),
         *((block, "class_names", [["dog"]], "must be a string, not list") for block in FINDERS),
         *((block, "class_names", {"dog": 1}, "not dict") for block in FINDERS),
         *((block, "class_names", ["\ud800"], "not valid Unicode") for block in FINDERS),
         *((block, "model", "moondream3", "did you mean 'moondream2'?") for block in BLOCKS),
         *((block, "model", 5, "model must be a name or the URL of a server, not int") for block in BLOCKS),
-        *((block, "confidence", 2, "confidence must be a number in 0..1, not 2") for block in FINDERS),
-        *((block, "confidence", "much", "confidence must be a number in 0..1") for block in FINDERS),
-        *((block, "max_objects", 0, "max_objects must be an integer from 1 to 2147483647, not 0") for block in FINDERS),
-        ("detect", "nms", -1, "nms must be a number in 0..1, not -1"),
-        ("track", "nms", -1, "nms must be a number in 0..1, not -1"),
-        ("track", "every", 0, "every must be an integer from 1 to 2147483647, not 0"),
-        ("track", "every", "often", "every must be an integer from 1 to 2147483647, not 'often'"),
+        *((block, "confidence", 2, "confidence must be between 0 and 1, got 2") for block in FINDERS),
+        *((block, "confidence", "much", "confidence must be between 0 and 1") for block in FINDERS),
+        *((block, "max_objects", 0, "max_objects must be an integer between 1 and 2147483647, got 0") for block in FINDERS),
+        ("detect", "nms", -1, "nms must be between 0 and 1, got -1"),
+        ("track", "nms", -1, "nms must be between 0 and 1, got -1"),
+        ("track", "every", 0, "every must be an integer between 1 and 2147483647, got 0"),
+        ("track", "every", "often", "every must be an integer between 1 and 2147483647, got 'often'"),
         ("query", "question", 5, "question must be a text, not int"),
-        ("query", "question", " ", "question must say something"),
+        ("query", "question", " ", "question must not be empty"),
         ("query", "question", "Is there a {thing}?", "the placeholder {thing}"),
         *(
-            (block, "max_tokens", 0, "max_tokens must be an integer from 1 to 2147483647")
+            (block, "max_tokens", 0, "max_tokens must be an integer between 1 and 2147483647")
             for block in ("query", "caption")
         ),
         *((block, "temperature", -1, "temperature must be between 0 and 2, got -1") for block in ("query", "caption")),
-        ("caption", "length", "medium", "length must be one of short, normal, long, not 'medium'"),
-        ("caption", "length", 5, "length must be one of short, normal, long, not 5"),
+        ("caption", "length", "medium", "length must be one of short, normal, long, got 'medium'"),
+        ("caption", "length", 5, "length must be one of short, normal, long, got 5"),
     ],
 )
 def test_wrong_values_of_other_steps(block: str, field: str, value: Any, says: str, bgr: np.ndarray) -> None:

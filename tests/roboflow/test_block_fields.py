@@ -90,20 +90,20 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     ("names", "says"),
     [
         ([], "at least one class"),
-        (["dog", ""], "class_names[1] must say something"),
-        (["  "], "class_names[0] must say something"),
-        (["dog", "dog"], "are there twice: 'dog'"),
-        (["dog", " dog "], "are there twice: 'dog'"),
+        (["dog", ""], "class_names[1] must not be empty"),
+        (["  "], "class_names[0] must not be empty"),
+        (["dog", "dog"], "duplicates: 'dog'"),
+        (["dog", " dog "], "duplicates: 'dog'"),
         (["dog", 3], "class_names[1] must be a string, not int"),
         ([None], "class_names[0] must be a string, not NoneType"),
         ([["dog"]], "class_names[0] must be a string, not list"),
         (5, "class_names must be a list of names, or names separated by commas, not int: 5"),
         (None, "class_names must be a list of names, or names separated by commas, not NoneType"),
-        ("", "class_names[0] must say something"),
-        (" ", "class_names[0] must say something"),
-        (",,,", "class_names[0] must say something"),
-        ("dog,", "class_names[1] must say something"),
-        ("dog,dog", "are there twice: 'dog'"),
+        ("", "class_names[0] must not be empty"),
+        (" ", "class_names[0] must not be empty"),
+        (",,,", "class_names[0] must not be empty"),
+        ("dog,", "class_names[1] must not be empty"),
+        ("dog,dog", "duplicates: 'dog'"),
         ("$input.x", "'$input.x' is no selector; write $inputs.NAME"),
         ("$inputs.", "is no selector"),
         ("$inputs.two words", "is no selector"),
@@ -111,7 +111,7 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
         (["dog", "$inputs.x"], "stands for the whole list"),
         ("dog, $inputs.x", "stands for the whole list"),
         ("inputs.class_names", "a selector, such as $inputs.class_names"),
-        ("dog\n\ncat", "class_names[1] must say something"),
+        ("dog\n\ncat", "class_names[1] must not be empty"),
     ],
 )
 def test_class_names_that_are_refused(block: str, names: Any, says: str) -> None:
@@ -146,7 +146,7 @@ def test_other_fields_that_there_are_not_are_passed_over(field: str) -> None:
 def test_a_prompt_that_says_nothing_is_refused_as_class_names(block: str) -> None:
     told = refusal(workflow(step(block, prompt=" ")))
     assert told.startswith("class_names: ")
-    assert "must say something" in told
+    assert "must not be empty" in told
 
 
 @pytest.mark.parametrize(("block", "field"), [*((block, "class_names") for block in FINDERS), ("query", "question")])
@@ -168,8 +168,8 @@ def test_a_field_that_is_missing(block: str, field: str) -> None:
         ("http://", "no valid host and port"),
         ("http://localhost:99999", "no valid host and port"),
         ("http://localhost:2020?key=1", "followed by a query"),
-        ("", "must say something"),
-        ("  ", "must say something"),
+        ("", "must not be empty"),
+        ("  ", "must not be empty"),
         (5, "valid string"),
         (None, "valid string"),
         ("$input.model", "'$input.model' is no selector"),
@@ -238,8 +238,8 @@ def test_temperatures_that_are_refused(block: str, value: Any) -> None:
         ("caption", "length", "$input.length", "'short', 'normal' or 'long'"),
         ("track", "tracker", "deepsort", "'sort', 'ocsort', 'bytetrack' or 'botsort'"),
         ("track", "tracker", "$inputs.tracker", "'sort', 'ocsort', 'bytetrack' or 'botsort'"),
-        ("query", "question", "", "question must say something"),
-        ("query", "question", " ", "question must say something"),
+        ("query", "question", "", "question must not be empty"),
+        ("query", "question", " ", "question must not be empty"),
         ("query", "question", 5, "valid string"),
         ("query", "question", "$input.question", "'$input.question' is no selector"),
         ("query", "reasoning", "perhaps", "valid boolean"),

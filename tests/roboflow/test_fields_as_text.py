@@ -52,8 +52,8 @@ REFUSED_LISTS = {
     "[" * 100_000 + "]" * 100_000: "cannot be read as one",
     "[]": "must name at least one class",
     "[1, 2]": "class_names[0] must be a string",
-    "['dog', 'dog']": "are there twice: 'dog'",
-    "['dog', '']": "class_names[1] must say something",
+    "['dog', 'dog']": "duplicates: 'dog'",
+    "['dog', '']": "class_names[1] must not be empty",
     "['dog', '$inputs.x']": "stands for the whole list",
 }
 

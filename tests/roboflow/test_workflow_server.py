@@ -242,7 +242,7 @@ def test_parameters_that_make_no_sense_over_http(url: str, scene: Scene) -> None
     definition = workflow(step("detect", class_names="$inputs.names"), parameters=["names"])
     (found,) = outputs(post(url, definition, in_base64(scene.image), names=["dog", "dog"]))
     assert found["error_status"] is True
-    assert found["error_message"] == "class_names must differ, and these are there twice: 'dog'"
+    assert found["error_message"] == "class_names must be unique; duplicates: 'dog'"
     assert found["predictions"]["predictions"] == []
 
 

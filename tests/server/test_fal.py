@@ -129,8 +129,8 @@ def test_bodies_that_do_not_fit(server: Served, start: str, app: str, body: Any,
     [
         (APP, {"image_url": "?"}, "neither a data URI", "invalid_image"),
         (f"{APP}/stream", {"image_url": "?"}, "neither a data URI", "invalid_image"),
-        (f"{APP}/visual-query", {"prompt": " "}, "must say something", "invalid_request_error"),
-        (f"{APP}/object-detection", {"object": ""}, "must say something", "invalid_request_error"),
+        (f"{APP}/visual-query", {"prompt": " "}, "must not be empty", "invalid_request_error"),
+        (f"{APP}/object-detection", {"object": ""}, "must not be empty", "invalid_request_error"),
         (APP, {"length": "endless"}, "'endless'", "invalid_request_error"),
         (APP, {"settings": {"temperature": -1}}, "temperature", "invalid_request_error"),
         (f"{QUEUE}?fal_webhook=http://example.com", {}, "calls no webhooks", "unsupported_parameter"),
@@ -270,7 +270,7 @@ show([fal_client.run(APP + "/visual-query", arguments), fal_client.submit(APP + 
         refused = busy.post(f"{QUEUE}/visual-query", body)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         second = pool.submit(run_python, code, busy, certificates, uri)
-        until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.meters.text())
+        until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.metrics.text())
         held.go_on()
         found = second.result()
         assert found == [busy.client.get(first["response_url"]).json()] * 2
@@ -293,7 +293,7 @@ show(found)
 """
     with held_server(tls=(certificates.certificate, certificates.key)) as (_, running):
         at_once, queued, subscribed = run_python(code, running, certificates, uri)
-        until(lambda: running.service.taken == 0)
+        until(lambda: running.service.in_flight == 0)
     for error in (at_once, queued):
         assert (error["status"], error["timeout_type"]) == (504, "user")
         assert "1.1 seconds" in error["message"]
