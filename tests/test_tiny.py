@@ -43,7 +43,7 @@ def scene() -> Scene:
 
 @pytest.mark.parametrize("renderer", ["own", "alternate"])
 def test_knows_its_world(tiny: LocalModel, renderer: str) -> None:
-    figures = evaluate_scenes(tiny, held_out_scenes(renderer, 25)).figures()
+    figures = evaluate_scenes(tiny, held_out_scenes(renderer, 25)).metrics()
     assert figures["F1 at IoU 0.5"] >= 0.8
     assert figures["absent names answered with nothing"] >= 0.9
 
@@ -51,7 +51,7 @@ def test_knows_its_world(tiny: LocalModel, renderer: str) -> None:
 def test_bfloat16_drifts_little(tiny: LocalModel) -> None:
     scenes = list(held_out_scenes("own", 25))
     with load("tiny", device="cpu", dtype="bfloat16") as rounded:
-        drifted, exact = (evaluate_scenes(m, scenes).figures() for m in (rounded, tiny))
+        drifted, exact = (evaluate_scenes(m, scenes).metrics() for m in (rounded, tiny))
     assert drifted != exact
     for name in ("F1 at IoU 0.5", "F1 of points", "count", "colour"):
         assert abs(drifted[name] - exact[name]) <= 0.05, name

@@ -1,1 +1,1 @@
-"""How good a model is, against ground truth."""
+"""Evaluation against ground truth: detection, pointing, counting, captions, calibration and tracking."""

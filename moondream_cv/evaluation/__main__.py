@@ -1,4 +1,4 @@
-"""Print how good a model is on held-out scenes.
+"""Print the metrics of a model on held-out scenes.
 
 python -m moondream_cv.evaluation --model tiny --scenes 200
 """
@@ -17,23 +17,27 @@ from moondream_cv.loading import connect, is_url, load
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A name, a folder, a server's URL, or tiny.")] = "tiny",
-    device: Annotated[str | None, typer.Option(help="cpu, mps, cuda or cuda:1; the best there is.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the best for the device.")] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="Scenes of each renderer.")] = 200,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    model: Annotated[str, typer.Option(help="Model name, checkpoint folder or server URL.")] = "tiny",
+    device: Annotated[
+        str | None, typer.Option(help="Device, such as cpu, mps, cuda or cuda:1. Default: the fastest available.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: the best for the device.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Number of scenes per renderer.")] = 200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Print how good a model is on held-out scenes of both renderers."""
+    """Print the metrics of a model on held-out scenes of both renderers."""
     if is_url(model) and (device or dtype):
-        raise typer.BadParameter("device and format are for a model that is loaded here, and this is a server")
+        raise typer.BadParameter(f"--device and --dtype apply to local models only, got the server {model}")
     with connect(model) if is_url(model) else load(model, device=device, dtype=dtype) as opened:
-        figures = {name: evaluate_scenes(opened, held_out_scenes(name, scenes)).figures() for name in RENDERERS}
+        metrics = {name: evaluate_scenes(opened, held_out_scenes(name, scenes)).metrics() for name in RENDERERS}
     if as_json:
-        typer.echo(json.dumps({"model": model, "scenes": scenes, "figures": figures}, indent=1))
+        typer.echo(json.dumps({"model": model, "scenes": scenes, "figures": metrics}, indent=1))
         return
     table = Table(f"{scenes} scenes of each renderer", *RENDERERS)
-    for name in figures["own"]:
-        table.add_row(name, *(f"{figures[renderer][name]:.3f}" for renderer in RENDERERS))
+    for name in metrics["own"]:
+        table.add_row(name, *(f"{metrics[renderer][name]:.3f}" for renderer in RENDERERS))
     Console().print(table)
 
 

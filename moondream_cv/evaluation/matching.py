@@ -1,4 +1,4 @@
-"""Matching predicted boxes and points to true boxes, and the counts that precision and recall are made of."""
+"""Match predicted boxes and points to ground-truth boxes, and count true and false positives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import numpy.typing as npt
 
 @dataclass
 class Counts:
-    """True positives, false positives and false negatives; they add up over images."""
+    """True positives, false positives and false negatives. Counts of several images can be added.
+
+    Attributes:
+        true_positives: Predictions with a match.
+        false_positives: Predictions without a match.
+        false_negatives: Ground-truth boxes without a match.
+    """
 
     true_positives: int = 0
     false_positives: int = 0
@@ -25,7 +31,7 @@ class Counts:
 
     @property
     def f1(self) -> float:
-        """2 · TP / (2 · TP + FP + FN); 1 where there was nothing to find and nothing was found."""
+        """F1 score, 2 · TP / (2 · TP + FP + FN); 1 if there are neither objects nor predictions."""
         wrong = self.false_positives + self.false_negatives
         return 2 * self.true_positives / (2 * self.true_positives + wrong) if self.true_positives or wrong else 1.0
 
@@ -33,48 +39,48 @@ class Counts:
 def match_boxes(
     predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32], iou_threshold: float = 0.5
 ) -> tuple[Counts, list[float]]:
-    """Match boxes one to one, best overlaps first.
+    """Match boxes one to one, highest IoU first.
 
     Args:
-        predicted: [N, 4] xyxy, of one class.
-        true: [M, 4] xyxy, in the same units.
-        iou_threshold: Overlap from which a pair counts.
+        predicted: [N, 4] xyxy boxes of one class.
+        true: [M, 4] xyxy ground-truth boxes, in the same units.
+        iou_threshold: Minimum IoU of a match.
 
     Returns:
-        The counts, and the overlap of each matched pair.
+        The counts, and the IoU of each matched pair.
     """
-    rows, overlaps = _match(_iou(predicted, true), iou_threshold)
-    return _counts(rows, predicted, true), overlaps
+    matched, overlaps = _match(_iou(predicted, true), iou_threshold)
+    return _counts(matched, predicted, true), overlaps
 
 
-def right_boxes(
+def true_positive_boxes(
     predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32], iou_threshold: float = 0.5
 ) -> npt.NDArray[np.bool_]:
-    """Which of the predicted boxes `match_boxes` matches: [N]."""
+    """Return a mask of the predicted boxes that `match_boxes` matches, [N] bool."""
     return np.isin(np.arange(len(predicted)), _match(_iou(predicted, true), iou_threshold)[0])
 
 
 def match_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
-    """Match points one to one to boxes that they lie in, nearest to the center first.
+    """Match points one to one to the boxes that contain them, nearest to the center first.
 
     Args:
-        predicted: [N, 2] x, y.
-        true: [M, 4] xyxy.
+        predicted: [N, 2] points, x and y.
+        true: [M, 4] xyxy ground-truth boxes, in the same units.
     """
     return _counts(_match(_depth(predicted, true), 1.0)[0], predicted, true)
 
 
-def right_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Which of the predicted points `match_points` matches: [N]."""
+def true_positive_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Return a mask of the predicted points that `match_points` matches, [N] bool."""
     return np.isin(np.arange(len(predicted)), _match(_depth(predicted, true), 1.0)[0])
 
 
-def _counts(rows: list[int], predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
-    return Counts(len(rows), len(predicted) - len(rows), len(true) - len(rows))
+def _counts(matched: list[int], predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
+    return Counts(len(matched), len(predicted) - len(matched), len(true) - len(matched))
 
 
 def _depth(points: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
-    """How deep points lie in boxes: [N, M], 2 at the center, 1 at the edge."""
+    """Return the depth of each point in each box, [N, M]: 2 at the center, 1 at the edge, below 1 outside."""
     center, half = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]) / 2
     offset = np.abs(points[:, None] - center) / np.maximum(half, 1e-9)  # [N, M, 2], 1 at the edge
     depth: npt.NDArray[np.floating] = 2.0 - offset.max(-1)
@@ -82,19 +88,28 @@ def _depth(points: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> np
 
 
 def _match(score: npt.NDArray[np.floating], threshold: float) -> tuple[list[int], list[float]]:
-    """Pair rows and columns, highest scores first; give back the rows and their scores."""
-    score, rows, matched = score.copy(), [], []
+    """Match predictions to boxes greedily, highest score first.
+
+    Args:
+        score: [N, M] score of each pair.
+        threshold: Minimum score of a match.
+
+    Returns:
+        Indices of the matched predictions, and their scores.
+    """
+    score, matched, scores = score.copy(), [], []
     while score.size and score.max() >= threshold:
-        row, column = np.unravel_index(score.argmax(), score.shape)
-        rows.append(int(row))
-        matched.append(float(score[row, column]))
-        score[row], score[:, column] = -np.inf, -np.inf
-    return rows, matched
+        prediction, box = np.unravel_index(score.argmax(), score.shape)
+        matched.append(int(prediction))
+        scores.append(float(score[prediction, box]))
+        score[prediction], score[:, box] = -np.inf, -np.inf
+    return matched, scores
 
 
 def _iou(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the IoU of each pair of xyxy boxes, [N, M]."""
     corner = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
-    common = corner.clip(0).prod(-1)
+    intersection = corner.clip(0).prod(-1)
     areas = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
-    union: npt.NDArray[np.float32] = areas[0][:, None] + areas[1] - common
-    return common / np.maximum(union, 1e-12)
+    union: npt.NDArray[np.float32] = areas[0][:, None] + areas[1] - intersection
+    return intersection / np.maximum(union, 1e-12)

@@ -72,17 +72,17 @@ class PerfectDetector:
     """Finds what is true, but for a share of it, on frames that `numbered_frames` gives.
 
     Attributes:
-        looked: How often it was asked.
+        calls: Number of calls.
     """
 
     def __init__(self, truth: Sequence[Sequence[TrackedObject]], missed: float = 0.1, seed: int = 0) -> None:
         self._truth, self._missed = truth, missed
         self._rng = np.random.default_rng(seed)
-        self.looked = 0
+        self.calls = 0
 
     def __call__(self, image: npt.NDArray[np.uint8], classes: Sequence[str]) -> sv.Detections:
         """What is on a frame, which says its number itself."""
-        self.looked += 1
+        self.calls += 1
         objects = self._truth[int(image[0, 0, 0]) + 256 * int(image[0, 0, 1])]
         kept = [o for o in objects if self._rng.random() >= self._missed]
         return sv.Detections(

@@ -1,4 +1,4 @@
-"""`moondream-cv demo`, with a model that knows the truth and with one that lies. Run with `pytest tests/cli`."""
+"""`moondream-cv demo`, with a model that knows the truth and with one that is wrong. Run with `pytest tests/cli`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ STEP = 16  # pixels between those by which a frame of the clip is known again
 
 
 class DemoModel(SceneModel):
-    """Knows the scenes, and the frame of the clip that is nearest to what it is shown: a codec lies between them."""
+    """Knows the scenes, and the frame of the clip that is nearest to what it is shown: a codec wrong between them."""
 
-    def __init__(self, scenes: list[Scene], lies: bool) -> None:
-        super().__init__(scenes, lies)
+    def __init__(self, scenes: list[Scene], wrong: bool) -> None:
+        super().__init__(scenes, wrong)
         frames = list(demo_clip.render())
         self.truth = [objects for _, objects in frames]
         self.known = np.stack([image[::STEP, ::STEP].astype(np.int16) for image, _ in frames])
@@ -40,7 +40,7 @@ class DemoModel(SceneModel):
             return super()._one(request)
         assert isinstance(request, Detect)
         nearest = np.abs(self.known - rgb[::STEP, ::STEP]).mean((1, 2, 3)).argmin()
-        shrink = 0.5 if self.lies else 1.0
+        shrink = 0.5 if self.wrong else 1.0
         boxes = [
             np.array(o.xyxy) * shrink for o in self.truth[nearest] if o.name == request.object and o.visible > 0.25
         ]
@@ -54,8 +54,8 @@ def scenes() -> list[Scene]:
     return [render_scene(plan.seed, resolution_wh=RESOLUTION_WH, names=plan.names) for plan in PLANS]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, scenes: list[Scene], *arguments: str, lies: bool = False) -> Any:
-    monkeypatch.setattr(models, "load_model", lambda *_: DemoModel(scenes, lies))
+def run(monkeypatch: pytest.MonkeyPatch, scenes: list[Scene], *arguments: str, wrong: bool = False) -> Any:
+    monkeypatch.setattr(models, "load_model", lambda *_: DemoModel(scenes, wrong))
     return CliRunner().invoke(app, ["demo", *arguments])
 
 
@@ -98,7 +98,7 @@ def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypa
 
 
 def test_mistakes_are_shown(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run(monkeypatch, scenes, "-o", str(tmp_path), "--json", lies=True)
+    result = run(monkeypatch, scenes, "-o", str(tmp_path), "--json", wrong=True)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
     assert document["score"]["found"] == 0

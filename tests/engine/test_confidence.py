@@ -19,7 +19,7 @@ from moondream_cv.engine.confidence import (
     confidence,
     continue_probability,
 )
-from moondream_cv.evaluation.rereading import read_again
+from moondream_cv.evaluation.rescoring import rescore
 from moondream_cv.requests import Detect, Point
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -118,7 +118,7 @@ def test_the_golden_checkpoints_keep_their_confidences(name: str, kind: type[Det
         image = model.encode_image(str(GOLDEN / name / "images" / "1_640x480.png"))
         request = kind(image, "dog", {"max_objects": 3})
         (result,) = model.run([request])
-        again = [reading.confidence for reading in read_again(model, image, request, result)]
+        again = [reading.confidence for reading in rescore(model, image, request, result)]
     found = [item.confidence for item in (result.objects if kind is Detect else result.points)]
     assert found == pytest.approx(PINNED[name, kind], rel=1e-3)
     assert again == pytest.approx(PINNED[name, kind], rel=1e-3)

@@ -1,4 +1,4 @@
-"""Matching on boxes whose answer is known, and whole reports of a model that knows the truth and of one that lies."""
+"""Test matching on known cases, and the report of a perfect model and of a model that is always wrong."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from moondream_cv.requests import ErrorResult
 from tests.helpers.scene_model import SceneModel
 
 
-def boxes(*rows: tuple[float, ...]) -> np.ndarray:
-    return np.array(rows, np.float32).reshape(-1, 4)
+def boxes(*corners: tuple[float, ...]) -> np.ndarray:
+    return np.array(corners, np.float32).reshape(-1, 4)
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,10 @@ def boxes(*rows: tuple[float, ...]) -> np.ndarray:
         (boxes((0, 0, 1, 1)), boxes(), Counts(0, 1, 0)),
         (boxes(), boxes((0, 0, 1, 1)), Counts(0, 0, 1)),
         (boxes((0, 0, 2, 2)), boxes((0, 0, 2, 2)), Counts(1, 0, 0)),
-        (boxes((0, 0, 2, 2), (0, 0, 2, 2)), boxes((0, 0, 2, 2)), Counts(1, 1, 0)),  # a box is matched once
-        (boxes((0, 0, 2, 2)), boxes((0, 0, 2, 1)), Counts(1, 0, 0)),  # IoU 0.5 counts
-        (boxes((0, 0, 2, 2)), boxes((0, 0, 2, 0.9)), Counts(0, 1, 1)),  # less does not
-        (boxes((0, 0, 4, 4), (0, 0, 4, 3)), boxes((0, 0, 4, 3), (0, 0, 4, 4)), Counts(2, 0, 0)),  # best overlaps first
+        (boxes((0, 0, 2, 2), (0, 0, 2, 2)), boxes((0, 0, 2, 2)), Counts(1, 1, 0)),  # a ground-truth box has one match
+        (boxes((0, 0, 2, 2)), boxes((0, 0, 2, 1)), Counts(1, 0, 0)),  # IoU 0.5 is a match
+        (boxes((0, 0, 2, 2)), boxes((0, 0, 2, 0.9)), Counts(0, 1, 1)),  # less is not
+        (boxes((0, 0, 4, 4), (0, 0, 4, 3)), boxes((0, 0, 4, 3), (0, 0, 4, 4)), Counts(2, 0, 0)),  # highest IoU first
     ],
 )
 def test_match_boxes(predicted: np.ndarray, true: np.ndarray, expected: Counts) -> None:
@@ -42,7 +42,7 @@ def test_match_boxes(predicted: np.ndarray, true: np.ndarray, expected: Counts) 
     [
         ([], boxes(), Counts(0, 0, 0)),
         ([(1, 1)], boxes((0, 0, 2, 2)), Counts(1, 0, 0)),
-        ([(2, 2)], boxes((0, 0, 2, 2)), Counts(1, 0, 0)),  # the edge belongs to the box
+        ([(2, 2)], boxes((0, 0, 2, 2)), Counts(1, 0, 0)),  # the edge is inside
         ([(2.1, 1)], boxes((0, 0, 2, 2)), Counts(0, 1, 1)),
         ([(1, 1), (1.2, 1)], boxes((0, 0, 2, 2)), Counts(1, 1, 0)),
     ],
@@ -51,7 +51,7 @@ def test_match_points(points: list[tuple[float, float]], true: np.ndarray, expec
     assert match_points(np.array(points, np.float32).reshape(-1, 2), true) == expected
 
 
-def test_f1() -> None:
+def test_counts_add_up_and_give_f1() -> None:
     assert Counts(3, 1, 2).f1 == pytest.approx(6 / 9)
     assert Counts(0, 0, 0).f1 == 1.0
     assert Counts(0, 2, 0).f1 == 0.0
@@ -59,18 +59,18 @@ def test_f1() -> None:
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
-def test_the_truth_scores_one_and_lies_score_little(renderer: str) -> None:
+def test_perfect_model_scores_one_and_wrong_model_scores_little(renderer: str) -> None:
     scenes = list(held_out_scenes(renderer, 12))
-    truth = evaluate_scenes(SceneModel(scenes), scenes).figures()
-    assert all(math.isnan(value) or value == pytest.approx(1.0) for value in truth.values()), truth
-    assert sum(math.isnan(value) for value in truth.values()) <= 1
-    lies = evaluate_scenes(SceneModel(scenes, lies=True), scenes).figures()
+    perfect = evaluate_scenes(SceneModel(scenes), scenes).metrics()
+    assert all(math.isnan(value) or value == pytest.approx(1.0) for value in perfect.values()), perfect
+    assert sum(math.isnan(value) for value in perfect.values()) <= 1
+    wrong = evaluate_scenes(SceneModel(scenes, wrong=True), scenes).metrics()
     for name in ("count", "colour", '"What is this?" at a point', "short captions of up to 3 objects", "is there"):
-        assert lies[name] == 0.0 or math.isnan(lies[name])
-    assert lies["F1 at IoU 0.5"] < 0.2
+        assert wrong[name] == 0.0 or math.isnan(wrong[name])
+    assert wrong["F1 at IoU 0.5"] < 0.2
 
 
-def test_an_error_of_the_model_is_raised() -> None:
+def test_failed_request_raises_its_error() -> None:
     class Failing(SceneModel):
         def run(self, requests):  # type: ignore[no-untyped-def]
             return [ErrorResult(ImageError("no")) for _ in requests]

@@ -1,4 +1,4 @@
-"""A hand-written `VisionModel` that knows the truth about given scenes, and can be told to lie."""
+"""A `VisionModel` that returns the ground truth of given scenes, or wrong results."""
 
 from __future__ import annotations
 
@@ -29,28 +29,33 @@ from moondream_cv.vision_model import PublishedMethods
 
 
 class SceneModel(PublishedMethods):
-    """Answers from the ground truth of the scene whose picture it is shown."""
+    """Return the ground truth of the scene with the request's image.
+
+    Args:
+        scenes: Scenes to recognize.
+        wrong: Return wrong results.
+    """
 
     skills = frozenset({"detect", "point", "query", "caption", "gaze"})
     has_scores = True
 
-    def __init__(self, scenes: Sequence[Scene], lies: bool = False) -> None:
+    def __init__(self, scenes: Sequence[Scene], wrong: bool = False) -> None:
         self.scenes = scenes
-        self.lies = lies
+        self.wrong = wrong
 
     def close(self) -> None:
         pass
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        return [self._one(request) for request in requests]
+        return [self._run_one(request) for request in requests]
 
-    def _one(self, request: Request) -> Result:
+    def _run_one(self, request: Request) -> Result:
         rgb = to_rgb(request.image)
         (scene,) = [scene for scene in self.scenes if np.array_equal(scene.image, rgb)]
         width, height = scene.resolution_wh
         if isinstance(request, (Detect, Point)):
             boxes = [item.xyxy for item in scene.objects if request.object == "object" or item.answers(request.object)]
-            if self.lies:
+            if self.wrong:
                 boxes = [(x0 / 2, y0 / 2, x1 / 2, y1 / 2) for x0, y0, x1, y1 in boxes[:1]]
             scores = [0.97 - 0.03 * index for index in range(len(boxes))]
             if isinstance(request, Detect):
@@ -68,8 +73,8 @@ class SceneModel(PublishedMethods):
             )
         if isinstance(request, Gaze):
             return GazeResult(None)
-        if self.lies:
-            return CaptionResult("A lie.") if isinstance(request, Caption) else QueryResult("no idea")
+        if self.wrong:
+            return CaptionResult("Wrong.") if isinstance(request, Caption) else QueryResult("no idea")
         if isinstance(request, Caption):
             return CaptionResult(short_caption([o.name for o in sorted(scene.objects, key=lambda o: o.center[0])]))
         return QueryResult(self._answer(scene, request))
