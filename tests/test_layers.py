@@ -136,7 +136,7 @@ def violations(module: str, source: str) -> list[str]:
         return [f"{module} is not in the order of {layer}; add it to the table in docs/architecture.md"]
 
     found = []
-    for line, target in imports_of(module, source):
+    for line, target in dict.fromkeys(imports_of(module, source)):
         other = layer_of(target)
         if target == f"{PACKAGE}.__version__":
             continue
@@ -146,7 +146,7 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{module}, line {line}: {layer} imports {target}, which is above it")
         elif other == layer and order and inner:
             name = target.split(".")[2:3]
-            if not name or order.get(name[0], 0) > order[inner[0]]:
+            if not name or order.get(name[0], order[inner[0]]) > order[inner[0]]:
                 found.append(f"{module}, line {line}: imports {target}, which is above it")
         for name in LAYERS.forbidden[layer]:
             if target == name or target.startswith(f"{name}."):
