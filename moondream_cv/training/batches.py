@@ -1,4 +1,4 @@
-"""Training batches: rendered scenes, cut into crops, with packed questions and what each image token shows."""
+"""Training batches: image crops of rendered scenes, packed questions, and the object at each image token."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from moondream_cv.scenes.world import COLORS, ICONS, SHAPES
 from moondream_cv.training.packing import IGNORE, Packed, Packer
 from moondream_cv.training.prompts import write_examples
 
-MAX_POSITIONS = 120  # of an image's questions; attention over a batch costs the square of its longest row
+MAX_POSITIONS = 120  # positions of one image's questions; attention cost grows with the square of the longest sequence
 
 
 @dataclass
 class Stage:
-    """What scenes and questions a part of the training draws.
+    """Scenes and questions of one stage of training.
 
     Attributes:
-        max_objects: Objects in a scene at the most.
-        questions: Questions per image; 0 trains the vision encoder alone.
-        regions_only: Ask for boxes and points alone.
+        max_objects: Maximum number of objects in a scene.
+        questions: Number of questions per image; 0 trains the vision encoder only.
+        regions_only: Train on detect and point questions only.
     """
 
     max_objects: int
@@ -39,22 +39,29 @@ class Stage:
 
 @dataclass
 class Cells:
-    """What each image token should know, by itself: [num_patches] arrays.
+    """Targets of the per-token losses: the object at each cell of the token grid.
 
     Attributes:
-        thing: Class index (shapes, then icons), or IGNORE where the cell lies in no object's core.
-        color: Color index, or IGNORE.
-        box: [num_patches, 4] x center, y center, width, height of the object; NaN where there is none.
+        class_id: [num_patches] class index (shapes, then icons); IGNORE outside the core of every object.
+        color_id: [num_patches] color index; IGNORE outside shapes.
+        box: [num_patches, 4] center x, center y, width and height of the object, as fractions; NaN without an object.
     """
 
-    thing: np.ndarray
-    color: np.ndarray
+    class_id: np.ndarray
+    color_id: np.ndarray
     box: np.ndarray
 
 
 @dataclass
 class Sample:
-    """One image's share of a batch."""
+    """One image of a batch.
+
+    Attributes:
+        pixels: Crops of the image, as `moondream_cv.engine.crops.cut_crops` returns them.
+        tiling: Rows and columns of the crops.
+        packed: Questions and replies.
+        cells: Targets of the image tokens.
+    """
 
     pixels: np.ndarray
     tiling: tuple[int, int]
@@ -64,7 +71,11 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Tensors of a training step. Lists of positions are padded to the longest, with question −1."""
+    """Tensors of a training step.
+
+    N crops of B images, T positions per image, P tokens per image. Sequences are padded to the longest one; padding has
+    question −1.
+    """
 
     pixels: Tensor  # [N, S, S, 3] uint8
     tilings: list[tuple[int, int]]
@@ -77,12 +88,12 @@ class Batch:
     next_sizes: Tensor  # [B, T, 2]
     offsets: Tensor  # [B, T]
     question: Tensor  # [B, T]
-    thing: Tensor  # [B, P]
-    color: Tensor  # [B, P]
+    class_id: Tensor  # [B, P]
+    color_id: Tensor  # [B, P]
     box: Tensor  # [B, P, 4]
 
     def to(self, device: torch.device) -> Batch:
-        """A copy on a device."""
+        """Return a copy on a device."""
         moved = copy(self)
         for f in fields(self):
             value = getattr(self, f.name)
@@ -92,7 +103,7 @@ class Batch:
 
 
 class SceneSamples(Dataset[Sample]):
-    """Sample `i` is drawn from the seed and `i` alone, so that any number of workers gives the same stream."""
+    """Random training samples. A sample depends on the seed and its index only, not on the number of workers."""
 
     def __init__(self, config: MoondreamConfig, tokenizer: Tokenizer, stage: Stage, seed: int) -> None:
         self.config, self.stage, self.seed = config, stage, seed
@@ -108,13 +119,18 @@ class SceneSamples(Dataset[Sample]):
 
 
 def cells_of(scene: Scene, grid: int) -> Cells:
-    """Assign each cell of the token grid to the object in whose core (half its width and height) it lies.
+    """Assign the cells of the token grid to objects.
 
-    The cell of an object's center always belongs to it.
+    A cell belongs to the object whose core, half as wide and high as its box, contains the center of the cell. The cell
+    at the center of an object always belongs to that object. Small objects take precedence over large ones.
+
+    Args:
+        scene: Scene with ground truth.
+        grid: Number of cells per side.
     """
     width, height = scene.resolution_wh
-    thing = np.full(grid * grid, IGNORE, np.int64)
-    color, box = thing.copy(), np.full((grid * grid, 4), np.nan, np.float32)
+    class_id = np.full(grid * grid, IGNORE, np.int64)
+    color_id, box = class_id.copy(), np.full((grid * grid, 4), np.nan, np.float32)
     middle = (np.arange(grid) + 0.5) / grid
     for item in sorted(scene.objects, key=lambda o: -(o.xyxy[2] - o.xyxy[0]) * (o.xyxy[3] - o.xyxy[1])):
         x0, y0, x1, y1 = np.divide(item.xyxy, (width, height, width, height))
@@ -123,23 +139,23 @@ def cells_of(scene: Scene, grid: int) -> Cells:
         columns = np.flatnonzero(np.abs(middle - x) <= w / 4)
         own = min(int(y * grid), grid - 1) * grid + min(int(x * grid), grid - 1)
         cells = np.append((rows[:, None] * grid + columns).ravel(), own)
-        thing[cells] = SHAPES.index(item.shape) if item.kind == "shape" else len(SHAPES) + ICONS.index(item.shape)
-        color[cells] = list(COLORS).index(item.color) if item.color else IGNORE
+        class_id[cells] = SHAPES.index(item.shape) if item.kind == "shape" else len(SHAPES) + ICONS.index(item.shape)
+        color_id[cells] = list(COLORS).index(item.color) if item.color else IGNORE
         box[cells] = (x, y, w, h)
-    return Cells(thing, color, box)
+    return Cells(class_id, color_id, box)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples into one batch."""
+    """Collate samples into one batch, padded to the longest sequence."""
     longest = max(len(s.packed) for s in samples)
 
     def padded(name: str, fill: float, dtype: torch.dtype) -> Tensor:
-        rows = [getattr(s.packed, name) for s in samples]
-        shape = (len(rows), longest, 2) if name.endswith("sizes") else (len(rows), longest)
+        sequences = [getattr(s.packed, name) for s in samples]
+        shape = (len(sequences), longest, 2) if name.endswith("sizes") else (len(sequences), longest)
         out = torch.full(shape, fill, dtype=dtype, device="cpu")
-        for i, row in enumerate(rows):
-            if row:
-                out[i, : len(row)] = torch.tensor(row, dtype=dtype, device="cpu")
+        for i, sequence in enumerate(sequences):
+            if sequence:
+                out[i, : len(sequence)] = torch.tensor(sequence, dtype=dtype, device="cpu")
         return out
 
     return Batch(
@@ -154,7 +170,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         next_sizes=padded("next_sizes", torch.nan, torch.float32),
         offsets=padded("offsets", 0, torch.long),
         question=padded("question", -1, torch.long),
-        thing=torch.from_numpy(np.stack([s.cells.thing for s in samples])),
-        color=torch.from_numpy(np.stack([s.cells.color for s in samples])),
+        class_id=torch.from_numpy(np.stack([s.cells.class_id for s in samples])),
+        color_id=torch.from_numpy(np.stack([s.cells.color_id for s in samples])),
         box=torch.from_numpy(np.stack([s.cells.box for s in samples])),
     )

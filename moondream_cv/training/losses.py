@@ -1,4 +1,4 @@
-"""The losses of the tiny model: what the decoder should say, and what each image token should know by itself."""
+"""Losses of the tiny model: language modeling and regions of the decoder, and targets of single image tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ TEXT_WEIGHT, SIZE_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 0.006
 
 
 class CellHeads(nn.Module):
-    """Linear probes on image tokens, thrown away after training: is there a thing, which, which color, where."""
+    """Linear probes on image tokens: presence, class, color and box of an object. Not part of the checkpoint.
+
+    The names of the layers are keys of the saved training state.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class CellHeads(nn.Module):
 
 
 def image_tokens(network: MoondreamNetwork, batch: Batch) -> Tensor:
-    """[B, P, dim] image tokens of a batch."""
+    """Return the image tokens of a batch, [B, P, dim]."""
     crops = normalize(batch.pixels, network.dtype)
     return network.vision.join(network.vision(crops), batch.tilings)
 
@@ -37,15 +40,23 @@ def image_tokens(network: MoondreamNetwork, batch: Batch) -> Tensor:
 def cell_losses(
     network: MoondreamNetwork, heads: CellHeads, tokens: Tensor, batch: Batch, sigma: float
 ) -> dict[str, Tensor]:
-    """Losses of single image tokens: presence, thing, color, and the object's box through the real region heads."""
-    covered = batch.thing != IGNORE
+    """Compute the losses of single image tokens: presence, class, color and box of the object.
+
+    Args:
+        network: Network to train. Its region heads predict the size and x of the box as well.
+        heads: Probes on the image tokens.
+        tokens: [B, P, dim] image tokens.
+        batch: Batch with the targets.
+        sigma: Width of the soft targets in bins.
+    """
+    covered = batch.class_id != IGNORE
     normed = heads.norm(tokens)
     chosen, chosen_normed = tokens[covered], normed[covered]
     box, bins = batch.box[covered], network.config.region.coord_out_dim
     return {
         "present": F.binary_cross_entropy_with_logits(heads.present(normed).squeeze(-1), covered.float()),
-        "thing": F.cross_entropy(heads.thing(chosen_normed), batch.thing[covered]),
-        "colour": _mean(F.cross_entropy(heads.colour(chosen_normed), batch.color[covered], reduction="none")),
+        "class": F.cross_entropy(heads.thing(chosen_normed), batch.class_id[covered]),
+        "color": _mean(F.cross_entropy(heads.colour(chosen_normed), batch.color_id[covered], reduction="none")),
         "cell size": 0.3 * soft_bins(network.region.decode_size(chosen), size_bins(box[:, 2:], network), sigma),
         "cell x": 0.3 * soft_bins(network.region.decode_coordinate(chosen), box[:, 0] * bins, sigma),
         "cell box": 4.0 * F.l1_loss(heads.box(chosen_normed), box),
@@ -53,12 +64,19 @@ def cell_losses(
 
 
 def text_losses(network: MoondreamNetwork, tokens: Tensor, batch: Batch, sigma: float) -> dict[str, Tensor]:
-    """Losses of the decoder on the packed questions, teacher-forced."""
+    """Compute the losses of the decoder on the packed questions, with teacher forcing.
+
+    Args:
+        network: Network to train.
+        tokens: [B, P, dim] image tokens.
+        batch: Batch with the questions and replies.
+        sigma: Width of the soft targets in bins.
+    """
     config, region = network.config, network.region
     hidden = packed_hidden(network, tokens, batch, COORDINATE_JITTER)
-    said = batch.next_ids != IGNORE
-    weights = batch.weights[said]
-    per_token = F.cross_entropy(network.text.logits(hidden[said]).float(), batch.next_ids[said], reduction="none")
+    has_target = batch.next_ids != IGNORE
+    weights, logits = batch.weights[has_target], network.text.logits(hidden[has_target])
+    per_token = F.cross_entropy(logits.float(), batch.next_ids[has_target], reduction="none")
     located, sized = ~batch.next_coords.isnan(), ~batch.next_sizes[..., 0].isnan()
     places = batch.next_coords[located] * config.region.coord_out_dim
     sizes = size_bins(batch.next_sizes[sized], network)
@@ -70,24 +88,32 @@ def text_losses(network: MoondreamNetwork, tokens: Tensor, batch: Batch, sigma: 
 
 
 def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitter: float) -> Tensor:
-    """[B, T, dim] hidden states of the packed questions behind their images.
+    """Run the decoder on images and packed questions.
 
     Args:
+        network: Network to run.
         tokens: [B, P, dim] image tokens.
-        jitter: Standard deviation of the noise on coordinates that are fed back, as a fraction of the image: at run
-            time they are the model's own and a little off.
+        batch: Batch with the questions.
+        jitter: Standard deviation of the noise on input coordinates, as a fraction of the image. At inference the
+            inputs are the model's own, inexact predictions.
+
+    Returns:
+        Hidden states of the questions, [B, T, dim].
     """
+    # Embed tokens, coordinates and sizes
     region, prefix = network.region, network.config.prefix_length
     bos = torch.full((len(batch.ids), 1), network.config.tokenizer.bos_id, device=tokens.device, dtype=torch.long)
     inputs = network.text.embed(batch.ids)
     with_coord, with_size = ~batch.coords.isnan(), ~batch.sizes[..., 0].isnan()
     coords = batch.coords[with_coord]
     coords = (coords + jitter * torch.randn_like(coords)).clamp(0, 1)
-    with torch.autocast(tokens.device.type, enabled=False):  # a few bits of a coordinate are not enough for its phases
+    with torch.autocast(tokens.device.type, enabled=False):  # bfloat16 is too coarse for the phases of a coordinate
         encoded_coords = region.encode_coordinate(coords[:, None]).to(inputs.dtype)
         encoded_sizes = region.encode_size(batch.sizes[with_size]).to(inputs.dtype)
     inputs = inputs.masked_scatter(with_coord[..., None], encoded_coords)
     inputs = inputs.masked_scatter(with_size[..., None], encoded_sizes)
+
+    # Run the decoder
     x = torch.cat((network.text.embed(bos), tokens, inputs), dim=1)
     before = torch.arange(prefix, device=x.device).expand(len(x), -1)
     positions = torch.cat((before, prefix + batch.offsets), dim=1)
@@ -95,7 +121,14 @@ def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitte
 
 
 def packed_mask(question: Tensor, prefix: int) -> Tensor:
-    """[B, 1, prefix + T, prefix + T] mask: a question sees the prefix and itself up to now; the prefix sees itself."""
+    """Return the attention mask of packed questions, [B, 1, prefix + T, prefix + T] bool.
+
+    The prefix attends to itself. Each question attends to the prefix and, causally, to itself.
+
+    Args:
+        question: [B, T] question number of each position.
+        prefix: Length of the image prefix.
+    """
     batch, length = question.shape
     mask = torch.zeros(batch, prefix + length, prefix + length, dtype=torch.bool, device=question.device)
     mask[:, :, :prefix] = True
@@ -105,11 +138,12 @@ def packed_mask(question: Tensor, prefix: int) -> Tensor:
 
 
 def soft_bins(logits: Tensor, center: Tensor, sigma: float) -> Tensor:
-    """Cross entropy against a Gaussian of `sigma` bins around the true place.
+    """Compute the cross entropy against a Gaussian around the true value.
 
     Args:
-        logits: [..., bins].
-        center: [...] real-valued bin.
+        logits: [..., bins] logits.
+        center: [...] true value, in bins.
+        sigma: Standard deviation of the Gaussian, in bins.
     """
     if not logits.numel():
         return logits.sum()
@@ -119,10 +153,10 @@ def soft_bins(logits: Tensor, center: Tensor, sigma: float) -> Tensor:
 
 
 def size_bins(size: Tensor, network: MoondreamNetwork) -> Tensor:
-    """Width and height as fractions → real-valued bins."""
+    """Convert width and height from fractions to real-valued bins."""
     return size_to_bin(size, network.config.region.size_out_dim // 2)
 
 
 def _mean(losses: Tensor) -> Tensor:
-    known = losses != 0  # cross_entropy gives exactly 0 where it ignores
-    return losses.sum() / known.sum().clamp_min(1)
+    counted = losses != 0  # cross_entropy returns exactly 0 for ignored targets
+    return losses.sum() / counted.sum().clamp_min(1)

@@ -1,7 +1,7 @@
-"""From examples to one training sequence per image: token ids, coordinates and sizes, and what follows each position.
+"""Pack the examples of an image into one training sequence: token ids, coordinates, sizes and targets.
 
-An image's questions stand one after another behind its shared prefix. Each sees the prefix and itself, and counts its
-positions from the prefix on, so that it is computed just as it would be alone.
+The questions follow one another after the shared image prefix. Each question attends to the prefix and itself only, and
+its position ids continue from the prefix, so the result equals that of a separate sequence.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from moondream_cv.model.config import TokenizerConfig
 from moondream_cv.training.prompts import Box, Example
 
 IGNORE = -100
-DECISION_WEIGHT = 2.0  # of going on or stopping
-REPLY_WEIGHT = 3.0  # of a reply of one token; longer ones share it by the square root of their length
+DECISION_WEIGHT = 2.0  # loss weight of the decision between another object and the end
+REPLY_WEIGHT = 3.0  # loss weight of a one-token reply; tokens of longer replies are weighted by 1/√length
 
 
 @dataclass
 class Packed:
-    """The questions of one image behind one another; every list has one entry a position.
+    """The packed questions of one image. Every list has one entry per position.
 
     Attributes:
-        ids: Token ids; where the coordinate or the size token stands, the embedding comes from `coords` or `sizes`.
-        coords: Coordinate fed in, NaN elsewhere.
-        sizes: (width, height) fed in, NaN elsewhere.
-        next_ids: Token to be predicted, or IGNORE.
-        weights: How much that token counts.
-        next_coords: Coordinate to be predicted from this position, NaN elsewhere.
-        next_sizes: (width, height) to be predicted from this position, NaN elsewhere.
-        offsets: Position within its question.
-        question: Number of its question.
+        ids: Input token ids. The embeddings of coordinate and size tokens come from `coords` and `sizes`.
+        coords: Input coordinates, as fractions; NaN at other tokens.
+        sizes: Input widths and heights, as fractions; NaN at other tokens.
+        next_ids: Target token ids, or IGNORE.
+        weights: Loss weights of the target tokens.
+        next_coords: Target coordinates; NaN without a target.
+        next_sizes: Target widths and heights; NaN without a target.
+        offsets: Positions within the question, from 0.
+        question: Numbers of the questions, from 0.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -50,7 +50,13 @@ class Packed:
         return len(self.ids)
 
     def add(self, token: int, coord: float = np.nan, size: tuple[float, float] = (np.nan, np.nan)) -> None:
-        """Append a position of the current question that predicts nothing yet."""
+        """Append a position without targets.
+
+        Args:
+            token: Token id.
+            coord: Input coordinate, as a fraction.
+            size: Input width and height, as fractions.
+        """
         self.ids.append(token)
         self.coords.append(coord)
         self.sizes.append(size)
@@ -60,22 +66,37 @@ class Packed:
         self.next_sizes.append((np.nan, np.nan))
 
     def predict(self, token: int, weight: float) -> None:
-        """Let the last position predict a token."""
+        """Set the target token of the last position.
+
+        Args:
+            token: Token id.
+            weight: Loss weight.
+        """
         self.next_ids[-1], self.weights[-1] = token, weight
 
 
 class Packer:
-    """Writes examples as positions, with the templates of a checkpoint."""
+    """Encode examples with the prompt templates of a checkpoint.
+
+    Args:
+        tokenizer: Tokenizer of the checkpoint.
+        config: Special tokens and templates.
+    """
 
     def __init__(self, tokenizer: Tokenizer, config: TokenizerConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
 
     def pack(self, examples: Sequence[Example], limit: int) -> Packed:
-        """Pack as many examples as fit into `limit` positions, in order."""
+        """Pack examples in order, up to the first one that does not fit.
+
+        Args:
+            examples: Examples of one image.
+            limit: Maximum number of positions.
+        """
         packed = Packed()
         for number, example in enumerate(examples):
             start = len(packed)
-            self._write(packed, example)
+            self._add_example(packed, example)
             if len(packed) > limit:
                 _truncate(packed, start)
                 break
@@ -83,25 +104,25 @@ class Packer:
             packed.question.extend([number] * (len(packed) - start))
         return packed
 
-    def _write(self, packed: Packed, example: Example) -> None:
+    def _add_example(self, packed: Packed, example: Example) -> None:
         templates, config = self.config.templates, self.config
         if example.skill in ("detect", "point"):
-            self._prompt(packed, example.skill, " " + example.prompt)
-            self._objects(packed, example.boxes, sized=example.skill == "detect")
+            self._add_prompt(packed, example.skill, " " + example.prompt)
+            self._add_objects(packed, example.boxes, with_size=example.skill == "detect")
         elif example.skill in ("query", "reason"):
-            self._prompt(packed, "query", example.prompt, example.refs)
+            self._add_prompt(packed, "query", example.prompt, example.refs)
             if example.skill == "reason":
-                self._reason(packed, example)
+                self._add_reasoning(packed, example)
             else:
                 for token in templates["query"]["suffix"]:  # type: ignore[index]
                     packed.add(token)
-            self._reply(packed, self._encode(example.answer), config.eos_id)
+            self._add_reply(packed, self._encode(example.answer), config.eos_id)
         else:
             for token in templates["caption"][example.skill]:  # type: ignore[index]
                 packed.add(token)
-            self._reply(packed, self._encode(example.answer), config.eos_id)
+            self._add_reply(packed, self._encode(example.answer), config.eos_id)
 
-    def _prompt(self, packed: Packed, skill: str, text: str, refs: Sequence[tuple[float, ...]] = ()) -> None:
+    def _add_prompt(self, packed: Packed, skill: str, text: str, refs: Sequence[tuple[float, ...]] = ()) -> None:
         template = self.config.templates[skill]
         assert template is not None, f"the config has no template for {skill}"
         for token in template["prefix"]:
@@ -114,7 +135,7 @@ class Packer:
         for token in [*self._encode(text), *template["suffix"]]:
             packed.add(token)
 
-    def _objects(self, packed: Packed, boxes: Sequence[Box], sized: bool) -> None:
+    def _add_objects(self, packed: Packed, boxes: Sequence[Box], with_size: bool) -> None:
         coord, size = self.config.coord_id, self.config.size_id
         for x, y, w, h in boxes:
             packed.predict(coord, DECISION_WEIGHT)
@@ -122,17 +143,17 @@ class Packer:
             packed.add(coord, coord=x)
             packed.next_coords[-1] = y
             packed.add(coord, coord=y)
-            if sized:
+            if with_size:
                 packed.next_sizes[-1] = (w, h)
                 packed.add(size, size=(w, h))
         packed.predict(self.config.eos_id, DECISION_WEIGHT)
 
-    def _reason(self, packed: Packed, example: Example) -> None:
+    def _add_reasoning(self, packed: Packed, example: Example) -> None:
         config = self.config
         packed.add(config.thinking_id)
-        self._reply(packed, self._encode(" I see"), config.start_ground_points_id)
+        self._add_reply(packed, self._encode(" I see"), config.start_ground_points_id)
         packed.add(config.start_ground_points_id)
-        self._reply(packed, self._encode(example.grounded), None)
+        self._add_reply(packed, self._encode(example.grounded), None)
         for x, y, _, _ in example.boxes:
             for value in (x, y):
                 packed.predict(config.coord_id, DECISION_WEIGHT)
@@ -144,7 +165,7 @@ class Packer:
         for token in config.templates["query"]["suffix"]:  # type: ignore[index]
             packed.add(token)
 
-    def _reply(self, packed: Packed, tokens: Sequence[int], end: int | None) -> None:
+    def _add_reply(self, packed: Packed, tokens: Sequence[int], end: int | None) -> None:
         weight = REPLY_WEIGHT / (len(tokens) + 1) ** 0.5
         for token in tokens:
             packed.predict(token, weight)

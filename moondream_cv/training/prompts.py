@@ -1,7 +1,7 @@
-"""What the tiny model is taught to say about a scene: questions and answers written from the ground truth.
+"""Training examples of the tiny model: questions and answers generated from the ground truth of a scene.
 
-An `Example` is text and objects; `training/packing.py` turns it into tokens. Objects stand in a fixed order, left to
-right by center, since a set has to be said in some order.
+An `Example` has text and objects; `training/packing.py` converts it to tokens. Objects are always listed from left to
+right by center, so that the order of the reply is predictable.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 
 @dataclass(frozen=True)
 class Example:
-    """One request and the reply that is to be learned.
+    """One request and its target reply.
 
     Attributes:
         skill: "detect", "point", "query", "reason" or a caption length ("short", "normal", "long").
-        prompt: The object's name or the question; empty for captions.
-        answer: The text of the reply.
-        boxes: What detect and point reply; what reasoning grounds its answer on.
-        refs: Spatial references of a question: (x, y) or (x, y, width, height), fractions.
-        grounded: The words that reasoning grounds.
+        prompt: Object name or question; empty for captions.
+        answer: Text of the reply.
+        boxes: Boxes of the reply for detect and point; boxes that ground the reasoning.
+        refs: Spatial references of a question, (x, y) or (x, y, width, height), as fractions.
+        grounded: Words of the reasoning that refer to the boxes.
     """
 
     skill: str
@@ -40,17 +40,27 @@ class Example:
 
 
 def write_examples(scene: Scene, rng: np.random.Generator, count: int, regions_only: bool = False) -> list[Example]:
-    """Draw `count` requests about a scene; with `regions_only`, detect and point alone."""
+    """Draw random examples for a scene.
+
+    Args:
+        scene: Scene with ground truth.
+        rng: Source of randomness.
+        count: Number of examples.
+        regions_only: Draw detect and point examples only.
+    """
     view = _View(scene)
     examples = []
     for _ in range(count):
-        writer = _region if regions_only or rng.random() < 0.4 else _WRITERS[rng.choice(len(_WRITERS), p=_WEIGHTS)]
-        examples.append(writer(view, rng) or _region(view, rng))
+        if regions_only or rng.random() < 0.4:
+            examples.append(_region_example(view, rng))
+        else:
+            make_example = _EXAMPLE_KINDS[rng.choice(len(_EXAMPLE_KINDS), p=_WEIGHTS)]
+            examples.append(make_example(view, rng) or _region_example(view, rng))
     return examples
 
 
 class _View:
-    """A scene's objects from left to right, as fractions of the picture."""
+    """The objects of a scene from left to right, with boxes as fractions of the image."""
 
     def __init__(self, scene: Scene) -> None:
         width, height = scene.resolution_wh
@@ -66,16 +76,17 @@ class _View:
         ]
 
     def boxes_of(self, name: str) -> tuple[Box, ...]:
-        """Boxes of what a name means: the object's own, its shape's, or "object" for all."""
+        """Return the boxes of a name: a full name, a shape in any color, or "object" for all."""
         pairs = zip(self.objects, self.boxes, strict=True)
         return tuple(box for item, box in pairs if name == "object" or item.answers(name))
 
-    def commonest(self) -> str | None:
-        """The name that most objects have; counting one is too easy to learn much from."""
+    def most_frequent_name(self) -> str | None:
+        """Return the most frequent name; counting single objects teaches little."""
         names = [o.name for o in self.objects]
         return max(names, key=names.count, default=None)
 
     def pick(self, rng: np.random.Generator) -> tuple[SceneObject, Box] | None:
+        """Draw an object and its box; None if the scene is empty."""
         if not self.objects:
             return None
         index = int(rng.integers(len(self.objects)))
@@ -93,7 +104,7 @@ def _present(view: _View, rng: np.random.Generator) -> str | None:
 
 
 def _absent(view: _View, rng: np.random.Generator) -> str:
-    """A name that nothing answers to, more often than not a near miss of something that is there."""
+    """Draw a name that is not in the scene, mostly a near miss of an object in it."""
     for _ in range(20):
         picked, draw = view.pick(rng), rng.random()
         if picked and picked[0].color and draw < 0.6:
@@ -117,15 +128,15 @@ def _name(view: _View, rng: np.random.Generator) -> str:
     return present or _absent(view, rng)
 
 
-def _region(view: _View, rng: np.random.Generator) -> Example:
+def _region_example(view: _View, rng: np.random.Generator) -> Example:
     name = _name(view, rng)
     asked = plural(name) if rng.random() < 0.05 else name
     return Example("detect" if rng.random() < 0.6 else "point", asked, boxes=view.boxes_of(name))
 
 
-def _count(view: _View, rng: np.random.Generator) -> Example:
+def _count_example(view: _View, rng: np.random.Generator) -> Example:
     draw = rng.random()
-    name = view.commonest() if draw < 0.55 else _present(view, rng) if draw < 0.85 else None
+    name = view.most_frequent_name() if draw < 0.55 else _present(view, rng) if draw < 0.85 else None
     name = name or _absent(view, rng)
     boxes = view.boxes_of(name)
     templates = ("How many {} are there?", "How many {}?", "how many {} are there?", "Count the {}.")
@@ -136,7 +147,7 @@ def _count(view: _View, rng: np.random.Generator) -> Example:
     return Example("query", question, str(len(boxes)))
 
 
-def _color(view: _View, rng: np.random.Generator) -> Example | None:
+def _color_example(view: _View, rng: np.random.Generator) -> Example | None:
     shapes = [o for o in view.objects if o.color]
     unique = [o for o in shapes if sum(o.shape == other.shape for other in shapes) == 1]
     if not unique:
@@ -146,7 +157,7 @@ def _color(view: _View, rng: np.random.Generator) -> Example | None:
     return Example("query", str(rng.choice(templates, p=(0.5, 0.3, 0.2))).format(item.shape), str(item.color))
 
 
-def _what(view: _View, rng: np.random.Generator) -> Example | None:
+def _identity_example(view: _View, rng: np.random.Generator) -> Example | None:
     picked = view.pick(rng)
     if picked is None:
         return None
@@ -162,13 +173,13 @@ def _what(view: _View, rng: np.random.Generator) -> Example | None:
     return Example("query", question, str(item.color) if "colour" in question else item.name, refs=(ref,))
 
 
-def _exists(view: _View, rng: np.random.Generator) -> Example:
+def _existence_example(view: _View, rng: np.random.Generator) -> Example:
     name = _name(view, rng)
     answer = "yes" if view.boxes_of(name) else "no"
     return Example("query", str(rng.choice(("Is there {}?", "is there {}?"))).format(with_article(name)), answer)
 
 
-def _caption(view: _View, rng: np.random.Generator) -> Example | None:
+def _caption_example(view: _View, rng: np.random.Generator) -> Example | None:
     count = len(view.objects)
     if count > 6:
         return None
@@ -180,7 +191,7 @@ def _caption(view: _View, rng: np.random.Generator) -> Example | None:
     if draw < 0.9 or count > 4:
         body = f": {listing([with_article(n) for n in names])}." if names else "."
         return Example("normal", answer=counted + body)
-    places = [f"{_capital(with_article(n))} at the {_place(b)}." for n, b in zip(names, view.boxes, strict=True)]
+    places = [f"{_capitalize(with_article(n))} at the {_place(b)}." for n, b in zip(names, view.boxes, strict=True)]
     return Example("long", answer=" ".join([counted + ".", *places]))
 
 
@@ -189,15 +200,15 @@ def _place(box: Box) -> str:
     return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-_WRITERS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (
-    _count,
-    _color,
-    _what,
-    _exists,
-    _caption,
+_EXAMPLE_KINDS: tuple[Callable[[_View, np.random.Generator], Example | None], ...] = (
+    _count_example,
+    _color_example,
+    _identity_example,
+    _existence_example,
+    _caption_example,
 )
 _WEIGHTS = (0.52, 0.08, 0.16, 0.06, 0.18)

@@ -1,12 +1,12 @@
-"""The recipe of the tiny model: one command, seeded and resumable, on CPU cores or a GPU.
+"""Train the tiny model: one command, seeded and resumable, on CPU or GPU.
 
-    python -m moondream_cv.training.tiny runs/tiny --images 385000          # start, or go on from runs/tiny/state.pt
+    python -m moondream_cv.training.tiny runs/tiny --images 385000          # start, or resume from runs/tiny/state.pt
     python -m moondream_cv.training.tiny runs/tiny --export                 # write the averaged weights as a checkpoint
-    python -m moondream_cv.training.tiny runs/more --start-from moondream_cv/tiny --images 200000   # improve what ships
+    python -m moondream_cv.training.tiny runs/more --start-from moondream_cv/tiny --images 200000   # train further
 
-The first 30 % of the images train the vision encoder alone, on what each image token should know; it costs half of a
-full step. Then the decoder joins, on scenes that grow from a few objects to eight. Matrices inside the blocks are
-trained with Muon, everything else with AdamW; the weights that ship are an exponential average.
+The first 30 % of the images train the vision encoder only, on the object at each image token, at half the cost of a
+full step. After that the decoder is trained as well, on scenes that grow from three to eight objects. Muon trains the
+matrices inside the blocks, AdamW everything else. The exported weights are an exponential moving average.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from moondream_cv.training.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-VISION_ONLY = 0.3  # share of the images
-CONSTANT_UNTIL = 0.55  # share of the images after which the learning rate falls
-STAGES = (  # from this share of the images on
+VISION_ONLY = 0.3  # share of the images that train the vision encoder only
+CONSTANT_UNTIL = 0.55  # share of the images after which the learning rate decays
+STAGES = (  # each with the share of the images at which it starts
     (0.0, Stage(max_objects=8, questions=0)),
     (VISION_ONLY, Stage(max_objects=3, questions=8, regions_only=True)),
     (0.38, Stage(max_objects=5, questions=9)),
@@ -51,10 +51,24 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The arguments of a run.
+    """Arguments of a training run.
 
-    On a GPU one process trains and `workers` render (0: one for each core but one); on CPU cores each of the processes
-    trains on its share of a batch and renders it.
+    On a GPU, one process trains and worker processes render the scenes. On a CPU, each process renders and trains on
+    its share of a batch.
+
+    Attributes:
+        folder: Folder of the training state and the checkpoint.
+        images: Total number of images.
+        size: Architecture, a key of `SIZES`.
+        batch: Images per step.
+        learning_rate: Peak learning rate.
+        average: Decay of the moving average of the weights, per step.
+        seed: Random seed.
+        processes: Number of training processes on a CPU.
+        workers: Number of rendering processes on a GPU; 0: all cores except one.
+        device: "cpu", "cuda" or "auto".
+        save_every: Seconds between saved states.
+        start_from: Checkpoint folder to start from; empty: start from random weights.
     """
 
     folder: Path
@@ -72,7 +86,13 @@ class Recipe:
 
 
 def tiny_config(size: str, vocab_size: int, templates: dict[str, Any]) -> MoondreamConfig:
-    """The architecture of the tiny model in one of its sizes."""
+    """Return the architecture of the tiny model.
+
+    Args:
+        size: Key of `SIZES`.
+        vocab_size: Number of tokens.
+        templates: Prompt templates, as `tiny_templates` returns them.
+    """
     (vision_dim, vision_layers, vision_ff, vision_heads), (dim, layers, ff, heads) = SIZES[size].values()
     return MoondreamConfig.from_dict(
         {
@@ -105,7 +125,12 @@ def tiny_config(size: str, vocab_size: int, templates: dict[str, Any]) -> Moondr
 
 
 class Trainer:
-    """The state of a run: network, probes, optimizers, average, and how many images were seen."""
+    """A training run: network, probes, optimizers, averaged weights and the number of images so far.
+
+    Args:
+        recipe: Arguments of the run.
+        rank: Number of this process, from 0.
+    """
 
     def __init__(self, recipe: Recipe, rank: int) -> None:
         self.recipe, self.rank, self.images = recipe, rank, 0
@@ -122,15 +147,16 @@ class Trainer:
         self.optimizers = _optimizers(self.network, self.heads, recipe.learning_rate)
 
     def run(self) -> None:
-        """Train until the recipe's number of images, saving now and then."""
-        recipe, saved, started, shown = self.recipe, time.monotonic(), time.monotonic(), self.images
+        """Train on the remaining images, and save the state periodically."""
+        recipe, saved, started, logged = self.recipe, time.monotonic(), time.monotonic(), self.images
         for batch in self._batches():
             losses = self._step(batch)
             step = self.images // recipe.batch
             if self.rank == 0 and step % 50 == 0:
-                rate = (self.images - shown) / (time.monotonic() - started)
-                logger.info("%7d images  %5.1f/s  lr %.5f  %s", self.images, rate, self._rate(), _shown(losses))
-                shown, started = self.images, time.monotonic()
+                speed = (self.images - logged) / (time.monotonic() - started)
+                rate = self._learning_rate()
+                logger.info("%7d images  %5.1f/s  lr %.5f  %s", self.images, speed, rate, _format_losses(losses))
+                logged, started = self.images, time.monotonic()
             if self.rank == 0 and time.monotonic() - saved > recipe.save_every:
                 self.save()
                 saved = time.monotonic()
@@ -138,37 +164,43 @@ class Trainer:
             self.save()
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """Run one training step and return its losses."""
+        # Compute the losses
         batch = batch.to(self.device)
         progress = self.images / self.recipe.images
         sigma = 5.0 + 20.0 * max(0.0, 1 - progress / 0.6)
-        # On CPUs the fused attention's backward pass is six times slower in bfloat16 than separate products.
+        # On CPUs the backward pass of fused attention takes 6× as long in bfloat16 as separate matrix products.
         attention = SDPBackend.MATH if self.device.type == "cpu" else SDPBackend.EFFICIENT_ATTENTION
         with torch.autocast(self.device.type, torch.bfloat16), sdpa_kernel([attention, SDPBackend.MATH]):
             tokens = image_tokens(self.network, batch)
             losses = cell_losses(self.network, self.heads, tokens, batch, sigma)
             if batch.ids.shape[1]:
                 losses = {k: 0.3 * v for k, v in losses.items()} | text_losses(self.network, tokens, batch, sigma)
+
+        # Update the weights and their average
         for parameter in self.parameters:
             parameter.grad = None
         torch.stack(list(losses.values())).sum().backward()
-        _share_gradients(self.parameters)
+        _average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self._rate()
+                group["lr"] = self._learning_rate()
             optimizer.step()
         state = self.network.state_dict()
         torch._foreach_lerp_([self.average[k] for k in state], list(state.values()), 1 - self.recipe.average)
         self.images += self.recipe.batch
         return losses
 
-    def _rate(self) -> float:
+    def _learning_rate(self) -> float:
+        """Return the current learning rate: linear warm-up, constant, linear decay."""
         progress = self.images / self.recipe.images
         warm_up = min(1.0, (self.images + 1) / (200 * self.recipe.batch))
-        fall = min(1.0, (1 - progress) / (1 - CONSTANT_UNTIL))
-        return self.recipe.learning_rate * warm_up * max(fall, 0.01)
+        decay = min(1.0, (1 - progress) / (1 - CONSTANT_UNTIL))
+        return self.recipe.learning_rate * warm_up * max(decay, 0.01)
 
     def _batches(self) -> Iterator[Batch]:
+        """Yield the remaining batches of this process, stage by stage."""
         recipe = self.recipe
         starts = [round(share * recipe.images) for share, _ in STAGES]
         for (_, stage), start, stop in zip(STAGES, starts, [*starts[1:], recipe.images], strict=True):
@@ -176,10 +208,10 @@ class Trainer:
             if first >= stop:
                 continue
             world = distributed.get_world_size() if distributed.is_initialized() else 1
-            rows = (stop - first) // recipe.batch * recipe.batch
+            count = (stop - first) // recipe.batch * recipe.batch
             share = recipe.batch // world
-            # The indices of this process, batch after batch.
-            indices = [first + b + self.rank * share + i for b in range(0, rows, recipe.batch) for i in range(share)]
+            # Each process takes a contiguous share of every batch.
+            indices = [first + b + self.rank * share + i for b in range(0, count, recipe.batch) for i in range(share)]
             samples = SceneSamples(self.config, self.tokenizer, stage, recipe.seed)
             yield from DataLoader(
                 Subset(samples, indices),
@@ -191,7 +223,7 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write the whole state, so that the run can go on, and the averaged weights as a checkpoint."""
+        """Write the training state, to resume from, and the averaged weights as a checkpoint."""
         state = {
             "network": self.network.state_dict(),
             "heads": self.heads.state_dict(),
@@ -206,11 +238,11 @@ class Trainer:
         self.export(self.recipe.folder / "checkpoint")
 
     def load(self) -> None:
-        """Go on from a saved state, if there is one; else from a checkpoint, if the recipe names one."""
+        """Resume from the saved state if there is one; otherwise load the checkpoint of `start_from`, if set."""
         path = self.recipe.folder / "state.pt"
         if not path.exists():
             if self.recipe.start_from:
-                self._start_from(Path(self.recipe.start_from))
+                self._load_checkpoint(Path(self.recipe.start_from))
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.network.load_state_dict(state["network"])
@@ -220,22 +252,26 @@ class Trainer:
             optimizer.load_state_dict(saved)
         self.images = state["images"]
 
-    def _start_from(self, folder: Path) -> None:
-        """Take the weights of a checkpoint of these sizes, and enter the last stage."""
+    def _load_checkpoint(self, folder: Path) -> None:
+        """Load the weights of a checkpoint of the same architecture, and start at the last stage."""
         state = load_network(folder, self.config, self.device, torch.float32).state_dict()
         self.network.load_state_dict(state)
         self.average = {k: v.clone() for k, v in state.items()}
         self.images = round(STAGES[-1][0] * self.recipe.images)
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights in half precision, the config and the tokenizer, as `load(folder)` reads them."""
+        """Write a checkpoint for `load(folder)`: the averaged weights in float16, the config and the tokenizer."""
         network = MoondreamNetwork(self.config)
         network.load_state_dict(self.average)
         save_checkpoint(network, self.config, self.tokenizer, folder, torch.float16)
 
 
 def tiny_templates(tokenizer: Any) -> dict[str, Any]:
-    """Templates of the 2025-06-21 kind: prompt, what is wanted, input, …, answer."""
+    """Return prompt templates in the format of release 2025-06-21: prompt, skill, input, text, answer.
+
+    Args:
+        tokenizer: Tokenizer of the tiny model.
+    """
     prompt, given, answer = 1, 2, 3
 
     def word(name: str) -> int:
@@ -250,6 +286,7 @@ def tiny_templates(tokenizer: Any) -> dict[str, Any]:
 
 
 def _optimizers(network: nn.Module, heads: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices inside the blocks, and AdamW for all other parameters."""
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in [*network.named_parameters(), *heads.named_parameters()]:
@@ -261,8 +298,8 @@ def _optimizers(network: nn.Module, heads: nn.Module, rate: float) -> list[torch
     ]
 
 
-def _share_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average the gradients over the processes, in one message."""
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over all processes with one all-reduce."""
     if not distributed.is_initialized():
         return
     for parameter in parameters:
@@ -279,12 +316,12 @@ def _share_gradients(parameters: list[nn.Parameter]) -> None:
         start += gradient.numel()
 
 
-def _shown(losses: dict[str, Tensor]) -> str:
+def _format_losses(losses: dict[str, Tensor]) -> str:
     return "  ".join(f"{name} {float(value.detach()):.3f}" for name, value in losses.items())
 
 
-def _placed(recipe: Recipe) -> Recipe:
-    """Decide where to train."""
+def _choose_device(recipe: Recipe) -> Recipe:
+    """Return the recipe with its device resolved, and with the numbers of processes and workers for that device."""
     device = recipe.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,8 +332,9 @@ def _placed(recipe: Recipe) -> Recipe:
 
 
 def _train(rank: int, recipe: Recipe) -> None:
+    """Run one training process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    cv2.setNumThreads(1)  # the renderer's; the processes share the cores already
+    cv2.setNumThreads(1)  # the processes already use all cores
     if recipe.processes > 1:
         torch.set_num_threads(1)
         store = f"file://{(recipe.folder / 'rendezvous').resolve()}"
@@ -309,16 +347,17 @@ def _train(rank: int, recipe: Recipe) -> None:
 
 
 def main() -> None:
+    """Parse the arguments, and train or export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Recipe):
         if f.name == "folder":
-            parser.add_argument("folder", type=Path, help="where the state is kept")
+            parser.add_argument("folder", type=Path, help="folder of the training state and the checkpoint")
         else:
             parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default)
-    parser.add_argument("--export", action="store_true", help="write FOLDER/checkpoint from the saved state and stop")
+    parser.add_argument("--export", action="store_true", help="only write FOLDER/checkpoint from the saved state")
     arguments = vars(parser.parse_args())
     export = arguments.pop("export")
-    recipe = _placed(Recipe(**arguments))
+    recipe = _choose_device(Recipe(**arguments))
     recipe.folder.mkdir(parents=True, exist_ok=True)
     (recipe.folder / "rendezvous").unlink(missing_ok=True)
     if export:

@@ -1,7 +1,7 @@
-"""The tiny model's tokenizer: byte-level BPE over the words of its world.
+"""The tokenizer of the tiny model: byte-level BPE over the vocabulary of the synthetic scenes.
 
-Every word of the world becomes one token with its leading space: names that split into several tokens are learned more
-slowly. Any other text still encodes, byte by byte.
+Every word of the vocabulary, with its leading space, becomes one token, because names of several tokens are learned
+more slowly. Other text is encoded byte by byte.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTROL_TOKENS = (
 
 
 def build_tokenizer() -> Tokenizer:
-    """Train the tokenizer; the same words give the same ids."""
+    """Train the tokenizer. The result is deterministic."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
