@@ -30,7 +30,7 @@ from moondream_cv.evaluation.tracks import (
     truth_of,
 )
 from moondream_cv.scenes.clips import Clip, TrackedObject
-from moondream_cv.video import Tracking, watch
+from moondream_cv.video import OnlineTracker, Tracking, track_streams
 from moondream_cv.video.sources.frame import Frame
 
 EVERY = (1, 3, 5, 10, 15)
@@ -49,22 +49,17 @@ def frames_of(clip: Clip, detector: Any) -> Iterator[np.ndarray]:
 
 def ours(clip: Clip, truth: Truth, detector: Any, every: int, **options: Any) -> Iterator[sv.Detections]:
     source = frames_of(clip, detector)
-    for tracked in watch([source], clip.class_names, model=detector, every=every, tracking=Tracking(**options)):
+    for tracked in track_streams([source], clip.class_names, model=detector, every=every, tracking=Tracking(**options)):
         yield tracked.detections
 
 
 def ours_live(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
-    """As in `watch` of a live source, but the model takes no time."""
-    from moondream_cv.video.tracking.interpolation import as_detections, predicted
-    from moondream_cv.video.tracking.tracker import Tracker
-
-    tracker = Tracker()
+    """Track as in a live source, with a model that takes no time."""
+    tracker = OnlineTracker(classes=clip.class_names)
     for index, image in enumerate(frames_of(clip, detector)):
+        detections = detector(image, clip.class_names) if index % every == 0 else None
         frame = Frame(image, index, index / FPS)
-        if index % every == 0:
-            tracker.update(detector(image, clip.class_names), frame)
-        seen = predicted(tracker.tracks.values(), frame.time, every / FPS, clip.resolution_wh)
-        yield as_detections(seen, clip.class_names, clip.resolution_wh)
+        yield tracker.step_frame(frame, detections, unknown_interval=every / FPS, min_interval=every / FPS)
 
 
 def trackers_alone(make: Callable[[], Any], timed: bool = False) -> Run:

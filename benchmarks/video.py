@@ -25,7 +25,7 @@ from av.video.frame import PictureType
 
 from moondream_cv import load
 from moondream_cv.scenes.clips import render_clip
-from moondream_cv.video import Frame, annotate_video, watch
+from moondream_cv.video import Frame, annotate_video, track_streams
 from moondream_cv.video.sources.live import LiveReader
 from moondream_cv.video.writers.video_file import VideoWriter
 
@@ -116,7 +116,7 @@ def live(seconds: float, slow: float) -> None:
     delays = []
     source = LiveReader(frames, name="camera", open_timeout=5.0, read_timeout=2.0, reconnect_for=0.0)
     try:
-        for tracked in watch([source], ["dog"], model=detector):
+        for tracked in track_streams([source], ["dog"], model=detector):
             pixel = tracked.frame.image[0, 0]
             delays.append(time.monotonic() - arrived[int(pixel[0]) + 256 * int(pixel[1])])
             assert source.waiting <= 1

@@ -38,7 +38,7 @@ class Followed:
         target: The same with what was tracked drawn in.
         names: What was looked for.
         frames: How many there are.
-        looked: How many of them the model has looked at.
+        detections_run: How many of them the detector ran on.
         checks: The number of objects of each name.
         objects: Boxes that are true, over all frames.
         found: How many of those were found.
@@ -49,7 +49,7 @@ class Followed:
     target: Path
     names: list[str]
     frames: int = 0
-    looked: int = 0
+    detections_run: int = 0
     checks: list[Check] = field(default_factory=list)
     objects: int = 0
     found: int = 0
@@ -66,7 +66,7 @@ class Followed:
         right = sum(check.right for check in self.checks)
         return (
             f"{right} of {len(self.checks)} counts right; {self.found} of {self.objects} boxes found, "
-            f"{self.wrong} wrong; looked at {self.looked} of {self.frames} frames"
+            f"{self.wrong} wrong; detector ran on {self.detections_run} of {self.frames} frames"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Followed:
             "tracked": str(self.target),
             "contact_sheet": str(self.sheet),
             "frames": self.frames,
-            "looked": self.looked,
+            "detections_run": self.detections_run,
             "checks": [asdict(check) for check in self.checks],
             "boxes": {"true": self.objects, "found": self.found, "wrong": self.wrong},
         }
@@ -115,7 +115,7 @@ def follow(detector: Detector, folder: Path) -> Followed:
         panel=True,
         json=lines,
     )
-    result.frames, result.looked = summary.frames, summary.looked
+    result.frames, result.detections_run = summary.frames, summary.detections_run
     _compare(result, [json.loads(line)["detections"] for line in lines.getvalue().splitlines()], clip)
     return result
 

@@ -169,9 +169,9 @@ def video(
 
             looks = check_every(int(every) if re.fullmatch(r"[+-]?\d+", every) else every)
             tracking = Tracking(tracker, scene_change=scene_change, bridge_seconds=bridge)
-            tracking.start()
+            tracking.create_tracker()
             colours = cast("Literal['class', 'id']", colour_by)
-            Annotator(annotate, chosen, colour_by=colours)
+            Annotator(annotate, chosen, color_by=colours)
             zones = None if zone is None else Zones.read(zone)
             frames = _checked_source(source, opened, fps)
             _check_targets(targets)
@@ -202,7 +202,7 @@ def video(
                     tracking=tracking,
                     zones=zones,
                     panel=panel,
-                    colour_by=colours,
+                    color_by=colours,
                     json=json,
                     mot=mot,
                     show=show,

@@ -77,7 +77,7 @@ class Bar:
         """Show how far it is."""
         self.summary = summary
         total = None if summary.frame_count is None else max(summary.frame_count, summary.frames)
-        rates = f"{summary.fps:.1f} fps, {summary.looked_fps:.1f} looked at"
+        rates = f"{summary.fps:.1f} fps, detector {summary.detector_fps:.1f} fps"
         self._progress.update(self._task, completed=summary.frames, total=total, rates=rates)
 
 

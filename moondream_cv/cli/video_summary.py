@@ -36,15 +36,16 @@ def sum_up(report: Report, summary: Summary, targets: Iterable[str], has_scores:
         were = "was" if summary.problems == 1 else "were"
         report.notice(f"Warning: {_number(summary.problems, 'frame')} could not be decoded and {were} left out")
     if summary.failed:
-        which = f"{summary.failed} of {summary.looked + summary.failed} frames" if summary.looked else "every frame"
+        keyframes = summary.detections_run + summary.failed
+        which = f"{summary.failed} of {keyframes} frames" if summary.detections_run else "every frame"
         report.notice(f"Warning: the model failed on {which}")
     files = [_file_text(target, summary) for target in targets if target != STDOUT and _exists(target)]
     say(
         f"{'Stopped after ' if stopped else ''}{_number(summary.frames, 'frame')} in {summary.elapsed:.1f} s "
-        f"({summary.fps:.1f} fps), {summary.looked} looked at ({summary.looked_fps:.1f} fps)"
+        f"({summary.fps:.1f} fps), detector ran on {summary.detections_run} ({summary.detector_fps:.1f} fps)"
         + (f"; saved {', '.join(files)}" if files else "")
     )
-    if summary.failed and not summary.looked and not stopped:
+    if summary.failed and not summary.detections_run and not stopped:
         raise typer.Exit(1)
 
 

@@ -114,7 +114,7 @@ def test_a_video_and_what_is_on_it(clip: Path, tmp_path: Path) -> None:
     assert counts[0].startswith("dog         1 object, on ")
     assert counts[1].startswith("red circle  1 object, on ")
     assert last.startswith(f"{FRAMES} frames in ")
-    assert " 6 looked at " in last
+    assert ", detector ran on 6 " in last
     assert last.endswith(f"; saved {target}, {lines}, {tracks}")
     assert "━" not in result.stderr  # no bar where there is no terminal
 
@@ -139,7 +139,7 @@ def test_the_summary_is_exact(run: Run, frames: Path) -> None:
         "left (zone)  2 so far, 1 at the end (1 green)",
     ]
     assert last.startswith("10 frames in ")
-    assert " 10 looked at " in last
+    assert ", detector ran on 10 " in last
     assert last.endswith("; saved out.mp4")
     assert pictures_of("out.mp4") == [(80, 60)] * 10
     assert result.stderr == ""
@@ -163,10 +163,10 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
     monkeypatch.setattr(moondream_cv.video, "annotate_video", lambda *_, **options: asked.update(options))
     options = "--annotate blur --panel --colour-by id --no-audio --scene-change --tracker ocsort --confidence 0.5"
     assert run("video", "frames", "red", "-o", "out.mp4", *options.split(), "--bridge", "1.5").exit_code == 0
-    assert {name: asked[name] for name in ("annotate", "panel", "colour_by", "audio", "show", "every")} == {
+    assert {name: asked[name] for name in ("annotate", "panel", "color_by", "audio", "show", "every")} == {
         "annotate": "blur",
         "panel": True,
-        "colour_by": "id",
+        "color_by": "id",
         "audio": False,
         "show": False,
         "every": "auto",
@@ -472,5 +472,5 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, clip: Path, ending: list[subproce
     os.close(master)
     assert running.returncode == 0
     assert f"{FRAMES}/{FRAMES}" in seen.decode()
-    assert "looked at" in seen.decode()
+    assert "detector" in seen.decode()
     assert [json.loads(line)["frame"] for line in stdout.splitlines()] == list(range(FRAMES))

@@ -69,7 +69,7 @@ class Known:
     """A detector that knows what is on each frame of `numbered`.
 
     Attributes:
-        looked: The numbers of the frames that it was shown.
+        keyframes: The numbers of the frames that it was shown.
         busy: Whether it is at it.
         sleep: Called with `seconds` during each call.
     """
@@ -83,12 +83,12 @@ class Known:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.things, self.seconds, self.fails, self.tell, self.sleep = things, seconds, fails, tell, sleep
-        self.looked: list[int] = []
+        self.keyframes: list[int] = []
         self.busy = False
 
     def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         number = self.tell(image)
-        self.looked.append(number)
+        self.keyframes.append(number)
         self.busy = True
         self.sleep(self.seconds)
         self.busy = False

@@ -110,8 +110,8 @@ def test_unknown_names_list_the_known(what: Any, unknown: str) -> None:
 def test_names_come_as_text_or_sequence() -> None:
     assert Annotator(" box , label").what == Annotator(("label", "box")).what == Annotator().what
     assert Annotator("none").what == Annotator(()).what == frozenset()
-    with pytest.raises(ValueError, match='colour_by must be "class" or "id", not \'size\''):
-        Annotator(colour_by="size")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="color_by must be one of class, id, got 'size'"):
+        Annotator(color_by="size")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_colours_follow_the_class_or_the_id() -> None:
     detections = found(boxes, [5, 6, 25, -1], class_ids=[0, 1, 0, 21])
     by_class = colours_of(Annotator("box")(grey(), detections), boxes)
     assert by_class == [sv.ColorPalette.DEFAULT.by_idx(index).as_bgr() for index in (0, 1, 0, 21)]
-    annotator = Annotator("box", colour_by="id")
+    annotator = Annotator("box", color_by="id")
     by_id = colours_of(annotator(grey(), detections), boxes)
     assert by_id == [*(sv.ColorPalette.DEFAULT.by_idx(index).as_bgr() for index in (5, 6, 25)), (150, 150, 150)]
     assert colours_of(annotator(grey(), detections[2:]), boxes[2:]) == by_id[2:]  # also in other company

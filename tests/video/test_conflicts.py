@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from moondream_cv.video import Tracking, watch
+from moondream_cv.video import Tracking, track_streams
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.tracking.tracker import Tracker
 from tests.helpers.clips import Known, Thing, deadline, numbered
@@ -117,7 +117,7 @@ def test_counts_are_kept_over_a_cut() -> None:
     stream = Stream()
     for _ in range(6):
         stream((DOG, 40, 0.9), (CAT, 200, 0.8))
-    stream.tracker = stream.tracker.anew()
+    stream.tracker = stream.tracker.successor()
     assert stream((DOG, 40, 0.9), (CAT, 42, 0.5)) == [3, -1]
 
 
@@ -133,7 +133,7 @@ class Blinking(Known):
 
     def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         found = super().__call__(image, classes)
-        return found[[]] if self.looked[-1] in self.missed else found  # type: ignore[return-value]
+        return found[[]] if self.keyframes[-1] in self.missed else found  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,9 @@ def test_gaps_up_to_the_bridge_are_interpolated(every: int, gap: int, bridge: fl
     missed = range(31, 31 + gap - 1)
     images = [numbered(n, SIZE) for n in range(100)]
     detector = Blinking(thing, missed=missed)
-    found = list(watch([images], ["dog"], model=detector, every=every, tracking=Tracking(bridge_seconds=bridge)))
+    found = list(
+        track_streams([images], ["dog"], model=detector, every=every, tracking=Tracking(bridge_seconds=bridge))
+    )
     middle = 30 + gap // 2
     assert all(len(found[n].detections) == 1 for n in range(100) if n <= 30 or n >= 60)
     assert len(found[middle].detections) == bridged
@@ -163,14 +165,14 @@ def test_gaps_up_to_the_bridge_are_interpolated(every: int, gap: int, bridge: fl
 def test_frames_that_wait_show_tracks_that_the_tracker_has_forgotten() -> None:
     images = [numbered(n, SIZE) for n in range(90)]
     model = Known(Thing("dog", (60, 100), seen=range(20, 41)))
-    found = list(watch([images], ["dog"], model=model, every=1, tracking=Tracking(memory=0.0)))
+    found = list(track_streams([images], ["dog"], model=model, every=1, tracking=Tracking(lost_track_seconds=0.0)))
     assert [n for n, tracked in enumerate(found) if len(tracked.detections)] == list(range(20, 41))
 
 
 def test_redaction_covers_what_is_not_tracked() -> None:
     images = [numbered(n, SIZE) for n in range(30)]
     things = (Thing("dog", (100, 100), confidence=0.9), Thing("dog", (104, 100), confidence=0.5))
-    for tracked in watch([images], ["dog"], model=Known(*things), every=5, tracking=Tracking(redact=True)):
+    for tracked in track_streams([images], ["dog"], model=Known(*things), every=5, tracking=Tracking(redact=True)):
         assert tracked.redaction is not None
         assert tracked.redaction.xyxy[:, 2].max() >= 119  # the right edge of the second box
         assert len(tracked.detections) == 1

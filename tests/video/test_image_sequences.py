@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from moondream_cv.video import annotate_video, track, watch
+from moondream_cv.video import annotate_video, track, track_streams
 from tests.helpers.clips import Known, Thing, deadline, jpeg, number_of, numbered
 
 DURATIONS = [100, 250, 40, 600]
@@ -80,7 +80,7 @@ def test_the_output_of_images_has_their_frame_rate(tmp_path: Path, fps: float) -
 
 
 def test_track_and_watch_take_a_frame_rate() -> None:
-    with watch([IMAGES, list(IMAGES)], "dog", model=detector(), every=2, fps=4) as watched:
+    with track_streams([IMAGES, list(IMAGES)], "dog", model=detector(), every=2, fps=4) as watched:
         times = [(tracked.source, tracked.frame.time) for tracked in watched]
     expected = [(source, number / 4) for source in (0, 1) for number in range(8)]
     assert np.array(sorted(times)) == pytest.approx(np.array(expected))

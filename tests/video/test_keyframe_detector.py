@@ -18,7 +18,7 @@ from moondream_cv import Detector, load
 from moondream_cv.scenes.render import render_scene
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.tracking import keyframe_detector
-from moondream_cv.video.tracking.keyframe_detector import MAX_BATCH, DetectionWorker
+from moondream_cv.video.tracking.keyframe_detector import MAX_BATCH, KeyframeDetector
 from tests.helpers.clips import deadline
 from tests.helpers.color_model import ColorModel
 
@@ -73,11 +73,11 @@ class Counting(Detector):
 
 
 @pytest.fixture
-def worker() -> Iterator[Callable[..., DetectionWorker]]:
+def worker() -> Iterator[Callable[..., KeyframeDetector]]:
     workers = []
 
-    def make(detector: Any) -> DetectionWorker:
-        workers.append(DetectionWorker(detector, CLASSES))
+    def make(detector: Any) -> KeyframeDetector:
+        workers.append(KeyframeDetector(detector, CLASSES))
         return workers[-1]
 
     yield make
@@ -86,17 +86,17 @@ def worker() -> Iterator[Callable[..., DetectionWorker]]:
         assert not each._thread.is_alive()
 
 
-def test_results_belong_to_their_frames(worker: Callable[..., DetectionWorker]) -> None:
+def test_results_belong_to_their_frames(worker: Callable[..., KeyframeDetector]) -> None:
     working = worker(red)
     lefts = [10, 25, None, 40]
     found = [working.submit(frame(i, left), "clip").result(240) for i, left in enumerate(lefts)]
     assert [f.xyxy[:, 0].tolist() for f in found if f is not None] == [[10], [25], [], [40]]
-    assert (working.looked, working.failed, working.backlog) == (4, 0, 0)
+    assert (working.detections_run, working.failed, working.backlog) == (4, 0, 0)
     assert working.seconds > 0
 
 
 @pytest.mark.compat
-def test_waiting_frames_become_one_call(worker: Callable[..., DetectionWorker]) -> None:
+def test_waiting_frames_become_one_call(worker: Callable[..., KeyframeDetector]) -> None:
     detector = Counting(ColorModel())
     working = worker(detector)
     first = working.submit(frame(0), "clip", 0)
@@ -112,10 +112,10 @@ def test_waiting_frames_become_one_call(worker: Callable[..., DetectionWorker]) 
         lefts.append(found.xyxy[0, 0].round())
     assert lefts == [10 + i for i in range(count)]  # in order, whatever the size of the frames
     assert detector.sizes == [1, MAX_BATCH, 3]
-    assert (working.looked, working.failed) == (count, 0)
+    assert (working.detections_run, working.failed) == (count, 0)
 
 
-def test_frames_of_one_source_come_one_by_one(worker: Callable[..., DetectionWorker]) -> None:
+def test_frames_of_one_source_come_one_by_one(worker: Callable[..., KeyframeDetector]) -> None:
     detector = Counting(ColorModel())
     detector.go.set()
     working = worker(detector)
@@ -124,7 +124,7 @@ def test_frames_of_one_source_come_one_by_one(worker: Callable[..., DetectionWor
     assert detector.sizes == [1] * 6
 
 
-def test_one_bad_frame_of_a_batch(worker: Callable[..., DetectionWorker], caplog: pytest.LogCaptureFixture) -> None:
+def test_one_bad_frame_of_a_batch(worker: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture) -> None:
     detector = Counting(ColorModel())  # which fails on magenta
     working = worker(detector)
     first = working.submit(frame(0), "door")
@@ -134,13 +134,13 @@ def test_one_bad_frame_of_a_batch(worker: Callable[..., DetectionWorker], caplog
     detector.go.set()
     assert [each.result(240) is None for each in (first, *rest)] == [False, False, True, False]
     assert detector.sizes == [1, 2, 1, 1, 1]  # those of the call that failed are looked at one by one
-    assert (working.looked, working.failed) == (3, 1)
+    assert (working.detections_run, working.failed) == (3, 1)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith("yard: the detector failed on frame 5: ")
 
 
-def test_the_tiny_model(worker: Callable[..., DetectionWorker]) -> None:
+def test_the_tiny_model(worker: Callable[..., KeyframeDetector]) -> None:
     scenes = [render_scene(seed, resolution_wh=(240, 160)).image for seed in range(3)]
     with load("tiny", device="cpu", dtype="float32") as model:
         detector = Detector(model)
@@ -174,15 +174,15 @@ NONSENSE: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("detector", NONSENSE.values(), ids=list(NONSENSE))
 def test_nonsense_counts_as_not_looked_at(
-    detector: Callable[..., Any], worker: Callable[..., DetectionWorker], caplog: pytest.LogCaptureFixture
+    detector: Callable[..., Any], worker: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
 ) -> None:
     working = worker(detector)
     assert [working.submit(frame(i), "the yard").result(240) for i in range(2)] == [None, None]
-    assert (working.looked, working.failed) == (0, 2)
+    assert (working.detections_run, working.failed) == (0, 2)
     assert "the yard: the detector failed on frame 1: " in caplog.text
 
 
-def test_nothing_found_is_no_nonsense(worker: Callable[..., DetectionWorker]) -> None:
+def test_nothing_found_is_no_nonsense(worker: Callable[..., KeyframeDetector]) -> None:
     for empty in (sv.Detections.empty(), sv.Detections(np.zeros((0, 4)), class_id=np.zeros(0, int))):
         working = worker(lambda image, classes, empty=empty: empty)
         assert working.submit(frame(0), "clip").result(240) is not None
@@ -190,7 +190,7 @@ def test_nothing_found_is_no_nonsense(worker: Callable[..., DetectionWorker]) ->
 
 
 def test_a_detector_for_single_frames_gives_each_at_once(
-    worker: Callable[..., DetectionWorker], monkeypatch: pytest.MonkeyPatch
+    worker: Callable[..., KeyframeDetector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, began, may_return = [0.0], threading.Event(), threading.Semaphore(0)
     monkeypatch.setattr(keyframe_detector, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -219,7 +219,7 @@ class Exit(BaseException):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_detector_that_exits_hangs_nobody(worker: Callable[..., DetectionWorker]) -> None:
+def test_a_detector_that_exits_hangs_nobody(worker: Callable[..., KeyframeDetector]) -> None:
     def leave(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         raise Exit
 
@@ -232,7 +232,7 @@ def test_a_detector_that_exits_hangs_nobody(worker: Callable[..., DetectionWorke
 
 def test_closing() -> None:
     detector, began, go = held(red)
-    working = DetectionWorker(detector, CLASSES)
+    working = KeyframeDetector(detector, CLASSES)
     first = working.submit(frame(0), "clip")
     assert began.wait(240)
     second = working.submit(frame(1), "clip")
@@ -244,7 +244,7 @@ def test_closing() -> None:
     assert first.result(240) is not None
     assert working.close(240)
     assert not working._thread.is_alive()
-    assert working.looked == 1
+    assert working.detections_run == 1
 
 
 EXIT = """
@@ -252,8 +252,8 @@ import atexit
 import supervision as sv
 working = None
 atexit.register(lambda: print(working._thread.is_alive()))  # runs last
-from moondream_cv.video.tracking.keyframe_detector import DetectionWorker
-working = DetectionWorker(lambda image, classes: sv.Detections.empty(), ["dog"])
+from moondream_cv.video.tracking.keyframe_detector import KeyframeDetector
+working = KeyframeDetector(lambda image, classes: sv.Detections.empty(), ["dog"])
 """
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from moondream_cv.video import Zones, annotate_video, open_source, watch
+from moondream_cv.video import Zones, annotate_video, open_source, track_streams
 from tests.helpers.clips import deadline, number_of, numbered
 
 SIZE = (320, 192)
@@ -97,7 +97,7 @@ def live_counts(path: Callable[[int], float], every: int) -> tuple[int, int]:
 
     source: Any = open_source(camera())
     source.live = True  # boxes are predicted, and frames come out at once
-    with watch([source], "dog", model=detector, every=every) as watched:
+    with track_streams([source], "dog", model=detector, every=every) as watched:
         for tracked in watched:
             zones.update(tracked.detections, SIZE)
     counts = zones.counts()["lines"]["door"]

@@ -159,7 +159,7 @@ def test_sizes_that_change(tmp_path: Path) -> None:
 
 
 def test_a_panel_makes_it_wider(clip: Path, tmp_path: Path) -> None:
-    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, panel=True, colour_by="id")
+    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, panel=True, color_by="id")
     found = images_of(tmp_path / "out.mp4")
     assert found[0].shape[0] == SIZE[1]
     assert found[0].shape[1] > SIZE[0]
@@ -170,7 +170,7 @@ def test_one_frame(tmp_path: Path) -> None:
     write_clip(tmp_path / "one.mp4", [numbered(7, SIZE)])
     summary = annotate_video(tmp_path / "one.mp4", tmp_path / "out.mp4", CLASSES, model=Known(THINGS[0]))
     assert numbers_of(tmp_path / "out.mp4") == [7]
-    assert (summary.frames, summary.looked, summary.classes["dog"].objects) == (1, 1, 1)
+    assert (summary.frames, summary.detections_run, summary.classes["dog"].objects) == (1, 1, 1)
 
 
 def test_the_source_may_be_the_target(clip: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_tiny_model(tmp_path: Path) -> None:
         pictures, tmp_path / "out.mp4", scene.class_names, model="tiny", device="cpu", every=3, confidence=0.1
     )
     assert summary.frames == len(images_of(tmp_path / "out.mp4")) == 8
-    assert summary.looked == 4  # 0, 3, 6 and the last one
+    assert summary.detections_run == 4  # 0, 3, 6 and the last one
 
 
 # Texts and figures -------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_the_summary_of_a_case_made_by_hand(clip: Path) -> None:
     assert cat.confidence == pytest.approx(0.5)
     assert (horse.objects, horse.frames, horse.most) == (0, 0, 0)
     assert math.isnan(horse.confidence)
-    assert (summary.frames, summary.looked, summary.failed, summary.problems) == (48, 11, 0, 0)
+    assert (summary.frames, summary.detections_run, summary.failed, summary.problems) == (48, 11, 0, 0)
     assert summary.seconds == pytest.approx(47 / FPS, abs=1e-3)
     assert summary.zones is None
     assert 0 < summary.elapsed <= taken
@@ -251,7 +251,7 @@ def test_frames_that_failed_are_counted(clip: Path, tmp_path: Path, caplog: pyte
         return Known(*THINGS)(image, classes)
 
     summary = annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=detector, every=5)
-    assert (summary.frames, summary.looked, summary.failed) == (48, 9, 2)
+    assert (summary.frames, summary.detections_run, summary.failed) == (48, 9, 2)
     assert numbers_of(tmp_path / "out.mp4") == list(range(FRAMES))
     assert "street.mp4" in caplog.text
     assert summary.classes["dog"].objects == 2
@@ -291,7 +291,7 @@ def test_on_frame_gets_the_same_object_after_each_frame(clip: Path) -> None:
 
     def note(summary: Summary) -> None:
         objects.add(id(summary))
-        seen.append((summary.frames, summary.seconds, summary.looked))
+        seen.append((summary.frames, summary.seconds, summary.detections_run))
 
     summary = annotate_video(clip, None, CLASSES, model=Known(*THINGS), every=5, on_frame=note)
     assert objects == {id(summary)}
@@ -442,7 +442,7 @@ def test_a_zone_outside_the_frame_is_told_first(clip: Path) -> None:
     detector = Known(*THINGS)
     with pytest.raises(ValueError, match='zone "far"'):
         annotate_video(clip, None, CLASSES, model=detector, every=5, zones=OUTSIDE)
-    assert detector.looked == []
+    assert detector.keyframes == []
 
 
 def test_a_zone_outside_smaller_frames_that_come_later(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_target_that_cannot_be_written(name: str, message: str, clip: Path, tm
         with pytest.raises(VideoError, match=message if options["target"] else "is a folder"):
             annotate_video(clip, classes=CLASSES, model=detector, every=5, **options)
     time.sleep(0.05)
-    assert detector.looked == []
+    assert detector.keyframes == []
     assert only(tmp_path, "folder.mp4")
 
 
@@ -484,7 +484,7 @@ def test_a_target_that_cannot_be_written_leaves_the_texts_alone(clip: Path, tmp_
         ({"target": "nowhere/out.mp4"}, VideoError, "no folder"),
         ({"target": "out.avi"}, VideoError, "must end in"),
         ({"annotate": "circles"}, ValueError, "circles"),
-        ({"colour_by": "size"}, ValueError, "colour_by"),
+        ({"color_by": "size"}, ValueError, "color_by"),
     ],
 )
 def test_wrong_arguments_are_told_before_a_model_is_loaded(
@@ -509,7 +509,7 @@ def test_wrong_arguments_are_told_before_a_model_is_loaded(
         ({"every": 0}, "every must be"),
         ({"classes": []}, "classes must name"),
         ({"annotate": "circles"}, "circles"),
-        ({"colour_by": "size"}, "colour_by"),
+        ({"color_by": "size"}, "color_by"),
         ({"zones": {}}, "nothing to count"),
         ({"tracking": Tracking("deepsort")}, "tracker must be one of"),
     ],
@@ -521,7 +521,7 @@ def test_wrong_arguments(wrong: dict[str, Any], message: str, clip: Path, tmp_pa
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         annotate_video(**arguments)
-    assert detector.looked == []
+    assert detector.keyframes == []
     assert only(tmp_path)
 
 

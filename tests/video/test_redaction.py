@@ -19,7 +19,17 @@ from moondream_cv import Detector, load
 from moondream_cv.cli import demo_clip
 from moondream_cv.evaluation.tracks import truth_of
 from moondream_cv.scenes.clips import render_clip
-from moondream_cv.video import Annotator, Tracked, Tracking, Zones, annotate_video, stream, track, watch
+from moondream_cv.video import (
+    Annotator,
+    TrackedFrame,
+    Tracking,
+    Zones,
+    annotate_video,
+    offline,
+    stream,
+    track,
+    track_streams,
+)
 from moondream_cv.video.sources.base import Source
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.tracking.redaction import BRIDGE_SECONDS, LOOKAHEAD, MARGIN, Redactor
@@ -242,7 +252,7 @@ def test_unredacted_frames_keep_their_texture(tmp_path: Path) -> None:
     truth = CLIPS[0]
     detector = MissingDetector(truth, 0.0, seed=0)
     tracking = Tracking(redact=True)
-    found = list(watch([textured_frames()], CLASSES, model=detector, every=5, tracking=tracking))
+    found = list(track_streams([textured_frames()], CLASSES, model=detector, every=5, tracking=tracking))
     covered = [boxes.area.sum() / (SIZE[0] * SIZE[1]) for boxes in redactions(found)]
     assert np.mean(covered) < 0.2  # of the frame
 
@@ -293,7 +303,7 @@ def test_live_objects_are_covered_after_a_detection(missed: float) -> None:
     for seed, truth in enumerate(CLIPS):
         detector = MissingDetector(truth, missed, seed)
         source, tracking = LiveFrames(textured_frames()), Tracking(redact=True)
-        found = list(watch([source], CLASSES, model=detector, every=1, tracking=tracking))
+        found = list(track_streams([source], CLASSES, model=detector, every=1, tracking=tracking))
         covered = [boxes.xyxy for boxes in redactions(found)]
         counts = exposed_share(truth, detector, covered, live=True)
         total, exposed = total + counts[0], exposed + counts[1]
@@ -434,7 +444,7 @@ def test_detections_are_forgotten() -> None:
 # In `watch` and `annotate_video` ------------------------------------------------------------------------------------
 
 
-def redactions(found: Sequence[Tracked]) -> list[sv.Detections]:
+def redactions(found: Sequence[TrackedFrame]) -> list[sv.Detections]:
     covered = [tracked.redaction for tracked in found]
     assert None not in covered
     return [boxes for boxes in covered if boxes is not None]
@@ -445,7 +455,7 @@ DOG = Thing("dog", (100, 100), seen=range(20, 41))
 
 def test_nothing_is_computed_without_redact() -> None:
     images = [numbered(n, SIZE) for n in range(12)]
-    assert {t.redaction for t in watch([images], ["dog"], model=Known(DOG), every=5)} == {None}
+    assert {t.redaction for t in track_streams([images], ["dog"], model=Known(DOG), every=5)} == {None}
 
 
 def test_redaction_leaves_detections_as_they_are() -> None:
@@ -453,19 +463,19 @@ def test_redaction_leaves_detections_as_they_are() -> None:
     things = (DOG, Thing("dog", (40, 60), (2, 0.5)), Thing("cat", (300, 120), (-3, 0), range(10, 90)))
     model = Known(*things, fails=lambda n: n % 3 == 1)
     plain, redacted = (
-        list(watch([images], ["dog", "cat"], model=model, every=4, tracking=setting))
+        list(track_streams([images], ["dog", "cat"], model=model, every=4, tracking=setting))
         for setting in (Tracking(), Tracking(redact=True))
     )
     assert [number_of(t.frame.image) for t in redacted] == list(range(100))
     for before, after in zip(plain, redacted, strict=True):
         assert before.detections == after.detections
-        assert before.looked == after.looked
+        assert before.is_keyframe == after.is_keyframe
 
 
 def test_failed_detections_are_bridged() -> None:
     images = [numbered(n, SIZE) for n in range(60)]
     detector = Known(Thing("dog", (60, 100), (2, 0)), fails=lambda n: 15 <= n < 35)
-    found = list(watch([images], ["dog"], model=detector, every=5, tracking=Tracking(redact=True)))
+    found = list(track_streams([images], ["dog"], model=detector, every=5, tracking=Tracking(redact=True)))
     for number, covered in enumerate(redactions(found)):
         assert contains(covered.xyxy[0], detector.things[0].box(number).tolist()), number
 
@@ -475,7 +485,7 @@ def test_nothing_is_covered_beyond_a_cut() -> None:
     images = [*dark, *(np.ascontiguousarray(numbered(n, SIZE)[::-1]) for n in range(24, 48))]
     detector = Known(Thing("dog", (100, 100), seen=range(23)), tell=tell)
     tracking = Tracking(scene_change=True, redact=True)
-    found = list(watch([images], ["dog"], model=detector, every=5, tracking=tracking))
+    found = list(track_streams([images], ["dog"], model=detector, every=5, tracking=tracking))
     assert [len(covered) for covered in redactions(found)] == [1] * 24 + [0] * 24
 
 
@@ -488,7 +498,7 @@ def tell(image: np.ndarray) -> int:
 def test_a_change_of_the_frame_size_does_not_uncover() -> None:
     images = [numbered(n, SIZE if n < 30 else (160, 90)) for n in range(60)]
     detector, tracking = Known(DOG._replace(seen=range(26))), Tracking(redact=True)
-    covered = redactions(list(watch([images], ["dog"], model=detector, every=5, tracking=tracking)))
+    covered = redactions(list(track_streams([images], ["dog"], model=detector, every=5, tracking=tracking)))
     assert [len(boxes) for boxes in covered] == [1] * 47 + [0] * 13  # detected on frames 20 and 25
     assert contains(covered[29].xyxy[0], box_at(100, 100, 15))
     assert contains(covered[30].xyxy[0], box_at(50, 50, 7.5))
@@ -551,7 +561,7 @@ def test_frames_that_exceed_the_memory_limit_come_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = [numbered(n, SIZE) for n in range(90)]
-    monkeypatch.setattr(stream, "HELD_BYTES", 10 * images[0].nbytes)
+    monkeypatch.setattr(stream, "MAX_HELD_BYTES", 10 * images[0].nbytes)
     read = out = most = 0
 
     def counted() -> Iterator[np.ndarray]:
@@ -560,7 +570,7 @@ def test_frames_that_exceed_the_memory_limit_come_out_with_a_warning(
             read += 1
             yield image
 
-    for tracked in watch([counted()], ["dog"], model=Known(DOG), every=3, tracking=Tracking(redact=True)):
+    for tracked in track_streams([counted()], ["dog"], model=Known(DOG), every=3, tracking=Tracking(redact=True)):
         assert number_of(tracked.frame.image) == out
         out += 1
         most = max(most, read - out)
@@ -579,15 +589,15 @@ def test_auto_detects_within_the_bridge(monkeypatch: pytest.MonkeyPatch) -> None
     class Clock:
         perf_counter = staticmethod(lambda: now[0])
 
-    monkeypatch.setattr(stream, "time", Clock)
+    monkeypatch.setattr(offline, "time", Clock)
     monkeypatch.setattr("moondream_cv.video.tracking.keyframe_detector.time", Clock)
     images = [numbered(n, SIZE) for n in range(200)]
     steps = {}
     for redact in (False, True):
         detector = Known(DOG, seconds=2.0, sleep=sleep)
-        for _ in watch([images], ["dog"], model=detector, tracking=Tracking(bridge_seconds=0.5, redact=redact)):
+        for _ in track_streams([images], ["dog"], model=detector, tracking=Tracking(bridge_seconds=0.5, redact=redact)):
             pass
-        steps[redact] = np.diff(detector.looked).max()
+        steps[redact] = np.diff(detector.keyframes).max()
     assert steps[False] > 15
     assert steps[True] == 15
 
@@ -601,5 +611,5 @@ def test_an_impossible_bridge_is_rejected(bridge: float) -> None:
 def test_a_bridge_of_zero_covers_detections_alone() -> None:
     images = [numbered(n, SIZE) for n in range(60)]
     tracking = Tracking(bridge_seconds=0.0, redact=True)
-    found = list(watch([images], ["dog"], model=Known(DOG), every=1, tracking=tracking))
+    found = list(track_streams([images], ["dog"], model=Known(DOG), every=1, tracking=tracking))
     assert [n for n, covered in enumerate(redactions(found)) if len(covered)] == list(range(19, 42))

@@ -19,7 +19,7 @@ import supervision as sv
 from moondream_cv import Detector, load, loading
 from moondream_cv.errors import MoondreamError, VideoError
 from moondream_cv.evaluation.tracks import PerfectDetector, numbered_frames, score_tracks, tracking_clip, truth_of
-from moondream_cv.video import Tracked, Tracking, stream, track, watch
+from moondream_cv.video import TrackedFrame, Tracking, offline, stream, track, track_streams
 from moondream_cv.video.sources import live
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.sources.live import LiveReader
@@ -80,7 +80,7 @@ def check_contract(detections: sv.Detections, resolution_wh: tuple[int, int] = S
 
 
 def check_frames(
-    found: Sequence[Tracked], numbers: Sequence[int], tell: Callable[[np.ndarray], int] = number_of
+    found: Sequence[TrackedFrame], numbers: Sequence[int], tell: Callable[[np.ndarray], int] = number_of
 ) -> None:
     assert [tell(tracked.frame.image) for tracked in found] == list(numbers)
     assert [tracked.frame.index for tracked in found] == list(range(len(numbers)))
@@ -93,7 +93,7 @@ def check_frames(
 
 def ids_of(
     thing: Thing,
-    found: Sequence[Tracked],
+    found: Sequence[TrackedFrame],
     pixels: float = 2.0,
     tell: Callable[[np.ndarray], int] = number_of,
 ) -> list[int | None]:
@@ -131,7 +131,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock by which detection and output are timed, in place of the machine's."""
     clock = Clock()
-    monkeypatch.setattr(stream, "time", clock)
+    monkeypatch.setattr(offline, "time", clock)
     monkeypatch.setattr(keyframe_detector, "time", clock)
     return clock
 
@@ -143,13 +143,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.compat
 def test_things_that_move_in_straight_lines(clip: Path, every: int) -> None:
     detector = Known(*WALKERS)
-    watched = watch([clip], CLASSES, model=detector, every=every)
+    watched = track_streams([clip], CLASSES, model=detector, every=every)
     found = list(watched)
     check_frames(found, range(48))
     keyframes = sorted({*range(0, 48, every), 47})  # the last frame, so that the way to it is known
-    assert detector.looked == keyframes
-    assert [t.frame.index for t in found if t.looked] == keyframes
-    assert (watched.worker.looked, watched.worker.failed) == (len(keyframes), 0)
+    assert detector.keyframes == keyframes
+    assert [t.frame.index for t in found if t.is_keyframe] == keyframes
+    assert (watched.keyframe_detector.detections_run, watched.keyframe_detector.failed) == (len(keyframes), 0)
     if every <= 15:
         ids = [set(ids_of(walker, found)) for walker in WALKERS]
         assert sorted(next(iter(one)) for one in ids if len(one) == 1) == [1, 2, 3]  # type: ignore[type-var]
@@ -158,7 +158,7 @@ def test_things_that_move_in_straight_lines(clip: Path, every: int) -> None:
 
 
 def test_auto_on_a_file(clip: Path) -> None:
-    found = list(watch([clip], CLASSES, model=Known(*WALKERS), every="auto"))
+    found = list(track_streams([clip], CLASSES, model=Known(*WALKERS), every="auto"))
     check_frames(found, range(48))
     assert [{*ids_of(walker, found)} for walker in WALKERS] == [{1}, {3}, {2}]
 
@@ -166,12 +166,12 @@ def test_auto_on_a_file(clip: Path) -> None:
 def test_auto_looks_less_with_a_slow_detector_and_more_again(images: list[np.ndarray], clock: Clock) -> None:
     detector = Known(*WALKERS, seconds=0.1, sleep=clock.sleep)
     found = []
-    for tracked in watch([images], CLASSES, model=detector, every="auto"):
+    for tracked in track_streams([images], CLASSES, model=detector, every="auto"):
         found.append(tracked)
         if len(found) == 50:
             detector.seconds = 0.0
     assert len(found) == 250
-    steps = np.diff(detector.looked)
+    steps = np.diff(detector.keyframes)
     assert steps[0] == 1
     assert steps.max() >= 3  # 0.1 s are 3 frames of 1/30 s
     assert steps[-2] < steps.max()
@@ -179,9 +179,9 @@ def test_auto_looks_less_with_a_slow_detector_and_more_again(images: list[np.nda
 
 def test_auto_does_not_overshoot(images: list[np.ndarray], clock: Clock) -> None:
     detector = Known(*WALKERS, seconds=0.1, sleep=clock.sleep)
-    for _ in watch([images[:120]], CLASSES, model=detector, every="auto"):
+    for _ in track_streams([images[:120]], CLASSES, model=detector, every="auto"):
         pass
-    assert max(np.diff(detector.looked)) <= 12  # 4 would do: 0.1 s are 3 frames of 1/30 s
+    assert max(np.diff(detector.keyframes)) <= 12  # 4 would do: 0.1 s are 3 frames of 1/30 s
 
 
 def test_auto_goes_on_looking_where_the_detector_is_not_what_takes_the_time(
@@ -190,13 +190,13 @@ def test_auto_goes_on_looking_where_the_detector_is_not_what_takes_the_time(
     calls = Clock()  # another one, as time passes for the detector and for drawing at once
     monkeypatch.setattr(keyframe_detector, "time", calls)
     detector = Known(*WALKERS, seconds=0.01, sleep=calls.sleep)
-    for _ in watch([images[:100]], CLASSES, model=detector, every="auto"):
+    for _ in track_streams([images[:100]], CLASSES, model=detector, every="auto"):
         clock.sleep(0.04)  # of 1/30 s: drawing and encoding
-    assert max(np.diff(detector.looked)) <= 10
+    assert max(np.diff(detector.keyframes)) <= 10
 
 
 def test_nothing_is_ever_found(clip: Path) -> None:
-    found = list(watch([clip], "dog", model=Known(), every=5))
+    found = list(track_streams([clip], "dog", model=Known(), every=5))
     check_frames(found, range(48))
     assert sum(len(t.detections) for t in found) == 0
     assert len(sv.Detections.merge([t.detections for t in found])) == 0
@@ -204,7 +204,7 @@ def test_nothing_is_ever_found(clip: Path) -> None:
 
 def test_a_thing_comes_late_and_leaves_early(clip: Path) -> None:
     thing = Thing("cat", (160, 100), (1, 0), range(18, 33))
-    found = list(watch([clip], CLASSES, model=Known(thing), every=5))
+    found = list(track_streams([clip], CLASSES, model=Known(thing), every=5))
     check_frames(found, range(48))
     where = [i for i, tracker_id in enumerate(ids_of(thing, found)) if tracker_id is not None]
     assert where == list(range(20, 31))  # between the first keyframe that saw it and the last one
@@ -220,60 +220,60 @@ def test_a_missed_keyframe_is_bridged(clip: Path) -> None:
             found = super().__call__(image, classes)
             return found[[]] if number_of(image) == 20 else found  # type: ignore[return-value]
 
-    found = list(watch([clip], CLASSES, model=Blinking(*WALKERS), every=5))
+    found = list(track_streams([clip], CLASSES, model=Blinking(*WALKERS), every=5))
     check_frames(found, range(48))
     assert [set(ids_of(walker, found)) for walker in WALKERS] == [{1}, {3}, {2}]
 
 
 def test_a_thing_at_the_edge_stays_within_the_frame(clip: Path) -> None:
     thing = Thing("dog", (20, 100), (-0.5, 0))
-    found = list(watch([clip], CLASSES, model=Known(thing), every=5))
+    found = list(track_streams([clip], CLASSES, model=Known(thing), every=5))
     check_frames(found, range(48))
     assert all(tracked.detections.xyxy[:, 0].max(initial=0) <= 5 for tracked in found)
 
 
 def test_frames_on_which_the_detector_raises(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     detector = Known(*WALKERS, fails=lambda number: number in (0, 15, 20))
-    watched = watch([clip], CLASSES, model=detector, every=5)
+    watched = track_streams([clip], CLASSES, model=detector, every=5)
     found = list(watched)
     check_frames(found, range(48))
-    assert (watched.worker.looked, watched.worker.failed) == (8, 3)
+    assert (watched.keyframe_detector.detections_run, watched.keyframe_detector.failed) == (8, 3)
     warnings = [r.getMessage() for r in caplog.records if "the detector failed" in r.getMessage()]
     assert warnings == [
         f"{watched.sources[0].name}: the detector failed on frame {n}: frame {n} is too much" for n in (0, 15, 20)
     ]
     assert "street.mp4" in warnings[0]
-    assert [t.frame.index for t in found if t.looked] == [5, 10, 25, 30, 35, 40, 45, 47]
+    assert [t.frame.index for t in found if t.is_keyframe] == [5, 10, 25, 30, 35, 40, 45, 47]
     for walker in WALKERS:
         assert ids_of(walker, found)[:5] == [None] * 5
         assert len(set(ids_of(walker, found)[5:])) == 1
 
 
 def test_a_detector_that_always_raises(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
-    watched = watch([clip], CLASSES, model=Known(fails=lambda number: True), every=5)
+    watched = track_streams([clip], CLASSES, model=Known(fails=lambda number: True), every=5)
     found = list(watched)
     check_frames(found, range(48))
-    assert not any(t.looked or len(t.detections) for t in found)
-    assert (watched.worker.looked, watched.worker.failed) == (0, 11)
+    assert not any(t.is_keyframe or len(t.detections) for t in found)
+    assert (watched.keyframe_detector.detections_run, watched.keyframe_detector.failed) == (0, 11)
 
 
 def test_a_last_frame_that_failed_is_not_asked_for_twice(
     images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "HELD_BYTES", 1)  # so that each answer is waited for
+    monkeypatch.setattr(stream, "MAX_HELD_BYTES", 1)  # so that each answer is waited for
     detector = Known(fails=lambda number: True)
-    watched = watch([images[:6]], CLASSES, model=detector, every=5)
+    watched = track_streams([images[:6]], CLASSES, model=detector, every=5)
     assert len(list(watched)) == 6
-    assert detector.looked == [0, 5]
-    assert watched.worker.failed == 2
+    assert detector.keyframes == [0, 5]
+    assert watched.keyframe_detector.failed == 2
 
 
 @pytest.mark.parametrize("nonsense", [lambda image, classes: None, lambda image, classes: 1 / 0, lambda: 3])
 def test_nonsense_of_a_detector(clip: Path, nonsense: Any, caplog: pytest.LogCaptureFixture) -> None:
-    watched = watch([clip], CLASSES, model=nonsense, every=15)
+    watched = track_streams([clip], CLASSES, model=nonsense, every=15)
     found = list(watched)
     check_frames(found, range(48))
-    assert watched.worker.failed == 5
+    assert watched.keyframe_detector.failed == 5
     assert "street.mp4" in caplog.text
 
 
@@ -292,7 +292,7 @@ def test_wrong_detections(clip: Path, class_ids: list[int], box: list[float]) ->
     def detector(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         return sv.Detections(np.array([[50, 50, 90, 90], box], np.float32), class_id=np.array(class_ids))
 
-    found = list(watch([clip], CLASSES, model=detector, every=5))
+    found = list(track_streams([clip], CLASSES, model=detector, every=5))
     check_frames(found, range(48))
     names = {name for t in found for name in np.asarray(t.detections.data["class_name"]).tolist()}
     assert names <= {"dog"}  # at most what is right with them
@@ -308,7 +308,7 @@ def test_detections_without_scores_and_with_more(clip: Path) -> None:
             metadata={"more": 1},
         )
 
-    found = list(watch([clip], CLASSES, model=detector, every=5))
+    found = list(track_streams([clip], CLASSES, model=detector, every=5))
     check_frames(found, range(48))
     assert all(t.detections.confidence is not None and t.detections.confidence.tolist() == [1.0] for t in found)
     sv.Detections.merge([t.detections for t in found])
@@ -318,16 +318,16 @@ def test_one_frame(tmp_path: Path, images: list[np.ndarray]) -> None:
     path = write_clip(tmp_path / "one.mp4", images[7:8])
     every: Any
     for every in (1, 5, "auto"):
-        (found,) = watch([path], CLASSES, model=Known(*WALKERS), every=every)
+        (found,) = track_streams([path], CLASSES, model=Known(*WALKERS), every=every)
         check_frames([found], [7])
-        assert found.looked
+        assert found.is_keyframe
         assert [ids_of(walker, [found]) for walker in WALKERS] == [[1], [3], [2]]
 
 
 @pytest.mark.parametrize("every", [5, 15, "auto"])
 def test_more_frames_than_may_be_held(every: Any, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = 3 * SIZE[0] * SIZE[1] * 3
-    monkeypatch.setattr(stream, "HELD_BYTES", held)
+    monkeypatch.setattr(stream, "MAX_HELD_BYTES", held)
     read = []
 
     def counted(source: Any) -> Iterator[np.ndarray]:
@@ -335,9 +335,9 @@ def test_more_frames_than_may_be_held(every: Any, clip: Path, monkeypatch: pytes
             read.append(frame.index)
             yield frame
 
-    found: list[Tracked] = []
+    found: list[TrackedFrame] = []
     with open_source(clip) as source:
-        for tracked in watch([counted(source)], CLASSES, model=Known(*WALKERS, seconds=0.02), every=every):
+        for tracked in track_streams([counted(source)], CLASSES, model=Known(*WALKERS, seconds=0.02), every=every):
             found.append(tracked)
             assert len(read) - len(found) <= 4
     check_frames(found, range(48))
@@ -357,7 +357,7 @@ def test_frames_wait_for_two_keyframes_and_the_bridge(bridge: float, most: int, 
 
     given = [0]
     tracking = Tracking(bridge_seconds=bridge)
-    for tracked in watch([counted()], CLASSES, model=Known(*WALKERS), every=10, tracking=tracking):
+    for tracked in track_streams([counted()], CLASSES, model=Known(*WALKERS), every=10, tracking=tracking):
         given.append(tracked.frame.index)
         assert len(read) - given[-1] <= most
     assert len(given) == len(images) + 1
@@ -373,7 +373,7 @@ def test_a_slow_detector_drops_nothing(clip: Path) -> None:
                 read_meanwhile.append(detector.busy)
                 yield frame
 
-    check_frames(list(watch([read()], CLASSES, model=detector, every=4)), range(48))
+    check_frames(list(track_streams([read()], CLASSES, model=detector, every=4)), range(48))
     assert any(read_meanwhile)
 
 
@@ -389,7 +389,7 @@ def test_looking_goes_on_while_frames_are_drawn(kind: str, images: list[np.ndarr
             changed.wait_for(lambda: drawn > before, 0.05)
 
     detector: Any = Known(sleep=until_drawn) if kind == "callable" else Counting(ColorModel(), sleep=until_drawn)
-    for _ in watch([images[:96]], ["red"], model=detector, every=4):
+    for _ in track_streams([images[:96]], ["red"], model=detector, every=4):
         with changed:
             drawn_meanwhile += changed.wait_for(lambda: bool(detector.busy), 0.05)  # or soon: it may need this one
             drawn += 1
@@ -400,7 +400,7 @@ def test_looking_goes_on_while_frames_are_drawn(kind: str, images: list[np.ndarr
 
 def test_a_file_is_decoded_ahead(clip: Path) -> None:
     tracking = Tracking(bridge_seconds=0.0)
-    with watch([clip], CLASSES, model=Known(*WALKERS), every=1, tracking=tracking) as watched:
+    with track_streams([clip], CLASSES, model=Known(*WALKERS), every=1, tracking=tracking) as watched:
         next(watched)
         position = watched.sources[0]._given  # type: ignore[attr-defined]
         until(lambda: watched.sources[0]._given > position)  # type: ignore[attr-defined]
@@ -415,7 +415,7 @@ def test_a_clip_with_truth() -> None:
     frames = list(numbered_frames(150, scene.resolution_wh))
     found = [d for _, d in track(frames, scene.class_names, model=detector, every=5)]
     scores = score_tracks(truth, found)
-    assert detector.looked == 31
+    assert detector.calls == 31
     assert scores.hota > 0.6
     assert scores.coverage > 0.75
 
@@ -440,7 +440,7 @@ def test_random_traffic(tracker: str, every: int, images: list[np.ndarray]) -> N
         )
 
     classes_of: dict[int, set[int]] = {}
-    for tracked in watch([images[:60]], CLASSES, model=detector, every=every, tracking=Tracking(tracker)):
+    for tracked in track_streams([images[:60]], CLASSES, model=detector, every=every, tracking=Tracking(tracker)):
         check_contract(tracked.detections)  # among others that no number is there twice
         ids, class_ids = tracked.detections.tracker_id, tracked.detections.class_id
         assert ids is not None
@@ -454,7 +454,7 @@ def test_the_tiny_model_on_a_file(tmp_path: Path) -> None:
     scene = tracking_clip(1)
     pictures = [scene.frame(i)[0][::2, ::2, ::-1] for i in range(12)]
     path = write_clip(tmp_path / "scene.mp4", pictures)
-    found = list(watch([path], scene.class_names, model="tiny", device="cpu", every=5))
+    found = list(track_streams([path], scene.class_names, model="tiny", device="cpu", every=5))
     assert [t.frame.index for t in found] == list(range(12))
     assert sum(len(t.detections) for t in found) > 0
     sv.Detections.merge([t.detections for t in found])
@@ -483,21 +483,21 @@ def test_a_cut(scene_change: bool, tmp_path: Path) -> None:
     thing = Thing("dog", (160, 100))
     path = write_clip(tmp_path / "cut.mp4", two_scenes())
     detector = Known(thing, tell=corner)
-    found = list(watch([path], CLASSES, model=detector, every=10, tracking=Tracking(scene_change=scene_change)))
+    found = list(track_streams([path], CLASSES, model=detector, every=10, tracking=Tracking(scene_change=scene_change)))
     check_frames(found, range(48), corner)
     ids = ids_of(thing, found, tell=corner)
     if scene_change:
         assert ids == [1] * 23 + [2] * 25
-        assert detector.looked == [0, 10, 20, 22, 23, 33, 43, 47]
+        assert detector.keyframes == [0, 10, 20, 22, 23, 33, 43, 47]
     else:
         assert ids == [1] * 48
-        assert detector.looked == [0, 10, 20, 30, 40, 47]
+        assert detector.keyframes == [0, 10, 20, 30, 40, 47]
 
 
 def test_nothing_is_bridged_over_a_cut() -> None:
     before, after = Thing("dog", (100, 100), seen=range(23)), Thing("dog", (110, 100), seen=range(23, 48))
     detector = Known(before, after, tell=corner)
-    found = list(watch([two_scenes()], CLASSES, model=detector, every=15, tracking=Tracking(scene_change=True)))
+    found = list(track_streams([two_scenes()], CLASSES, model=detector, every=15, tracking=Tracking(scene_change=True)))
     assert ids_of(before, found, tell=corner) == [1] * 23 + [None] * 25
     assert ids_of(after, found, tell=corner) == [None] * 23 + [2] * 25
 
@@ -506,18 +506,18 @@ def test_frames_of_another_size(images: list[np.ndarray]) -> None:
     thing = Thing("dog", (100, 60))
     mixed = [*images[:12], *(numbered(n, (256, 128)) for n in range(12, 20)), *images[20:33]]
     detector = Known(thing)
-    found = list(watch([mixed], CLASSES, model=detector, every=5))
+    found = list(track_streams([mixed], CLASSES, model=detector, every=5))
     assert [number_of(t.frame.image) for t in found] == list(range(33))
     assert [t.frame.image.shape[1] for t in found] == [320] * 12 + [256] * 8 + [320] * 13
     for tracked in found:
         check_contract(tracked.detections, (tracked.frame.image.shape[1], tracked.frame.image.shape[0]))
     assert ids_of(thing, found) == [1] * 12 + [2] * 8 + [3] * 13
-    assert detector.looked == [0, 5, 10, 11, 12, 17, 19, 20, 25, 30, 32]
+    assert detector.keyframes == [0, 5, 10, 11, 12, 17, 19, 20, 25, 30, 32]
 
 
 def test_frames_that_share_their_time(images: list[np.ndarray]) -> None:
     frames = [Frame(image, 0, float(i // 10)) for i, image in enumerate(images[:40])]
-    found = list(watch([frames], CLASSES, model=Known(*WALKERS), every=3))
+    found = list(track_streams([frames], CLASSES, model=Known(*WALKERS), every=3))
     assert [number_of(t.frame.image) for t in found] == list(range(40))
     for tracked in found:
         check_contract(tracked.detections)
@@ -539,8 +539,8 @@ def broken(images: Sequence[np.ndarray], error: BaseException) -> Iterator[np.nd
     ],
 )
 def test_frames_before_the_source_breaks_off_come_first(every: int, images: list[np.ndarray]) -> None:
-    found: list[Tracked] = []
-    watched = watch([broken(images[:23], OSError("no more"))], CLASSES, model=Known(*WALKERS), every=every)
+    found: list[TrackedFrame] = []
+    watched = track_streams([broken(images[:23], OSError("no more"))], CLASSES, model=Known(*WALKERS), every=every)
     with pytest.raises(OSError, match="no more"):
         found.extend(watched)
     assert [number_of(t.frame.image) for t in found] == list(range(23))
@@ -548,7 +548,7 @@ def test_frames_before_the_source_breaks_off_come_first(every: int, images: list
 
 def test_a_source_that_breaks_off_raises_and_ends(images: list[np.ndarray]) -> None:
     before = our_threads()
-    watched = watch([broken(images[:23], OSError("no more"))], CLASSES, model=Known(*WALKERS), every=5)
+    watched = track_streams([broken(images[:23], OSError("no more"))], CLASSES, model=Known(*WALKERS), every=5)
     with pytest.raises(OSError, match="no more"):
         list(watched)
     assert list(watched) == []
@@ -557,7 +557,7 @@ def test_a_source_that_breaks_off_raises_and_ends(images: list[np.ndarray]) -> N
 
 def test_a_file_behind_http(clip: Path) -> None:
     with serving(lambda reply: reply.send_file(clip.read_bytes(), "video/mp4")) as address:
-        watched = watch([f"{address}/street.mp4"], CLASSES, model=Known(*WALKERS), every=5)
+        watched = track_streams([f"{address}/street.mp4"], CLASSES, model=Known(*WALKERS), every=5)
         assert not watched.sources[0].live
         found = list(watched)
     check_frames(found, range(48))
@@ -568,7 +568,7 @@ def test_a_folder_of_images(tmp_path: Path, images: list[np.ndarray]) -> None:
     for number in range(12):
         cv2.imwrite(str(tmp_path / f"img{number}.png"), images[number])
     (tmp_path / "img3.png").write_bytes(b"no picture")
-    found = list(watch([tmp_path], CLASSES, model=Known(*WALKERS), every=5))
+    found = list(track_streams([tmp_path], CLASSES, model=Known(*WALKERS), every=5))
     assert [number_of(t.frame.image) for t in found] == [0, 1, 2, *range(4, 12)]
 
 
@@ -621,19 +621,19 @@ def test_a_live_source_comes_out_at_once(images: list[np.ndarray], monkeypatch: 
     go = threading.Event()
     detector = Known(Thing("dog", (100, 100)), sleep=lambda seconds: go.wait(240) and None)
     camera = Stepped(images, monkeypatch)
-    found: list[Tracked] = []
-    with watch([camera.open()], CLASSES, model=detector) as watched:
+    found: list[TrackedFrame] = []
+    with track_streams([camera.open()], CLASSES, model=detector) as watched:
         for number in range(200):
             if number > 0:
                 camera.step()
             found.append(next(watched))  # no later frame is needed for it
             assert number_of(found[-1].frame.image) == camera.shown == number
-            assert watched.worker.backlog <= 1
+            assert watched.keyframe_detector.backlog <= 1
             if number < 40:
-                assert detector.looked in ([], [0])  # frames go on coming while the detector is at it
+                assert detector.keyframes in ([], [0])  # frames go on coming while the detector is at it
             elif number == 40:
                 go.set()
-                until(lambda: watched.worker.looked > 0)
+                until(lambda: watched.keyframe_detector.detections_run > 0)
             elif len(found[-1].detections) > 0:
                 break
     for tracked in found:
@@ -649,17 +649,17 @@ def test_predicted_boxes_move(images: list[np.ndarray], monkeypatch: pytest.Monk
     camera = Stepped(images, monkeypatch)
     due = threading.Semaphore(0)
     detector = Known(thing, sleep=lambda seconds: due.acquire(timeout=240) and None)
-    found: list[Tracked] = []
-    with watch([camera.open()], CLASSES, model=detector) as watched:
+    found: list[TrackedFrame] = []
+    with track_streams([camera.open()], CLASSES, model=detector) as watched:
         for number in range(90):
             if number > 0:
                 camera.step()
             found.append(next(watched))
             if number % 10 == 9:  # a call takes the time of about ten frames
-                until(lambda: watched.worker.backlog == 1)
-                looked = watched.worker.looked
+                until(lambda: watched.keyframe_detector.backlog == 1)
+                looked = watched.keyframe_detector.detections_run
                 due.release()
-                until(lambda looked=looked: watched.worker.looked > looked)
+                until(lambda looked=looked: watched.keyframe_detector.detections_run > looked)
         due.release()
     late = [t for t in found if number_of(t.frame.image) > 50]
     assert len(late) > 15
@@ -667,7 +667,7 @@ def test_predicted_boxes_move(images: list[np.ndarray], monkeypatch: pytest.Monk
     assert [set(ids_of(thing, [t], 12)) for t in late].count({1}) > 0.8 * len(late)
     lefts = np.array([t.detections.xyxy[0, 0] for t in late])
     assert (np.diff(lefts) > 0).mean() > 0.8
-    assert not any(t.looked for t in late)
+    assert not any(t.is_keyframe for t in late)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1])
@@ -675,15 +675,15 @@ def test_every_frame_of_a_live_source_waits_for_its_own(
     seconds: float, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     camera, detector = Stepped(images, monkeypatch), Known(*WALKERS, seconds=seconds)
-    found: list[Tracked] = []
-    with watch([camera.open()], CLASSES, model=detector, every=1) as watched:
+    found: list[TrackedFrame] = []
+    with track_streams([camera.open()], CLASSES, model=detector, every=1) as watched:
         for number in range(12):
             if number > 0:
                 camera.step()
             found.append(next(watched))
             assert number_of(found[-1].frame.image) == camera.shown == number
-    assert all(t.looked for t in found)
-    assert detector.looked[:12] == [number_of(t.frame.image) for t in found]
+    assert all(t.is_keyframe for t in found)
+    assert detector.keyframes[:12] == [number_of(t.frame.image) for t in found]
     for walker in WALKERS:
         assert None not in ids_of(walker, found, 0.01)
         assert len({*ids_of(walker, found)}) == 1
@@ -691,16 +691,16 @@ def test_every_frame_of_a_live_source_waits_for_its_own(
 
 def test_a_live_source_at_an_interval(images: list[np.ndarray]) -> None:
     detector = Known(*WALKERS)
-    with watch([Camera(images).open()], CLASSES, model=detector, every=10) as watched:
+    with track_streams([Camera(images).open()], CLASSES, model=detector, every=10) as watched:
         found = list(islice(watched, 45))
     numbers = [number_of(t.frame.image) for t in found]
-    assert detector.looked == [numbers[i] for i in (0, 10, 20, 30, 40)]
+    assert detector.keyframes == [numbers[i] for i in (0, 10, 20, 30, 40)]
 
 
 def test_a_live_source_that_dies(images: list[np.ndarray]) -> None:
     before = our_threads()
-    found: list[Tracked] = []
-    watched = watch([Camera(images, count=15).open()], CLASSES, model=Known(*WALKERS))
+    found: list[TrackedFrame] = []
+    watched = track_streams([Camera(images, count=15).open()], CLASSES, model=Known(*WALKERS))
     with pytest.raises(VideoError, match="the camera at the door is gone"):
         found.extend(watched)
     assert number_of(found[-1].frame.image) == 14
@@ -713,16 +713,16 @@ def test_a_live_source_whose_detector_raises(images: list[np.ndarray], caplog: p
     for every in (1, "auto"):
         caplog.clear()
         detector = Known(fails=lambda number: True)
-        with watch([Camera(images).open()], CLASSES, model=detector, every=every) as watched:
+        with track_streams([Camera(images).open()], CLASSES, model=detector, every=every) as watched:
             found = list(islice(watched, 10))
-        assert not any(t.looked or len(t.detections) for t in found)
+        assert not any(t.is_keyframe or len(t.detections) for t in found)
         assert "the camera at the door: the detector failed on frame 0" in caplog.text
 
 
 def test_a_live_source_of_changing_size(images: list[np.ndarray]) -> None:
     small = [numbered(n, (256, 128)) for n in range(10, 20)]
     camera = Camera([*images[:10], *small], rate=60)
-    with watch([camera.open()], CLASSES, model=Known(Thing("dog", (100, 60))), every=1) as watched:
+    with track_streams([camera.open()], CLASSES, model=Known(Thing("dog", (100, 60))), every=1) as watched:
         found = list(islice(watched, 30))
     for tracked in found:
         height, width = tracked.frame.image.shape[:2]
@@ -733,10 +733,10 @@ def test_a_live_source_of_changing_size(images: list[np.ndarray]) -> None:
 def test_cuts_of_a_live_source_do_not_pile_up() -> None:
     scenes = two_scenes()
     camera, detector = Camera([scenes[10], scenes[40]]), Known(seconds=0.6, tell=corner)
-    with watch([camera.open()], CLASSES, model=detector, tracking=Tracking(scene_change=True)) as watched:
+    with track_streams([camera.open()], CLASSES, model=detector, tracking=Tracking(scene_change=True)) as watched:
         for _ in islice(watched, 20):
             pass
-        assert watched.worker.backlog <= 2
+        assert watched.keyframe_detector.backlog <= 2
 
 
 def test_an_mjpeg_stream(images: list[np.ndarray]) -> None:
@@ -745,7 +745,10 @@ def test_an_mjpeg_stream(images: list[np.ndarray]) -> None:
         for image in images:
             reply.send_jpeg(image, 0.02)
 
-    with serving(answer) as address, watch([f"{address}/?token=abc"], CLASSES, model=Known(*WALKERS)) as watched:
+    with (
+        serving(answer) as address,
+        track_streams([f"{address}/?token=abc"], CLASSES, model=Known(*WALKERS)) as watched,
+    ):
         found = list(islice(watched, 20))
     numbers = [number_of(t.frame.image) for t in found]
     assert numbers == sorted(set(numbers))
@@ -760,32 +763,32 @@ def test_an_mjpeg_stream(images: list[np.ndarray]) -> None:
 def test_closing_in_the_middle(live: bool, seconds: float, clip: Path, images: list[np.ndarray]) -> None:
     before = our_threads()
     detector = Known(*WALKERS, seconds=seconds)
-    watched = watch([Camera(images).open() if live else clip], CLASSES, model=detector, every=20)
+    watched = track_streams([Camera(images).open() if live else clip], CLASSES, model=detector, every=20)
     next(watched)
     watched.close()
-    looked = len(detector.looked)
+    looked = len(detector.keyframes)
     assert list(watched) == []
     watched.close()
     until(lambda: our_threads() <= before)
-    assert len(detector.looked) <= looked + 1  # no keyframe but the one that was just taken
+    assert len(detector.keyframes) <= looked + 1  # no keyframe but the one that was just taken
 
 
 def test_leaving_several_in_the_middle(clip: Path, images: list[np.ndarray]) -> None:
     before = our_threads()
     sources = [clip, Camera(images).open(), images, clip]
     detector = Known(*WALKERS)
-    with watch(sources, CLASSES, model=detector, every=5) as watched:
+    with track_streams(sources, CLASSES, model=detector, every=5) as watched:
         list(islice(watched, 10))
-    looked = len(detector.looked)
+    looked = len(detector.keyframes)
     assert list(watched) == []
     until(lambda: our_threads() <= before)
-    assert len(detector.looked) <= looked + 1  # no keyframe but the one that was just taken
+    assert len(detector.keyframes) <= looked + 1  # no keyframe but the one that was just taken
 
 
 def test_a_watch_that_nobody_iterates(clip: Path, images: list[np.ndarray]) -> None:
     before = our_threads()
     camera = Camera(images).open()
-    watch([clip, camera], CLASSES, model=Known())
+    track_streams([clip, camera], CLASSES, model=Known())
     track(clip, CLASSES, model=Known())
     gc.collect()
     assert camera._closing.is_set()
@@ -801,7 +804,7 @@ def test_closing_from_another_thread(live: bool, images: list[np.ndarray]) -> No
 
     # At 0.5 s the first frame is being looked at, two others wait for that, and the loop waits for the first one.
     detector = Known(seconds=0.0 if live else 1.0)
-    watched = watch([Camera(images, rate=0.5).open() if live else slowly()], CLASSES, model=detector, every=3)
+    watched = track_streams([Camera(images, rate=0.5).open() if live else slowly()], CLASSES, model=detector, every=3)
     errors = []
 
     def close() -> None:
@@ -837,12 +840,12 @@ def test_leaving_early_does_not_close_the_model_under_the_detector(
 
     model.run = slow_run  # type: ignore[method-assign]
     monkeypatch.setattr(loading, "load", lambda name, device=None: model)
-    watched = watch([images], ["red"], model="colours", every=1)
+    watched = track_streams([images], ["red"], model="colours", every=1)
     for _ in watched:
         if running.is_set():
             break
     watched.close()
-    until(lambda: not watched.worker._thread.is_alive())
+    until(lambda: not watched.keyframe_detector._thread.is_alive())
     assert model.closed
     assert not any(closed_in_use)
 
@@ -883,7 +886,7 @@ def red_squares(count: int, left: int, speed: int) -> list[np.ndarray]:
     return frames
 
 
-def by_source(found: Sequence[Tracked], count: int) -> list[list[Tracked]]:
+def by_source(found: Sequence[TrackedFrame], count: int) -> list[list[TrackedFrame]]:
     return [[t for t in found if t.source == number] for number in range(count)]
 
 
@@ -893,9 +896,9 @@ def test_several_sources_share_one_model(names: str) -> None:
     sources = [open_source(red_squares(40, 10 + 10 * i, 2)) for i in range(4)]
     for source, name in zip(sources, names, strict=True):
         source.name = name
-    watched = watch(sources, ["red", "blue"], model=detector, every=3)
+    watched = track_streams(sources, ["red", "blue"], model=detector, every=3)
     found = by_source(list(watched), 4)
-    assert sum(detector.sizes) == watched.worker.looked == 4 * 14
+    assert sum(detector.sizes) == watched.keyframe_detector.detections_run == 4 * 14
     for number, each in enumerate(found):
         assert [t.frame.index for t in each] == list(range(40))
         for tracked in each:
@@ -910,8 +913,8 @@ def test_one_that_fails_does_not_stop_the_others(
     images: list[np.ndarray], clip: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     sources = [clip, broken(images[:20], VideoError("the second one broke off")), images[:60]]
-    found: list[Tracked] = []
-    watched = watch(sources, CLASSES, model=Known(*WALKERS), every=5)
+    found: list[TrackedFrame] = []
+    watched = track_streams(sources, CLASSES, model=Known(*WALKERS), every=5)
     with pytest.raises(VideoError, match="the second one broke off"):
         found.extend(watched)
     assert [len(each) for each in by_source(found, 3)][::2] == [48, 60]
@@ -920,10 +923,10 @@ def test_one_that_fails_does_not_stop_the_others(
 
 
 def test_a_live_one_among_files(images: list[np.ndarray], clip: Path) -> None:
-    found: list[Tracked] = []
+    found: list[TrackedFrame] = []
     sources = [Camera(images, count=20).open(), clip]
     with pytest.raises(VideoError, match="the camera at the door is gone"):
-        found.extend(watch(sources, CLASSES, model=Known(*WALKERS), every=5))
+        found.extend(track_streams(sources, CLASSES, model=Known(*WALKERS), every=5))
     live, file = by_source(found, 2)
     check_frames(file, range(48))
     numbers = [number_of(t.frame.image) for t in live]
@@ -932,7 +935,7 @@ def test_a_live_one_among_files(images: list[np.ndarray], clip: Path) -> None:
 
 
 def test_a_detector_that_always_raises_on_several(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = list(watch([clip, clip], CLASSES, model=Known(fails=lambda number: True), every=5))
+    found = list(track_streams([clip, clip], CLASSES, model=Known(fails=lambda number: True), every=5))
     assert [len(each) for each in by_source(found, 2)] == [48, 48]
 
 
@@ -940,10 +943,10 @@ def test_all_sources_are_closed_where_one_cannot_be_opened(images: list[np.ndarr
     before = our_threads()
     camera = Camera(images).open()
     with pytest.raises(VideoError, match=r"nowhere\.mp4"):
-        watch([camera, "nowhere.mp4"], CLASSES, model=Known())
+        track_streams([camera, "nowhere.mp4"], CLASSES, model=Known())
     assert camera._closing.is_set()
     with pytest.raises(MoondreamError):
-        watch([Camera(images).open()], CLASSES, model="/no/such/folder")
+        track_streams([Camera(images).open()], CLASSES, model="/no/such/folder")
     until(lambda: our_threads() <= before)
 
 
@@ -958,7 +961,7 @@ def test_track_gives_images_and_detections(clip: Path) -> None:
         assert image.dtype == np.uint8
         assert image.shape == (SIZE[1], SIZE[0], 3)
         check_contract(detections)
-    expected = list(watch([clip], CLASSES, model=Known(*WALKERS), every=5))
+    expected = list(track_streams([clip], CLASSES, model=Known(*WALKERS), every=5))
     assert all(d == t.detections for (_, d), t in zip(pairs, expected, strict=True))
 
 
@@ -980,11 +983,11 @@ def test_abandoning_a_track(how: str, images: list[np.ndarray]) -> None:
     [
         ({"every": 0}, "every must be"),
         ({"every": "often"}, "every must be"),
-        ({"classes": []}, "classes must name"),
-        ({"classes": ["dog", "dog"]}, "twice"),
-        ({"classes": [" "]}, "must say something"),
-        ({"tracking": Tracking("deepsort")}, "tracker must be one of sort, .*, not 'deepsort'"),
-        ({"tracking": Tracking("sort", {"speed": 3})}, "the tracker 'sort' takes no speed, only "),
+        ({"classes": []}, "classes must have at least one"),
+        ({"classes": ["dog", "dog"]}, "classes must be unique; duplicates: 'dog'"),
+        ({"classes": [" "]}, "must not be empty"),
+        ({"tracking": Tracking("deepsort")}, "tracker must be one of sort, .*, got 'deepsort'"),
+        ({"tracking": Tracking("sort", {"speed": 3})}, "unknown option of the tracker 'sort': speed; it has "),
         ({"model": 5}, "model must be a name"),
         ({"model": ColorModel}, "model must be a name"),
         ({"model": ColorModel(), "confidence": 2.0}, "confidence must be"),
@@ -1001,16 +1004,16 @@ def test_wrong_arguments_are_told_at_the_call(wrong: dict[str, Any], message: st
     until(lambda: our_threads() <= before)
 
 
-@pytest.mark.parametrize("memory", [-1.0, float("nan")])
-def test_a_memory_that_cannot_be(memory: float) -> None:
-    with pytest.raises(ValueError, match="memory must be"):
-        Tracking(memory=memory)
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_negative_lost_track_seconds_are_rejected(seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"lost_track_seconds must be 0 or more seconds, got {seconds}"):
+        Tracking(lost_track_seconds=seconds)
 
 
 @pytest.mark.parametrize("sources", ["street.mp4", [], None, 0, b"street.mp4"])
 def test_sources_are_a_list(sources: Any) -> None:
-    with pytest.raises(ValueError, match="sources must be a list of one or more, not "):
-        watch(sources, CLASSES, model=Known())
+    with pytest.raises(ValueError, match="sources must be a list with at least one source, got "):
+        track_streams(sources, CLASSES, model=Known())
 
 
 def test_a_file_that_is_not_there_is_told_at_the_call() -> None:
@@ -1021,7 +1024,7 @@ def test_a_file_that_is_not_there_is_told_at_the_call() -> None:
 @pytest.mark.parametrize("tracker", ["sort", "ocsort", "bytetrack", "botsort"])
 @pytest.mark.compat
 def test_all_trackers(tracker: str, clip: Path) -> None:
-    found = list(watch([clip], CLASSES, model=Known(*WALKERS), every=5, tracking=Tracking(tracker)))
+    found = list(track_streams([clip], CLASSES, model=Known(*WALKERS), every=5, tracking=Tracking(tracker)))
     check_frames(found, range(48))
     assert all(len(set(ids_of(walker, found))) == 1 for walker in WALKERS)
 
@@ -1035,7 +1038,7 @@ def test_a_tracker_of_ones_own(clip: Path) -> None:
         made.append(trackers.SORTTracker(minimum_consecutive_frames=1, minimum_iou_threshold=0.01))
         return made[-1]
 
-    found = list(watch([clip], CLASSES, model=Known(*WALKERS), every=5, tracking=Tracking(make)))
+    found = list(track_streams([clip], CLASSES, model=Known(*WALKERS), every=5, tracking=Tracking(make)))
     check_frames(found, range(48))
     assert len(made) == 2  # one a class
 

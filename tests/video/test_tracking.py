@@ -26,12 +26,13 @@ from moondream_cv.evaluation.tracks import (
     tracking_clip,
     truth_of,
 )
-from moondream_cv.video import watch
+from moondream_cv.video import track_streams
 from moondream_cv.video.sources.frame import Frame
-from moondream_cv.video.tracking.interpolation import as_detections, interpolated, predicted
-from moondream_cv.video.tracking.reassociation import match_returning
-from moondream_cv.video.tracking.tracker import TRACKERS, Tracker
-from moondream_cv.video.tracking.tracks import Sighting, Track
+from moondream_cv.video.tracking.interpolation import interpolate_boxes, predict_boxes, to_detections
+from moondream_cv.video.tracking.reassociation import match_lost_tracks
+from moondream_cv.video.tracking.tracker import Tracker
+from moondream_cv.video.tracking.trackers_adapter import TRACKERS
+from moondream_cv.video.tracking.tracks import Observation, Track
 
 pytestmark = pytest.mark.compat
 SIZE = (640, 360)
@@ -82,9 +83,9 @@ def mean_scores(clips: list[Any], every: int) -> TrackScores:
     scores = []
     for number, (clip, truth) in enumerate(clips):
         detector = PerfectDetector(truth, 0.1, number)
-        tracked = watch([numbered_frames(FRAMES, SIZE)], clip.class_names, model=detector, every=every)
+        tracked = track_streams([numbered_frames(FRAMES, SIZE)], clip.class_names, model=detector, every=every)
         scores.append(score_tracks(truth, [t.detections for t in tracked]))
-        assert detector.looked == len(range(0, FRAMES, every)) + ((FRAMES - 1) % every > 0)
+        assert detector.calls == len(range(0, FRAMES, every)) + ((FRAMES - 1) % every > 0)
     return TrackScores.mean(scores)
 
 
@@ -106,7 +107,7 @@ def test_the_tiny_model_tracks() -> None:
         for number in (0, 6):
             clip = tracking_clip(number)
             images = (np.ascontiguousarray(image[..., ::-1]) for image, _ in clip.frames())
-            tracked = watch([images], clip.class_names, model=Detector(model, confidence=0.3), every=5)
+            tracked = track_streams([images], clip.class_names, model=Detector(model, confidence=0.3), every=5)
             scores.append(score_tracks(truth_of(clip), [t.detections for t in tracked]))
     mean = TrackScores.mean(scores)
     assert mean.hota > 0.62, scores
@@ -217,7 +218,7 @@ def test_what_comes_in_elsewhere_is_another_one() -> None:
 
 
 def test_what_is_gone_for_long_is_forgotten() -> None:
-    tracker = Tracker(memory=2.0)
+    tracker = Tracker(lost_track_seconds=2.0)
     tracker.update(found((600, 100)), frame(0))
     tracker.update(found((615, 100)), frame(5))
     for index in range(10, 80, 5):
@@ -237,17 +238,17 @@ def test_no_number_is_given_twice_at_a_time() -> None:
 
 
 def test_memory_is_bounded_when_things_come_and_go() -> None:
-    tracker = Tracker(memory=1.0)
+    tracker = Tracker(lost_track_seconds=1.0)
     for index in range(0, 5000, 5):
         tracker.update(found((30 + (index * 37) % 580, 30 + (index * 61) % 300)), frame(index))
         assert len(tracker.tracks) <= 8
-        assert len(tracker._tracklets) <= 30
+        assert sum(len(adapter._tracks) for adapter in tracker._adapters.values()) <= 30
 
 
 def test_another_one_goes_on_counting() -> None:
     tracker = Tracker()
     tracker.update(found((100, 100), (300, 100)), frame(0))
-    other = tracker.anew()
+    other = tracker.successor()
     assert other.tracks == {}
     assert ids(other.update(found((100, 100)), frame(1))) == [3]
 
@@ -284,15 +285,15 @@ def test_a_tracker_of_ones_own() -> None:
     assert len(made) == 2
     with_options = Tracker("sort", {"lost_track_buffer": 7})
     with_options.update(found((1, 1)), frame(0))
-    (only,) = with_options._trackers.values()
-    assert isinstance(only, trackers.SORTTracker)
-    assert only.maximum_frames_without_update == 7
+    (only,) = with_options._adapters.values()
+    assert isinstance(only.tracker, trackers.SORTTracker)
+    assert only.tracker.maximum_frames_without_update == 7
 
 
 def test_unknown_trackers_and_options() -> None:
-    with pytest.raises(ValueError, match=r"tracker must be one of sort, ocsort, .*, not 'deepsort'"):
+    with pytest.raises(ValueError, match=r"tracker must be one of sort, ocsort, .*, got 'deepsort'"):
         Tracker("deepsort")
-    with pytest.raises(ValueError, match="the tracker 'sort' takes no buffer, only lost_track_buffer"):
+    with pytest.raises(ValueError, match="unknown option of the tracker 'sort': buffer; it has lost_track_buffer"):
         Tracker("sort", {"buffer": 3})
 
 
@@ -302,14 +303,14 @@ def test_unknown_trackers_and_options() -> None:
 def track_of(*sightings: tuple[float, Place, float], tracker_id: int = 1) -> Track:
     track = Track(tracker_id, 0)
     for time, place, confidence in sightings:
-        track.sightings.append(Sighting(time, np.array(box(place)), confidence))
+        track.observations.append(Observation(time, np.array(box(place)), confidence))
     return track
 
 
 def test_boxes_are_interpolated_between_sightings() -> None:
     track = track_of((0.0, (100, 100), 0.8), (1.0, (200, 140), 0.4))
     for time, place, confidence in ((0.0, (100, 100), 0.8), (0.25, (125, 110), 0.7), (1.0, (200, 140), 0.4)):
-        (seen,) = interpolated([track], time, 1.0, SIZE)
+        (seen,) = interpolate_boxes([track], time, 1.0, SIZE)
         np.testing.assert_allclose(seen.box, box(place))
         assert seen.confidence == pytest.approx(confidence)
 
@@ -317,17 +318,17 @@ def test_boxes_are_interpolated_between_sightings() -> None:
 def test_one_keyframe_that_missed_is_bridged_and_not_two() -> None:
     for gap, bridged in ((1.0, True), (2.0, True), (3.0, False)):
         track = track_of((0.0, (300, 100), 0.8), (gap, (320, 100), 0.8))
-        assert len(interpolated([track], gap / 2, 1.0, SIZE)) == bridged
+        assert len(interpolate_boxes([track], gap / 2, 1.0, SIZE)) == bridged
 
 
 def test_what_comes_in_and_goes_out_is_shown_as_far_as_the_edge() -> None:
     track = track_of((1.0, (40, 100), 0.8), (1.5, (100, 100), 0.8), (2.0, (160, 100), 0.8))
-    (entering,) = interpolated([track], 0.75, 0.5, SIZE)
+    (entering,) = interpolate_boxes([track], 0.75, 0.5, SIZE)
     np.testing.assert_allclose(entering.box, box((10, 100)))
-    assert interpolated([track], 0.6, 0.5, SIZE) == []  # outside by then
-    assert interpolated([track], 2.25, 0.5, SIZE) == []  # not on its way out: hidden, or no object at all
+    assert interpolate_boxes([track], 0.6, 0.5, SIZE) == []  # outside by then
+    assert interpolate_boxes([track], 2.25, 0.5, SIZE) == []  # not on its way out: hidden, or no object at all
     leaving = track_of((1.0, (500, 100), 0.8), (1.5, (600, 100), 0.8))
-    (going,) = interpolated([leaving], 1.6, 0.5, SIZE)
+    (going,) = interpolate_boxes([leaving], 1.6, 0.5, SIZE)
     np.testing.assert_allclose(going.box, box((620, 100)))
 
 
@@ -335,19 +336,19 @@ def test_caution_covers_the_way_to_the_next_keyframe() -> None:
     once = track_of((1.0, (300, 100), 0.8))
     twice = track_of((1.0, (300, 100), 0.8), (1.5, (320, 100), 0.8), tracker_id=2)
     for time, seen_once, seen_twice in ((0.4, 0, 0), (0.6, 1, 1), (1.0, 1, 1), (1.4, 1, 1), (1.9, 0, 1), (2.1, 0, 0)):
-        assert len(interpolated([once], time, 0.5, SIZE, cautious=True)) == seen_once, time
-        assert len(interpolated([twice], time, 0.5, SIZE, cautious=True)) == seen_twice, time
-    assert interpolated([once, twice], 0.6, 0.5, SIZE) == []
+        assert len(interpolate_boxes([once], time, 0.5, SIZE, pad_to_keyframes=True)) == seen_once, time
+        assert len(interpolate_boxes([twice], time, 0.5, SIZE, pad_to_keyframes=True)) == seen_twice, time
+    assert interpolate_boxes([once, twice], 0.6, 0.5, SIZE) == []
 
 
 def test_boxes_are_predicted_until_a_second_keyframe_missed_them() -> None:
     track = track_of((0.0, (100, 100), 0.8), (0.2, (120, 110), 0.6))
-    (seen,) = predicted([track], 0.3, 0.2, SIZE)
+    (seen,) = predict_boxes([track], 0.3, 0.2, SIZE)
     np.testing.assert_allclose(seen.box, box((130, 115)))
     assert seen.confidence == 0.6
-    assert len(predicted([track], 0.6, 0.2, SIZE)) == 1
-    assert predicted([track], 0.7, 0.2, SIZE) == []
-    assert predicted([track_of((0.0, (500, 100), 0.8), (0.2, (600, 100), 0.6))], 0.3, 0.2, SIZE) == []  # has left
+    assert len(predict_boxes([track], 0.6, 0.2, SIZE)) == 1
+    assert predict_boxes([track], 0.7, 0.2, SIZE) == []
+    assert predict_boxes([track_of((0.0, (500, 100), 0.8), (0.2, (600, 100), 0.6))], 0.3, 0.2, SIZE) == []  # has left
 
 
 def test_speed_is_that_of_the_last_moments() -> None:
@@ -361,14 +362,14 @@ def test_detections_are_as_a_detector_gives_them() -> None:
     track = track_of((0.0, (10, 100), 0.8), tracker_id=7)
     looked = found((300, 100), (400, 100), class_ids=[1, 0])
     looked.tracker_id = np.array([-1, 9])
-    detections = as_detections(predicted([track], 0.0, 0.2, SIZE), ["dog", "cat"], SIZE, looked)
+    detections = to_detections(predict_boxes([track], 0.0, 0.2, SIZE), ["dog", "cat"], SIZE, looked)
     assert detections.xyxy.dtype == np.float32
     assert detections.xyxy.tolist()[0] == [0.0, 80.0, 30.0, 120.0]
     assert ids(detections) == [7, -1]
     assert detections.data["class_name"].tolist() == ["dog", "cat"]
     assert detections.class_id is not None
     assert detections.class_id.tolist() == [0, 1]
-    empty = as_detections([], ["dog", "cat"], SIZE)
+    empty = to_detections([], ["dog", "cat"], SIZE)
     assert len(sv.Detections.merge([detections, empty, detections])) == 4
 
 
@@ -378,7 +379,7 @@ def test_returning_takes_each_track_once_and_the_nearest() -> None:
         track_of((0.0, (600, 300), 1.0), (0.2, (625, 300), 1.0), tracker_id=2),
     ]
     boxes = [np.array(box((620, y))) for y in (290.0, 70.0, 180.0)]
-    matched = match_returning(lost, boxes, 3.0, 0.2, SIZE)
+    matched = match_lost_tracks(lost, boxes, 3.0, 0.2, SIZE)
     assert {number: track.tracker_id for number, track in matched.items()} == {0: 2, 1: 1}
-    assert match_returning([], boxes, 3.0, 0.2, SIZE) == {}
-    assert match_returning(lost, [], 3.0, 0.2, SIZE) == {}
+    assert match_lost_tracks([], boxes, 3.0, 0.2, SIZE) == {}
+    assert match_lost_tracks(lost, [], 3.0, 0.2, SIZE) == {}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from moondream_cv.video import Frame, Summary, Tracking, annotate_video, watch
+from moondream_cv.video import Frame, Summary, Tracking, annotate_video, track_streams
 from moondream_cv.video.tracking.tracker import Tracker
 from moondream_cv.video.writers.video_file import VideoWriter
 from tests.helpers.clips import deadline
@@ -165,7 +165,7 @@ def test_frames_of_three_sources_leave_nothing_behind(tmp_path: Path) -> None:
     traced, count = [], 0
     tracemalloc.start()
     try:
-        with watch(paths, ["dog", "cat"], model=Traffic(), every=EVERY) as watched:
+        with track_streams(paths, ["dog", "cat"], model=Traffic(), every=EVERY) as watched:
             for _ in watched:
                 count += 1
                 if count % 100 == 0:

@@ -18,16 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import supervision as sv
 
+from moondream_cv._deprecation import renamed_arguments
+from moondream_cv.arguments import check_choice
 from moondream_cv.video.drawing.panel import BGR, BLACK, WHITE, Panel, Pen, Picture, paste
 from moondream_cv.video.drawing.zones import Shape, Zones, class_names, track_ids
 
 KINDS = ("box", "label", "trace", "dot", "blur", "pixelate")
 """What can be drawn; "none" stands for nothing."""
 
-_COLOURS = (*sv.ColorPalette.DEFAULT.colors, sv.Color(150, 150, 150))  # the last is for rows without an id
-_PALETTE = sv.ColorPalette(list(_COLOURS))
-_BGR: tuple[BGR, ...] = tuple(colour.as_bgr() for colour in _COLOURS)
-_NO_ID = len(_COLOURS) - 1
+_COLORS = (*sv.ColorPalette.DEFAULT.colors, sv.Color(150, 150, 150))  # the last is for rows without an id
+_PALETTE = sv.ColorPalette(list(_COLORS))
+_BGR: tuple[BGR, ...] = tuple(color.as_bgr() for color in _COLORS)
+_NO_ID = len(_COLORS) - 1
 
 _TRACE_SECONDS = 2.0
 _FRAME_SECONDS = 1 / 30  # of a frame whose time is not told
@@ -36,6 +38,7 @@ Rectangle = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 
+@renamed_arguments(colour_by="color_by")
 class Annotator:
     """Draws detections into the frames of one stream.
 
@@ -50,7 +53,7 @@ class Annotator:
         what: str | Sequence[str] = ("box", "label"),
         classes: Sequence[str] = (),
         *,
-        colour_by: Literal["class", "id"] = "class",
+        color_by: Literal["class", "id"] = "class",
         zones: Zones | None = None,
         panel: bool = False,
     ) -> None:
@@ -61,19 +64,17 @@ class Annotator:
                 "none".
             classes: Class names by class id: for detections without `class_name`, and listed in the panel from the
                 start.
-            colour_by: Whether things of a class or with an id share a colour. It is the same in every frame; without an
-                id it is grey.
+            color_by: Whether things of a class or with an id share a color. It is the same in every frame; without an
+                id it is gray.
             zones: Lines and zones to draw with their counts. Whoever owns them calls `zones.update`.
             panel: Put a table of counts to the right of the picture, which makes it wider: see `output_wh`.
 
         Raises:
-            ValueError: A name in `what`, or `colour_by`, is unknown.
+            ValueError: A name in `what`, or `color_by`, is unknown.
         """
         self.what = _parse(what)
         self.classes = tuple(classes)
-        if colour_by not in ("class", "id"):
-            raise ValueError(f'colour_by must be "class" or "id", not {colour_by!r}')
-        self._by_id = colour_by == "id"
+        self._by_id = check_choice("color_by", color_by, ("class", "id")) == "id"
         self.zones = zones
         self._panel = Panel(self.classes, None if self._by_id else _BGR[:_NO_ID]) if panel else None
         self._traces = _Traces()
@@ -156,9 +157,9 @@ class Annotator:
             _draw_shape(picture, shape, pen)
         if "trace" in self.what:
             self._traces.update(detections, time, (width, height))
-            colours = self._colours(detections)
-            for tracker_id, colour in zip(track_ids(detections).tolist(), colours.tolist(), strict=True):
-                self._traces.draw(picture, tracker_id, _BGR[colour], pen.line)
+            colors = self._colors(detections)
+            for tracker_id, color in zip(track_ids(detections).tolist(), colors.tolist(), strict=True):
+                self._traces.draw(picture, tracker_id, _BGR[color], pen.line)
         left, top, right, bottom = detections.xyxy.T
         seen = _select(detections, (right >= 0) & (bottom >= 0) & (left <= width) & (top <= height))
         self._draw_marks(picture, seen, pen)
@@ -170,7 +171,7 @@ class Annotator:
 
     def _draw_marks(self, picture: Picture, detections: sv.Detections, pen: Pen) -> None:
         height, width = picture.shape[:2]
-        colours = self._colours(detections)
+        colors = self._colors(detections)
         # Half of a line lies outside its box; without this inset, what reaches the edge would lose a side.
         inset = (pen.line - 1) // 2
         xyxy = np.clip(detections.xyxy, inset, np.maximum(np.array([width, height] * 2) - 1 - pen.line // 2, inset))
@@ -178,17 +179,17 @@ class Annotator:
         boxes, dots = ~flat & ("box" in self.what), flat & ("box" in self.what) | ("dot" in self.what)
         if boxes.any():
             sv.BoxAnnotator(_PALETTE, pen.line).annotate(
-                picture, sv.Detections(xyxy[boxes]), custom_color_lookup=colours[boxes]
+                picture, sv.Detections(xyxy[boxes]), custom_color_lookup=colors[boxes]
             )
         if dots.any():
             sv.DotAnnotator(
                 _PALETTE, _radius(pen), outline_thickness=max(1, pen.line // 2), outline_color=sv.Color.WHITE
-            ).annotate(picture, sv.Detections(detections.xyxy[dots]), custom_color_lookup=colours[dots])
+            ).annotate(picture, sv.Detections(detections.xyxy[dots]), custom_color_lookup=colors[dots])
 
     def _draw_labels(self, picture: Picture, detections: sv.Detections, pen: Pen, taken: list[Rectangle]) -> None:
         height, width = picture.shape[:2]
         longest = min(width, max(width // 2, 14 * pen.text))
-        colours = self._colours(detections).tolist()
+        colors = self._colors(detections).tolist()
         flat = _is_flat(detections.xyxy).tolist()
         names = class_names(detections, self.classes)
         taken = list(taken)
@@ -196,7 +197,7 @@ class Annotator:
             text = pen.shorten(names[row], longest, _id_and_score(detections, row))
             if not text:
                 continue
-            plate = pen.plate(text, _BGR[colours[row]])
+            plate = pen.plate(text, _BGR[colors[row]])
             grown = _radius(pen) + 1 if flat[row] else (pen.line - 1) // 2
             left, top, right, bottom = np.clip(detections.xyxy[row], 0, (width, height, width, height)).tolist()
             mark = (int(left) - grown, int(top) - grown, int(right) + grown + 1, int(bottom) + grown + 1)
@@ -204,8 +205,8 @@ class Annotator:
             paste(picture, plate, place[0], place[1])
             taken.append(place)
 
-    def _colours(self, detections: sv.Detections) -> npt.NDArray[np.int64]:
-        """Return the number of each row's colour in the palette, [N]."""
+    def _colors(self, detections: sv.Detections) -> npt.NDArray[np.int64]:
+        """Return the number of each row's color in the palette, [N]."""
         if self._by_id:
             ids = track_ids(detections)
             return np.where(ids >= 0, ids % _NO_ID, _NO_ID)
@@ -257,7 +258,7 @@ class _Traces:
         trace.points.append((self._clock, x, y))
         trace.frame = self._frame
 
-    def draw(self, picture: Picture, tracker_id: int, colour: BGR, thickness: int) -> None:
+    def draw(self, picture: Picture, tracker_id: int, color: BGR, thickness: int) -> None:
         """Draw the trace of an id."""
         trace = self._traces.get(tracker_id)
         if trace is None or len(trace.points) < 2:
@@ -265,7 +266,7 @@ class _Traces:
         # Four bits after the point keep slow objects from moving in steps.
         points = np.array([point[1:] for point in trace.points])
         fixed = np.rint(np.clip(points, -20000, 20000) * 16).astype(np.int32)
-        cv2.polylines(picture, [fixed], False, colour, thickness, cv2.LINE_AA, shift=4)
+        cv2.polylines(picture, [fixed], False, color, thickness, cv2.LINE_AA, shift=4)
 
 
 def _parse(what: str | Sequence[str]) -> frozenset[str]:
@@ -313,7 +314,7 @@ def _select(detections: sv.Detections, chosen: npt.NDArray[np.bool_]) -> sv.Dete
 
 
 def _hide(picture: Picture, xyxy: npt.NDArray[Any], interpolation: int) -> None:
-    """Leave of each box only the mean colours of a few cells, smooth or as squares by the interpolation.
+    """Leave of each box only the mean colors of a few cells, smooth or as squares by the interpolation.
 
     There are at most 4 cells along the shorter side and 8 along the longer, none smaller than 4 pixels, so that a face
     is unreadable in a box of any size, and also in the strip that remains of it at the edge of the frame.
@@ -337,9 +338,9 @@ def _draw_shape(picture: Picture, shape: Shape, pen: Pen) -> None:
     strokes = [shape.points]
     if not shape.closed:
         strokes += _arrow(shape.points, 8 * pen.line)
-    for colour, thickness in ((BLACK, pen.line + 2 * max(1, pen.line // 2)), (WHITE, pen.line)):
+    for color, thickness in ((BLACK, pen.line + 2 * max(1, pen.line // 2)), (WHITE, pen.line)):
         for stroke in strokes:
-            cv2.polylines(picture, [stroke], shape.closed, colour, thickness, cv2.LINE_AA)
+            cv2.polylines(picture, [stroke], shape.closed, color, thickness, cv2.LINE_AA)
 
 
 def _arrow(points: npt.NDArray[np.int32], length: float) -> list[npt.NDArray[np.int32]]:

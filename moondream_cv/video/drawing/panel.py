@@ -23,7 +23,7 @@ Picture = npt.NDArray[np.uint8]
 
 BLACK: BGR = (24, 20, 20)
 WHITE: BGR = (255, 255, 255)
-_GREY: BGR = (170, 165, 160)
+_GRAY: BGR = (170, 165, 160)
 _SMALLEST_TEXT = 11  # pixels; smaller is not legible
 
 
@@ -51,9 +51,9 @@ class Pen:
         """Height of a plate."""
         return line_height(self.text) + self.padding
 
-    def plate(self, text: str, colour: BGR) -> Picture:
-        """Return text on a ground of a colour, in black or white, whichever is legible; not to be written to."""
-        return _plate(text, self.text, self.padding, colour)
+    def plate(self, text: str, color: BGR) -> Picture:
+        """Return text on a ground of a color, in black or white, whichever is legible; not to be written to."""
+        return _plate(text, self.text, self.padding, color)
 
     def shorten(self, text: str, width: float, rest: str = "") -> str:
         """Return text and rest as they fit on a plate of a width; of the text, the end is left out."""
@@ -66,15 +66,15 @@ class Panel:
     It is as wide at every frame of a resolution, whatever it shows.
     """
 
-    def __init__(self, classes: Sequence[str], colours: Sequence[BGR] | None) -> None:
+    def __init__(self, classes: Sequence[str], colors: Sequence[BGR] | None) -> None:
         """Make a panel that has seen nothing.
 
         Args:
             classes: Names that are listed from the start; others are added as they appear.
-            colours: Of the classes by class id, repeated; None leaves the colour marks out.
+            colors: Of the classes by class id, repeated; None leaves the color marks out.
         """
         self._classes = tuple(classes)
-        self._colours = colours
+        self._colors = colors
         self.reset()
 
     def reset(self) -> None:
@@ -114,9 +114,9 @@ class Panel:
         tracked = any(self._ids.values())
         rows = []
         for name, seen in self._ids.items():
-            colour = self._colours[self._class_ids.get(name, 0) % len(self._colours)] if self._colours else None
+            color = self._colors[self._class_ids.get(name, 0) % len(self._colors)] if self._colors else None
             total = str(len(seen)) if tracked else ""
-            rows.append(_Row(name, str(self._now[name]), total, colour, name in self._seen))
+            rows.append(_Row(name, str(self._now[name]), total, color, name in self._seen))
         sections = [_Section(_Row("Objects", "now", "total" if tracked else ""), rows)]
         if zones is not None:
             counts = zones.counts()
@@ -136,7 +136,7 @@ class _Row:
     name: str
     first: str
     second: str
-    colour: BGR | None = None
+    color: BGR | None = None
     seen: bool = True
 
 
@@ -170,28 +170,28 @@ def _table(width: int, height: int, pen: Pen, sections: list[_Section]) -> Pictu
     for section in sections:
         section = section.shortened(max(2, free))
         for number, row in enumerate((section.head, *section.rows)):
-            colour = _GREY if number == 0 else WHITE
+            color = _GRAY if number == 0 else WHITE
             left = margin
-            if row.colour is not None:
+            if row.color is not None:
                 mark = round(0.6 * pen.text)
                 top = y + (line_height(pen.text) - mark) // 2
-                canvas[max(0, top) : top + mark, left : left + mark] = row.colour
+                canvas[max(0, top) : top + mark, left : left + mark] = row.color
                 left += mark + pen.text // 2
             columns = 2 if row.second else 1 if row.first else 0
             name = _shorten(row.name, "", pen.text, width - margin - left - columns * column)
-            _letter(canvas, name, left, y, pen, colour)
+            _letter(canvas, name, left, y, pen, color)
             for place, text in enumerate((row.second, row.first) if row.second else (row.first,)):
                 right = width - margin - place * column
-                _letter(canvas, text, right - _length(text, pen.text), y, pen, colour)
+                _letter(canvas, text, right - _length(text, pen.text), y, pen, color)
             y += step
         free -= len(section.rows) + 1
         y += gap
     return canvas
 
 
-def _letter(canvas: Picture, text: str, x: int, y: int, pen: Pen, colour: BGR) -> None:
+def _letter(canvas: Picture, text: str, x: int, y: int, pen: Pen, color: BGR) -> None:
     if text:
-        paste(canvas, _ramp(BLACK, colour)[_coverage(text, pen.text)], x, y)
+        paste(canvas, _ramp(BLACK, color)[_coverage(text, pen.text)], x, y)
 
 
 def paste(canvas: Picture, patch: Picture, x: int, y: int) -> None:
@@ -272,19 +272,19 @@ def _coverage(text: str, size: int) -> npt.NDArray[np.uint8]:
 
 
 @lru_cache(maxsize=64)
-def _ramp(ground: BGR, colour: BGR) -> npt.NDArray[np.uint8]:
-    """Return the colours between two, [256, 3]."""
-    colours: npt.NDArray[np.uint8] = np.rint(np.linspace(ground, colour, 256)).astype(np.uint8)
-    return colours
+def _ramp(ground: BGR, color: BGR) -> npt.NDArray[np.uint8]:
+    """Return the colors between two, [256, 3]."""
+    colors: npt.NDArray[np.uint8] = np.rint(np.linspace(ground, color, 256)).astype(np.uint8)
+    return colors
 
 
 @lru_cache(maxsize=128)  # of 150 kB each in 4K
-def _plate(text: str, size: int, padding: int, colour: BGR) -> Picture:
+def _plate(text: str, size: int, padding: int, color: BGR) -> Picture:
     letters = _coverage(text, size)
     height, width = letters.shape
     covered = np.zeros((height + padding, width + 2 * padding), np.uint8)
     covered[padding // 2 : padding // 2 + height, padding : padding + width] = letters
-    bright = 0.114 * colour[0] + 0.587 * colour[1] + 0.299 * colour[2] > 140
-    plate: Picture = _ramp(colour, BLACK if bright else WHITE)[covered]
+    bright = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
+    plate: Picture = _ramp(color, BLACK if bright else WHITE)[covered]
     plate.flags.writeable = False
     return plate

@@ -22,8 +22,8 @@ SAME_OBJECT = 0.6  # IoU from which two detections are of the same object
 COINCIDE = 0.5  # share of a class's detections that coincide with another class if both may be true
 CONTINUES = 0.4  # IoU of a detection and a track's predicted box from which it may continue a track of another class
 OCCUPIED = 0.3  # the same for a track of the detection's class, which it continues more likely
-ESTABLISHED = 2  # detections of a track that is taken into account
-LONGEST = 0.7  # seconds since the last one
+MIN_OBSERVATIONS = 2  # of a track that can be continued by another class
+MAX_AGE = 0.7  # seconds since the last observation of such a track
 
 
 class ClassConflicts:
@@ -58,10 +58,14 @@ class ClassConflicts:
         self._scored |= len(set(confidence.tolist())) > 1
         if not self._scored or not len(xyxy):
             return np.ones(len(xyxy), bool), class_ids
-        live = [track for track in tracks if time - track.last.time <= LONGEST and len(track.sightings) >= ESTABLISHED]
-        predicted = np.array([track.moved(time) for track in live]).reshape(-1, 4)
-        ious = np.asarray(sv.box_iou_batch(xyxy, predicted), np.float64) if live else np.zeros((len(xyxy), 0))
-        track_classes = np.array([track.class_id for track in live], np.int64)
+        recent = [
+            track
+            for track in tracks
+            if time - track.last.time <= MAX_AGE and len(track.observations) >= MIN_OBSERVATIONS
+        ]
+        predicted = np.array([track.extrapolate(time) for track in recent]).reshape(-1, 4)
+        ious = np.asarray(sv.box_iou_batch(xyxy, predicted), np.float64) if recent else np.zeros((len(xyxy), 0))
+        track_classes = np.array([track.class_id for track in recent], np.int64)
         kept = self._without_duplicates(xyxy, confidence, class_ids, ious, track_classes)
         chosen = class_ids.copy()
         chosen[kept] = self._continued(confidence[kept], class_ids[kept], ious[kept], track_classes)

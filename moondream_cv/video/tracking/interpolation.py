@@ -1,125 +1,149 @@
-"""Boxes on the frames between keyframes: interpolated where what comes is known, predicted where it is not.
+"""Boxes on the frames between keyframes: interpolated in files, predicted in live streams.
 
-A box that is interpolated moves in a straight line from one sighting to the next, if no more than one keyframe or
-`bridge_seconds` are in between. Before its first sighting an object is shown if it comes in over the frame's edge,
-after its last one if it goes out.
-A box that is predicted goes on as it went, until a second keyframe has missed it or it has left the frame.
+An interpolated box moves in a straight line from one observation to the next, if the gap is at most `bridge_seconds` or
+one missed keyframe. Before its first observation an object is shown only if it enters at the edge of the frame, and
+after its last one only if it leaves there.
+
+A predicted box moves at constant velocity until two keyframes in a row have missed the object, or until it has left the
+frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import supervision as sv
 
-from moondream_cv.video.tracking.tracks import Box, Track, within
+from moondream_cv.video.tracking.tracks import Box, Track, is_center_inside
 
-BRIDGE = 2.2  # intervals between two sightings that are bridged at least: one keyframe may have missed the object
+MAX_GAP = 2.2  # keyframe intervals between two observations that are always bridged: one keyframe may miss the object
+UNKNOWN_INTERVAL = 1.0  # seconds between keyframes to assume before there are two
 
 
-class Seen(NamedTuple):
-    """Where a track is on a frame."""
+class TrackedBox(NamedTuple):
+    """Box of a track on one frame.
+
+    Attributes:
+        track: Track of the object.
+        box: [4] box in pixels, not clipped.
+        confidence: Interpolated confidence, or that of the latest observation.
+    """
 
     track: Track
     box: Box
     confidence: float
 
 
-def interpolated(
+def interpolate_boxes(
     tracks: Iterable[Track],
     time: float,
     interval: float,
     resolution_wh: tuple[int, int],
-    cautious: bool = False,
+    pad_to_keyframes: bool = False,
     bridge_seconds: float = 0.0,
-) -> list[Seen]:
-    """Where tracks are at a time for which the keyframes around it, and the next one, have been looked at.
+) -> list[TrackedBox]:
+    """Return the boxes of all tracks at a time between keyframes.
+
+    Call this after detection has run on the keyframes around `time` and on the one after them.
 
     Args:
-        interval: Seconds between keyframes there.
-        resolution_wh: Of the frame.
-        cautious: Show an object as far as the keyframes on which it was not seen, wherever it comes from or goes.
-        bridge_seconds: Seconds between two sightings that are bridged, if they are more than `BRIDGE` intervals.
+        tracks: Tracks of the stream.
+        time: Time of the frame in seconds.
+        interval: Seconds between keyframes around that time.
+        resolution_wh: Width and height of the frame.
+        pad_to_keyframes: Extend each track to the keyframe before its first observation and the one after its last.
+        bridge_seconds: Longest gap in seconds to interpolate over, if it is more than `MAX_GAP` keyframe intervals.
     """
-    seen = []
-    for track in tracks:
-        box = _interpolated(track, time, interval, resolution_wh, cautious, bridge_seconds)
-        if box is not None:
-            seen.append(box)
-    return seen
+    boxes = [
+        _interpolate_box(track, time, interval, resolution_wh, pad_to_keyframes, bridge_seconds) for track in tracks
+    ]
+    return [box for box in boxes if box is not None]
 
 
-def predicted(tracks: Iterable[Track], time: float, interval: float, resolution_wh: tuple[int, int]) -> list[Seen]:
-    """Where tracks are at a time after the last keyframe.
+def predict_boxes(
+    tracks: Iterable[Track], time: float, interval: float, resolution_wh: tuple[int, int]
+) -> list[TrackedBox]:
+    """Return the boxes of all tracks at a time after the last keyframe.
 
     Args:
+        tracks: Tracks of the stream.
+        time: Time of the frame in seconds.
         interval: Seconds between keyframes.
-        resolution_wh: Of the frame.
+        resolution_wh: Width and height of the frame.
     """
-    seen = []
+    boxes = []
     for track in tracks:
-        if time - track.last.time <= BRIDGE * interval or time == track.last.time:
-            box = track.moved(time)
-            if within(box, resolution_wh):
-                seen.append(Seen(track, box, track.last.confidence))
-    return seen
+        if time - track.last.time <= MAX_GAP * interval or time == track.last.time:
+            box = track.extrapolate(time)
+            if is_center_inside(box, resolution_wh):
+                boxes.append(TrackedBox(track, box, track.last.confidence))
+    return boxes
 
 
-def as_detections(
-    seen: Sequence[Seen],
-    classes: Sequence[str],
+def to_detections(
+    boxes: Sequence[TrackedBox],
+    class_names: Sequence[str] | Mapping[int, str],
     resolution_wh: tuple[int, int],
-    looked: sv.Detections | None = None,
+    keyframe_detections: sv.Detections | None = None,
 ) -> sv.Detections:
-    """Boxes as a `Detector` gives them, clipped to the frame, with `tracker_id`.
+    """Return boxes as `sv.Detections` with `tracker_id`, clipped to the frame, in the format of a `Detector`.
 
     Args:
-        classes: Names by class id.
-        looked: Detections of this very frame. Untracked ones are added with the number -1, unless `data["duplicate"]`
-            is true for them.
+        boxes: Boxes of the tracks on the frame.
+        class_names: Class names by class ID.
+        resolution_wh: Width and height of the frame.
+        keyframe_detections: Detections of this frame, if it is a keyframe. The untracked ones are added with track ID
+            -1, except duplicates (`data["duplicate"]`).
     """
     limits = np.array(resolution_wh * 2, np.float64)
-    rows = [(s.box, s.confidence, s.track.class_id, s.track.tracker_id) for s in seen]
-    if looked is not None and looked.tracker_id is not None:
-        duplicate = np.asarray(looked.data.get("duplicate", np.zeros(len(looked), bool)), bool)
-        for row in np.flatnonzero((looked.tracker_id == -1) & ~duplicate):
-            confidence = 1.0 if looked.confidence is None else float(looked.confidence[row])
-            class_id = 0 if looked.class_id is None else int(looked.class_id[row])
-            rows.append((np.asarray(looked.xyxy[row], np.float64), confidence, class_id, -1))
+    items = [(b.box, b.confidence, b.track.class_id, b.track.tracker_id) for b in boxes]
+    if keyframe_detections is not None and keyframe_detections.tracker_id is not None:
+        found = keyframe_detections
+        duplicate = np.asarray(found.data.get("duplicate", np.zeros(len(found), bool)), bool)
+        for index in np.flatnonzero((keyframe_detections.tracker_id == -1) & ~duplicate):
+            confidence = 1.0 if found.confidence is None else float(found.confidence[index])
+            class_id = 0 if found.class_id is None else int(found.class_id[index])
+            items.append((np.asarray(found.xyxy[index], np.float64), confidence, class_id, -1))
     return sv.Detections(
-        xyxy=np.array([np.clip(row[0], 0, limits) for row in rows], np.float32).reshape(-1, 4),
-        confidence=np.array([row[1] for row in rows], np.float32),
-        class_id=np.array([row[2] for row in rows], int),
-        tracker_id=np.array([row[3] for row in rows], int),
-        data={"class_name": np.array([classes[row[2]] for row in rows], dtype=str)},
+        xyxy=np.array([np.clip(item[0], 0, limits) for item in items], np.float32).reshape(-1, 4),
+        confidence=np.array([item[1] for item in items], np.float32),
+        class_id=np.array([item[2] for item in items], int),
+        tracker_id=np.array([item[3] for item in items], int),
+        data={"class_name": np.array([class_names[item[2]] for item in items], dtype=str)},
     )
 
 
-def _interpolated(
+def _interpolate_box(
     track: Track,
     time: float,
     interval: float,
     resolution_wh: tuple[int, int],
-    cautious: bool,
+    pad_to_keyframes: bool,
     bridge_seconds: float,
-) -> Seen | None:
+) -> TrackedBox | None:
     before, after = track.around(time)
+
+    # Interpolate between two observations
     if before is not None and after is not None:
-        first, second = track.sightings[before], track.sightings[after]
+        first, second = track.observations[before], track.observations[after]
         gap = second.time - first.time
         if gap == 0:
-            return Seen(track, first.box, first.confidence)
-        if gap <= max(BRIDGE * interval, bridge_seconds + 1e-6):
+            return TrackedBox(track, first.box, first.confidence)
+        if gap <= max(MAX_GAP * interval, bridge_seconds + 1e-6):
             share = (time - first.time) / gap
             confidence = first.confidence + share * (second.confidence - first.confidence)
-            return Seen(track, first.box + share * (second.box - first.box), confidence)
+            return TrackedBox(track, first.box + share * (second.box - first.box), confidence)
+
+    # Extrapolate to the edge of the frame, or to the next keyframe
     for at, direction in ((before, 1), (after, -1)):
         if at is None:
             continue
-        sighting, box = track.sightings[at], track.moved(time, at)
-        passes = cautious or not within(track.moved(sighting.time + direction * interval, at), resolution_wh)
-        if abs(time - sighting.time) < interval * (1 - 1e-6) and passes and within(box, resolution_wh):
-            return Seen(track, box, sighting.confidence)
+        observation, box = track.observations[at], track.extrapolate(time, at)
+        next_box = track.extrapolate(observation.time + direction * interval, at)
+        is_extended = pad_to_keyframes or not is_center_inside(next_box, resolution_wh)
+        is_recent = abs(time - observation.time) < interval * (1 - 1e-6)
+        if is_recent and is_extended and is_center_inside(box, resolution_wh):
+            return TrackedBox(track, box, observation.confidence)
     return None

@@ -1,4 +1,4 @@
-"""Detection beside everything else: one thread that looks at keyframes, those of several sources in one call."""
+"""Detection on keyframes in a background thread, with one detector for all sources."""
 
 from __future__ import annotations
 
@@ -22,101 +22,108 @@ from moondream_cv.video.sources.frame import Frame
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 8  # keyframes in one call
+MAX_BATCH = 8  # keyframes in one detector call
 CLOSING_SECONDS = 1.0
-LAST_SECONDS = 10.0  # that a call may still take when the process ends
+EXIT_SECONDS = 10.0  # time limit for a running call when the process exits
 SMOOTHING = 0.3  # weight of the latest call in `seconds`
 
 Image = npt.NDArray[np.uint8]
-Found = Future["sv.Detections | None"]
-DetectOne = Callable[[Image, Sequence[str]], sv.Detections]
+DetectionFuture = Future["sv.Detections | None"]
+DetectorFunction = Callable[[Image, Sequence[str]], sv.Detections]
 
 
-_running: weakref.WeakSet[DetectionWorker] = weakref.WeakSet()
+_open: weakref.WeakSet[KeyframeDetector] = weakref.WeakSet()
 
 
 @atexit.register
-def _let_them_finish() -> None:
-    """PyTorch aborts a process that ends in the midst of a call. A second Ctrl-C may leave workers open."""
-    for worker in list(_running):
-        worker.close(LAST_SECONDS)
+def _close_all() -> None:
+    """Let running calls finish: PyTorch aborts a process that exits during a call."""
+    for detector in list(_open):
+        detector.close(EXIT_SECONDS)
 
 
 @dataclass(frozen=True, eq=False)
-class _Waiting:
+class _Pending:
     frame: Frame
-    source: str
-    number: int
-    found: Found
+    source_name: str
+    source: int
+    future: DetectionFuture
 
 
-class DetectionWorker:
-    """Looks at frames in a thread of its own, in the order in which they were submitted.
+class KeyframeDetector:
+    """Runs a detector on submitted keyframes, in the order of submission, in a background thread.
 
-    What a detector raises on a frame is logged, with the source's name, and the frame counts as one that was not looked
-    at: the frames after it may go well.
+    If the detector raises on a keyframe, the error is logged with the name of the source and the result is None. Later
+    keyframes are processed as usual.
 
     Attributes:
-        seconds: What a call has taken lately; 0 before the first one.
-        looked: Frames that have been looked at.
-        failed: Frames on which the detector raised.
+        seconds: Moving average of the duration of detector calls; 0 before the first one.
+        detections_run: Number of keyframes on which detection succeeded.
+        failed: Number of keyframes on which the detector raised.
     """
 
-    def __init__(self, detector: Detector | DetectOne, classes: Sequence[str]) -> None:
+    def __init__(self, detector: Detector | DetectorFunction, classes: Sequence[str]) -> None:
         """Start the thread.
 
         Args:
-            detector: A `Detector`, which gets all waiting frames at once, or anything that takes a BGR frame and the
-                classes and gives their detections.
-            classes: What to look for.
+            detector: A `Detector`, which gets the waiting keyframes of all sources in one call, or a function from a
+                BGR frame and the classes to `sv.Detections`.
+            classes: Class names.
         """
         self._detector, self._classes = detector, list(classes)
-        self._waiting: deque[_Waiting] = deque()
-        self._busy = 0
+        self._waiting: deque[_Pending] = deque()
+        self._running = 0
         self._changed = threading.Condition()
         self._closed = False
-        self._then: Callable[[], None] | None = None
-        self.seconds, self.looked, self.failed = 0.0, 0, 0
+        self._on_exit: Callable[[], None] | None = None
+        self.seconds, self.detections_run, self.failed = 0.0, 0, 0
         self._thread = threading.Thread(target=self._work, name="moondream_cv detection", daemon=True)
         self._thread.start()
-        _running.add(self)
+        _open.add(self)
 
-    def submit(self, frame: Frame, source: str, number: int = 0) -> Found:
-        """Have a frame looked at; the result is None where that failed, and cancelled once the worker is closed.
+    def submit(self, frame: Frame, source_name: str, source: int = 0) -> DetectionFuture:
+        """Queue a keyframe for detection.
 
         Args:
-            source: Its name, for messages.
-            number: Tells it from others, which may have the same name.
+            frame: The keyframe.
+            source_name: Name of the source in messages.
+            source: Index of the source. Keyframes of one source are never in the same call.
+
+        Returns:
+            A future of the detections, or of None if detection failed; cancelled if the detector is closed first.
         """
-        found: Found = Future()
+        future: DetectionFuture = Future()
         with self._changed:
             if self._closed:
-                found.cancel()
-                return found
-            self._waiting.append(_Waiting(frame, source, number, found))
+                future.cancel()
+                return future
+            self._waiting.append(_Pending(frame, source_name, source, future))
             self._changed.notify()
-        return found
+        return future
 
     @property
     def backlog(self) -> int:
-        """Frames that wait or are being looked at."""
+        """Number of keyframes that are queued or in the running call."""
         with self._changed:
-            return len(self._waiting) + self._busy
+            return len(self._waiting) + self._running
 
-    def close(self, wait: float | None = None, then: Callable[[], None] | None = None) -> bool:
-        """Take no more frames, cancel those that wait, and see whether the thread has ended.
+    def close(self, wait: float | None = None, on_exit: Callable[[], None] | None = None) -> bool:
+        """Cancel the queued keyframes and stop the thread after the running call.
 
         Args:
-            wait: Seconds to wait at the most for a call that is under way; None: `CLOSING_SECONDS`. A thread cannot be
-                stopped from outside. At the end of the process it is waited for longer.
-            then: Called by the thread when it has ended.
+            wait: Maximum seconds to wait for the running call; default: `CLOSING_SECONDS`. When the process exits, it
+                waits up to `EXIT_SECONDS`.
+            on_exit: Function that the thread calls when it ends.
+
+        Returns:
+            Whether the thread has ended.
         """
         with self._changed:
             if not self._closed:
-                self._then = then
+                self._on_exit = on_exit
             self._closed = True
-            for waiting in self._waiting:
-                waiting.found.cancel()
+            for pending in self._waiting:
+                pending.future.cancel()
             self._waiting.clear()
             self._changed.notify()
         if self._thread is not threading.current_thread():
@@ -127,75 +134,82 @@ class DetectionWorker:
         try:
             self._run()
         finally:
-            if self._then is not None:
-                self._then()
+            if self._on_exit is not None:
+                self._on_exit()
 
     def _run(self) -> None:
         while True:
+            # Wait for keyframes
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if self._closed:
                     return
-                batch = self._take()
-                self._busy = len(batch)
+                batch = self._next_batch()
+                self._running = len(batch)
+
+            # Run the detector
             start = time.perf_counter()
-            results = self._look(batch)
-            taken = time.perf_counter() - start
-            self.seconds = taken if self.seconds == 0 else self.seconds + SMOOTHING * (taken - self.seconds)
+            results = self._detect_batch(batch)
+            elapsed = time.perf_counter() - start
+            self.seconds = elapsed if self.seconds == 0 else self.seconds + SMOOTHING * (elapsed - self.seconds)
+
+            # Deliver the results
             with self._changed:
-                self._busy = 0
-            for waiting, result in zip(batch, results, strict=True):
-                self.looked += result is not None
+                self._running = 0
+            for pending, result in zip(batch, results, strict=True):
+                self.detections_run += result is not None
                 self.failed += result is None
-                waiting.found.set_result(result)
+                pending.future.set_result(result)
 
-    def _take(self) -> list[_Waiting]:
-        """Take the first frame of each source: while they are drawn, the next ones are looked at.
+    def _next_batch(self) -> list[_Pending]:
+        """Remove the first keyframe of each source from the queue: a source continues while its next keyframe waits.
 
-        A detector that takes one frame at a time gets one, so that none waits for another's result.
+        A detector for single frames gets one keyframe, so that no source waits for the result of another one.
         """
-        several = isinstance(self._detector, Detector)
-        batch: dict[int, _Waiting] = {}
-        for waiting in self._waiting:
-            if len(batch) < (MAX_BATCH if several else 1):
-                batch.setdefault(waiting.number, waiting)
-        for waiting in batch.values():
-            self._waiting.remove(waiting)
+        max_batch = MAX_BATCH if isinstance(self._detector, Detector) else 1
+        batch: dict[int, _Pending] = {}
+        for pending in self._waiting:
+            if len(batch) < max_batch:
+                batch.setdefault(pending.source, pending)
+        for pending in batch.values():
+            self._waiting.remove(pending)
         return list(batch.values())
 
-    def _look(self, batch: Sequence[_Waiting]) -> list[sv.Detections | None]:
+    def _detect_batch(self, batch: Sequence[_Pending]) -> list[sv.Detections | None]:
         if isinstance(self._detector, Detector) and len(batch) > 1:
             try:
-                return list(self._detector([waiting.frame.image for waiting in batch], self._classes))
-            except Exception:  # one by one shows whose it is
+                return list(self._detector([pending.frame.image for pending in batch], self._classes))
+            except Exception:  # retry one by one to find the frame that fails
                 logger.debug("a call with %d frames failed", len(batch), exc_info=True)
-        return [self._look_at(waiting) for waiting in batch]
+        return [self._detect(pending) for pending in batch]
 
-    def _look_at(self, waiting: _Waiting) -> sv.Detections | None:
+    def _detect(self, pending: _Pending) -> sv.Detections | None:
         try:
-            return _checked(self._detector(waiting.frame.image, self._classes), waiting.frame, len(self._classes))
-        except BaseException as error:  # whatever a model, a server or a user's own detector can raise, sys.exit() too
+            detections = self._detector(pending.frame.image, self._classes)
+            return _check_detections(detections, pending.frame, len(self._classes))
+        except BaseException as error:  # custom detectors may raise anything, including SystemExit
             text = str(error) or type(error).__name__
-            logger.warning("%s: the detector failed on frame %d: %s", waiting.source, waiting.frame.index, text)
+            logger.warning("%s: the detector failed on frame %d: %s", pending.source_name, pending.frame.index, text)
             return None
 
 
-def _checked(found: Any, frame: Frame, classes: int) -> sv.Detections:
-    """Detections that can be tracked: those of a user's own detector may be anything.
+def _check_detections(detections: Any, frame: Frame, num_classes: int) -> sv.Detections:
+    """Validate the result of a detector, which may be custom code, and drop the boxes outside the frame.
 
     Raises:
-        TypeError: They are no `sv.Detections`.
-        ValueError: A box or a class is impossible. What lies outside the frame is just left out.
+        TypeError: The result is not `sv.Detections`.
+        ValueError: A box or a class ID is invalid.
     """
-    if not isinstance(found, sv.Detections):
-        raise TypeError(f"it gave {type(found).__name__} instead of sv.Detections")
-    if not len(found):
-        return found
-    if found.class_id is not None and not (found.class_id.min() >= 0 and found.class_id.max() < classes):
-        raise ValueError(f"it gave class_id {found.class_id.tolist()}, and there are {classes} classes, from 0 on")
-    x_min, y_min, x_max, y_max = np.asarray(found.xyxy, np.float64).T
-    if not np.isfinite(found.xyxy).all() or (x_min > x_max).any() or (y_min > y_max).any():
-        raise ValueError(f"it gave boxes {found.xyxy.tolist()}, which must be x_min, y_min, x_max, y_max in pixels")
+    if not isinstance(detections, sv.Detections):
+        raise TypeError(f"the detector must return sv.Detections, got {type(detections).__name__}")
+    if not len(detections):
+        return detections
+    class_id = detections.class_id
+    if class_id is not None and not (class_id.min() >= 0 and class_id.max() < num_classes):
+        raise ValueError(f"class_id must be between 0 and {num_classes - 1}, got {class_id.tolist()}")
+    x_min, y_min, x_max, y_max = np.asarray(detections.xyxy, np.float64).T
+    if not np.isfinite(detections.xyxy).all() or (x_min > x_max).any() or (y_min > y_max).any():
+        raise ValueError(f"boxes must be x_min, y_min, x_max, y_max in pixels, got {detections.xyxy.tolist()}")
     height, width = frame.image.shape[:2]
-    within = (x_min < width) & (y_min < height) & (x_max > 0) & (y_max > 0)
-    return found if within.all() else cast(sv.Detections, found[within])
+    inside = (x_min < width) & (y_min < height) & (x_max > 0) & (y_max > 0)
+    return detections if inside.all() else cast(sv.Detections, detections[inside])

@@ -12,14 +12,14 @@ Detection and association are left to other modules.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
 
-from moondream_cv.video.tracking.tracks import SPEED_SPAN
+from moondream_cv.video.tracking.tracks import VELOCITY_SECONDS
 
 BRIDGE_SECONDS = 0.7
 LOOKAHEAD = 2  # bridges after a frame whose detections are used: a gap of that length can be interpolated
@@ -77,7 +77,7 @@ class Redactor:
     def cover(
         self,
         time: float,
-        classes: Sequence[str],
+        classes: Sequence[str] | Mapping[int, str],
         resolution_wh: tuple[int, int],
         *,
         interval: float = 0.0,
@@ -212,8 +212,8 @@ class _Motion:
         number = np.arange(len(times))
 
         # Velocities
-        first = np.minimum(np.searchsorted(times, times - SPEED_SPAN - _ROUNDING), number - 1)
-        last = np.maximum(np.searchsorted(times, times + SPEED_SPAN + _ROUNDING, side="right") - 1, number + 1)
+        first = np.minimum(np.searchsorted(times, times - VELOCITY_SECONDS - _ROUNDING), number - 1)
+        last = np.maximum(np.searchsorted(times, times + VELOCITY_SECONDS + _ROUNDING, side="right") - 1, number + 1)
         self.velocity_before = _velocities(times, centers, first, 2 * covered)
         self.velocity_after = _velocities(times, centers, last, 2 * covered)
 

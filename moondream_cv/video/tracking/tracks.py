@@ -1,8 +1,6 @@
-"""Where an object was seen, and where it is in between.
+"""Tracks: the observations of one object on keyframes, and its motion.
 
-A track is what has been seen of one object on keyframes: frames on which a detector looked. Between two of them its box
-moves in a straight line; after the last one it goes on as it went. How detections come to be one track is left to
-`tracking.py`.
+Between two observations, a box moves in a straight line. After the last one, it continues at constant velocity.
 """
 
 from __future__ import annotations
@@ -17,17 +15,17 @@ import numpy.typing as npt
 
 Box = npt.NDArray[np.float64]  # [4] x_min, y_min, x_max, y_max in pixels
 
-KEPT = 8  # last sightings of a track that are remembered, however old they are
-SPEED_SPAN = 0.35  # seconds back from a sighting over which its speed is taken, or to the one before
+MIN_OBSERVATIONS = 8  # latest observations of a track that are kept, whatever their age
+VELOCITY_SECONDS = 0.35  # period before an observation over which its velocity is averaged
 
 
-class Sighting(NamedTuple):
-    """An object on a keyframe.
+class Observation(NamedTuple):
+    """One detection of an object on a keyframe.
 
     Attributes:
-        time: In seconds.
-        box: Where it was.
-        confidence: Of the detection.
+        time: Time of the keyframe in seconds.
+        box: [4] detected box in pixels.
+        confidence: Confidence of the detection.
     """
 
     time: float
@@ -37,67 +35,84 @@ class Sighting(NamedTuple):
 
 @dataclass(eq=False)
 class Track:
-    """An object that has been seen once or more.
+    """One object with its latest observations.
 
     Attributes:
-        tracker_id: Its number, from 1, which no other object has.
-        class_id: What it is.
-        sightings: The last of them, in the order of time.
+        tracker_id: Track ID from 1, unique within the stream.
+        class_id: Class ID of the object.
+        observations: Latest observations, in order of time.
     """
 
     tracker_id: int
     class_id: int
-    sightings: deque[Sighting] = field(default_factory=deque)
+    observations: deque[Observation] = field(default_factory=deque)
 
-    def add(self, sighting: Sighting, history: float = 0.0) -> None:
-        """Append a sighting, and drop those that are neither among the last `KEPT` nor within `history` seconds."""
-        self.sightings.append(sighting)
-        while len(self.sightings) > KEPT and sighting.time - self.sightings[0].time > history:
-            self.sightings.popleft()
+    def add(self, observation: Observation, history: float = 0.0) -> None:
+        """Append an observation, and drop those older than `history` seconds except the last `MIN_OBSERVATIONS`."""
+        self.observations.append(observation)
+        while len(self.observations) > MIN_OBSERVATIONS and observation.time - self.observations[0].time > history:
+            self.observations.popleft()
 
     @property
-    def last(self) -> Sighting:
-        return self.sightings[-1]
+    def last(self) -> Observation:
+        """Latest observation."""
+        return self.observations[-1]
 
     def velocity(self, at: int = -1) -> npt.NDArray[np.float64]:
-        """[2] pixels a second of its centre at a sighting; 0 where it has been seen just once.
+        """Return the velocity of the center at an observation.
 
-        At the first sighting it is taken from what follows, at others from what was before.
+        The first observation has the velocity towards the next one; the others have the velocity from the observations
+        before them.
+
+        Args:
+            at: Index of the observation.
+
+        Returns:
+            [2] pixels per second; zeros if the track has one observation.
         """
-        seen = list(self.sightings)
-        at = at % len(seen)
-        if len(seen) == 1:
+        observations = list(self.observations)
+        at = at % len(observations)
+        if len(observations) == 1:
             return np.zeros(2)
         other = 1 if at == 0 else at - 1
-        while 0 < other < at and seen[at].time - seen[other - 1].time <= SPEED_SPAN:
+        while 0 < other < at and observations[at].time - observations[other - 1].time <= VELOCITY_SECONDS:
             other -= 1
-        elapsed = seen[at].time - seen[other].time
+        elapsed = observations[at].time - observations[other].time
         if elapsed == 0:
             return np.zeros(2)
-        velocity: npt.NDArray[np.float64] = (centre(seen[at].box) - centre(seen[other].box)) / elapsed
+        shift = box_center(observations[at].box) - box_center(observations[other].box)
+        velocity: npt.NDArray[np.float64] = shift / elapsed
         return velocity
 
     def around(self, time: float) -> tuple[int | None, int | None]:
-        """Numbers of the last sighting up to a time and of the first one from it on; None where there is none."""
-        before = bisect_right(self.sightings, time, key=lambda s: s.time) - 1
-        after = bisect_left(self.sightings, time, key=lambda s: s.time)
-        return (before if before >= 0 else None), (after if after < len(self.sightings) else None)
+        """Return the indices of the last observation up to a time and of the first one from that time on.
 
-    def moved(self, time: float, at: int = -1) -> Box:
-        """Its box at another time, had it gone on from a sighting, or come to it, in a straight line."""
-        sighting = self.sightings[at]
-        shift = self.velocity(at) * (time - sighting.time)
-        box: Box = sighting.box + np.concatenate((shift, shift))
+        An index is None if there is no such observation.
+        """
+        before = bisect_right(self.observations, time, key=lambda o: o.time) - 1
+        after = bisect_left(self.observations, time, key=lambda o: o.time)
+        return (before if before >= 0 else None), (after if after < len(self.observations) else None)
+
+    def extrapolate(self, time: float, at: int = -1) -> Box:
+        """Return the box at a time before or after an observation, assuming constant velocity.
+
+        Args:
+            time: Time in seconds.
+            at: Index of the observation to start from.
+        """
+        observation = self.observations[at]
+        shift = self.velocity(at) * (time - observation.time)
+        box: Box = observation.box + np.concatenate((shift, shift))
         return box
 
 
-def centre(box: Box) -> npt.NDArray[np.float64]:
-    """[2] x and y."""
-    middle: npt.NDArray[np.float64] = (box[:2] + box[2:]) / 2
-    return middle
+def box_center(box: Box) -> npt.NDArray[np.float64]:
+    """Return the center of a box, [2] x and y."""
+    center: npt.NDArray[np.float64] = (box[:2] + box[2:]) / 2
+    return center
 
 
-def within(box: Box, resolution_wh: tuple[int, int]) -> bool:
-    """Whether a box's centre lies in the frame."""
-    x, y = centre(box)
+def is_center_inside(box: Box, resolution_wh: tuple[int, int]) -> bool:
+    """Return whether the center of a box is inside the frame."""
+    x, y = box_center(box)
     return bool(0 <= x < resolution_wh[0] and 0 <= y < resolution_wh[1])
