@@ -14,6 +14,7 @@ def test_there_are_notebooks() -> None:
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs_and_shows_its_pictures(path: Path) -> None:
     nbformat = pytest.importorskip("nbformat", reason="needs the extra moondream-cv[notebooks]")

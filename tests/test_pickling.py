@@ -55,6 +55,7 @@ def test_detectors_go_to_spawned_processes(kind: type[Detector], frame: np.ndarr
         assert np.array_equal(pool.apply(detect, (detector, frame)), detect(detector, frame))
 
 
+@pytest.mark.slow
 def test_detectors_go_to_the_workers_of_a_data_loader(frame: np.ndarray) -> None:
     detector = Detector("tiny", device="cpu")
     frames = [frame, frame[::-1].copy()]
@@ -84,6 +85,7 @@ def test_models_are_pickled_by_name(frame: np.ndarray, tmp_path: Path, monkeypat
     assert pickle.loads(pickle.dumps(again)).fingerprint() == model.fingerprint()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["absolute", "Path", "file", "home"])
 def test_folders_are_pickled_by_absolute_path(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(GOLDEN)

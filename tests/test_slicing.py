@@ -50,6 +50,7 @@ def slicer_of(find: Find, **options: Any) -> sv.InferenceSlicer:
     return sv.InferenceSlicer(find, slice_wh=256, overlap_wh=48, overlap_metric=sv.OverlapMetric.IOS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [5, 7])
 def test_slices_find_what_the_whole_image_hides(seed: int, example: ModuleType, tiny: LocalModel) -> None:
     scene = example.render_small_objects(seed)
@@ -103,6 +104,7 @@ def test_objects_larger_than_a_slice_come_from_the_whole_image() -> None:
     assert sorted(both.xyxy.tolist()) == [[20, 20, 180, 180], [185, 5, 190, 10]]
 
 
+@pytest.mark.slow
 def test_the_example_runs(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

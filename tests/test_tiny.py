@@ -41,6 +41,7 @@ def scene() -> Scene:
     return render_scene(5, resolution_wh=(320, 240), names=NAMES, style="plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", ["own", "alternate"])
 def test_knows_its_world(tiny: LocalModel, renderer: str) -> None:
     figures = evaluate_scenes(tiny, held_out_scenes(renderer, 25)).metrics()
@@ -48,6 +49,7 @@ def test_knows_its_world(tiny: LocalModel, renderer: str) -> None:
     assert figures["absent names answered with nothing"] >= 0.9
 
 
+@pytest.mark.slow
 def test_bfloat16_drifts_little(tiny: LocalModel) -> None:
     scenes = list(held_out_scenes("own", 25))
     with load("tiny", device="cpu", dtype="bfloat16") as rounded:

@@ -52,6 +52,7 @@ def _changed(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_changed")
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_replies_equal_the_published_ones(name: str) -> None:
@@ -61,6 +62,7 @@ def test_replies_equal_the_published_ones(name: str) -> None:
     assert got == {skill: expected[skill] for skill in got}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_changed")
 def test_replies_with_an_adapter_equal_the_published_ones() -> None:
     folder = GOLDEN / "mha"

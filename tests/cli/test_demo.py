@@ -59,6 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, scenes: list[Scene], *arguments: str, w
     return CliRunner().invoke(app, ["demo", *arguments])
 
 
+@pytest.mark.slow
 def test_what_is_right_counts_as_right(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, scenes, "-o", str(tmp_path / "demo"))
     assert result.exit_code == 0, result.stderr
@@ -74,6 +75,7 @@ def test_what_is_right_counts_as_right(scenes: list[Scene], tmp_path: Path, monk
         Image.open(path).load()
 
 
+@pytest.mark.slow
 def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     demo = CliRunner().invoke(app, ["demo", "--device", "cpu"])
@@ -97,6 +99,7 @@ def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypa
     assert {*namespace["detections"].data["class_name"]} == {*names}
 
 
+@pytest.mark.slow
 def test_mistakes_are_shown(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, scenes, "-o", str(tmp_path), "--json", wrong=True)
     assert result.exit_code == 0
@@ -110,6 +113,7 @@ def test_mistakes_are_shown(scenes: list[Scene], tmp_path: Path, monkeypatch: py
     assert all(Path(image["image"]).is_file() for image in document["images"])
 
 
+@pytest.mark.slow
 def test_the_clip_is_tracked(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, scenes, "-o", str(tmp_path), "--json")
     assert result.exit_code == 0, result.stderr

@@ -83,6 +83,7 @@ def memory(request: pytest.FixtureRequest) -> Memory:
     return Memory(load(name, device="cpu", dtype="float32"))
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_company_changes_nothing(memory: Memory, data: st.DataObject) -> None:
@@ -96,6 +97,7 @@ def test_company_changes_nothing(memory: Memory, data: st.DataObject) -> None:
         assert_same(memory.model, one, memory.alone(one), reply)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_that_come_and_go_change_nothing(memory: Memory, seed: int) -> None:

@@ -77,6 +77,7 @@ def boxes(model: LocalModel, encoded: EncodedImage, names: Sequence[str] = NAMES
 # --- several frames ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [encoding.TOKENS_PER_PASS, 3000], ids=["one pass", "passes of 4"])
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_a_batch_gives_the_published_values(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +224,7 @@ def test_only_what_changed_is_encoded_again(tiny: LocalModel, scene: np.ndarray,
     np.testing.assert_array_equal(before[1], first.crops)
 
 
+@pytest.mark.slow
 def test_two_of_nine_crops_of_the_full_size() -> None:
     model = load(str(GOLDEN / "mha"), device="cpu", dtype="float32")
     frame = to_rgb(GOLDEN / "mha" / "images" / "1_640x480.png")

@@ -273,6 +273,7 @@ def test_compile_is_rejected_on_a_cpu_with_the_reason(model: LocalModel) -> None
         model.compile()
 
 
+@pytest.mark.slow
 def test_compile_warms_up_the_encoder_and_leaves_the_decoder(frame: np.ndarray) -> None:
     model, plain = random_model(), random_model()
     compiled: list[int] = []

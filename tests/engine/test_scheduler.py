@@ -827,6 +827,7 @@ class OutOfMemoryAt(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", range(4))
 def test_running_out_of_memory_anywhere_loses_nothing(model: LocalModel, start: int) -> None:
     """A prime stride, so that the faults of several runs fall on different operations."""

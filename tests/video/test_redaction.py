@@ -177,6 +177,7 @@ def decoded(path: Path) -> Iterator[np.ndarray]:
 # Properties ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("missed", "limit"), [(0.1, 0.005), (0.3, 0.005), (0.5, 0.01)])
 @pytest.mark.parametrize("every", [1, 5, 15])
 def test_objects_are_blurred_within_the_bridge_of_a_detection(
@@ -209,6 +210,7 @@ def demo() -> tuple[list[np.ndarray], list[list[np.ndarray]], dict[bytes, sv.Det
     return frames, circles, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 5, 15])
 def test_circles_of_the_demo_are_covered_between_their_detections(
     every: int, demo: tuple[list[np.ndarray], list[list[np.ndarray]], dict[bytes, sv.Detections]]
@@ -257,6 +259,7 @@ def test_unredacted_frames_keep_their_texture(tmp_path: Path) -> None:
     assert np.mean(covered) < 0.2  # of the frame
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 5])
 def test_track_ids_do_not_matter(every: int) -> None:
     total = exposed = 0
