@@ -111,7 +111,7 @@ demo: $(BASE) ## Run the tiny model on rendered scenes; writes images and a vide
 
 test-quick: $(DEV) ## Run the tests that start no server, browser or other process (2 minutes)
 	$(call PYTEST,$(PY)) -m "not system and not slow and not download and not gpu and not roboflow and not soak" \
-	  --durations 5 $(PYTEST_ARGS)
+	  --cpu-limit 10 --durations 5 $(PYTEST_ARGS)
 
 test: test-package test-roboflow ## Run all tests
 

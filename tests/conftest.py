@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,12 +16,28 @@ if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of `make test-quick`."""
+    parser.addoption("--cpu-limit", type=float, default=None, help="Maximum CPU time of a test in seconds.")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that start a server, a browser or another process; `make test-quick` leaves them out."""
     known: dict[object, bool] = {}
     for item in items:
         if is_system_test(item, known):
             item.add_marker("system")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a test that exceeds the CPU limit. CPU time does not depend on the load of the machine."""
+    limit = item.config.getoption("--cpu-limit")
+    started = time.process_time()
+    yield
+    seconds = time.process_time() - started
+    if limit is not None and seconds > limit:
+        pytest.fail(f"took {seconds:.1f} s of CPU time, limit {limit:g} s: speed it up or mark it as slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
