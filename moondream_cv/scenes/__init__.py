@@ -1,7 +1,6 @@
-"""Synthetic scenes and clips with ground truth: a small world of colored shapes and icons.
+"""Synthetic scenes and clips with ground truth: colored shapes and icons on random backgrounds.
 
-Used by training, tests, demos and notebooks; it knows nothing of models. Nothing heavy is imported until a name is
-used.
+Training, tests, the demo and the notebooks use them. Dependencies are imported on first use of a name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A second renderer for held-out evaluation only; a model must never be trained on its pictures.
+"""A second renderer for held-out evaluation. Never train a model on its images.
 
-It shares the vocabulary, the icons and the result type with `moondream_cv.scenes.render`, and no drawing code: shapes
-are built from Pillow's primitives at four times the size and scaled down, backgrounds are of other kinds, objects sit
-in the cells of a loose grid. What a model gets right here it has not learned from one renderer's habits. Speed is no
-aim.
+It shares the vocabulary, the icons and the result type with `moondream_cv.scenes.render`, but no drawing code: shapes
+are Pillow primitives, rendered at four times the size and scaled down; the backgrounds differ; objects are placed in
+the cells of a loose grid. Accuracy on these images shows that a model has not overfitted to the training renderer. The
+renderer is not optimized for speed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Color = tuple[int, int, int]
 
 
 def _upright(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
-    """Draw an upright shape as a white-on-black mask of `side` x `side` pixels, with a margin of an eighth."""
+    """Draw an upright shape as a white-on-black mask of `side` x `side` pixels, with a margin of 1/8 on each side."""
     mask = Image.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
     low, high = side / 8, side * 7 / 8
@@ -54,7 +54,7 @@ def _upright(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
         ]
         draw.polygon(corners, fill=255)
     else:
-        # A heart is a square standing on its corner with a disc on each upper side.
+        # A heart is a square turned by 45 degrees, with a disc on each upper side.
         edge = span * 0.56
         tip, reach = high - span * 0.04, edge / math.sqrt(2)
         left, right, top = (middle - reach, tip - reach), (middle + reach, tip - reach), (middle, tip - 2 * reach)
@@ -66,8 +66,8 @@ def _upright(shape: str, side: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _shape_layer(color: str, shape: str, size: float, rng: np.random.Generator) -> Image.Image:
-    """Draw a colored shape, turned by up to ten degrees, as an RGBA picture cropped to what is visible."""
-    side = round(size * 4 / 3)  # the mask's margin is an eighth on either side
+    """Draw a colored shape, rotated by up to 10 degrees, as an RGBA image."""
+    side = round(size * 4 / 3)  # the mask has a margin of 1/8 on each side
     mask = _upright(shape, side * _OVERSAMPLING, rng)
     if rng.random() < 0.5:
         mask = mask.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BICUBIC)
@@ -80,7 +80,7 @@ def _shape_layer(color: str, shape: str, size: float, rng: np.random.Generator) 
 
 
 def _icon_layer(name: str, size: float, rng: np.random.Generator) -> Image.Image:
-    """Draw an icon, sometimes mirrored or turned by up to eight degrees, as an RGBA picture."""
+    """Draw an icon, sometimes mirrored or rotated by up to 8 degrees, as an RGBA image."""
     sprite = icon_levels(name)[0]
     icon = Image.fromarray(np.dstack([sprite.rgb, sprite.alpha]))
     if rng.random() < 0.2:
@@ -89,12 +89,12 @@ def _icon_layer(name: str, size: float, rng: np.random.Generator) -> Image.Image
         icon = icon.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BICUBIC, expand=True)
     scale = size / max(icon.size)
     target = (max(2, round(icon.width * scale)), max(2, round(icon.height * scale)))
-    # Premultiplied, so that the resampling filter takes no color from transparent pixels.
+    # Premultiplied alpha keeps the colors of transparent pixels out of the resampled edges.
     return icon.convert("RGBa").resize(target, Image.Resampling.LANCZOS).convert("RGBA")
 
 
 def _background_tone(avoid: Sequence[Sequence[float]], rng: np.random.Generator) -> tuple[_Color, _Color]:
-    """Draw two related tones as far from the objects' colors as twenty attempts allow."""
+    """Draw two related tones that differ from the objects' colors: the best of 20 attempts."""
     best: tuple[float, list[npt.NDArray[np.float64]]] = (-1.0, [])
     for _ in range(20):
         mix = rng.uniform(0.55, 0.95)  # share of gray: pastel, dusk or slate
@@ -112,7 +112,7 @@ def _background_tone(avoid: Sequence[Sequence[float]], rng: np.random.Generator)
 
 
 def _background(size: tuple[int, int], tones: tuple[_Color, _Color], rng: np.random.Generator) -> Image.Image:
-    """Draw one of seven backgrounds in two tones."""
+    """Draw one of seven kinds of background in two tones."""
     width, height = size
     image = Image.new("RGB", size, tones[0])
     draw = ImageDraw.Draw(image)
@@ -141,7 +141,7 @@ def _background(size: tuple[int, int], tones: tuple[_Color, _Color], rng: np.ran
 
 
 def _with_halo(layer: Image.Image, light: bool) -> Image.Image:
-    """Surround a layer with a two-pixel line, for objects that would not show on their background."""
+    """Outline a layer by two pixels, for objects that would not stand out from the background."""
     padded = Image.new("RGBA", (layer.width + 6, layer.height + 6))
     padded.paste(layer, (3, 3))
     halo = Image.new("RGBA", padded.size, (250, 250, 250, 0) if light else (30, 30, 30, 0))
@@ -150,21 +150,22 @@ def _with_halo(layer: Image.Image, light: bool) -> Image.Image:
 
 
 def _visible_box(layer: Image.Image) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the pixels that are more than half opaque."""
     box = layer.getchannel("A").point([0] * 128 + [255] * 128).getbbox()
     if box is None:
-        raise AssertionError("an object is drawn with visible pixels")
+        raise AssertionError("the object has no visible pixels")
     return box
 
 
 def _cells(size: tuple[int, int], count: int) -> tuple[int, int, float]:
-    """Return columns, rows and the cell's short side of a grid with room for `count` objects."""
+    """Return the columns, the rows and the short side of a cell, in pixels, of a grid for `count` objects."""
     grids = ((columns, -(-count // columns)) for columns in range(1, count + 1))
     columns, rows = max(grids, key=lambda grid: min(size[0] / grid[0], size[1] / grid[1]))
     return columns, rows, min(size[0] / columns, size[1] / rows)
 
 
 def _sample(rng: np.random.Generator, count: int) -> list[str]:
-    """Draw names: a few classes, so that several objects often share one."""
+    """Draw object names from a few classes, so that objects often share a class."""
     pool = list(rng.choice(COLORED_SHAPES, 3)) + list(rng.choice(ICONS, 3))
     return [str(rng.choice(pool)) for _ in range(count)]
 
@@ -176,29 +177,34 @@ def render_alternate(
     num_objects: int | tuple[int, int] | None = None,
     names: Sequence[str] | None = None,
 ) -> Scene:
-    """Render one scene with its ground truth, in the held-out manner.
+    """Render one held-out scene with its ground truth.
 
     Args:
-        seed: A seed, which fixes the scene, or a generator to draw from.
-        resolution_wh: Width and height in pixels; None draws a common frame, mostly 640 x 480.
-        num_objects: How many objects, an inclusive range to draw from, or None for 1 to 7.
-        names: Exactly the objects to draw instead of a random choice, with full names such as ``"red circle"``.
+        seed: Seed that determines the scene, or a random generator.
+        resolution_wh: Width and height in pixels; None draws a common size, mostly 640 x 480.
+        num_objects: Number of objects, or an inclusive range of it; None: 1 to 7.
+        names: Full names of the objects, such as ``"red circle"``, instead of random ones.
 
     Raises:
-        ValueError: If a name is unknown or lacks its color.
+        ValueError: A name is unknown, or is a shape without a color.
     """
+    # Choose the size and the objects
     rng = np.random.default_rng(seed)
     size = resolution_wh or _FRAMES[int(rng.integers(len(_FRAMES)))]
     low, high = (num_objects, num_objects) if isinstance(num_objects, int) else num_objects or (1, 7)
     chosen = _sample(rng, int(rng.integers(low, high + 1))) if names is None else list(names)
     for name in chosen:
         if name not in ICONS and split_name(name)[0] is None:
-            raise ValueError(f"{name!r} has no color to paint it in; say for example {'red ' + name!r}")
+            raise ValueError(f"{name!r} has no color; use a full name such as {'red ' + name!r}")
+
+    # Draw the background
     columns, rows, cell = _cells(size, max(len(chosen), 2))
     parts = [split_name(name) for name in chosen]
     representative = [COLORS[color] if color else icon_levels(shape)[0].rgb.mean((0, 1)) for color, shape in parts]
     tones = _background_tone(representative, rng)
     image = _background(size, tones, rng)
+
+    # Draw the objects into the cells of the grid
     objects = []
     places = rng.permutation(columns * rows)[: len(chosen)]
     for name, (color, shape), rgb, place in zip(chosen, parts, representative, places.tolist(), strict=True):

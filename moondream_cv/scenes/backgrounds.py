@@ -1,9 +1,8 @@
-"""Backgrounds of training scenes: plain, gradients, blobs, stripes, patches, clutter and grain, light to dark.
+"""Backgrounds of training scenes: plain, gradients, blobs, stripes, patches, clutter and grain, from light to dark.
 
-Every background is made of a few muted or pale tones around one base color, so that nothing in it could be taken for
-an object; most are made small and enlarged, because time per image counts. Which base color leaves the objects visible
-is decided here from the objects' colors; whether each object stands out where it lies is checked in
-`moondream_cv.scenes.render`.
+Each background uses a few muted or pale tones around one base color, so that no part of it resembles an object. For
+speed, most are drawn small and enlarged. The base color is chosen to contrast with the objects of the scene;
+`moondream_cv.scenes.render` checks the contrast at the position of each object.
 """
 
 from __future__ import annotations
@@ -21,26 +20,31 @@ Float32 = npt.NDArray[np.float32]
 
 
 def color_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return how different RGB colors (0..255, [..., 3]) look: 0 for equal, about 765 for black and white.
+    """Return the perceptual distance of RGB colors: 0 for equal colors, about 765 for black and white.
 
-    A weighted Euclidean distance ("redmean", https://www.compuphase.com/cmetric.htm) with constant weights.
+    The metric is a weighted Euclidean distance ("redmean", https://www.compuphase.com/cmetric.htm) with constant
+    weights.
+
+    Args:
+        first: [..., 3] RGB, 0..255.
+        second: [..., 3] RGB, 0..255, broadcast against `first`.
     """
     delta = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     return np.asarray(np.sqrt((delta * delta) @ (2.5, 4.0, 2.5)))
 
 
 def base_color(rng: np.random.Generator, avoid: Sequence[tuple[float, float, float]]) -> npt.NDArray[np.float64]:
-    """Draw a background's base color away from the colors of the objects.
+    """Draw a base color that differs from the colors of the objects.
 
     Args:
         rng: Source of randomness.
-        avoid: RGB of the objects, 0..255.
+        avoid: RGB of each object, 0..255.
 
     Returns:
         [3] RGB, 0..255.
     """
     count = 12
-    # Brightness is uniform over dark, mid and light; chroma mostly small: a strong color would be an object's.
+    # Brightness is uniform; chroma is mostly small, because saturated colors belong to objects.
     brightness = rng.uniform(12, 250, (count, 1))
     chroma = np.minimum(np.abs(rng.normal(0, 26, (count, 1))), 70)
     tint = rng.normal(0, 1, (count, 3))
@@ -56,14 +60,21 @@ def base_color(rng: np.random.Generator, avoid: Sequence[tuple[float, float, flo
 
 @cache
 def _grain(mono: bool) -> UInt8:
-    """Return a fixed sheet of noise around 128 with deviation 40 ([900, 1500, 3] uint8), for scenes to cut from."""
+    """Return a fixed sheet of noise, [900, 1500, 3] uint8, with mean 128 and standard deviation 40."""
     rng = np.random.default_rng(20)
     noise = rng.normal(128, 40, (900, 1500, 1 if mono else 3)).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(np.repeat(noise, 3, 2)) if mono else noise
 
 
 def add_grain(image: UInt8, rng: np.random.Generator, deviation: float, *, mono: bool = False) -> UInt8:
-    """Return the image ([H, W, 3] uint8) with normal noise of the given deviation in levels."""
+    """Add Gaussian noise to an image.
+
+    Args:
+        image: [H, W, 3] uint8, RGB.
+        rng: Source of randomness.
+        deviation: Standard deviation in levels.
+        mono: Add the same noise to all channels.
+    """
     height, width = image.shape[:2]
     sheet = _grain(mono)
     if height > sheet.shape[0] or width > sheet.shape[1]:
@@ -76,25 +87,27 @@ def add_grain(image: UInt8, rng: np.random.Generator, deviation: float, *, mono:
 
 
 def _enlarged(small: npt.NDArray[np.float64] | Float32, size: tuple[int, int], smooth: bool = True) -> UInt8:
-    """Enlarge a small color field ([h, w, 3], 0..255) to `size` (width, height)."""
+    """Enlarge a small color field, [h, w, 3], 0..255, to `size`, width and height in pixels."""
     field = np.asarray(np.clip(small, 0, 255), np.uint8)
     method = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST
     return np.asarray(cv2.resize(field, size, interpolation=method), np.uint8)
 
 
 def _tones(rng: np.random.Generator, base: npt.NDArray[np.float64], spread: float, count: int) -> Float32:
-    """Draw `count` tones around the base color ([count, 3]): mostly lighter and darker, a little in hue."""
+    """Draw `count` tones around the base color, [count, 3], that differ mostly in brightness and slightly in hue."""
     light = rng.normal(0, spread, (count, 1))
     return (base + light + rng.normal(0, spread * 0.35, (count, 3))).astype(np.float32)
 
 
 def _plain(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
+    """Draw one flat color."""
     image = np.empty((size[1], size[0], 3), np.uint8)
     cv2.rectangle(image, (0, 0), size, base.tolist(), -1)
     return image
 
 
 def _linear(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
+    """Draw a linear gradient."""
     start, end = _tones(rng, base, spread * 1.2, 2)
     angle = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[-1:1:24j, -1:1:24j]
@@ -103,6 +116,7 @@ def _linear(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple
 
 
 def _radial(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
+    """Draw a radial gradient."""
     inner, outer = _tones(rng, base, spread * 1.2, 2)
     cx, cy = rng.uniform(-0.8, 0.8, 2)
     y, x = np.mgrid[-1:1:24j, -1:1:24j]
@@ -111,7 +125,7 @@ def _radial(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple
 
 
 def _blobs(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """Noise at two or three scales: clouds, foliage, a photograph's blur."""
+    """Draw noise at three scales, like clouds, foliage or an out-of-focus photograph."""
     field = np.zeros((48, 64, 3), np.float32) + base.astype(np.float32)
     for cells in (2, int(rng.integers(3, 7)), int(rng.integers(7, 20))):
         grid = _tones(rng, np.zeros(3), spread * rng.uniform(0.2, 0.9), cells * (cells + 1))
@@ -121,7 +135,7 @@ def _blobs(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[
 
 
 def _stripes(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """Bars in one direction, straight or at an angle, hard or soft."""
+    """Draw parallel bars, axis-aligned or at an angle, with hard or soft edges."""
     width, height = size
     tones = _tones(rng, base, spread * 0.9, int(rng.integers(2, 4)))
     angle = (0.0, math.pi / 2, float(rng.uniform(0, math.pi)))[int(rng.integers(3))]
@@ -138,7 +152,7 @@ def _stripes(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tupl
 
 
 def _checker(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """A board or a mosaic of at most faintly different tiles: a bold tile would itself be a square."""
+    """Draw a checkerboard or mosaic of low contrast; tiles of high contrast would look like squares."""
     tile = float(rng.uniform(0.06, 0.3)) * min(size)
     columns, rows = math.ceil(size[0] / tile), math.ceil(size[1] / tile)
     if rng.random() < 0.5:
@@ -151,7 +165,7 @@ def _checker(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tupl
 
 
 def _lines(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """A grid of thin lines, as graph paper or tiles."""
+    """Draw a grid of thin lines, like graph paper or tiles."""
     image = _plain(rng, base, size, spread)
     tone = _tones(rng, base, spread, 1)[0].clip(0, 255).tolist()
     step_x, step_y = (rng.uniform(0.05, 0.3, 2) * min(size)).tolist()
@@ -165,7 +179,7 @@ def _lines(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[
 
 
 def _patches(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """Large rectangles of muted tones, long or cut by the frame, as walls and furniture."""
+    """Draw large, elongated rectangles of muted tones, like walls and furniture."""
     image = _plain(rng, base, size, spread)
     for tone in _tones(rng, base, spread * 0.8, int(rng.integers(2, 9))).clip(0, 255).tolist():
         x, y = (int(v) for v in rng.uniform(-0.2, 0.9, 2) * size)
@@ -178,7 +192,7 @@ def _patches(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tupl
 
 
 def _scribbles(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """Loose strokes across the frame: clutter that belongs to no object."""
+    """Draw loose strokes across the frame as clutter."""
     image = _linear(rng, base, size, spread * 0.5)
     thin = max(1, min(size) // 120)
     for tone in _tones(rng, base, spread, int(rng.integers(3, 14))).clip(0, 255).tolist():
@@ -189,7 +203,7 @@ def _scribbles(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tu
 
 
 def _streaks(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """Grain drawn out in one direction, as wood, brushed metal or paper."""
+    """Draw grain stretched in one direction, like wood, brushed metal or paper."""
     along = (int(rng.integers(2, 6)), int(rng.integers(40, 160)))
     cells = along if rng.random() < 0.5 else along[::-1]
     light = rng.normal(0, spread * 0.5, (cells[1], cells[0], 1))
@@ -197,7 +211,7 @@ def _streaks(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tupl
 
 
 def _horizon(rng: np.random.Generator, base: npt.NDArray[np.float64], size: tuple[int, int], spread: float) -> UInt8:
-    """Ground and sky: two gradients that meet at a line."""
+    """Draw two vertical gradients that meet at a horizontal line, like ground and sky."""
     tones = _tones(rng, base, spread, 4)
     split = int(rng.uniform(0.25, 0.8) * size[1])
     top = _enlarged(tones[:2, None], (size[0], max(1, split)))
@@ -227,13 +241,13 @@ def make_background(
     *,
     plain: bool = False,
 ) -> UInt8:
-    """Draw a background.
+    """Draw a random background.
 
     Args:
         rng: Source of randomness.
         resolution_wh: Width and height in pixels.
-        avoid: RGB colors of the objects that have to stand out, 0..255.
-        plain: One flat color.
+        avoid: RGB of each object that must stand out, 0..255.
+        plain: Draw one flat color.
 
     Returns:
         [H, W, 3] uint8, RGB.

@@ -1,8 +1,7 @@
-"""Moving clips with ground truth: objects that drift, turn, cross, leave the frame and come back.
+"""Video clips with ground truth: objects that drift, turn, cross, leave the frame and return.
 
-A clip is a recipe; frames are drawn when they are asked for, any number of times, always the same. Each object keeps
-its track id from the first frame to the last, also across the frames that do not show it. Writing files, detecting and
-tracking are left to others.
+A clip stores the motion of its objects and renders frames on demand; rendering a frame again returns the same image.
+An object keeps its track ID for the whole clip, including the frames in which it is not visible.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class TrackedObject(SceneObject):
     """One object in one frame of a clip.
 
     Attributes:
-        track_id: The object's number within the clip, from 1, in drawing order: a higher number lies in front.
-        visible: Share of the object's pixels that lie in the frame and behind no other object, 0..1. The box ends at
-            the frame's edge, but includes what other objects hide.
+        track_id: Track ID within the clip, from 1, in drawing order: a higher ID is in front.
+        visible: Share of the object's pixels that are inside the frame and not occluded, 0..1. The box is clipped to
+            the frame but includes occluded parts.
     """
 
     track_id: int
@@ -40,53 +39,56 @@ class TrackedObject(SceneObject):
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A clip that draws itself frame by frame.
+    """A clip whose frames are rendered on demand.
 
     Attributes:
         resolution_wh: Width and height of a frame in pixels.
-        names: The object's name for each track id: track 1 is ``names[0]``.
-        class_names: The different names, sorted.
+        names: Name of each object by track ID: track 1 is ``names[0]``.
+        class_names: Distinct names, sorted.
     """
 
     resolution_wh: tuple[int, int]
     names: tuple[str, ...]
     _patches: tuple[Patch, ...] = field(repr=False)
-    _background: npt.NDArray[np.uint8] = field(repr=False)  # [H, W, 3] of the world that the camera pans over
+    _background: npt.NDArray[np.uint8] = field(repr=False)  # [H, W, 3] image that the camera pans over
     _corners: npt.NDArray[np.int64] = field(repr=False)  # [T, N, 2] left and top of each object in the world
     _camera: npt.NDArray[np.int64] = field(repr=False)  # [T, 2] left and top of the frame in the world
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The different names that occur, sorted."""
+        """Distinct names, sorted."""
         return tuple(sorted(set(self.names)))
 
     def __len__(self) -> int:
-        """Number of frames."""
+        """Return the number of frames."""
         return len(self._camera)
 
     def __iter__(self) -> Iterator[Frame]:
-        """Same as `frames`."""
+        """Iterate over `frames`."""
         return self.frames()
 
     def frames(self) -> Iterator[Frame]:
-        """Yield each frame ([H, W, 3] uint8, RGB) with the objects that reach into it, by track id."""
+        """Yield each frame, [H, W, 3] uint8 RGB, with the objects that overlap it, in the order of track IDs."""
         for index in range(len(self)):
             yield self.frame(index)
 
     def frame(self, index: int) -> Frame:
-        """Draw one frame.
+        """Render one frame.
 
         Args:
-            index: 0-based number of the frame; negative counts from the end.
+            index: 0-based frame number; negative numbers count from the end.
 
         Returns:
-            The picture, [H, W, 3] uint8 RGB, and the objects that reach into it, by track id.
+            The image, [H, W, 3] uint8 RGB, and the objects that overlap it, in the order of track IDs.
         """
+        # Crop the background to the camera's view
         width, height = self.resolution_wh
         camera_x, camera_y = self._camera[index].tolist()
         image = self._background[camera_y : camera_y + height, camera_x : camera_x + width].copy()
         corners = (self._corners[index] - self._camera[index]).tolist()
-        owner = np.zeros((height, width), np.uint8)  # which track a pixel shows, 0 for the background
+
+        # Draw the objects
+        owner = np.zeros((height, width), np.uint8)  # track ID of each pixel, 0 for the background
         boxes: dict[int, tuple[int, int, int, int]] = {}
         for track_id, (patch, (x, y)) in enumerate(zip(self._patches, corners, strict=True), start=1):
             stamp(image, patch, x, y)
@@ -95,6 +97,8 @@ class Clip:
                 boxes[track_id] = box
                 mask = _silhouette(patch)[box[1] - y : box[3] - y, box[0] - x : box[2] - x]
                 owner[box[1] : box[3], box[0] : box[2]][mask] = track_id
+
+        # Collect the ground truth
         counts = np.bincount(owner.ravel(), minlength=len(self.names) + 1)
         objects = []
         for track_id, (left, top, right, bottom) in boxes.items():
@@ -115,13 +119,13 @@ class Clip:
 
 
 def _silhouette(patch: Patch) -> npt.NDArray[np.bool_]:
-    """Return which pixels of a patch's visible box belong to the object, [h, w]."""
+    """Return a mask of the object within the visible box of its patch, [h, w] bool."""
     left, top, width, height = patch.box
     return np.asarray(patch.alpha[top : top + height, left : left + width] > 127)
 
 
 def _camera_path(num_frames: int, travel: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return the frame's left and top in the world ([T, 2]), swinging to and fro over `travel` pixels in x and y."""
+    """Return left and top of the frame in the world, [T, 2], oscillating over `travel` pixels in x and y."""
     time = np.arange(num_frames)[:, None]
     period = rng.uniform(150, 260, 2)  # frames
     swing = 0.5 - 0.5 * np.cos(2 * math.pi * (time / period + rng.random(2)))
@@ -131,7 +135,7 @@ def _camera_path(num_frames: int, travel: npt.NDArray[np.float64], rng: np.rando
 def _paths(
     num_frames: int, world: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Move the objects: each bounces within its own bounds, and some turn all the while.
+    """Simulate the motion of the objects: each bounces within its bounds, and every third one turns continuously.
 
     Args:
         num_frames: Number of frames T.
@@ -140,21 +144,24 @@ def _paths(
         rng: Source of randomness.
 
     Returns:
-        [T, N, 2] left and top of the boxes in the world.
+        Left and top of the boxes in the world, [T, N, 2].
     """
+    # Draw bounds, positions and velocities
     count = len(sizes)
     low, high = np.full((count, 2), 1.0), world - sizes - 1
-    # Every third object is a visitor: its bounds reach beyond the world in x, so it leaves and comes back.
+    # Every third object is a visitor: its bounds extend beyond the world in x, so it leaves and returns.
     visitors = np.arange(count) % 3 == 2
     low[visitors, 0] = -sizes[visitors, 0] - world[0] * 0.12
     high[visitors, 0] = world[0] * 1.12
     position = rng.uniform(np.maximum(low, 1), np.minimum(high, world - sizes - 1))
     heading = rng.uniform(0, 2 * math.pi, count)
-    # Headings near the vertical would keep a visitor from leaving.
+    # With a nearly vertical heading, a visitor would never leave.
     heading[visitors] = rng.uniform(-0.4, 0.4, int(visitors.sum())) + math.pi * rng.integers(0, 2, int(visitors.sum()))
     speed = rng.uniform(0.003, 0.011, count) * world.min()
     velocity = np.stack([np.cos(heading), np.sin(heading)], 1) * speed[:, None]
-    turn = np.where(np.arange(count) % 3 == 1, rng.uniform(-0.03, 0.03, count), 0.0)  # radians a frame
+    turn = np.where(np.arange(count) % 3 == 1, rng.uniform(-0.03, 0.03, count), 0.0)  # radians per frame
+
+    # Step through the frames
     cos, sin = np.cos(turn), np.sin(turn)
     path = np.empty((num_frames, count, 2))
     for index in range(num_frames):
@@ -170,7 +177,7 @@ def _paths(
 
 
 def _class_names(rng: np.random.Generator, count: int) -> list[str]:
-    """Draw different class names; the second is a near miss of the first."""
+    """Draw distinct class names; the second is a near miss of the first."""
     names = [sample_name(rng)]
     while len(names) < count:
         name = near_miss(rng, names[0]) if len(names) == 1 else sample_name(rng)
@@ -182,7 +189,11 @@ def _class_names(rng: np.random.Generator, count: int) -> list[str]:
 def _backdrop(
     rng: np.random.Generator, size_wh: tuple[int, int], colors: Sequence[tuple[float, float, float]]
 ) -> tuple[npt.NDArray[np.uint8], float]:
-    """Draw a background on which the given colors show; returns it with the share of it that hides the worst one."""
+    """Draw a background that contrasts with the given colors.
+
+    Returns:
+        The background, and the share of it that is too similar to one of the colors, 0..1: the worst color counts.
+    """
     best: tuple[float, npt.NDArray[np.uint8] | None] = (2.0, None)
     for _ in range(8):
         image = make_background(rng, size_wh, colors)
@@ -192,7 +203,7 @@ def _backdrop(
             best = (hidden, image)
         if hidden < 0.01:
             break
-    assert best[1] is not None, "a share is at most one"
+    assert best[1] is not None, "a share is at most 1"
     return best[1], best[0]
 
 
@@ -206,40 +217,48 @@ def render_clip(
     pan: bool = False,
     names: Sequence[str] | None = None,
 ) -> Clip:
-    """Plan a clip; its frames are drawn on demand.
+    """Create a clip. Its frames are rendered on demand.
 
     Args:
-        seed: Fixes the clip.
+        seed: Seed that determines the clip.
         num_frames: Number of frames.
-        num_objects: Number of objects, each with its own track id; at most 255.
-        num_classes: Number of different names among them.
+        num_objects: Number of objects, 1 to 255.
+        num_classes: Number of distinct names, 1 to `num_objects`.
         resolution_wh: Width and height of a frame in pixels.
-        pan: Let the camera swing over a world half as wide again as the frame.
-        names: The name of each object, in the order of track ids, in place of `num_objects` and `num_classes`. A shape
+        pan: Pan the camera over a world 1.5 times as wide as the frame.
+        names: Name of each object in the order of track IDs, instead of `num_objects` and `num_classes`. A shape
             without a color gets a random one.
 
     Raises:
-        ValueError: If a number is out of range or a name is unknown.
+        ValueError: A number is out of range, or a name is unknown.
     """
+    # Choose the objects
     if num_frames < 1:
-        raise ValueError(f"a clip has at least one frame; got num_frames={num_frames}")
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     rng = np.random.default_rng(seed)
     if names is None:
         if not 1 <= num_classes <= num_objects <= 255:
-            raise ValueError(f"need 1 <= num_classes <= num_objects <= 255; got {num_classes} and {num_objects}")
+            raise ValueError(
+                f"must have 1 <= num_classes <= num_objects <= 255, got num_classes={num_classes}, "
+                f"num_objects={num_objects}"
+            )
         classes = _class_names(rng, num_classes)
         chosen = [classes[index % num_classes] for index in range(num_objects)]
         rng.shuffle(chosen)
     else:
         if not 1 <= len(names) <= 255:
-            raise ValueError(f"a clip has 1 to 255 objects; got {len(names)} names")
+            raise ValueError(f"names must have 1 to 255 names, got {len(names)}")
         chosen = with_colors(rng, names)
+
+    # Draw the background
     frame_wh = np.array(resolution_wh, np.float64)
     travel = np.rint(frame_wh * (0.5, 0.15)) if pan else np.zeros(2)
     world = frame_wh + travel
     parts = [split_name(name) for name in chosen]
     colors = [icon_color(shape) if color is None else COLORS[color] for color, shape in parts]
     background, hidden = _backdrop(rng, (int(world[0]), int(world[1])), colors)
+
+    # Draw the objects
     sizes = (rng.uniform(0.1, 0.24, len(chosen)) * frame_wh.min()).tolist()
     patches = tuple(paint(name, size, rng) for name, size in zip(chosen, sizes, strict=True))
     if hidden > 0.05:

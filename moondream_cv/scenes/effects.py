@@ -1,4 +1,4 @@
-"""What a camera and a codec do to a finished scene: light, blur, noise, JPEG. Nothing here moves a pixel."""
+"""Camera and codec effects on rendered scenes: lighting, blur, noise and JPEG. No effect changes the geometry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RAMP = np.linspace(0, 1, 256, dtype=np.float32)[:, None]
 
 
 def _relit(image: UInt8, rng: np.random.Generator) -> UInt8:
-    """Change gamma, contrast, brightness and white balance by amounts that keep color names true."""
+    """Change gamma, contrast, brightness and white balance, by amounts that keep colors recognizable."""
     gamma, contrast = rng.uniform(0.87, 1.15), rng.uniform(0.85, 1.12)
     balance = rng.uniform(0.97, 1.03, 3)
     levels = ((_RAMP**gamma - 0.5) * contrast + 0.5 + rng.uniform(-0.05, 0.05)) * balance
@@ -22,7 +22,7 @@ def _relit(image: UInt8, rng: np.random.Generator) -> UInt8:
 
 
 def _blurred(image: UInt8, rng: np.random.Generator) -> UInt8:
-    """Blur as a soft lens, or as an image that was stored smaller and enlarged."""
+    """Blur like a soft lens, or by downscaling and enlarging."""
     height, width = image.shape[:2]
     if rng.random() < 0.5:
         return np.asarray(cv2.GaussianBlur(image, (3, 3) if height < 300 else (5, 5), float(rng.uniform(0.5, 1.2))))
@@ -32,19 +32,19 @@ def _blurred(image: UInt8, rng: np.random.Generator) -> UInt8:
 
 
 def _jpeg(image: UInt8, rng: np.random.Generator) -> UInt8:
-    """Compress and decompress, in OpenCV's channel order: JPEG treats the three channels differently."""
+    """Add JPEG artifacts."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(35, 95))])
     decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    assert decoded is not None, "what OpenCV has encoded it can decode"
+    assert decoded is not None, "OpenCV decodes the JPEG files that it encodes"
     return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def apply_effects(image: UInt8, rng: np.random.Generator) -> UInt8:
-    """Return the image ([H, W, 3] uint8, RGB) as a camera might have recorded it; often unchanged.
+    """Apply random camera effects to an image. Many images stay unchanged.
 
     Args:
-        image: The finished scene.
+        image: [H, W, 3] uint8, RGB.
         rng: Source of randomness.
     """
     relight, blur, noise, jpeg = (rng.random(4) < (0.4, 0.15, 0.2, 0.15)).tolist()

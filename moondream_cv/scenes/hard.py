@@ -1,9 +1,8 @@
-"""Hard scenes: what makes a detector err, for measuring how well it knows that it might.
+"""Hard scenes, on which a detector makes errors, to evaluate its confidence. Never train a model on them.
 
-Each scene has one or two of four difficulties: its objects are small, it is crowded and they cover one another, they
-hardly show on what is behind them, or they are near misses of one another: a red square beside a red circle, a cow
-beside a horse. All else is drawn as in `moondream_cv.scenes.render`, and what is there can be told by a person who
-looks closely. A model must never be trained on these scenes.
+Each scene has one or two of four difficulties: small objects, crowding with occlusion, low contrast, and look-alikes
+such as a red square next to a red circle or a cow next to a horse. Everything else is drawn as in
+`moondream_cv.scenes.render`. A person can identify all objects.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from .backgrounds import make_background
 from .effects import apply_effects
-from .render import DISTINCT, Canvas, Look
+from .render import MIN_CONTRAST, Canvas, ObjectStyle
 from .sampling import near_miss, pick, sample_name
 from .scene import Scene
 from .sprites import icon_color
@@ -36,15 +35,22 @@ LOOKALIKES: Final = (
     ("banana", "key", "guitar"),
     ("boat", "house", "bicycle"),
 )
-"""The icons in groups of similar looks or use; every icon stands in one."""
+"""Groups of icons that look alike. Every icon is in exactly one group."""
 
-_SMALLEST: Final = 11.0  # longer side in pixels: below, a star is a blot to anyone
-_FAINT: Final = 60.0  # color distance from which an object can just be told from what is behind it
+_MIN_SIDE: Final = 11.0  # minimum longer side in pixels; smaller shapes are not recognizable
+_MIN_CONTRAST: Final = 60.0  # color distance at which an object is just visible
 
 
 @dataclass(frozen=True)
 class Difficulties:
-    """What is hard about a scene."""
+    """Difficulties of a scene.
+
+    Attributes:
+        small: Objects are small.
+        crowded: There are many objects, and they occlude each other.
+        faint: Objects have low contrast to the background.
+        near_misses: Objects are look-alikes of each other.
+    """
 
     small: bool
     crowded: bool
@@ -53,7 +59,12 @@ class Difficulties:
 
 
 def lookalike(rng: np.random.Generator, name: str) -> str:
-    """Draw a name that is easily taken for the given one: another color, another shape, or an icon of its group."""
+    """Draw a look-alike of a name: the same shape in another color, another shape, or another icon of its group.
+
+    Args:
+        rng: Source of randomness.
+        name: Full name, such as ``"red circle"`` or ``"dog"``.
+    """
     if name not in ICONS:
         return near_miss(rng, name)
     group = next(group for group in LOOKALIKES if name in group)
@@ -61,7 +72,7 @@ def lookalike(rng: np.random.Generator, name: str) -> str:
 
 
 def draw_difficulties(rng: np.random.Generator) -> Difficulties:
-    """Draw one or two of the four."""
+    """Draw one or two of the four difficulties."""
     chosen = rng.permutation(4)[: int(rng.integers(1, 3))].tolist()
     return Difficulties(*(i in chosen for i in range(4)))
 
@@ -75,12 +86,12 @@ def render_hard(
     """Render one hard scene with its ground truth.
 
     Args:
-        seed_or_rng: A seed, which fixes the scene, or a generator to draw from.
-        resolution_wh: Width and height in pixels; None draws a common frame, 320 x 240 to 1280 x 720.
-        num_objects: How many objects, an inclusive range to draw from, or None for 2 to 7, and 8 to 14 in a crowd.
-            Where there is no room for all, the scene holds fewer. A box is that of the whole object, the hidden part
-            included.
+        seed_or_rng: Seed that determines the scene, or a random generator.
+        resolution_wh: Width and height in pixels; None draws a common size, 320 x 240 to 1280 x 720.
+        num_objects: Number of objects, or an inclusive range of it; None: 2 to 7, or 8 to 14 in crowded scenes. A
+            scene without enough room has fewer objects. Boxes include occluded parts.
     """
+    # Choose the difficulties and the objects
     rng = np.random.default_rng(seed_or_rng)
     size_wh, hard = resolution_wh or pick(rng, FRAMES), draw_difficulties(rng)
     if isinstance(num_objects, int):
@@ -88,15 +99,18 @@ def render_hard(
     low, high = num_objects or ((8, 14) if hard.crowded else (2, 7))
     names = _names(rng, int(rng.integers(low, high + 1)), hard.near_misses)
     colors = [icon_color(shape) if color is None else COLORS[color] for color, shape in map(split_name, names)]
-    # A background that avoids no color is often close to an object's.
+
+    # Draw the background; without colors to avoid, it is often close to the color of an object
     background = make_background(rng, size_wh, () if hard.faint else colors)
-    look = Look(
+    style = ObjectStyle(
         varied=True,
-        max_cover=0.4 if hard.crowded else 0.05,
-        distinct=_FAINT if hard.faint else DISTINCT,
-        min_side=_SMALLEST,
+        max_overlap=0.4 if hard.crowded else 0.05,
+        min_contrast=_MIN_CONTRAST if hard.faint else MIN_CONTRAST,
+        min_side=_MIN_SIDE,
     )
-    canvas = Canvas(background, look, rng)
+
+    # Place the objects
+    canvas = Canvas(background, style, rng)
     sizes = _sizes(rng, len(names), min(size_wh), hard)
     objects = [canvas.add(name, size) for name, size in zip(names, sizes, strict=True)]
     image = _veiled(canvas.image, rng) if hard.faint else canvas.image
@@ -104,7 +118,7 @@ def render_hard(
 
 
 def _names(rng: np.random.Generator, count: int, near_misses: bool) -> list[str]:
-    """Draw the names of `count` objects: one or two classes, again and again, among others."""
+    """Draw the names of `count` objects: one or two repeated classes, mixed with others."""
     bases = [sample_name(rng) for _ in range(min(count, int(rng.integers(1, 3))))]
     names = list(bases)
     while len(names) < count:
@@ -115,18 +129,18 @@ def _names(rng: np.random.Generator, count: int, near_misses: bool) -> list[str]
 
 
 def _sizes(rng: np.random.Generator, count: int, short_side: int, hard: Difficulties) -> list[float]:
-    """Draw each object's longer side in pixels, logarithms being uniform.
+    """Draw the longer side of each object in pixels, uniform on a logarithmic scale.
 
-    Small is up to an eighth of the frame's short side: the tiny model sees a frame as 200 pixels, and learned from
-    objects of a tenth to two fifths.
+    Small objects have at most 13 % of the frame's short side. The tiny model scales frames to about 200 pixels, and was
+    trained on objects of 9 to 40 %.
     """
     low, high = (0.07, 0.13) if hard.small else (0.1, 0.22 if hard.crowded else 0.3)
     draws = rng.uniform(math.log(low), math.log(high), count).tolist()
-    return [max(_SMALLEST, math.exp(draw) * short_side) for draw in draws]
+    return [max(_MIN_SIDE, math.exp(draw) * short_side) for draw in draws]
 
 
 def _veiled(image: UInt8, rng: np.random.Generator) -> UInt8:
-    """Mix the image with one tone, as haze, glare or dusk do: contrasts shrink by a sixth to two fifths."""
+    """Blend the image with one tone, like haze, glare or dusk, which reduces contrast by 15 to 40 %."""
     kept = float(rng.uniform(0.6, 0.85))
     tone = rng.uniform(10, 245) + rng.uniform(-12, 12, 3)
     return np.asarray((image * kept + tone * (1 - kept)).clip(0, 255), np.uint8)

@@ -1,7 +1,6 @@
-"""Paints single objects: a colored shape or an icon becomes a small patch with an alpha channel.
+"""Draw single objects: a colored shape or an icon becomes a small image with an alpha channel.
 
-A patch knows nothing of scenes. Where it goes, and whether it stands out there, is decided by
-`moondream_cv.scenes.render` and `moondream_cv.scenes.clips`.
+`moondream_cv.scenes.render` and `moondream_cv.scenes.clips` place the objects and check their contrast.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .sprites import icon_color, icon_sprite
 from .world import COLORS, ICONS, split_name
 
 _SHIFT = 5  # fractional bits of polygon vertices
-_HUE_NUDGES = {  # RGB directions in which a color may drift and keep its name
+_HUE_SHIFTS = {  # RGB direction in which each color can vary and stay recognizable
     "red": (0, -1, 1),
     "green": (1, 0, 1),
     "blue": (0, 1, 0),
@@ -35,14 +34,14 @@ UInt8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One painted object.
+    """One rendered object.
 
     Attributes:
         rgb: [h, w, 3] uint8, RGB.
         alpha: [h, w] uint8, opacity of the object.
-        box: Left, top, width and height of the visible part (alpha above one half) within the patch, pixels.
-        shadow: [h, w] float32 opacity of a black shadow under the object, or None.
-        mean_rgb: The color that has to stand out from the background, 0..255.
+        box: Left, top, width and height in pixels of the visible part, where alpha is above one half.
+        shadow: [h, w] float32, opacity of a black shadow under the object, or None.
+        mean_rgb: Color that must stand out from the background, 0..255.
     """
 
     rgb: UInt8
@@ -53,25 +52,30 @@ class Patch:
 
 
 def jittered_color(color: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Return a color's RGB, 0..255, moved by about 12 levels and a little in hue, still nameable."""
-    nudge, amount = _HUE_NUDGES[color], float(rng.uniform(-8, 18))
+    """Return the RGB of a color, 0..255, varied by about 12 levels and slightly in hue.
+
+    Args:
+        color: Key of `COLORS`.
+        rng: Source of randomness.
+    """
+    hue_shift, amount = _HUE_SHIFTS[color], float(rng.uniform(-8, 18))
     *noise, light = rng.uniform(-6, 6, 4).tolist()
     red, green, blue = (
         min(255.0, max(0.0, base + step * amount + shift + light))
-        for base, step, shift in zip(COLORS[color], nudge, noise, strict=True)
+        for base, step, shift in zip(COLORS[color], hue_shift, noise, strict=True)
     )
     return red, green, blue
 
 
 def _shape_mask(shape: str, size: float, rng: np.random.Generator, pad: int, varied: bool) -> UInt8:
-    """Rasterize a shape whose longer side is `size` pixels; [h, w] uint8 with `pad` empty pixels around."""
+    """Rasterize a shape whose longer side is `size` pixels, with `pad` empty pixels around it, as [h, w] uint8."""
     parts = contours(shape, rng, varied=varied)
-    offset = pad + (rng.random(2) if varied else np.zeros(2))  # a fraction of a pixel: edges fall anywhere
+    offset = pad + (rng.random(2) if varied else np.zeros(2))  # a random subpixel offset
     extent = parts[0].max(0) * size + offset + pad
     width, height = math.ceil(extent[0]) + 1, math.ceil(extent[1]) + 1
     draw = rng.random() if varied else 0.0
     scale, line = (1, cv2.LINE_AA) if draw < 0.55 else (3, cv2.LINE_8) if draw < 0.85 else (1, cv2.LINE_8)
-    # Pixel centers are whole numbers to OpenCV; the shape is drawn in edge coordinates.
+    # OpenCV counts from pixel centers, the outline from pixel edges.
     points = [np.rint(((part * size + offset) * scale - 0.5) * (1 << _SHIFT)).astype(np.int32) for part in parts]
     mask = np.zeros((height * scale, width * scale), np.uint8)
     cv2.fillPoly(mask, points, 255, line, _SHIFT)
@@ -81,14 +85,14 @@ def _shape_mask(shape: str, size: float, rng: np.random.Generator, pad: int, var
 
 
 def _shaded(mask: UInt8, rgb: tuple[float, float, float], rng: np.random.Generator, varied: bool) -> UInt8:
-    """Fill a patch with a color: flat, or with a slight gradient, highlight or grain."""
+    """Fill a patch with a color: flat, or with a slight gradient, highlight or grain. Returns [h, w, 3]."""
     height, width = mask.shape
     fill = np.empty((height, width, 3), np.uint8)
     fill[:] = [round(channel) for channel in rgb]
     draw = rng.random() if varied else 0.0
     if draw < 0.55:
         return fill
-    # A black object turns gray, and a white one too, long before the others lose their color.
+    # Black and white objects look gray at a depth at which the others keep their color.
     depth = float(rng.uniform(6, 26)) * (0.5 if max(rgb) < 60 or min(rgb) > 200 else 1.0)
     if draw < 0.9:
         corners = rng.uniform(-depth, depth, (2, 2) if draw < 0.75 else (3, 3)).astype(np.float32)
@@ -99,7 +103,8 @@ def _shaded(mask: UInt8, rgb: tuple[float, float, float], rng: np.random.Generat
 
 
 def _icon(name: str, size: float, rng: np.random.Generator, pad: int, varied: bool) -> tuple[UInt8, UInt8]:
-    """Draw an icon whose longer side is about `size` pixels; returns RGB [h, w, 3] and alpha [h, w]."""
+    """Draw an icon whose longer side is about `size` pixels; return RGB, [h, w, 3], and alpha, [h, w]."""
+    # Draw the rotation, the aspect ratio and the mirroring
     sprite = icon_sprite(name, size)
     height, width = sprite.alpha.shape
     angle = math.radians(float(rng.uniform(-12, 12))) if varied and rng.random() < 0.7 else 0.0
@@ -108,12 +113,13 @@ def _icon(name: str, size: float, rng: np.random.Generator, pad: int, varied: bo
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[cos * aspect * flip, -sin * aspect], [sin / aspect * flip, cos / aspect]])
     extent = np.abs(matrix) @ (width, height)
-    # The rotated frame of a round icon is larger than the icon: the visible size is what `size` speaks of.
+    # `size` is the visible size; the rotated frame of a round icon is larger than the icon.
     scale = size / max(width, height) if angle else size / float(extent.max())
     matrix, extent = matrix * scale, extent * scale
     out_width, out_height = math.ceil(extent[0]) + 2 * pad + 1, math.ceil(extent[1]) + 2 * pad + 1
     offset = (out_width / 2, out_height / 2) - matrix @ (width / 2, height / 2)
-    # Edge coordinates again: half a pixel on both sides of the mapping.
+
+    # Warp the sprite; OpenCV counts from pixel centers, so shift by half a pixel before and after
     affine = np.column_stack([matrix, offset + matrix @ (0.5, 0.5) - 0.5])
     rgb = cv2.warpAffine(
         sprite.rgb, affine, (out_width, out_height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
@@ -125,7 +131,7 @@ def _icon(name: str, size: float, rng: np.random.Generator, pad: int, varied: bo
 
 
 def _shadow(alpha: UInt8, pad: int, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Return the opacity of a soft shadow that falls within the patch's padding; [h, w] float32."""
+    """Return the opacity of a soft shadow, [h, w] float32, that fits into the padding of the patch."""
     reach = max(1, pad // 2)
     shift_x, shift_y = int(rng.integers(-reach, reach + 1)), int(rng.integers(0, reach + 1))
     moved = np.zeros_like(alpha)
@@ -145,21 +151,21 @@ def paint(
     varied: bool = True,
     shadow: bool = False,
 ) -> Patch:
-    """Paint one object.
+    """Draw one object.
 
     Args:
-        name: ``"red circle"`` or ``"dog"``.
-        size: Length of the object's longer side in pixels; approximate when `varied`.
-        rng: Source of the variation.
-        varied: Draw proportions, rotation, color and shading at random; otherwise canonical, flat and upright.
-        shadow: Add a soft shadow. It does not belong to the box.
+        name: Full name, such as ``"red circle"`` or ``"dog"``.
+        size: Longer side in pixels; approximate if `varied`.
+        rng: Source of randomness.
+        varied: Randomize proportions, rotation, color and shading; otherwise draw a flat, upright standard object.
+        shadow: Add a soft shadow, which is not part of the box.
 
     Raises:
-        ValueError: If the name is unknown, or a shape without its color.
+        ValueError: The name is unknown, or is a shape without a color.
     """
     color, shape = split_name(name)
     if color is None and shape not in ICONS:
-        raise ValueError(f"{name!r} has no color to paint it in; say for example {'red ' + shape!r}")
+        raise ValueError(f"{name!r} has no color; use a full name such as {'red ' + shape!r}")
     pad = 1 + (max(2, round(size * 0.08)) if shadow else 0)
     if color is None:
         rgb, alpha = _icon(shape, size, rng, pad, varied)
@@ -173,12 +179,12 @@ def paint(
 
 
 def outlined(patch: Patch, outline: tuple[int, int, int], thickness: int) -> Patch:
-    """Return a patch with a line around its silhouette, which belongs to the object and to its box.
+    """Return a patch with an outline, which is part of the object and its box.
 
     Args:
-        patch: The object.
-        outline: RGB of the line, 0..255.
-        thickness: Width of the line in pixels.
+        patch: Object to outline.
+        outline: RGB of the outline, 0..255.
+        thickness: Width of the outline in pixels.
     """
     edges = (thickness, thickness, thickness, thickness)
     alpha = cv2.copyMakeBorder(patch.alpha, *edges, cv2.BORDER_CONSTANT, value=0)
@@ -205,9 +211,9 @@ def stamp(image: UInt8, patch: Patch, x: int, y: int) -> None:
 
     Args:
         image: [H, W, 3] uint8, RGB.
-        patch: What to draw. Parts beyond the image are dropped.
-        x: Column of the left edge of the patch's visible box.
-        y: Row of the top edge of the patch's visible box.
+        patch: Object to draw; it is clipped to the image.
+        x: Column of the left edge of the object's box.
+        y: Row of the top edge of the object's box.
     """
     left, top = x - patch.box[0], y - patch.box[1]
     height, width = patch.alpha.shape

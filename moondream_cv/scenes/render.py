@@ -1,8 +1,8 @@
-"""The training renderer: one call makes one scene, as varied as the model has to cope with.
+"""The renderer of training scenes.
 
-A scene is drawn from back to front: background, objects with shadows and outlines, camera effects. Objects lie within
-the frame, hardly overlap and always stand out from what is behind them. `style="plain"` turns the variation off.
-Moving clips are made in `moondream_cv.scenes.clips`; held-out evaluation uses `moondream_cv.scenes.alternate`.
+A scene is drawn from back to front: background, objects with shadows and outlines, camera effects. Objects are inside
+the frame, hardly overlap and always stand out from the background. `style="plain"` disables the variation.
+`moondream_cv.scenes.clips` renders videos; held-out evaluation uses `moondream_cv.scenes.alternate`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Style = Literal["train", "plain"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 UInt8 = npt.NDArray[np.uint8]
 
-_PLACES = 24  # positions tried before an object shrinks
-DISTINCT: Final = 120.0  # color distance from which two colors are told apart at a glance
+_POSITIONS = 24  # positions to try before an object is shrunk
+MIN_CONTRAST: Final = 120.0  # color distance at which an object is clearly visible
 
 
 @dataclass(frozen=True)
-class Look:
-    """How objects are drawn and placed.
+class ObjectStyle:
+    """Rules for drawing and placing objects.
 
     Attributes:
-        varied: Draw proportions, colors, shadows and outlines at random; otherwise canonical objects.
-        max_cover: Share of the smaller of two boxes that the other may cover.
-        distinct: Color distance to what is behind it below which an object gets an outline.
-        min_side: Longer side in pixels below which an object is left out rather than shrunk further.
+        varied: Randomize proportions, colors, shadows and outlines; otherwise draw standard objects.
+        max_overlap: Maximum overlap of two boxes, as a share of the smaller one.
+        min_contrast: Color distance to the background; objects below it get an outline.
+        min_side: Minimum longer side in pixels; an object that does not fit at this size is dropped.
     """
 
     varied: bool
-    max_cover: float
-    distinct: float = DISTINCT
+    max_overlap: float
+    min_contrast: float = MIN_CONTRAST
     min_side: float = MIN_SIDE
 
 
@@ -51,8 +51,8 @@ def _grown(box: Box, margin: int) -> Box:
     return box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin
 
 
-def _covered(box: Box, others: Sequence[Box]) -> float:
-    """Return the largest share that `box` has in common with any other box, of the smaller one's area."""
+def _max_overlap(box: Box, others: Sequence[Box]) -> float:
+    """Return the largest intersection of `box` with another box, as a share of the smaller box."""
     worst = 0.0
     for other in others:
         width = min(box[2], other[2]) - max(box[0], other[0])
@@ -63,15 +63,15 @@ def _covered(box: Box, others: Sequence[Box]) -> float:
     return worst
 
 
-def _stands_out(background: UInt8, box: Box, rgb: tuple[float, float, float], distinct: float) -> bool:
-    """Whether a color differs by `distinct` from nearly all of the background behind a box."""
+def _stands_out(background: UInt8, box: Box, rgb: tuple[float, float, float], min_contrast: float) -> bool:
+    """Return whether a color has enough contrast to nearly all of the background behind a box."""
     x0, y0, x1, y1 = box
     behind = background[y0 : y1 : max(1, (y1 - y0) // 7), x0 : x1 : max(1, (x1 - x0) // 7)]
-    return bool((color_distance(behind, rgb) < distinct).mean() < 0.12)
+    return bool((color_distance(behind, rgb) < min_contrast).mean() < 0.12)
 
 
-def _contrasting(background: UInt8, box: Box, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Return an outline's RGB, nearly black or nearly white, that shows on the background behind a box."""
+def _outline_color(background: UInt8, box: Box, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Return an RGB near black or near white, whichever contrasts with the background behind a box."""
     x0, y0, x1, y1 = box
     behind = float(background[y0 : y1 : max(1, (y1 - y0) // 7), x0 : x1 : max(1, (x1 - x0) // 7)].mean())
     level = int(rng.integers(5, 50)) if behind > 128 else int(rng.integers(215, 256))
@@ -79,60 +79,77 @@ def _contrasting(background: UInt8, box: Box, rng: np.random.Generator) -> tuple
 
 
 class Canvas:
-    """A background on which objects are placed one after the other."""
+    """A background on which objects are placed one by one.
 
-    def __init__(self, background: UInt8, look: Look, rng: np.random.Generator) -> None:
+    Args:
+        background: [H, W, 3] uint8, RGB.
+        style: Rules for drawing and placing objects.
+        rng: Source of randomness.
+    """
+
+    def __init__(self, background: UInt8, style: ObjectStyle, rng: np.random.Generator) -> None:
         self.background = background
         self.image = background.copy()
-        self.look = look
+        self.style = style
         self.rng = rng
         self.boxes: list[Box] = []
 
-    def find_place(
+    def find_position(
         self, width: int, height: int, margin: int, rgb: tuple[float, float, float]
     ) -> tuple[Box, bool] | None:
-        """Find a place for an object.
+        """Find a free position for an object, preferably one at which it stands out.
 
         Args:
             width: Width of the object in pixels.
             height: Height of the object in pixels.
-            margin: Free pixels around it, room for an outline.
-            rgb: The object's color.
+            margin: Free pixels around the object, for an outline.
+            rgb: Color of the object, 0..255.
 
         Returns:
-            A box and whether `rgb` stands out there, or None if no box is free.
+            The box and whether the color stands out there; None if no tried position is free.
         """
         frame_height, frame_width = self.image.shape[:2]
         room_x, room_y = frame_width - width - 2 * margin - 1, frame_height - height - 2 * margin - 1
         if room_x < 1 or room_y < 1:
             return None
         free: Box | None = None
-        for across, down in self.rng.random((_PLACES, 2)).tolist():
+        for across, down in self.rng.random((_POSITIONS, 2)).tolist():
             x, y = 1 + margin + int(across * room_x), 1 + margin + int(down * room_y)
             box = (x, y, x + width, y + height)
-            if _covered(_grown(box, margin), self.boxes) > self.look.max_cover:
+            if _max_overlap(_grown(box, margin), self.boxes) > self.style.max_overlap:
                 continue
-            if _stands_out(self.background, box, rgb, self.look.distinct):
+            if _stands_out(self.background, box, rgb, self.style.min_contrast):
                 return box, True
             free = free or box
         return (free, False) if free else None
 
     def add(self, name: str, size: float) -> SceneObject | None:
-        """Paint an object, shrinking it until it finds a place; None if there is none even for the smallest."""
-        rng, varied = self.rng, self.look.varied
+        """Draw an object at a free position, and shrink it until it fits.
+
+        Args:
+            name: Full name, such as ``"red circle"``.
+            size: Longer side in pixels.
+
+        Returns:
+            The object, or None if it does not fit even at the minimum size.
+        """
+        # Find a position
+        rng, varied = self.rng, self.style.varied
         shadow, line = varied and rng.random() < 0.2, varied and rng.random() < 0.15
         while True:
             patch = paint(name, size, rng, varied=varied, shadow=shadow)
             thickness = max(1, round(size * (float(rng.uniform(0.015, 0.06)) if varied else 0.03)))
-            place = self.find_place(*patch.box[2:], thickness, patch.mean_rgb)
-            if place is not None:
+            position = self.find_position(*patch.box[2:], thickness, patch.mean_rgb)
+            if position is not None:
                 break
-            if size <= self.look.min_side:
+            if size <= self.style.min_side:
                 return None
-            size = max(float(self.look.min_side), size * 0.8)
-        box, visible = place
-        if line or not visible:
-            patch = outlined(patch, _contrasting(self.background, box, rng), thickness)
+            size = max(float(self.style.min_side), size * 0.8)
+
+        # Draw the object, with an outline if it would not stand out
+        box, stands_out = position
+        if line or not stands_out:
+            patch = outlined(patch, _outline_color(self.background, box, rng), thickness)
             box = _grown(box, thickness)
         stamp(self.image, patch, box[0], box[1])
         self.boxes.append(box)
@@ -152,32 +169,35 @@ def render_scene(
     """Render one scene with its ground truth.
 
     Args:
-        seed_or_rng: A seed, which fixes the scene, or a generator to draw from.
-        resolution_wh: Width and height in pixels; None draws one, mostly small.
-        num_objects: How many objects, an inclusive range to draw from, or None for 1 to 8. A frame too small for them
-            all holds fewer.
-        style: ``"train"`` varies everything; ``"plain"`` draws canonical objects flat on one color.
-        allow_overlap: Let boxes cover each other up to a third instead of a twentieth. A box is that of the whole
-            object, the hidden part included.
-        names: Exactly the objects to draw, in drawing order, instead of a random choice. A shape without a color gets
-            a random one.
+        seed_or_rng: Seed that determines the scene, or a random generator.
+        resolution_wh: Width and height in pixels; None draws a random size, mostly small.
+        num_objects: Number of objects, or an inclusive range of it; None: 1 to 8. A frame without enough room has
+            fewer objects.
+        style: ``"train"`` randomizes everything; ``"plain"`` draws flat standard objects on one color.
+        allow_overlap: Allow boxes to overlap by 1/3 of the smaller one instead of 1/20. Boxes include occluded parts.
+        names: Names of the objects in drawing order, instead of random ones. A shape without a color gets a random one.
 
     Raises:
-        ValueError: If a name or the style is unknown, both `names` and `num_objects` are given, or the frame has no
-            room for all `names`.
+        ValueError: A name or the style is unknown, both `names` and `num_objects` are given, or the frame has no room
+            for all `names`.
     """
+    # Choose the size and the objects
     if style not in get_args(Style):
-        raise ValueError(f"unknown style {style!r}; known are {', '.join(get_args(Style))}")
+        raise ValueError(f"style must be one of {', '.join(get_args(Style))}, got {style!r}")
     if names is not None and num_objects is not None:
-        raise ValueError(f"names already says how many objects there are; got num_objects={num_objects!r} as well")
+        raise ValueError(f"names sets the number of objects; got num_objects={num_objects!r} as well, remove one")
     rng = np.random.default_rng(seed_or_rng)
     size_wh = resolution_wh or sample_resolution(rng)
     chosen = sample_names(rng, sample_count(rng, num_objects)) if names is None else with_colors(rng, names)
     parts = [split_name(name) for name in chosen]
     avoid = [icon_color(shape) if color is None else COLORS[color] for color, shape in parts]
+
+    # Draw the background
     varied = style == "train"
     background = make_background(rng, size_wh, avoid, plain=not varied)
-    canvas = Canvas(background, Look(varied, 1 / 3 if allow_overlap else 0.05), rng)
+
+    # Place the objects
+    canvas = Canvas(background, ObjectStyle(varied, 1 / 3 if allow_overlap else 0.05), rng)
     sizes = sample_sizes(rng, len(chosen), min(size_wh))
     objects = [canvas.add(name, size) for name, size in zip(chosen, sizes, strict=True)]
     if names is not None and None in objects:

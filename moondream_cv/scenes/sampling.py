@@ -1,8 +1,8 @@
-"""Decides what a scene contains: how large it is, how many objects, which ones and how big.
+"""Sample the content of a scene: its size, and the number, names and sizes of its objects.
 
-The choices are those that teach most: the same class several times (counting), near misses such as a red square beside
-a red circle (saying "nothing"), small objects among many. Drawing and placing are left to
-`moondream_cv.scenes.render`.
+The distributions favor informative scenes: several objects of a class (for counting), near misses such as a red square
+next to a red circle (for empty results), and small objects among many. `moondream_cv.scenes.render` draws and places
+the objects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from .world import COLORED_SHAPES, COLORS, ICONS, SHAPES, split_name
 
 MIN_SIDE: Final = 14
-"""Smallest longer side of an object in pixels."""
+"""Minimum longer side of an object in pixels."""
 
 _T = TypeVar("_T")
 _COLOR_NAMES: Final = tuple(COLORS)
@@ -32,12 +32,12 @@ _COMMON_FRAMES: Final = (
 
 
 def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
-    """Draw one of several options; much quicker than `Generator.choice`."""
+    """Draw one of several options; much faster than `Generator.choice`."""
     return options[int(rng.random() * len(options))]
 
 
 def sample_resolution(rng: np.random.Generator) -> tuple[int, int]:
-    """Draw a width and height in pixels: three in five small with any aspect ratio, the rest common frames."""
+    """Draw a width and height in pixels: 60 % small with any aspect ratio, the others common video sizes."""
     if rng.random() < 0.6:
         width, height = (int(side) for side in rng.integers(160, 331, 2))
         return width, height
@@ -50,7 +50,12 @@ def sample_resolution(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def sample_count(rng: np.random.Generator, num_objects: int | tuple[int, int] | None) -> int:
-    """Draw the number of objects: as told, within an inclusive range, or 1 to 8."""
+    """Draw the number of objects.
+
+    Args:
+        rng: Source of randomness.
+        num_objects: Fixed number, or an inclusive range; None: 1 to 8.
+    """
     if isinstance(num_objects, int):
         return num_objects
     if num_objects is not None:
@@ -59,12 +64,12 @@ def sample_count(rng: np.random.Generator, num_objects: int | tuple[int, int] | 
 
 
 def sample_name(rng: np.random.Generator) -> str:
-    """Draw any name: a colored shape or an icon with equal chance."""
+    """Draw a name: a colored shape or an icon with equal probability."""
     return pick(rng, COLORED_SHAPES) if rng.random() < 0.5 else pick(rng, ICONS)
 
 
 def near_miss(rng: np.random.Generator, name: str) -> str:
-    """Draw a name that shares only its shape or only its color with the given one; any other icon for an icon."""
+    """Draw a name with the same shape in another color, or another shape in the same color; for icons, another icon."""
     color, shape = split_name(name)
     while True:
         if color is None:
@@ -78,7 +83,7 @@ def near_miss(rng: np.random.Generator, name: str) -> str:
 
 
 def sample_names(rng: np.random.Generator, count: int) -> list[str]:
-    """Draw the names of `count` objects: a repeated class, near misses of one class, or a free mixture."""
+    """Draw the names of `count` objects: a repeated class, near misses of a class, or an arbitrary mixture."""
     if count == 0:
         return []
     base = sample_name(rng)
@@ -94,12 +99,12 @@ def sample_names(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def sample_sizes(rng: np.random.Generator, count: int, short_side: int) -> list[float]:
-    """Draw each object's longer side in pixels: 9 to 40 % of the frame's short side, smaller when there are many."""
+    """Draw the longer side of each object in pixels: 9 to 40 % of the frame's short side, less for many objects."""
     low = math.log(0.09)
     high = math.log(0.4 if count <= 3 else 0.4 * (3 / count) ** 0.45)
     return [max(MIN_SIDE + 1.0, math.exp(draw) * short_side) for draw in rng.uniform(low, high, count)]
 
 
 def with_colors(rng: np.random.Generator, names: Sequence[str]) -> list[str]:
-    """Give every shape that was named without a color a random one: ``"circle"`` becomes ``"red circle"``."""
+    """Add a random color to each shape without one: ``"circle"`` becomes, for example, ``"red circle"``."""
     return [name if split_name(name)[0] or name in ICONS else f"{pick(rng, _COLOR_NAMES)} {name}" for name in names]

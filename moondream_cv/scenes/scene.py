@@ -1,4 +1,4 @@
-"""The ground truth: what lies where in a picture. Plain values, shared by every renderer."""
+"""Scenes and their objects: the image and ground truth that every renderer returns."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class SceneObject:
     """One object of a scene.
 
     Attributes:
-        name: Its full name, ``"red circle"`` or ``"dog"``.
+        name: Full name, such as ``"red circle"`` or ``"dog"``.
         kind: ``"shape"`` or ``"icon"``.
-        shape: The shape's or the icon's name without color.
-        color: The color's name; None for icons.
-        xyxy: Left, top, right and bottom in pixels, edges of the box tight around all pixels that are more than half
-            covered: a lone pixel at column 3, row 5 has the box (3, 5, 4, 6).
+        shape: Name of the shape or icon, without the color.
+        color: Name of the color; None for icons.
+        xyxy: Left, top, right and bottom in pixels, tight around all pixels that are more than half covered: a single
+            pixel in column 3 and row 5 has the box (3, 5, 4, 6).
     """
 
     name: str
@@ -32,7 +32,7 @@ class SceneObject:
 
     @classmethod
     def from_name(cls, name: str, xyxy: tuple[float, float, float, float]) -> SceneObject:
-        """Build an object from its full name and its box in pixels."""
+        """Create an object from its full name and its xyxy box in pixels."""
         color, shape = split_name(name)
         return cls(name, "icon" if color is None else "shape", shape, color, xyxy)
 
@@ -41,18 +41,18 @@ class SceneObject:
         """Center of the box, x and y in pixels."""
         return (self.xyxy[0] + self.xyxy[2]) / 2, (self.xyxy[1] + self.xyxy[3]) / 2
 
-    def answers(self, query: str) -> bool:
-        """Whether a query means this object: ``"red circle"`` exactly, ``"circle"`` in any color, ``"dog"``."""
+    def matches(self, query: str) -> bool:
+        """Return whether a query matches this object: a full name, or a shape in any color."""
         return query in (self.name, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture and what it shows.
+    """An image with ground truth.
 
     Attributes:
         image: [H, W, 3] uint8, RGB.
-        objects: The objects in drawing order.
+        objects: Objects in drawing order.
     """
 
     image: npt.NDArray[np.uint8]
@@ -64,13 +64,13 @@ class Scene:
         return self.image.shape[1], self.image.shape[0]
 
     def named(self, query: str) -> tuple[SceneObject, ...]:
-        """Return the objects that a query name means, left to right.
+        """Return the objects that match a query, from left to right.
 
         Args:
             query: ``"red circle"``, ``"circle"`` for any color, or ``"dog"``.
 
         Raises:
-            ValueError: If the query is not a name of this world. A color alone (``"red"``) is none.
+            ValueError: The query is not a name of an object. A color alone, such as ``"red"``, is not a name.
         """
         split_name(query)
-        return tuple(sorted((item for item in self.objects if item.answers(query)), key=lambda item: item.xyxy))
+        return tuple(sorted((item for item in self.objects if item.matches(query)), key=lambda item: item.xyxy))

@@ -1,8 +1,8 @@
-"""Outlines of the eight shapes, with the variation that a name tolerates.
+"""Random outlines of the eight shapes.
 
-A shape is a list of closed contours in unit coordinates (x to the right, y down), filled by the even-odd rule.
-Variation stops where a name would change: a square is never turned far enough to pass for a diamond, an ellipse stays
-close to a circle. Filling, color and position are left to `moondream_cv.scenes.objects`.
+A shape is a list of closed contours in unit coordinates (x to the right, y down), filled by the even-odd rule. The
+variation never changes the class: a square is not rotated so far that it resembles a diamond, and an ellipse stays
+close to a circle. `moondream_cv.scenes.objects` fills, colors and places the shapes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _cross(rng: np.random.Generator, varied: bool) -> Contours:
 
 def _heart(rng: np.random.Generator, varied: bool) -> Contours:
     if varied and rng.random() < 0.45:
-        # Two round lobes over a straight-sided point: the playing-card construction.
+        # Two semicircular lobes above a triangle, as on playing cards.
         half = rng.uniform(0.48, 0.56)
         lobe = np.linspace(math.pi * 0.92, math.pi * 2.0, 16)
         left = np.stack([-half + half * np.cos(lobe), -0.35 + half * np.sin(lobe)], 1)
@@ -83,7 +83,7 @@ def _ring(rng: np.random.Generator, varied: bool) -> Contours:
 
 
 def _rotation(shape: str, rng: np.random.Generator) -> float:
-    """Draw a rotation in degrees that keeps the shape's name."""
+    """Draw a rotation in degrees that keeps the shape recognizable."""
     if shape in ("circle", "ring"):
         return float(rng.uniform(0, 180))
     if shape in ("square", "diamond"):
@@ -98,23 +98,27 @@ def _rotation(shape: str, rng: np.random.Generator) -> float:
 
 
 def _aspect(shape: str, rng: np.random.Generator) -> float:
-    """Draw a ratio of width to height, relative to the canonical outline."""
+    """Draw a ratio of width to height, relative to the standard outline."""
     if shape in ("triangle", "cross", "heart"):
         return float(rng.uniform(0.82, 1.22))
     return float(rng.uniform(0.87, 1.15)) if shape != "diamond" else float(rng.uniform(0.9, 1.08))
 
 
 def contours(shape: str, rng: np.random.Generator, *, varied: bool = True) -> Contours:
-    """Build one shape's outline.
+    """Return the outline of a shape.
 
     Args:
         shape: One of `moondream_cv.scenes.world.SHAPES`.
-        rng: Source of the variation.
-        varied: Draw proportions, aspect ratio and rotation at random; otherwise the canonical upright outline.
+        rng: Source of randomness.
+        varied: Randomize proportions, aspect ratio and rotation; otherwise return the upright standard outline.
 
     Returns:
-        Closed contours, each [N, 2] float32, whose common extent has a longer side of 1 and starts at (0, 0).
+        Closed contours, each [N, 2] float32. Their bounding box starts at (0, 0), and its longer side is 1.
+
+    Raises:
+        ValueError: The shape is unknown.
     """
+    # Draw the standard outline
     parts: Contours
     if shape == "circle":
         parts = [_CIRCLE]
@@ -133,7 +137,9 @@ def contours(shape: str, rng: np.random.Generator, *, varied: bool = True) -> Co
     elif shape == "diamond":
         parts = _diamond(rng, varied)
     else:
-        raise ValueError(f"{shape!r} is not a shape of this world")
+        raise ValueError(f"unknown shape {shape!r}")
+
+    # Rotate and stretch it
     if varied:
         angle, aspect = math.radians(_rotation(shape, rng)), math.sqrt(_aspect(shape, rng))
         cos, sin = math.cos(angle), math.sin(angle)

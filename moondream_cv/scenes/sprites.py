@@ -1,8 +1,8 @@
-"""The icons as RGBA sprites at several sizes, read from ``sprites.png``.
+"""The icons as RGBA sprites at several sizes, from ``sprites.png``.
 
-The pictures are glyphs of Noto Color Emoji by Google, licensed under the SIL Open Font License 1.1
-(https://openfontlicense.org), rasterized once by ``scripts/make_sprites.py``. This module only loads them: rotation,
-shadows and the like are added in `moondream_cv.scenes.objects`.
+The icons are glyphs of Noto Color Emoji by Google, licensed under the SIL Open Font License 1.1
+(https://openfontlicense.org), rasterized by ``scripts/make_sprites.py``. `moondream_cv.scenes.objects` rotates them and
+adds shadows.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy.typing as npt
 from .world import ICONS
 
 CELL: Final = 112
-"""Side of one cell of the sheet in pixels."""
+"""Side of a cell of the sprite sheet in pixels."""
 
 COLUMNS: Final = 8
-"""Cells in a row of the sheet."""
+"""Number of cells in a row of the sprite sheet."""
 
 _LEVELS: Final = (112, 64, 36, 20)
 
 
 class Sprite(NamedTuple):
-    """One icon at one size, cropped to its visible pixels; its longer side is the level's size."""
+    """One icon at one size, cropped to its visible pixels."""
 
-    rgb: npt.NDArray[np.uint8]  # [h, w, 3], RGB; colors continue beyond the silhouette
+    rgb: npt.NDArray[np.uint8]  # [h, w, 3] RGB; colors extend beyond the silhouette
     alpha: npt.NDArray[np.uint8]  # [h, w], 0..255
 
 
@@ -43,7 +43,7 @@ def _sheet() -> npt.NDArray[np.uint8]:
 
 
 def _bleed(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Continue an icon's colors into its transparent surroundings, so that resampling makes no dark fringe."""
+    """Extend the colors of an icon into its transparent surroundings, so that resampling adds no dark fringe."""
     weight = alpha.astype(np.float32)[..., None] / 255
     total = cv2.GaussianBlur(np.dstack([rgb * weight, weight]), (0, 0), 3)
     mean = (rgb * weight).sum((0, 1)) / weight.sum()
@@ -53,7 +53,7 @@ def _bleed(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8]) -> npt.NDAr
 
 @cache
 def icon_levels(name: str) -> tuple[Sprite, ...]:
-    """Return an icon at every cached size, largest first.
+    """Return an icon at all sizes, largest first.
 
     Args:
         name: One of `ICONS`.
@@ -77,7 +77,7 @@ def icon_levels(name: str) -> tuple[Sprite, ...]:
 
 
 def icon_sprite(name: str, size: float) -> Sprite:
-    """Return the smallest cached sprite of an icon that still holds the detail of a rendering `size` pixels long."""
+    """Return the smallest sprite of an icon that has enough detail for a longer side of `size` pixels."""
     levels = icon_levels(name)
     for level, side in zip(reversed(levels), reversed(_LEVELS), strict=True):
         if side >= size * 0.95:
@@ -87,7 +87,7 @@ def icon_sprite(name: str, size: float) -> Sprite:
 
 @cache
 def icon_color(name: str) -> tuple[float, float, float]:
-    """Return the mean RGB of an icon's visible pixels, 0..255: what has to stand out from the background."""
+    """Return the mean RGB of an icon's visible pixels, 0..255, for contrast checks."""
     sprite = icon_levels(name)[0]
     red, green, blue = sprite.rgb[sprite.alpha > 127].mean(0)
     return float(red), float(green), float(blue)

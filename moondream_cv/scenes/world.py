@@ -1,8 +1,7 @@
-"""The vocabulary of the synthetic world: eight shapes in eight colors, and thirty-two icons.
+"""The vocabulary of the synthetic scenes: 8 shapes in 8 colors, and 32 icons.
 
-Names are plain English: a colored shape is ``"red circle"``, an icon is ``"dog"``. A query may also name a shape
-without its color (``"circle"``); a color alone names nothing. This module holds words and RGB values only: what a
-thing looks like is the renderers' business.
+Names are plain English, such as ``"red circle"`` for a colored shape and ``"dog"`` for an icon. A query can name a
+shape in any color (``"circle"``), but not a color alone. The renderers define the appearance.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ COLORS: Final[dict[str, tuple[int, int, int]]] = {  # RGB
     "white": (245, 245, 245),
 }
 
-GLYPHS: Final[dict[str, str]] = {  # icon name -> emoji the sprite sheet was made from, in the sheet's order
+GLYPHS: Final[dict[str, str]] = {  # icon name -> emoji of its sprite, in the order of the sprite sheet
     "dog": "🐕",
     "cat": "🐈",
     "car": "🚗",
@@ -63,13 +62,13 @@ ICONS: Final[tuple[str, ...]] = tuple(GLYPHS)
 COLORED_SHAPES: Final[tuple[str, ...]] = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 
 ALL_NAMES: Final[tuple[str, ...]] = COLORED_SHAPES + ICONS
-"""Every name that an object can carry: 64 colored shapes and 32 icons."""
+"""All full names of objects: 64 colored shapes and 32 icons."""
 
 _IRREGULAR_PLURALS: Final[dict[str, str]] = {"fish": "fish"}
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """Split a query name into its color and its shape or icon.
+    """Split a name into its color and its shape or icon.
 
     Args:
         name: ``"red circle"``, ``"circle"`` or ``"dog"``.
@@ -78,12 +77,12 @@ def split_name(name: str) -> tuple[str | None, str]:
         ``("red", "circle")``, ``(None, "circle")`` or ``(None, "dog")``.
 
     Raises:
-        ValueError: If the name is not part of this world, as ``"red"`` or ``"red dog"``.
+        ValueError: The name is not in the vocabulary, such as ``"red"`` or ``"red dog"``.
     """
     color, _, shape = name.rpartition(" ")
     if (not color and (shape in SHAPES or shape in GLYPHS)) or (color in COLORS and shape in SHAPES):
         return color or None, shape
-    raise ValueError(f"{name!r} is not a name of this world; known are e.g. 'red circle', 'circle' and 'dog'")
+    raise ValueError(f"unknown name {name!r}; valid names are, for example, 'red circle', 'circle' and 'dog'")
 
 
 def article(name: str) -> str:
@@ -92,7 +91,7 @@ def article(name: str) -> str:
 
 
 def with_article(name: str) -> str:
-    """Return a name behind its indefinite article: ``"an apple"``."""
+    """Return a name with its indefinite article: ``"an apple"``."""
     return f"{article(name)} {name}"
 
 
@@ -102,7 +101,11 @@ def listing(items: Sequence[str]) -> str:
 
 
 def short_caption(names: Sequence[str]) -> str:
-    """Return the short caption of a picture of these objects, left to right: ``"A red circle, a dog and a cup."``."""
+    """Return the short caption of an image, such as ``"A red circle, a dog and a cup."``.
+
+    Args:
+        names: Full names of the objects, from left to right.
+    """
     text = listing([with_article(name) for name in names]) or "an empty picture"
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -122,5 +125,5 @@ def plural(name: str) -> str:
 
 
 def query_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Return every query that the given object names answer, sorted: ``"red circle"`` also answers ``"circle"``."""
+    """Return all queries that match objects with the given full names, sorted: ``"red circle"`` and ``"circle"``."""
     return tuple(sorted({query for name in names for query in (name, split_name(name)[1])}))

@@ -78,7 +78,7 @@ class _View:
     def boxes_of(self, name: str) -> tuple[Box, ...]:
         """Return the boxes of a name: a full name, a shape in any color, or "object" for all."""
         pairs = zip(self.objects, self.boxes, strict=True)
-        return tuple(box for item, box in pairs if name == "object" or item.answers(name))
+        return tuple(box for item, box in pairs if name == "object" or item.matches(name))
 
     def most_frequent_name(self) -> str | None:
         """Return the most frequent name; counting single objects teaches little."""

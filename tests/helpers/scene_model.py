@@ -54,7 +54,7 @@ class SceneModel(PublishedMethods):
         (scene,) = [scene for scene in self.scenes if np.array_equal(scene.image, rgb)]
         width, height = scene.resolution_wh
         if isinstance(request, (Detect, Point)):
-            boxes = [item.xyxy for item in scene.objects if request.object == "object" or item.answers(request.object)]
+            boxes = [item.xyxy for item in scene.objects if request.object == "object" or item.matches(request.object)]
             if self.wrong:
                 boxes = [(x0 / 2, y0 / 2, x1 / 2, y1 / 2) for x0, y0, x1, y1 in boxes[:1]]
             scores = [0.97 - 0.03 * index for index in range(len(boxes))]
@@ -87,5 +87,5 @@ class SceneModel(PublishedMethods):
             return str(sum(plural(item.name) in request.question for item in scene.objects))
         if request.question.startswith("Is there"):
             name = request.question.removesuffix("?").split(" ", 3)[3]
-            return "yes" if any(item.answers(name) for item in scene.objects) else "no"
+            return "yes" if any(item.matches(name) for item in scene.objects) else "no"
         return next(str(item.color) for item in scene.objects if f"the {item.shape}?" in request.question)

@@ -1,4 +1,4 @@
-"""The synthetic world: what the renderers promise about names, boxes, places and repeatability."""
+"""Test the renderers of scenes and clips: names, boxes, positions and determinism."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
     return float(left), float(top), float(left + width), float(top + height)
 
 
-def covered(first: Box, second: Box) -> float:
-    """Return the common area of two boxes as a share of the smaller one's."""
+def overlap(first: Box, second: Box) -> float:
+    """Return the intersection of two boxes as a share of the smaller one."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return max(0.0, width) * max(0.0, height) / min(areas)
 
 
-def assert_sound(scene: Scene) -> None:
-    """Check what every scene promises: type, boxes of positive area within the frame."""
+def assert_valid(scene: Scene) -> None:
+    """Check the type of the image, and that all boxes have a positive area within the frame."""
     width, height = scene.resolution_wh
     assert scene.image.dtype == np.uint8
     assert scene.image.shape == (height, width, 3)
@@ -61,10 +61,10 @@ def assert_sound(scene: Scene) -> None:
         assert item.kind == ("icon" if item.name in ICONS else "shape")
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- vocabulary ------------------------------------------------------------------------------------------------------
 
 
-def test_the_world_has_64_colored_shapes_and_32_icons() -> None:
+def test_vocabulary_has_64_colored_shapes_and_32_icons() -> None:
     assert (len(SHAPES), len(COLORS), len(COLORED_SHAPES), len(ICONS)) == (8, 8, 64, 32)
     assert (ICONS[0], ICONS[-1]) == ("dog", "donut")
     assert COLORS["orange"] == (245, 135, 25)
@@ -87,19 +87,19 @@ def test_with_article(name: str, one: str) -> None:
     assert with_article(name) == one
 
 
-def test_query_names_include_the_bare_shape() -> None:
+def test_query_names_include_shapes_without_color() -> None:
     assert query_names(["red circle", "dog"]) == ("circle", "dog", "red circle")
 
 
 @pytest.mark.parametrize("name", ["red", "red dog", "zebra", "", "circle red", "pink circle"])
-def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="not a name of this world"):
+def test_unknown_names_raise(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown name"):
         split_name(name)
-    with pytest.raises(ValueError, match="not a name of this world"):
+    with pytest.raises(ValueError, match="unknown name"):
         render_scene(0, names=[name])
 
 
-def test_named_matches_exact_names_and_bare_shapes() -> None:
+def test_named_matches_full_names_and_shapes_of_any_color() -> None:
     image = np.zeros((50, 50, 3), np.uint8)
     red = SceneObject.from_name("red circle", (20, 0, 30, 10))
     blue = SceneObject.from_name("blue circle", (0, 0, 10, 10))
@@ -109,14 +109,14 @@ def test_named_matches_exact_names_and_bare_shapes() -> None:
     assert scene.named("circle") == (blue, red)  # left to right
     assert scene.named("dog") == (dog,)
     assert scene.named("green circle") == scene.named("square") == ()
-    with pytest.raises(ValueError, match="'red' is not a name"):
+    with pytest.raises(ValueError, match="unknown name 'red'"):
         scene.named("red")
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- scenes ----------------------------------------------------------------------------------------------------------
 
 
-def test_sprites_cover_the_icons_and_fill_their_cells() -> None:
+def test_sprites_are_cropped_to_their_visible_pixels() -> None:
     for name in ICONS:
         sprite = icon_levels(name)[0]
         assert sprite.rgb.shape[:2] == sprite.alpha.shape
@@ -126,7 +126,7 @@ def test_sprites_cover_the_icons_and_fill_their_cells() -> None:
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-def test_every_name_is_painted_with_a_tight_box(name: str) -> None:
+def test_painted_objects_have_tight_boxes(name: str) -> None:
     rng = np.random.default_rng(3)
     for size in (15.0, 47.3, 140.0):
         patch = paint(name, size, rng, shadow=True)
@@ -138,7 +138,7 @@ def test_every_name_is_painted_with_a_tight_box(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COLORED_SHAPES)
-def test_plain_boxes_are_tight_to_the_pixel(name: str) -> None:
+def test_boxes_of_plain_shapes_are_exact(name: str) -> None:
     scene = render_scene(11, names=[name], style="plain", resolution_wh=(160, 120))
     (item,) = scene.objects
     behind = scene.image[0, 0].astype(float)
@@ -149,7 +149,7 @@ def test_plain_boxes_are_tight_to_the_pixel(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ICONS)
-def test_plain_icons_have_tight_boxes(name: str) -> None:
+def test_boxes_of_plain_icons_are_exact_to_one_pixel(name: str) -> None:
     scene = render_scene(12, names=[name], style="plain", resolution_wh=(160, 120))
     (item,) = scene.objects
     changed = np.abs(scene.image.astype(int) - scene.image[0, 0]).sum(2) > 60
@@ -158,8 +158,8 @@ def test_plain_icons_have_tight_boxes(name: str) -> None:
 
 @pytest.mark.parametrize("render", [render_scene, render_alternate])
 @pytest.mark.parametrize("name", ["red circle", "green star", "blue ring", "yellow cross", "purple triangle"])
-def test_boxes_surround_the_pixels_of_the_objects_color(render: Callable[..., Scene], name: str) -> None:
-    """Measured on the finished picture, with whatever background, outline and camera the seed brings."""
+def test_boxes_enclose_the_pixels_of_the_objects_color(render: Callable[..., Scene], name: str) -> None:
+    """The pixels are those of the finished image, with random background, outline and camera effects."""
     for seed in range(8):
         scene = render(seed, names=[name], resolution_wh=(320, 240))
         left, top, right, bottom = (round(edge) for edge in scene.objects[0].xyxy)
@@ -171,17 +171,17 @@ def test_boxes_surround_the_pixels_of_the_objects_color(render: Callable[..., Sc
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_train_scenes_are_sound(seed: int) -> None:
+def test_training_scenes_have_valid_boxes(seed: int) -> None:
     scene = render_scene(seed)
-    assert_sound(scene)
+    assert_valid(scene)
     assert 1 <= len(scene.objects) <= 8
     for item in scene.objects:
         assert max(item.xyxy[2] - item.xyxy[0], item.xyxy[3] - item.xyxy[1]) >= 12
-    assert all(covered(a.xyxy, b.xyxy) <= 0.06 for a, b in combinations(scene.objects, 2))
+    assert all(overlap(a.xyxy, b.xyxy) <= 0.06 for a, b in combinations(scene.objects, 2))
 
 
 def test_objects_stand_out_from_the_background() -> None:
-    """A white object on white, or a black one on black, would make the ground truth a lie."""
+    """Otherwise, a white object on white or a black object on black would be invisible."""
     for seed in range(40):
         scene = render_scene(seed, names=[("white circle", "black square")[seed % 2]], resolution_wh=(200, 200))
         left, top, right, bottom = (int(edge) for edge in scene.objects[0].xyxy)
@@ -193,7 +193,7 @@ def test_objects_stand_out_from_the_background() -> None:
         assert np.abs(frame - inner.mean()).max() > 45, seed
 
 
-def test_scenes_repeat_classes_and_hold_near_misses() -> None:
+def test_scenes_contain_repeated_classes_and_near_misses() -> None:
     repeated = near = 0
     for seed in range(150):
         names = [item.name for item in render_scene(seed, resolution_wh=(160, 160)).objects]
@@ -205,7 +205,7 @@ def test_scenes_repeat_classes_and_hold_near_misses() -> None:
 
 
 @pytest.mark.parametrize("render", [render_scene, render_alternate])
-def test_a_seed_fixes_the_scene(render: Callable[..., Scene]) -> None:
+def test_seed_determines_the_scene(render: Callable[..., Scene]) -> None:
     first, second, other = render(5), render(5), render(6)
     assert first.objects == second.objects
     assert np.array_equal(first.image, second.image)
@@ -213,14 +213,14 @@ def test_a_seed_fixes_the_scene(render: Callable[..., Scene]) -> None:
     assert render(np.random.default_rng(5)).objects == first.objects
 
 
-def test_names_are_drawn_in_order_and_bare_shapes_get_a_color() -> None:
+def test_names_set_the_objects_and_shapes_get_a_color() -> None:
     scene = render_scene(1, names=["dog", "circle", "red star", "dog"])
     assert [item.shape for item in scene.objects] == ["dog", "circle", "star", "dog"]
     assert scene.objects[1].color in COLORS
     assert len(scene.named("dog")) == 2
 
 
-def test_counts_and_sizes_are_kept() -> None:
+def test_number_of_objects_and_resolution_can_be_set() -> None:
     assert len(render_scene(0, num_objects=5, resolution_wh=(640, 480)).objects) == 5
     assert all(2 <= len(render_scene(seed, num_objects=(2, 3)).objects) <= 3 for seed in range(20))
     assert render_scene(0, num_objects=0).objects == ()
@@ -228,18 +228,18 @@ def test_counts_and_sizes_are_kept() -> None:
     assert render_alternate(0, num_objects=4, resolution_wh=(300, 200)).resolution_wh == (300, 200)
 
 
-def test_overlap_is_allowed_on_request() -> None:
-    worst = 0.0
+def test_allow_overlap_overlaps_boxes_by_at_most_a_third() -> None:
+    largest = 0.0
     for seed in range(30):
         items = render_scene(seed, num_objects=8, resolution_wh=(200, 200), allow_overlap=True).objects
-        worst = max([worst, *(covered(a.xyxy, b.xyxy) for a, b in combinations(items, 2))])
-    assert 0.1 < worst <= 0.35
+        largest = max([largest, *(overlap(a.xyxy, b.xyxy) for a, b in combinations(items, 2))])
+    assert 0.1 < largest <= 0.35
 
 
-def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown style 'cubist'"):
+def test_invalid_arguments_raise() -> None:
+    with pytest.raises(ValueError, match="style must be one of train, plain, got 'cubist'"):
         render_scene(0, style="cubist")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="names already says"):
+    with pytest.raises(ValueError, match="names sets the number of objects"):
         render_scene(0, names=["dog"], num_objects=2)
     with pytest.raises(ValueError, match="do not fit"):
         render_scene(0, names=["dog"] * 60, resolution_wh=(64, 64))
@@ -248,25 +248,25 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_alternate_scenes_are_sound(seed: int) -> None:
+def test_alternate_scenes_have_valid_boxes(seed: int) -> None:
     scene = render_alternate(seed)
-    assert_sound(scene)
+    assert_valid(scene)
     assert 1 <= len(scene.objects) <= 7
-    assert all(covered(a.xyxy, b.xyxy) == 0 for a, b in combinations(scene.objects, 2))
+    assert all(overlap(a.xyxy, b.xyxy) == 0 for a, b in combinations(scene.objects, 2))
 
 
 # --- clips -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pan", [False, True])
-def test_clips_keep_their_track_ids(pan: bool) -> None:
+def test_clip_objects_keep_their_track_ids(pan: bool) -> None:
     clip = render_clip(4, num_frames=80, pan=pan)
     assert len(clip) == 80
     assert len(clip.names) == 8
     assert len(clip.class_names) == 3
     previous: dict[int, Box] = {}
     for image, items in clip.frames():
-        assert_sound(Scene(image, items))
+        assert_valid(Scene(image, items))
         assert image.shape == (480, 640, 3)
         ids = [item.track_id for item in items]
         assert ids == sorted(set(ids))
@@ -278,7 +278,7 @@ def test_clips_keep_their_track_ids(pan: bool) -> None:
         previous = {item.track_id: item.xyxy for item in items}
 
 
-def test_clips_repeat_exactly_and_allow_random_access() -> None:
+def test_clips_are_deterministic_and_allow_random_access() -> None:
     clip, again = render_clip(7, num_frames=12, pan=True), render_clip(7, num_frames=12, pan=True)
     for index, (image, items) in enumerate(clip):
         other, other_items = again.frame(index)
@@ -287,27 +287,27 @@ def test_clips_repeat_exactly_and_allow_random_access() -> None:
     assert not np.array_equal(clip.frame(0)[0], clip.frame(-1)[0])
 
 
-def test_objects_leave_and_come_back_and_cross() -> None:
+def test_clip_objects_leave_return_and_occlude_each_other() -> None:
     clip = render_clip(0, num_frames=600, names=["red circle", "dog", "blue star", "cat", "bus", "green ring"])
     present = np.zeros((600, 7), bool)
-    hidden = False
+    occluded = False
     for index, (_, items) in enumerate(clip):
         for item in items:
             present[index, item.track_id] = True
             inside = item.xyxy[0] > 0 and item.xyxy[1] > 0 and item.xyxy[2] < 640 and item.xyxy[3] < 480
-            hidden |= inside and item.visible < 0.7
-    assert hidden  # somebody passed in front of somebody
+            occluded |= inside and item.visible < 0.7
+    assert occluded
     returns = [(np.diff(present[:, track].astype(int)) == 1).sum() for track in (3, 6)]
     assert min(returns) >= 1
     assert present[:, [1, 2, 4, 5]].all()
 
 
-def test_visible_share_is_that_of_the_pixels_shown() -> None:
+def test_visible_is_the_share_of_visible_pixels() -> None:
     clip = render_clip(2, num_frames=200, names=["red square"] * 3)
     partial = [item for _, items in clip for item in items if item.track_id == 3 and item.xyxy[0] == 0]
     assert any(0 < item.visible < 0.6 for item in partial)
     full = [item for _, items in clip for item in items if item.track_id == 3 and 0 < item.xyxy[0] < 400]
-    assert all(item.visible == 1 for item in full)  # nothing lies in front of the last track
+    assert all(item.visible == 1 for item in full)  # no object is in front of the last track
 
 
 # --- import ----------------------------------------------------------------------------------------------------------
