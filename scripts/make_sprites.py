@@ -1,11 +1,11 @@
-"""Rasterise the icons of the synthetic world into ``moondream_cv/scenes/sprites.png``.
+"""Rasterize the icons of the rendered scenes into ``moondream_cv/scenes/sprites.png``.
 
 Run once, on a machine with Debian's ``fonts-noto-color-emoji`` (Noto Color Emoji, SIL Open Font License 1.1):
 
     python scripts/make_sprites.py [/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf]
 
-The sheet has eight cells a row in the order of ``world.ICONS``; every icon is cropped tight and fills its cell's
-longer side. The package reads only the sheet: no font is needed at run time.
+The sheet has eight cells per row, in the order of ``world.ICONS``. Each icon is cropped to its visible pixels and scaled
+to the size of its cell. The package reads only the sheet, so no font is needed at run time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TARGET = Path(__file__).resolve().parent.parent / "moondream_cv" / "scenes" / "s
 BITMAP_SIZE = 109  # the only size of the font's embedded bitmaps
 
 
-def rasterise(glyph: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+def rasterize(glyph: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     """Draw one emoji, cropped to its visible pixels and scaled so that its longer side is `CELL` pixels (RGBA)."""
     canvas = Image.new("RGBA", (200, 200), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((20, 20), glyph, font=font, embedded_color=True)
@@ -43,7 +43,7 @@ def main() -> None:
     rows = -(-len(GLYPHS) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL), (0, 0, 0, 0))
     for index, glyph in enumerate(GLYPHS.values()):
-        icon = rasterise(glyph, font)
+        icon = rasterize(glyph, font)
         left = index % COLUMNS * CELL + (CELL - icon.width) // 2
         top = index // COLUMNS * CELL + (CELL - icon.height) // 2
         sheet.paste(icon, (left, top))

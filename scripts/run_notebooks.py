@@ -1,4 +1,4 @@
-"""Run the notebooks in place, so that they show today's outputs and pictures on GitHub.
+"""Run the notebooks in place, so that they contain current outputs and images.
 
 python scripts/run_notebooks.py
 """
@@ -14,13 +14,14 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
 def main() -> None:
+    """Run and save all notebooks, without execution times and warnings."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         resources = {"metadata": {"path": str(NOTEBOOKS)}}
         NotebookClient(notebook, timeout=600, resources=resources, coalesce_streams=True).execute()
         for cell in notebook.cells:
-            cell.metadata.pop("execution", None)  # times of day
-            if cell.cell_type == "code":  # warnings of the machine that it ran on, with its paths
+            cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":  # warnings contain local paths
                 cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         nbformat.write(notebook, path)
 

@@ -1,16 +1,15 @@
-"""The code in README.md, docs and `--help` runs as printed. Run with `pytest tests/test_documentation_code.py`.
+"""The code in README.md, the pages of docs and `--help` runs as printed.
 
-The files of the reader are rendered scenes under the names in the text. Two tables change the code before it runs:
-`SUBSTITUTES` replaces the names of models, servers and cameras, and `NOT_RUN` lists code that only runs on the reader's
-machine, with the reason.
+The reader's files are rendered scenes with the names in the text. `SUBSTITUTES` and `LINE_SUBSTITUTES` replace the
+names of models, servers and cameras. `NOT_RUN` lists code that only runs on the reader's machine, with the reason.
 
-Each block of the README runs in its own namespace. The blocks of another page run in order, in one namespace.
-`docs/workflows.md` runs in the environment of Roboflow's engine (tests/roboflow/test_workflows_page.py), and notebooks
-run in tests/test_notebooks.py.
+Each block of the README runs in a separate namespace, and the blocks of another page run in order in one namespace.
+tests/roboflow/test_workflows_page.py runs `docs/workflows.md`, and tests/test_notebooks.py runs the notebooks.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -35,7 +34,7 @@ import moondream_cv
 from moondream_cv import load
 from moondream_cv.cli import app
 from moondream_cv.scenes import render_clip, render_scene
-from moondream_cv.video import Zones, annotate_video, track
+from moondream_cv.video import Zones, annotate_video, track, track_streams
 from moondream_cv.vision_model import VisionModel
 from tests.helpers.certificates import make_certificates
 from tests.helpers.clips import write_clip
@@ -94,14 +93,14 @@ LINE_SUBSTITUTES = (
 )
 
 NOT_RUN = {
-    "class VisionModel(Protocol)": "an excerpt, compared with the class below",
+    "class VisionModel(Protocol)": "an excerpt, compared with the class in a separate test",
     "video 0 cup --show": "needs a camera and a screen",
-    "video rtsp://camera/stream": "needs a camera; RTSP is tested in tests/video/test_rtsp.py",
+    "video rtsp://camera/stream": "needs a camera; tests/video/test_rtsp.py tests RTSP",
     "download vikhyatk/": "downloads 3.7 GB",
-    "detect street.jpg -c person --model http://localhost:2020": "the server of the line before; tested with README.md",
-    "pip install": "the extras are checked below",
-    "make ": "the targets are checked below",
-    ".venv/bin/pre-commit": "tested in tests/test_pre_commit.py",
+    "detect street.jpg -c person --model http://localhost:2020": "needs the server of the previous line",
+    "pip install": "a separate test checks the extras",
+    "make ": "a separate test checks the targets",
+    ".venv/bin/pre-commit": "tests/test_pre_commit.py tests the hooks",
     "export ": "sets a variable for docs/workflows.md",
 }
 
@@ -113,7 +112,7 @@ ZONES = '{"normalized": true, "lines": [{"name": "door", "start": [0.1, 0.6], "e
 
 @pytest.fixture(scope="module")
 def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the reader of the pages has."""
+    """Return a folder with the files that the pages use."""
     folder = tmp_path_factory.mktemp("reader")
     rgb = render_scene(105, resolution_wh=(320, 240), names=["car", "bus", "dog", "red circle"]).image
     for name in IMAGES:
@@ -135,7 +134,7 @@ def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(reader_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh copy of the reader's files, as the current folder."""
+    """Return a new copy of the reader's files, which is the current folder."""
     shutil.copytree(reader_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -170,7 +169,7 @@ def substituted(code: str, server: str, files: str) -> str:
 
 
 class Screen:
-    """Replaces OpenCV's window, which needs a screen: shows frames, and returns Esc after three of them."""
+    """Replace OpenCV's window: record the frames, and return Esc after three of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shown: list[np.ndarray] = []
@@ -182,7 +181,7 @@ README_BLOCKS = [block for block in PYTHON if block.page == "README.md"]
 
 
 @pytest.mark.parametrize("block", README_BLOCKS, ids=[f"line {block.line}" for block in README_BLOCKS])
-def test_readme_blocks_run_on_their_own(
+def test_readme_blocks_run_separately(
     block: Block, folder: Path, server: str, files: RemoteServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = Screen(monkeypatch)
@@ -207,13 +206,13 @@ def test_blocks_of_a_page_run_in_order(
 def run_python(block: Block, namespace: dict[str, Any], server: str, files: str) -> None:
     code = "\n" * block.line + substituted(block.code, server, files)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
-        for function in (annotate_video, track):
+        for function in map(inspect.unwrap, (annotate_video, track, track_streams)):
             assert function.__kwdefaults__["model"] == "moondream2"
             patch.setitem(function.__kwdefaults__, "model", "tiny")
         exec(compile(code, block.page, "exec"), namespace)
 
 
-def test_the_excerpt_of_the_vision_model_is_accurate() -> None:
+def test_excerpt_of_vision_model_matches_the_class() -> None:
     (block,) = (block for block in PYTHON if "class VisionModel(Protocol)" in block.code)
     printed = {*re.findall(r"^    (?:def )?(\w+)[:(]", block.code, re.MULTILINE)}
     assert printed == {"skills", "has_scores", "run", "close"}
@@ -238,7 +237,7 @@ RUN_LINES = [line for line in LINES if reason_not_to_run(line.text) is None]
 
 
 def with_tiny_model(text: str) -> str:
-    """Add `--model tiny` to a command that uses the real model, and a free port to a server."""
+    """Add `--model tiny` to commands that use the real model, and a free port to servers."""
     for printed, here in LINE_SUBSTITUTES:
         text = text.replace(printed, here)
     if text.endswith("moondream-cv download"):
@@ -256,7 +255,7 @@ def with_tiny_model(text: str) -> str:
 @pytest.mark.parametrize("line", RUN_LINES, ids=[f"{line.place}: {line.text[:60]}" for line in RUN_LINES])
 def test_command_lines_run(line: Line, folder: Path) -> None:
     text = with_tiny_model(line.text)
-    if re.match(r"moondream-cv (?!serve)[^|>]*$", text):  # a shell would only add the start of a process
+    if re.match(r"moondream-cv (?!serve)[^|>]*$", text):  # faster than a shell
         result = CliRunner().invoke(app, shlex.split(text)[1:])
         status, log = result.exit_code, result.stderr
     else:
@@ -268,12 +267,12 @@ def test_command_lines_run(line: Line, folder: Path) -> None:
 
 
 def run_in_shell(text: str) -> tuple[int, str]:
-    """Run a command line, and stop it once it serves; return its status and standard error."""
+    """Run a command line, stopping servers as soon as they are ready; return the exit status and standard error."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MOONDREAM")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     is_server = "moondream-cv serve" in text
-    if is_server:  # the signal goes to the server itself instead of the shell
+    if is_server:  # exec, so that the signal goes to the server instead of the shell
         variables, _, command = text.rpartition("moondream-cv serve")
         text = f"{f'export {variables};' if variables else ''} exec moondream-cv serve{command}"
     log = Path("stderr.txt")
@@ -310,17 +309,17 @@ def test_batch_example_of_the_server_page(folder: Path, server: str, files: Remo
     assert "error" in third
 
 
-# --- everything else -------------------------------------------------------------------------------------------------
+# --- completeness ----------------------------------------------------------------------------------------------------
 
 
-def test_every_shell_line_runs_or_has_a_reason() -> None:
+def test_shell_lines_run_or_have_a_reason_not_to() -> None:
     for block in SHELL:
         text = re.sub(r"<<'LINES'\n.*?\nLINES\n", "\n", block.code, flags=re.DOTALL)
         for line in filter(str.strip, text.splitlines()):
             assert "moondream-cv " in line or "/v1/batch" in line or reason_not_to_run(line), f"{block.page}: {line}"
 
 
-def test_reasons_belong_to_printed_code() -> None:
+def test_reasons_and_substitutes_refer_to_printed_code() -> None:
     printed = "\n".join([*(block.code for block in BLOCKS), *(line.text for line in LINES)])
     assert [start for start in NOT_RUN if start not in printed] == []
     assert [start for start, _ in SUBSTITUTES if start not in printed] == []
