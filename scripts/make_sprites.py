@@ -4,8 +4,8 @@ Run once, on a machine with Debian's ``fonts-noto-color-emoji`` (Noto Color Emoj
 
     python scripts/make_sprites.py [/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf]
 
-The sheet has eight cells per row, in the order of ``world.ICONS``. Each icon is cropped to its visible pixels and scaled
-to the size of its cell. The package reads only the sheet, so no font is needed at run time.
+The sheet has eight cells per row, in the order of ``world.ICONS``. Each icon is cropped to its visible pixels and
+scaled to the size of its cell. The package reads only the sheet, so no font is needed at run time.
 """
 
 from __future__ import annotations
