@@ -15,11 +15,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from moondream_cv.backends.addresses import Address, is_url, shown_url
-from moondream_cv.backends.connecting import connect
+from moondream_cv.backends.dialects import connect
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.hub import hub_cache
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION, find_release, known_releases
+from moondream_cv.urls import is_url, shown_url
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +214,7 @@ def check_name(name: str | os.PathLike[str]) -> None:
     from moondream_cv.model.sources import release_of
 
     if is_url(name):
-        Address.of(os.fspath(name))
+        ServerURL.parse(os.fspath(name))
         return
     found = _local_or_repo(name)
     if isinstance(found, tuple):

@@ -148,7 +148,7 @@ def test_names_that_may_work_pass_the_check(name: str, folder: Path, monkeypatch
         ("checkpoint@2023-01-01", "is no known release of checkpoint"),
         (".", "no weights"),
         ("http://localhost:x", "'http://localhost:x' has no valid host and port"),
-        ("ftp://localhost", "is neither http nor https"),
+        ("ftp://localhost", "must begin with http:// or https://"),
     ],
 )
 def test_names_that_cannot_work_do_not(name: str, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

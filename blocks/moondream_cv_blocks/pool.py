@@ -1,11 +1,11 @@
-"""Models by name, each opened once and shared by every block and every workflow of the process.
+"""A pool of models by name: each is opened once and shared by all blocks and workflows of the process.
 
-Environment variables are for processes whose owner does not write the workflows that run in them:
+Environment variables configure a process that runs workflows of other people:
 
-- `MOONDREAM_CV_BLOCKS_MODELS`: the models that workflows may name, separated by commas; unset: any. Servers in it get
-  the keys that are in the environment; without it only this machine and the hosts of the services themselves do.
-- `MOONDREAM_CV_BLOCKS_DEVICE`: where models run that are loaded here, such as "cuda:1".
-- `MOONDREAM_CV_BLOCKS_TIMEOUT`: seconds that a server may take to answer.
+- `MOONDREAM_CV_BLOCKS_MODELS`: models that workflows can use, separated by commas. Default: all models. API keys in the
+  environment are sent to the servers in this list; without it, only to this machine and the hosts of the services.
+- `MOONDREAM_CV_BLOCKS_DEVICE`: device of local models, such as "cuda:1". Default: the fastest available.
+- `MOONDREAM_CV_BLOCKS_TIMEOUT`: time limit for the response of a server in seconds. Default: 30.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from moondream_cv.backends.addresses import Address, shown_url
-from moondream_cv.backends.connecting import known_dialect
-from moondream_cv.backends.http import check_seconds
+from moondream_cv.arguments import check_positive
+from moondream_cv.backends.dialects import known_dialect
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import MoondreamError
 from moondream_cv.loading import ALIASES, TINY, check_name, choose_device, connect, is_url, load
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
+from moondream_cv.urls import shown_url
 from moondream_cv.vision_model import VisionModel
 
 from .messages import ALLOWED, DEVICE, TIMEOUT
@@ -31,7 +32,7 @@ RETRY_SECONDS = 5.0
 CACHED_IMAGES = 64
 CACHED_BYTES = 2**30
 CORE_MODELS = frozenset({"moondream2/moondream2_2b_jul24", "moondream2/moondream2-2b"})
-"""Values of `model_version` of `roboflow_core/moondream2@v1` besides "moondream2"."""
+"""Values of `model_version` of `roboflow_core/moondream2@v1`, in addition to "moondream2"."""
 THIS_MACHINE = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _shared: ModelPool | None = None
@@ -39,136 +40,152 @@ _shared_lock = threading.Lock()
 
 
 class ModelPool:
-    """Opens models when they are first asked for, and keeps them. Thread-safe, and so are the models."""
+    """Models that are opened on first use and stay open. The pool and its models are thread-safe."""
 
     def __init__(self, *, device: str | None = None, timeout: float = 30.0, cache_bytes: int = CACHED_BYTES) -> None:
-        """Open nothing yet.
+        """Create an empty pool.
 
         Args:
-            device: Where models run that are loaded here; None: the best device there is.
-            timeout: Seconds that a server may take to answer. A step stops at its first time-out. A request that fails
-                sooner is retried once.
-            cache_bytes: What the encoded images take together that each of those models keeps, so that what several
-                blocks ask about an image encodes it once; an image of Moondream 2 takes some 160 MB in bfloat16.
+            device: Device of local models, such as "cuda:1"; None: the fastest available.
+            timeout: Time limit for the response of a server in seconds. A step stops at its first time-out. A request
+                that fails sooner is retried once.
+            cache_bytes: Size of each local model's cache of encoded images in bytes. With the cache, several blocks
+                encode an image once. An image of Moondream 2 takes about 160 MB in bfloat16.
 
         Raises:
-            ValueError: The timeout is no number of seconds.
+            ValueError: The timeout is not a positive number.
         """
-        check_seconds("timeout", timeout)
+        check_positive("timeout", timeout, "seconds")
         self.device, self.timeout, self.cache_bytes = device, timeout, cache_bytes
-        self._opened: dict[str, _Entry] = {}  # by what it was asked for as, and by what that means
+        self._entries: dict[str, _Entry] = {}  # by requested name, and by `_key` of that name
         self._lock = threading.Lock()
 
     def get(self, name: str) -> VisionModel:
-        """The model of this name or at this URL.
+        """Return the model with a name or URL, and open it on first use.
 
-        One that could not be opened is tried again after `RETRY_SECONDS`: until then every frame fails at once.
+        After a failure, calls fail immediately for `RETRY_SECONDS`; then the model is opened again.
+
+        Args:
+            name: Model name or server URL.
 
         Raises:
-            MoondreamError: It cannot be loaded, or its server cannot be used.
-            ValueError: It names no model, or none that may be used here.
+            MoondreamError: The model cannot be loaded, or its server cannot be used.
+            ValueError: The name is invalid, or workflows are not allowed to use the model.
         """
         name = check_allowed(name)
-        opened = self._entry(name)
-        with opened.lock:  # one model that loads for minutes keeps no other waiting
-            if opened.model is None:
-                if time.monotonic() < opened.retry_at:
-                    raise opened.kind(opened.reason)
+        entry = self._entry(name)
+        with entry.lock:  # per model, because loading can take minutes
+            if entry.model is None:
+                if time.monotonic() < entry.retry_at:
+                    raise entry.error_type(entry.error_message)
                 try:
                     check_name(name)
-                    opened.model = self._open(name)
+                    entry.model = self._open(name)
                 except Exception as error:
-                    opened.fail(error)
+                    entry.fail(error)
                     raise
-            return opened.model
+            return entry.model
 
     def is_open(self, name: str) -> bool:
-        """Whether the model of this name is open."""
+        """Return whether the model with a name or URL is open."""
         with self._lock:
-            opened = self._opened.get(canonical_name(name))
-            return opened is not None and opened.model is not None
+            entry = self._entries.get(canonical_name(name))
+            return entry is not None and entry.model is not None
 
     def add(self, name: str, model: VisionModel) -> None:
-        """Use a model that is open already for this name; one that it had before stays open.
+        """Add an open model under a name. A model that had the name before is replaced but stays open.
+
+        Args:
+            name: Model name or server URL, as workflows write it.
+            model: Open model.
 
         Raises:
-            MoondreamError: No model has such a name, so no workflow can ask for it.
-            ValueError: Likewise, or it may not be used here.
+            MoondreamError: The name does not exist, so workflows cannot use it.
+            ValueError: The name is invalid, or workflows are not allowed to use the model.
         """
         name = check_model(name)
-        opened = _Entry()
-        opened.model = model
+        entry = _Entry()
+        entry.model = model
         with self._lock:
-            before = self._opened.get(_key(name))
-            spellings = [other for other, one in self._opened.items() if one is before]
-            self._opened.update(dict.fromkeys([*spellings, name, _key(name)], opened))
+            replaced = self._entries.get(_key(name))
+            spellings = [other for other, one in self._entries.items() if one is replaced]
+            self._entries.update(dict.fromkeys([*spellings, name, _key(name)], entry))
 
     def close(self) -> None:
-        """Close every model; what is asked for afterwards is opened anew."""
+        """Close all models. Later calls of `get` open them again."""
         with self._lock:
-            closed, self._opened = {id(one): one for one in self._opened.values()}, {}
-        for opened in closed.values():
-            with opened.lock:
-                model, opened.model = opened.model, None
+            closed, self._entries = {id(entry): entry for entry in self._entries.values()}, {}
+        for entry in closed.values():
+            with entry.lock:
+                model, entry.model = entry.model, None
                 if model is not None:
                     model.close()
 
     def _entry(self, name: str) -> _Entry:
         with self._lock:
-            opened = self._opened.get(name)
-            if opened is None:
+            entry = self._entries.get(name)
+            if entry is None:
                 now = time.monotonic()
-                self._opened = {key: one for key, one in self._opened.items() if not one.is_expired(now)}
-                opened = self._opened[name] = self._opened.setdefault(_key(name), _Entry())
-            return opened
+                self._entries = {key: one for key, one in self._entries.items() if not one.is_expired(now)}
+                entry = self._entries[name] = self._entries.setdefault(_key(name), _Entry())
+            return entry
 
     def _open(self, name: str) -> VisionModel:
         if is_url(name):
             server = connect(name, timeout=self.timeout, retries=1, api_key=None if _may_receive_keys(name) else "")
             server.stop_after_timeout = True
-            server.has_scores  # noqa: B018 - requested now, not in the middle of a step
+            server.has_scores  # noqa: B018 - a request to the server, which would otherwise run within a step
             return server
         return load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=self.cache_bytes)
 
 
 class _Entry:
-    """A model, or why it could not be opened. The exception itself would hold on to what was being loaded."""
+    """An open model, or the reason why it could not be opened.
+
+    The entry stores the type and the message of an exception, because the exception would keep a half-loaded model in
+    memory.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.model: VisionModel | None = None
-        self.kind: type[Exception] = MoondreamError
-        self.reason = ""
-        self.retry_at = -math.inf  # when it may be tried
+        self.error_type: type[Exception] = MoondreamError
+        self.error_message = ""
+        self.retry_at = -math.inf  # time from which the model may be opened again
 
     def fail(self, error: Exception) -> None:
+        """Store an error, and schedule the next attempt."""
         if isinstance(error, MoondreamError):
-            self.kind = type(error)
+            self.error_type = type(error)
         else:
-            self.kind = ValueError if isinstance(error, ValueError) else MoondreamError
-        self.reason = str(error) or type(error).__name__
+            self.error_type = ValueError if isinstance(error, ValueError) else MoondreamError
+        self.error_message = str(error) or type(error).__name__
         self.retry_at = time.monotonic() + RETRY_SECONDS
 
     def is_expired(self, now: float) -> bool:
-        """Whether nothing is lost without it: it has failed a while ago, and nobody is at it."""
+        """Return whether the entry can be removed: it failed, its retry is due, and no thread is opening it."""
         return self.model is None and -math.inf < self.retry_at < now and not self.lock.locked()
 
 
 def shared_pool() -> ModelPool:
-    """The pool of this process, made as the environment says when it is first asked for.
+    """Return the pool of this process. The first call creates it from the environment variables.
 
     Raises:
-        ValueError: An environment variable makes no sense.
+        ValueError: An environment variable has an invalid value.
     """
     global _shared
-    with _shared_lock:  # the server compiles in several threads
+    with _shared_lock:  # the server compiles workflows in several threads
         if _shared is None:
             _shared = pool_from_environment()
         return _shared
 
 
 def pool_from_environment() -> ModelPool:
-    """Return a new pool with the settings of the environment variables; raises as `shared_pool`."""
+    """Return a new pool with the settings of the environment variables.
+
+    Raises:
+        ValueError: An environment variable has an invalid value.
+    """
     device, seconds = os.environ.get(DEVICE, "").strip() or None, os.environ.get(TIMEOUT, "").strip()
     if device is not None:
         try:
@@ -187,7 +204,7 @@ def pool_from_environment() -> ModelPool:
 
 
 def environment_problems() -> list[str]:
-    """Return a message for each environment variable with an invalid value."""
+    """Return a message for each invalid value in the environment variables."""
     problems = []
     try:
         pool_from_environment()
@@ -197,54 +214,60 @@ def environment_problems() -> list[str]:
         try:
             check_name(canonical_name(name))
         except (MoondreamError, ValueError) as error:
-            problems.append(f"the environment variable {ALLOWED} lists a model that cannot be used: {error}")
+            problems.append(f"the environment variable {ALLOWED} contains an invalid model: {error}")
     return problems
 
 
 def check_model(name: object) -> str:
-    """Check the name of a model without a network connection, and whether workflows may use the model.
+    """Check the name of a model, without network requests, and whether workflows are allowed to use it.
+
+    Args:
+        name: Model name or server URL.
 
     Returns:
         The canonical name.
 
     Raises:
-        MoondreamError: There is no such model, or it cannot be used.
-        ValueError: The name is not a string, or `MOONDREAM_CV_BLOCKS_MODELS` does not list the model.
+        MoondreamError: The model does not exist or cannot be used.
+        ValueError: The name is not a string, or `MOONDREAM_CV_BLOCKS_MODELS` does not contain the model.
     """
     text = check_allowed(name)
-    if _shared is None or not _shared.is_open(text):  # the files of an open model may be deleted
+    if _shared is None or not _shared.is_open(text):  # an open model does not need its files
         check_name(text)
     return text
 
 
 def check_allowed(name: object) -> str:
-    """Check whether workflows may use a model.
+    """Check whether workflows are allowed to use a model.
+
+    Args:
+        name: Model name or server URL.
 
     Returns:
         The canonical name.
 
     Raises:
-        ValueError: As `check_model`.
+        ValueError: The name is not a string, or `MOONDREAM_CV_BLOCKS_MODELS` does not contain the model.
     """
     if not isinstance(name, str):
-        raise ValueError(f"model must be a name or the URL of a server, not {type(name).__name__}: {name!r:.100}")
+        raise ValueError(f"model must be a name or the URL of a server, got {type(name).__name__}: {name!r:.100}")
     allowed = _allowed()
     if allowed and _key(name) not in map(_key, allowed):
         raise ValueError(
-            f"the model {redacted(name)!r} may not be used here, only {', '.join(map(redacted, allowed))}; "
-            f"{ALLOWED} lists the models"
+            f"the model {redacted(name)!r} is not allowed, only {', '.join(map(redacted, allowed))}; add it to the "
+            f"environment variable {ALLOWED} to use it"
         )
     return canonical_name(name)
 
 
 def canonical_name(name: str) -> str:
-    """Return a name without surrounding spaces, and "moondream2" for a `model_version` of Roboflow's own block."""
+    """Return a name without surrounding spaces, and "moondream2" for the model IDs of Roboflow's block."""
     text = name.strip()
     return "moondream2" if text in CORE_MODELS and not os.path.exists(text) else text
 
 
 def redacted(name: str) -> str:
-    """A model's name for messages, without what is secret in a URL."""
+    """Return the name of a model for messages, without the credentials of a URL."""
     return shown_url(name) if is_url(name) else name[:200]
 
 
@@ -253,11 +276,11 @@ def _allowed() -> list[str]:
 
 
 def _may_receive_keys(url: str) -> bool:
-    """Whether keys of the environment are sent to a server.
+    """Return whether API keys of the environment may be sent to a server.
 
-    Those who write workflows are not always those whose keys these are: a server that somebody just names gets none.
+    Authors of workflows may not own the keys, so a server does not get a key just because a workflow names it.
     """
-    address = Address.of(url)
+    address = ServerURL.parse(url)
     return bool(_allowed()) or known_dialect(address) is not None or address.host in THIS_MACHINE
 
 
@@ -266,7 +289,7 @@ def _key(name: str) -> str:
     text = canonical_name(name)
     if is_url(text):
         try:
-            address = Address.of(text)
+            address = ServerURL.parse(text)
         except ValueError:
             return text
         parts = urlsplit(address.url)
@@ -277,7 +300,7 @@ def _key(name: str) -> str:
             path = Path(text).expanduser()
             if text.startswith((".", "/", "~")) or (text != TINY and path.exists()):
                 return str(path.resolve())
-        except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, ...
+        except (OSError, RuntimeError, ValueError):  # the path is too long, its user is unknown, ...
             return text
     repo = ALIASES[stem].partition("@")[0] if stem in ALIASES else stem
     return f"{repo}@{revision or DEFAULT_REVISION}" if repo == DEFAULT_REPO else text

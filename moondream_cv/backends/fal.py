@@ -1,17 +1,17 @@
-"""fal's dialect: Moondream 2 as an app on fal.run, or anything that answers like it.
+"""Client for fal: Moondream 2 as an app on fal.run, or a server with the same API.
 
-Only its synchronous endpoint is spoken; its queue, uploads and webhooks are left out.
+Uses the synchronous endpoint only; the queue, uploads and webhooks are not supported.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moondream_cv.backends import replies
-from moondream_cv.backends.addresses import Address, find_key
-from moondream_cv.backends.base import RemoteModel, changed
-from moondream_cv.backends.http import Http
-from moondream_cv.backends.images import EncodedPicture
+from moondream_cv._signatures import inherit_options
+from moondream_cv.backends import responses
+from moondream_cv.backends.base import RemoteModel, RemoteOptions, changed_settings
+from moondream_cv.backends.images import EncodedImage
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.requests import (
     Caption,
     CaptionResult,
@@ -25,88 +25,68 @@ from moondream_cv.requests import (
     Result,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 FAL = "https://fal.run"
 APP = "/fal-ai/moondream2"
 _PATHS = {"caption": "", "query": "/visual-query", "detect": "/object-detection", "point": "/point-object-detection"}
 
 
+@inherit_options
 class Fal(RemoteModel):
-    """Moondream 2 on fal: captions, answers, boxes and points."""
+    """Moondream 2 on fal: detect, point, query and caption.
+
+    The API key is read from `FAL_KEY`. fal returns no scores: `has_scores` is False unless set to True.
+    """
 
     skills = frozenset({"detect", "point", "query", "caption"})
 
-    def __init__(
-        self,
-        base_url: str = FAL,
-        *,
-        api_key: str | None = None,
-        has_scores: bool | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
-        max_in_flight: int = 8,
-        image_format: str = "jpeg",
-    ) -> None:
-        """Open no connection yet.
+    _key_variables = ("FAL_KEY",)
+    _key_header = ("Authorization", "Key {}")
+
+    def __init__(self, base_url: str = FAL, **options: Unpack[RemoteOptions]) -> None:
+        """Create a client for a server. The first request opens the connection.
 
         Args:
-            base_url: The server; `/fal-ai/moondream2` is added where the path does not end so.
-            api_key: The key; None takes `FAL_KEY`, where that is set, and "" sends none.
-            has_scores: Whether the server's confidences are real; None is False, as fal gives none.
-            timeout: Seconds that the server may take to answer.
-            retries: Tries after the first at the most, where the server is busy, fails or cannot be reached.
-            backoff: Seconds before the first retry, doubled with each; what the server asks for comes first.
-            max_in_flight: Requests that wait for the server at a time.
-            image_format: What images are encoded as that are not files already: "jpeg" or "png".
+            base_url: URL of the server; `/fal-ai/moondream2` is appended unless the path ends with it.
 
         Raises:
             ValueError: An argument is out of range.
         """
-        key = find_key(api_key, "FAL_KEY")
-        http = Http(
-            Address.of(base_url).ending(APP),
-            headers={} if key is None else {"Authorization": f"Key {key}"},
-            secrets=(key,),
-            key_advice="; pass api_key= or set FAL_KEY",
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            max_idle=max_in_flight,
-        )
-        super().__init__(http, has_scores=has_scores or False, max_in_flight=max_in_flight, image_format=image_format)
+        super().__init__(ServerURL.parse(base_url).with_suffix(APP), **options)
 
-    def _ask(self, request: Request, picture: EncodedPicture | None) -> Result:
+    def _send_request(self, request: Request, image: EncodedImage | None) -> Result:
         path = _PATHS[request.skill]
-        reply = self._http.post(path, self._body(request, picture))
-        size = None if picture is None else picture.size
-        return self._read(path, lambda: self._parsed(request, reply, size))
+        body = self._http.post(path, self._request_body(request, image))
+        size = None if image is None else image.size
+        return self._parse(path, lambda: self._parse_result(request, body, size))
 
-    def _body(self, request: Request, picture: EncodedPicture | None) -> dict[str, Any]:
-        if picture is None:
-            raise self._unsupported("answer without an image", "MoondreamAPI can")
-        body: dict[str, Any] = {"image_url": picture.data_uri}
+    def _request_body(self, request: Request, image: EncodedImage | None) -> dict[str, Any]:
+        if image is None:
+            raise self._unsupported("answer without an image")
+        body: dict[str, Any] = {"image_url": image.data_uri}
         if isinstance(request, Detect | Point):
             body["object"] = request.object
         elif isinstance(request, Caption):
             body.update({} if request.length == "normal" else {"length": request.length})
         elif isinstance(request, Query):
             if request.reasoning or request.spatial_refs:
-                asked = "reason" if request.reasoning else "take spatial_refs"
-                raise self._unsupported(asked, "MoondreamAPI can")
+                raise self._unsupported("return reasoning" if request.reasoning else "use spatial_refs")
             body["prompt"] = request.question
-        settings = changed(request.settings)
+        settings = changed_settings(request.settings)
         return {**body, "settings": settings} if settings else body
 
-    def _parsed(self, request: Request, reply: dict[str, Any], size: tuple[int, int] | None) -> Result:
-        most, flag = request.settings.max_objects, reply.get("truncated")
+    def _parse_result(self, request: Request, body: dict[str, Any], size: tuple[int, int] | None) -> Result:
+        limit, flag = request.settings.max_objects, body.get("truncated")
         if isinstance(request, Detect):
-            boxes = replies.objects_of(reply, self.has_scores, size)
-            return DetectResult(*replies.limited(boxes, most, flag, sent=False))
+            boxes = responses.parse_objects(body, self.has_scores, size)
+            return DetectResult(*responses.truncate(boxes, limit, flag, limit_sent=False))
         if isinstance(request, Point):
-            points = replies.points_of(reply, self.has_scores, size, key="objects")
-            return PointResult(*replies.limited(points, most, flag, sent=False))
-        text, logprob = replies.text_of(reply, "output"), replies.logprob_of(reply)
-        cut = flag is True or reply.get("finish_reason") == "length"
+            points = responses.parse_points(body, self.has_scores, size, key="objects")
+            return PointResult(*responses.truncate(points, limit, flag, limit_sent=False))
+        text, logprob = responses.parse_text(body, "output"), responses.parse_logprob(body)
+        truncated = flag is True or body.get("finish_reason") == "length"
         if isinstance(request, Caption):
-            return CaptionResult(text, cut, logprob)
-        return QueryResult(text, None, cut, logprob)
+            return CaptionResult(text, truncated, logprob)
+        return QueryResult(text, None, truncated, logprob)

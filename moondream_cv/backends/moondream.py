@@ -1,8 +1,8 @@
-"""Moondream's own dialect: its cloud, Moondream Station, and this project's server.
+"""Client for the Moondream API: Moondream's cloud, Moondream Station and `moondream-cv serve`.
 
     MoondreamAPI("http://localhost:2020").caption(image)
 
-Segmentation and fine-tuning are left out. Gaze is offered if the server lists it, as `moondream-cv serve` does.
+Segmentation and fine-tuning are not supported.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moondream_cv.backends import replies
-from moondream_cv.backends.addresses import Address, find_key
-from moondream_cv.backends.base import RemoteModel, changed, model_has_scores, model_has_skill
-from moondream_cv.backends.failures import Failure
-from moondream_cv.backends.http import Http, Probe
-from moondream_cv.backends.images import EncodedPicture
+from moondream_cv._signatures import inherit_options
+from moondream_cv.backends import responses
+from moondream_cv.backends.base import RemoteModel, RemoteOptions, changed_settings, model_has_scores, model_has_skill
+from moondream_cv.backends.http import Probe
+from moondream_cv.backends.images import EncodedImage
+from moondream_cv.backends.retries import AttemptError
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import (
     Caption,
@@ -35,105 +36,85 @@ from moondream_cv.requests import (
     Result,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 CLOUD = "https://api.moondream.ai/v1"
 
 
+@inherit_options
 class MoondreamAPI(RemoteModel):
-    """Moondream over its own API: captions, answers, boxes, points and gaze; text can be streamed.
+    """Moondream API: detect, point, query, caption and gaze, with streaming of text.
+
+    The API key is read from `MOONDREAM_API_KEY`.
 
     Attributes:
-        skills: Includes "gaze" if the server's list of models does, which is requested once.
+        skills: Skills of the API; "gaze" only if the server's list of models has it, which is requested once.
+        model: Model that the server should use.
     """
 
-    def __init__(
-        self,
-        base_url: str = CLOUD,
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        has_scores: bool | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
-        max_in_flight: int = 8,
-        image_format: str = "jpeg",
-    ) -> None:
-        """Open no connection yet.
+    _key_variables = ("MOONDREAM_API_KEY",)
+    _key_header = ("X-Moondream-Auth", "{}")
+
+    def __init__(self, base_url: str = CLOUD, *, model: str | None = None, **options: Unpack[RemoteOptions]) -> None:
+        """Create a client for a server. The first request opens the connection.
 
         Args:
-            base_url: The server, with or without `/v1` at the end.
-            api_key: The key; None takes `MOONDREAM_API_KEY`, where that is set, and "" sends none.
-            model: The model that the server shall use; None: the setting `variant`, or else the server's own choice.
-            has_scores: Whether the server's confidences are real; None asks its list of models when that is needed.
-            timeout: Seconds that the server may take to answer, and between two pieces of a stream.
-            retries: Tries after the first at the most, where the server is busy, fails or cannot be reached.
-            backoff: Seconds before the first retry, doubled with each; what the server asks for comes first.
-            max_in_flight: Requests that wait for the server at a time.
-            image_format: What images are encoded as that are not files already: "jpeg" or "png".
+            base_url: URL of the server, with or without `/v1` at the end.
+            model: Model that the server should use. None uses the setting `variant`, or else the server's default.
 
         Raises:
             ValueError: An argument is out of range.
         """
-        key = find_key(api_key, "MOONDREAM_API_KEY")
-        http = Http(
-            Address.of(base_url).ending("/v1"),
-            headers={} if key is None else {"X-Moondream-Auth": key},
-            secrets=(key,),
-            key_advice="; pass api_key= or set MOONDREAM_API_KEY",
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            max_idle=max_in_flight,
-        )
         self.model = model
-        self._listed: Probe | None = None
-        self._listed_lock = threading.Lock()
-        super().__init__(http, has_scores=has_scores, max_in_flight=max_in_flight, image_format=image_format)
+        self._models_probe: Probe | None = None
+        self._models_lock = threading.Lock()
+        super().__init__(ServerURL.parse(base_url).with_suffix("/v1"), **options)
 
     @property
     def skills(self) -> frozenset[str]:  # type: ignore[override]
-        """Skills of every server in this dialect, and gaze if the server lists it."""
+        """Skills of every server, and gaze if the server lists it."""
         return _SKILLS | {"gaze"} if self._has_skill("gaze") else _SKILLS
 
     def _has_skill(self, skill: str) -> bool:
         if skill != "gaze":
             return skill in _SKILLS
         try:
-            return model_has_skill(self._probe_scores().reply or {}, self.model, skill)
+            return model_has_skill(self._probe_server().body or {}, self.model, skill)
         except BackendError:
-            return False  # the next call asks again
+            return False  # the next call queries again
 
-    def _ask(self, request: Request, picture: EncodedPicture | None) -> Result:
+    def _send_request(self, request: Request, image: EncodedImage | None) -> Result:
         path = f"/{request.skill}"
-        reply = self._http.post(path, self._body(request, picture))
-        return self._read(path, lambda: self._parsed(request, reply))
+        body = self._http.post(path, self._request_body(request, image))
+        return self._parse(path, lambda: self._parse_result(request, body))
 
-    def _pieces(self, request: Request, picture: EncodedPicture | None) -> Iterator[Any]:
+    def _stream_request(self, request: Request, image: EncodedImage | None) -> Iterator[Any]:
         if not isinstance(request, Query | Caption):
-            yield from super()._pieces(request, picture)
+            yield from super()._stream_request(request, image)
             return
         path, key = f"/{request.skill}", _TEXT_KEYS[request.skill]
-        thoughtful = isinstance(request, Query) and request.reasoning
-        events = self._http.events(path, {**self._body(request, picture), "stream": True})
+        awaits_reasoning = isinstance(request, Query) and request.reasoning
+        events = self._http.stream_events(path, {**self._request_body(request, image), "stream": True})
         for event in events:
             if event is None:
                 return
-            if thoughtful:
-                # A server that does not stream its thoughts still has them; the caller is promised some, if empty.
-                thoughts = self._read(path, partial(replies.reasoning_of, event.get("reasoning")))
-                yield thoughts or Reasoning("")
-                thoughtful = False
-            text = self._read(path, partial(_chunk, event, key))
+            if awaits_reasoning:
+                # The first part is always the reasoning, even if the server returns none.
+                reasoning = self._parse(path, partial(responses.parse_reasoning, event.get("reasoning")))
+                yield reasoning or Reasoning("")
+                awaits_reasoning = False
+            text = self._parse(path, partial(_event_text, event, key))
             if text:
                 yield text
             if event.get("completed") or key in event:
                 return
-        raise self._http.error(path, "broke off: the stream ended before the text was complete")
+        raise self._http.error(path, "closed the connection early: the stream ended before the text was complete")
 
-    def _body(self, request: Request, picture: EncodedPicture | None) -> dict[str, Any]:
-        settings = changed(request.settings)
+    def _request_body(self, request: Request, image: EncodedImage | None) -> dict[str, Any]:
+        settings = changed_settings(request.settings)
         model = self.model or settings.pop("variant", None)
-        body: dict[str, Any] = {} if picture is None else {"image_url": picture.data_uri}
+        body: dict[str, Any] = {} if image is None else {"image_url": image.data_uri}
         if isinstance(request, Detect | Point):
             body["object"] = request.object
         elif isinstance(request, Caption):
@@ -148,41 +129,41 @@ class MoondreamAPI(RemoteModel):
         body.update({"settings": settings} if settings else {})
         return body
 
-    def _parsed(self, request: Request, reply: dict[str, Any]) -> Result:
-        most, flag = request.settings.max_objects, reply.get("truncated")
+    def _parse_result(self, request: Request, body: dict[str, Any]) -> Result:
+        limit, flag = request.settings.max_objects, body.get("truncated")
         if isinstance(request, Detect):
-            return DetectResult(*replies.limited(replies.objects_of(reply, self.has_scores), most, flag))
+            return DetectResult(*responses.truncate(responses.parse_objects(body, self.has_scores), limit, flag))
         if isinstance(request, Point):
-            return PointResult(*replies.limited(replies.points_of(reply, self.has_scores), most, flag))
+            return PointResult(*responses.truncate(responses.parse_points(body, self.has_scores), limit, flag))
         if isinstance(request, Gaze):
-            return GazeResult(replies.gaze_of(reply))
-        text, logprob = replies.text_of(reply, _TEXT_KEYS[request.skill]), replies.logprob_of(reply)
-        cut = flag is True or reply.get("finish_reason") == "length"
+            return GazeResult(responses.parse_gaze(body))
+        text, logprob = responses.parse_text(body, _TEXT_KEYS[request.skill]), responses.parse_logprob(body)
+        truncated = flag is True or body.get("finish_reason") == "length"
         if isinstance(request, Caption):
-            return CaptionResult(text, cut, logprob)
-        thoughts = replies.reasoning_of(reply.get("reasoning"))
-        return QueryResult(text, thoughts, cut, logprob)
+            return CaptionResult(text, truncated, logprob)
+        reasoning = responses.parse_reasoning(body.get("reasoning"))
+        return QueryResult(text, reasoning, truncated, logprob)
 
-    def _probe_scores(self) -> Probe:
-        with self._listed_lock:
-            if self._listed is not None:
-                return self._listed
+    def _probe_server(self) -> Probe:
+        with self._models_lock:
+            if self._models_probe is not None:
+                return self._models_probe
             probe = self._http.probe("/models")
             if probe.status and probe.status != 429 and probe.status < 500:
-                self._listed = probe
+                self._models_probe = probe
             return probe
 
-    def _says_scores(self, reply: dict[str, Any]) -> bool:
-        return model_has_scores(reply, self.model)
+    def _reports_scores(self, body: dict[str, Any]) -> bool:
+        return model_has_scores(body, self.model)
 
 
 _SKILLS = frozenset({"detect", "point", "query", "caption"})
 _TEXT_KEYS = {"query": "answer", "caption": "caption"}
 
 
-def _chunk(event: dict[str, Any], key: str) -> str:
-    """The text of an event; that of one which is the whole reply, where a server does not stream."""
+def _event_text(event: dict[str, Any], key: str) -> str:
+    """Return the text of an event, which is a chunk or, from a server that does not stream, the whole response."""
     text = event.get("chunk", event.get(key, ""))
     if not isinstance(text, str):
-        raise Failure(f"streamed {replies.shown(text)} where a text belongs")
+        raise AttemptError(f"streamed an invalid chunk, expected a string: {responses.excerpt(text)}")
     return text

@@ -1,7 +1,7 @@
-"""The OpenAI dialect: chat completions with images, as many servers speak it.
+"""Client for OpenAI-compatible servers: chat completions with images.
 
-Any such server answers questions and captions. Boxes and points need one that knows the two JSON schemas below, by
-name; others answer text, which is refused and not guessed at.
+Every such server supports query and caption. Detect and point need a server that supports the two JSON schemas below,
+by name; if a server returns text instead, an error is raised, and the text is not interpreted.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import json
 import threading
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moondream_cv.backends import replies
-from moondream_cv.backends.addresses import Address, find_key
-from moondream_cv.backends.base import RemoteModel, changed, model_has_scores, models_of
-from moondream_cv.backends.failures import Failure
-from moondream_cv.backends.http import Http, Probe
-from moondream_cv.backends.images import EncodedPicture
+from moondream_cv._signatures import inherit_options
+from moondream_cv.backends import responses
+from moondream_cv.backends.base import RemoteModel, RemoteOptions, changed_settings, listed_models, model_has_scores
+from moondream_cv.backends.http import Probe
+from moondream_cv.backends.images import EncodedImage
+from moondream_cv.backends.retries import AttemptError
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import BackendError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
@@ -32,6 +33,9 @@ from moondream_cv.requests import (
     Result,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 OPENAI = "https://api.openai.com/v1"
 DEFAULT_MODEL = "moondream2"
 CAPTION_PROMPTS = {
@@ -41,84 +45,65 @@ CAPTION_PROMPTS = {
 }
 
 _CHAT = "/chat/completions"
-_FORMS = {  # skill → key of the list, and the numbers of an item
+_FIELDS = {  # skill → key of the list, and the numbers of an item
     "detect": ("objects", ("x_min", "y_min", "x_max", "y_max", "confidence")),
     "point": ("points", ("x", "y", "confidence")),
 }
 
 
+@inherit_options
 class OpenAICompatible(RemoteModel):
-    """A server with chat completions: answers and captions, streamed or not; boxes and points where it knows them."""
+    """OpenAI-compatible server: query and caption, with streaming; detect and point if the server supports them.
+
+    The API key is read from `OPENAI_API_KEY`.
+
+    Attributes:
+        model: Model that the server should use.
+    """
 
     skills = frozenset({"detect", "point", "query", "caption"})
 
-    def __init__(
-        self,
-        base_url: str = OPENAI,
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        has_scores: bool | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
-        max_in_flight: int = 8,
-        image_format: str = "jpeg",
-    ) -> None:
-        """Open no connection yet.
+    _key_variables = ("OPENAI_API_KEY",)
+
+    def __init__(self, base_url: str = OPENAI, *, model: str | None = None, **options: Unpack[RemoteOptions]) -> None:
+        """Create a client for a server. The first request opens the connection.
 
         Args:
-            base_url: The server, such as "http://localhost:8000/v1"; `/v1` is added where there is no path.
-            api_key: The key; None takes `OPENAI_API_KEY`, where that is set, and "" sends none.
-            model: The model that the server shall use; None: the setting `variant`, or else the first that it lists.
-            has_scores: Whether the server's confidences are real; None asks its list of models when that is needed.
-            timeout: Seconds that the server may take to answer, and between two pieces of a stream.
-            retries: Tries after the first at the most, where the server is busy, fails or cannot be reached.
-            backoff: Seconds before the first retry, doubled with each; what the server asks for comes first.
-            max_in_flight: Requests that wait for the server at a time.
-            image_format: What images are encoded as that are not files already: "jpeg" or "png".
+            base_url: URL of the server, such as "http://localhost:8000/v1"; `/v1` is appended if there is no path.
+            model: Model that the server should use. None uses the setting `variant`, or else the first model that the
+                server lists.
 
         Raises:
             ValueError: An argument is out of range.
         """
-        key, address = find_key(api_key, "OPENAI_API_KEY"), Address.of(base_url)
-        http = Http(
-            address if address.path else address.ending("/v1"),
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
-            secrets=(key,),
-            key_advice="; pass api_key= or set OPENAI_API_KEY",
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            max_idle=max_in_flight,
-        )
+        server = ServerURL.parse(base_url)
         self.model = model
         self._first_model: str | None = None
         self._model_lock = threading.Lock()
-        super().__init__(http, has_scores=has_scores, max_in_flight=max_in_flight, image_format=image_format)
+        super().__init__(server if server.path else server.with_suffix("/v1"), **options)
 
-    def _ask(self, request: Request, picture: EncodedPicture | None) -> Result:
-        reply = self._http.post(_CHAT, self._body(request, picture))
-        return self._read(_CHAT, lambda: self._parsed(request, reply))
+    def _send_request(self, request: Request, image: EncodedImage | None) -> Result:
+        body = self._http.post(_CHAT, self._request_body(request, image))
+        return self._parse(_CHAT, lambda: self._parse_result(request, body))
 
-    def _pieces(self, request: Request, picture: EncodedPicture | None) -> Iterator[Any]:
-        # Thoughts have no place of their own in a stream of this dialect.
+    def _stream_request(self, request: Request, image: EncodedImage | None) -> Iterator[Any]:
+        # A stream of this dialect has no field for reasoning.
         if not isinstance(request, Query | Caption) or (isinstance(request, Query) and request.reasoning):
-            yield from super()._pieces(request, picture)
+            yield from super()._stream_request(request, image)
             return
         ended = False
-        for event in self._http.events(_CHAT, {**self._body(request, picture), "stream": True}):
+        for event in self._http.stream_events(_CHAT, {**self._request_body(request, image), "stream": True}):
             if event is None:
                 return
-            text, last = self._read(_CHAT, partial(_delta, event))
-            ended = ended or last
+            text, is_last = self._parse(_CHAT, partial(_parse_delta, event))
+            ended = ended or is_last
             if text:
                 yield text
         if not ended:
-            raise self._http.error(_CHAT, "broke off: the stream ended before the text was complete")
+            raise self._http.error(_CHAT, "closed the connection early: the stream ended before the text was complete")
 
-    def _body(self, request: Request, picture: EncodedPicture | None) -> dict[str, Any]:
-        settings = changed(request.settings)
+    def _request_body(self, request: Request, image: EncodedImage | None) -> dict[str, Any]:
+        settings = changed_settings(request.settings)
         variant = None if self.model else settings.pop("variant", None)
         extras: dict[str, Any] = {}
         if isinstance(request, Detect | Point):
@@ -128,45 +113,46 @@ class OpenAICompatible(RemoteModel):
             prompt = CAPTION_PROMPTS[request.length]
         elif isinstance(request, Query):
             if request.spatial_refs:
-                raise self._unsupported("take spatial_refs", "MoondreamAPI can")
+                raise self._unsupported("use spatial_refs")
             prompt = request.question
             extras.update({"reasoning": True} if request.reasoning else {})
         content: Any = prompt
-        if picture is not None:
-            image = {"type": "image_url", "image_url": {"url": picture.data_uri}}
-            content = [image, {"type": "text", "text": prompt}]
+        if image is not None:
+            image_part = {"type": "image_url", "image_url": {"url": image.data_uri}}
+            content = [image_part, {"type": "text", "text": prompt}]
         model = variant or self._model_name()
         return {"model": model, "messages": [{"role": "user", "content": content}], **extras, **settings}
 
-    def _parsed(self, request: Request, reply: dict[str, Any]) -> Result:
-        choice = _choice(reply)
+    def _parse_result(self, request: Request, body: dict[str, Any]) -> Result:
+        choice = _first_choice(body)
         message = choice.get("message")
         if not isinstance(message, dict):
-            raise Failure(f"answered a choice without a message: {replies.shown(choice)}")
+            raise AttemptError(f"returned a choice without a message: {responses.excerpt(choice)}")
         if isinstance(request, Detect | Point):
-            return self._located(request, message.get("content"))
-        text, cut, logprob = replies.text_of(message, "content"), _cut(choice), _mean_logprob(choice)
+            return self._parse_locations(request, message.get("content"))
+        text, truncated = responses.parse_text(message, "content"), choice.get("finish_reason") == "length"
+        logprob = _mean_logprob(choice)
         if isinstance(request, Caption):
-            return CaptionResult(text, cut, logprob)
-        thoughts = replies.reasoning_of(message.get("reasoning"))
-        if isinstance(request, Query) and request.reasoning and thoughts is None:
-            raise self._unsupported("reason on this server, which answers without thoughts", "MoondreamAPI can")
-        return QueryResult(text, thoughts, cut, logprob)
+            return CaptionResult(text, truncated, logprob)
+        reasoning = responses.parse_reasoning(message.get("reasoning"))
+        if isinstance(request, Query) and request.reasoning and reasoning is None:
+            raise self._unsupported("return reasoning from this server, which sends none")
+        return QueryResult(text, reasoning, truncated, logprob)
 
-    def _located(self, request: Detect | Point, content: object) -> Result:
+    def _parse_locations(self, request: Detect | Point, content: object) -> Result:
         try:
             found = json.loads(content) if isinstance(content, str) else None
         except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict) or _FORMS[request.skill][0] not in found:
+        if not isinstance(found, dict) or _FIELDS[request.skill][0] not in found:
             raise UnsupportedSkill(
-                f"{self.url} answers text only, no boxes or points as JSON: {self._http.safe(replies.shown(content))}; "
-                "MoondreamAPI and a model from moondream_cv.load() can detect and point"
+                f"{self.url} returned text instead of JSON with {_FIELDS[request.skill][0]}: "
+                f"{self._http.redact(responses.excerpt(content))}; use MoondreamAPI or a model from moondream_cv.load()"
             )
-        most, flag = request.settings.max_objects, found.get("truncated")
+        limit, flag = request.settings.max_objects, found.get("truncated")
         if isinstance(request, Detect):
-            return DetectResult(*replies.limited(replies.objects_of(found, self.has_scores), most, flag))
-        return PointResult(*replies.limited(replies.points_of(found, self.has_scores), most, flag))
+            return DetectResult(*responses.truncate(responses.parse_objects(found, self.has_scores), limit, flag))
+        return PointResult(*responses.truncate(responses.parse_points(found, self.has_scores), limit, flag))
 
     def _model_name(self) -> str:
         if self.model:
@@ -174,23 +160,23 @@ class OpenAICompatible(RemoteModel):
         with self._model_lock:
             if self._first_model is None:
                 try:
-                    entries = models_of(self._http.probe("/models").reply or {})
+                    entries = listed_models(self._http.probe("/models").body or {})
                 except BackendError:
-                    return DEFAULT_MODEL  # the request itself says what is wrong
+                    return DEFAULT_MODEL  # the request itself will raise the error
                 names = [entry["id"] for entry in entries if isinstance(entry.get("id"), str)]
                 self._first_model = next(iter(names), DEFAULT_MODEL)
             return self._first_model
 
-    def _probe_scores(self) -> Probe:
+    def _probe_server(self) -> Probe:
         return self._http.probe("/models")
 
-    def _says_scores(self, reply: dict[str, Any]) -> bool:
-        return model_has_scores(reply, self.model)
+    def _reports_scores(self, body: dict[str, Any]) -> bool:
+        return model_has_scores(body, self.model)
 
 
 def _schema(skill: str) -> dict[str, Any]:
-    """The form of a reply, which also tells a server that knows it what is asked for."""
-    key, names = _FORMS[skill]
+    """Return the response format of a skill; its name selects the skill on servers that support it."""
+    key, names = _FIELDS[skill]
     item = {
         "type": "object",
         "properties": {name: {"type": "number"} for name in names},
@@ -206,34 +192,30 @@ def _schema(skill: str) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": f"moondream_{skill}", "strict": True, "schema": schema}}
 
 
-def _choice(reply: dict[str, Any]) -> dict[str, Any]:
-    choices = reply.get("choices")
+def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
+    choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Failure(f"answered no choices: {replies.shown(reply)}")
+        raise AttemptError(f"returned no choices: {responses.excerpt(body)}")
     choice: dict[str, Any] = choices[0]
     return choice
 
 
-def _delta(event: dict[str, Any]) -> tuple[str, bool]:
-    """The text of a chunk, and whether it is the last one; that of a whole reply, where a server does not stream."""
-    if event.get("choices") == []:  # the usage
+def _parse_delta(event: dict[str, Any]) -> tuple[str, bool]:
+    """Return the text of a chunk or, from a server that does not stream, of a response; and whether it is the last."""
+    if event.get("choices") == []:  # token usage
         return "", False
-    choice = _choice(event)
+    choice = _first_choice(event)
     message = choice.get("delta", choice.get("message"))
     text = (message.get("content") if isinstance(message, dict) else None) or ""
     if not isinstance(text, str):
-        raise Failure(f"streamed {replies.shown(text)} where a text belongs")
+        raise AttemptError(f"streamed an invalid chunk, expected a string: {responses.excerpt(text)}")
     return text, choice.get("finish_reason") is not None or "message" in choice
 
 
-def _cut(choice: dict[str, Any]) -> bool:
-    return choice.get("finish_reason") == "length"
-
-
 def _mean_logprob(choice: dict[str, Any]) -> float | None:
-    """The mean log-probability of the tokens, where the server gives them."""
+    """Return the mean log-probability of the tokens; None if the response has none."""
     logprobs = choice.get("logprobs")
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
-    values = [replies.logprob_of(token) for token in tokens or () if isinstance(token, dict)]
+    values = [responses.parse_logprob(token) for token in tokens or () if isinstance(token, dict)]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,172 +1,167 @@
-"""Roboflow Inference through its own client, inference-sdk: detection, one request per class.
+"""Client for Roboflow Inference, on top of inference-sdk: detection, one request per class.
 
-A Roboflow server offers no more of Moondream 2 than that. Encoding images and reading boxes is done here, and the wire
-is left to the client.
+Roboflow servers offer only detection of Moondream 2. inference-sdk implements the transport; images are encoded and
+responses parsed here.
 """
 
 from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from moondream_cv.backends import replies
-from moondream_cv.backends.addresses import Address, find_key, shortened
-from moondream_cv.backends.base import RemoteModel
-from moondream_cv.backends.deadlines import Callers
-from moondream_cv.backends.failures import Failure
-from moondream_cv.backends.http import Http, Probe
-from moondream_cv.backends.images import EncodedPicture
+from moondream_cv._signatures import inherit_options
+from moondream_cv.backends import responses
+from moondream_cv.backends.base import RemoteModel, RemoteOptions
+from moondream_cv.backends.call_timeout import TimeoutExecutor
+from moondream_cv.backends.credentials import shorten
+from moondream_cv.backends.http import Probe
+from moondream_cv.backends.images import EncodedImage
+from moondream_cv.backends.retries import AttemptError
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import MoondreamError
 from moondream_cv.requests import Detect, DetectResult, Request, Result
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 DEFAULT_MODEL_ID = "moondream2/moondream2_2b_jul24"
 _PATH = "/infer/lmm"
-_RETRIED_BY_THE_CLIENT = frozenset({429, 503, 504})
+_RETRIED_BY_SDK = frozenset({429, 503, 504})
 
 
+@inherit_options
 class RoboflowInference(RemoteModel):
-    """Moondream 2 on a Roboflow Inference server: boxes."""
+    """Moondream 2 on a Roboflow Inference server: detect.
+
+    The API key is read from `ROBOFLOW_API_KEY` or `API_KEY`. inference-sdk makes three quick attempts for each request,
+    which count as one attempt of `retries` and share one `timeout`; `retries` applies to server errors only.
+    """
 
     skills = frozenset({"detect"})
+
+    _key_variables = ("ROBOFLOW_API_KEY", "API_KEY")
+    _reuses_connections = False  # inference-sdk has its own
 
     def __init__(
         self,
         api_url: str = "http://localhost:9001",
         *,
-        api_key: str | None = None,
         model_id: str = DEFAULT_MODEL_ID,
-        has_scores: bool | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 0.5,
-        max_in_flight: int = 8,
-        image_format: str = "jpeg",
+        **options: Unpack[RemoteOptions],
     ) -> None:
-        """Open no connection yet.
+        """Create a client for a server. The first request opens the connection.
 
         Args:
-            api_url: The server.
-            api_key: The key; None takes `ROBOFLOW_API_KEY`, or else `API_KEY`, and "" sends none.
-            model_id: The model that the server shall use.
-            has_scores: Whether the server's confidences are real; None asks its `/info` when that is needed.
-            timeout: Seconds that a request may take, with the three quick tries of the client.
-            retries: Tries after the first at the most, where the server fails. Where it is busy or cannot be reached,
-                the client's own three tries are all.
-            backoff: Seconds before the first retry, doubled with each.
-            max_in_flight: Requests that wait for the server at a time.
-            image_format: What images are encoded as that are not files already: "jpeg" or "png".
+            api_url: URL of the server.
+            model_id: Model that the server should use.
 
         Raises:
             MoondreamError: inference-sdk is not installed.
             ValueError: An argument is out of range.
         """
-        _sdk()
+        _import_sdk()
         if not isinstance(model_id, str) or not model_id.strip():
-            raise ValueError(f"model_id must be a name such as {DEFAULT_MODEL_ID!r}, not {model_id!r}")
-        address, self._key = Address.of(api_url), find_key(api_key, "ROBOFLOW_API_KEY", "API_KEY")
-        http = Http(
-            address,
-            secrets=(self._key,),
-            key_advice="; pass api_key= or set ROBOFLOW_API_KEY",
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            max_idle=1,
-        )
+            raise ValueError(f"model_id must be a name such as {DEFAULT_MODEL_ID!r}, got {model_id!r:.100}")
         self.model_id = model_id
-        self._callers = Callers()
+        self._executor = TimeoutExecutor()
         self._clients = threading.local()
-        super().__init__(http, has_scores=has_scores, max_in_flight=max_in_flight, image_format=image_format)
+        super().__init__(ServerURL.parse(api_url), **options)
 
     def close(self) -> None:
-        """Close the connections; every later call raises."""
+        """Close the connections and cancel waiting requests. Later calls raise."""
         super().close()
-        self._callers.close()
+        self._executor.close()
 
-    def _ask(self, request: Request, picture: EncodedPicture | None) -> Result:
+    def _send_request(self, request: Request, image: EncodedImage | None) -> Result:
         assert isinstance(request, Detect)
-        assert picture is not None
-        # The client sets no timeout and has no way to set one, so its call is waited for in another thread.
-        call = partial(self._infer, picture.base64, request.object)
-        reply = self._http.retried(_PATH, lambda: self._within(call))
-        return self._read(_PATH, lambda: self._parsed(request, reply, picture.size))
+        assert image is not None
+        # inference-sdk has no timeout, so its call runs in another thread.
+        call = partial(self._infer, image.base64, request.object)
+        body = self._http.with_retries(_PATH, lambda: self._call_with_timeout(call))
+        return self._parse(_PATH, lambda: self._parse_result(request, body, image.size))
 
-    def _within(self, call: Any) -> dict[str, Any]:
+    def _call_with_timeout(self, call: Any) -> dict[str, Any]:
         try:
-            reply = self._callers.call(call, self._http.timeout)
+            body = self._executor.call(call, self._http.timeout)
         except TimeoutError:
-            raise Failure(self._http.no_answer(), timed_out=True) from None
-        if not isinstance(reply, dict):
-            raise Failure(f"answered no JSON object but {replies.shown(reply)}")
-        return reply
+            raise AttemptError(self._http.timeout_message(), timed_out=True) from None
+        if not isinstance(body, dict):
+            raise AttemptError(f"returned no JSON object: {responses.excerpt(body)}")
+        return body
 
     def _infer(self, image: str, prompt: str) -> Any:
+        """Call inference-sdk, and convert its errors.
+
+        Raises:
+            AttemptError: The call failed.
+        """
         from inference_sdk.http.errors import HTTPCallErrorError, HTTPClientError
         from requests.exceptions import ChunkedEncodingError
 
         try:
             return self._client().infer_lmm(inference_input=image, model_id=self.model_id, prompt=prompt)
-        except Failure:  # of `LimitedAdapter`
+        except AttemptError:  # of `LimitedAdapter`
             raise
         except HTTPCallErrorError as error:
             status = error.status_code
-            failure = self._http.refusal(status, shortened(error.api_message or ""))
-            raise Failure(str(failure), again=failure.again and status not in _RETRIED_BY_THE_CLIENT) from error
+            failure = self._http.status_error(status, shorten(error.api_message or ""))
+            raise AttemptError(str(failure), failure.retryable and status not in _RETRIED_BY_SDK) from error
         except HTTPClientError as error:
-            raise Failure(f"is not reachable ({shortened(str(error))}); is the server running?") from error
+            raise AttemptError(f"is unreachable ({shorten(str(error))}); check that the server is running") from error
         except ChunkedEncodingError as error:
-            raise Failure(f"broke off ({shortened(str(error))})", again=True) from error
-        except Exception as error:  # the client checks little: rubbish makes it raise a KeyError, an AttributeError...
-            reason = shortened(f"{type(error).__name__}: {error}")
-            raise Failure(f"answered what inference-sdk cannot read ({reason})") from error
+            raise AttemptError(f"closed the connection early ({shorten(str(error))})", retryable=True) from error
+        except Exception as error:  # inference-sdk checks little: an invalid response may raise KeyError, ...
+            reason = shorten(f"{type(error).__name__}: {error}")
+            raise AttemptError(f"returned a response that inference-sdk cannot parse ({reason})") from error
 
     def _client(self) -> Any:
-        """The client of this thread: nothing says that one may be shared."""
+        """Return the client of this thread: inference-sdk does not document that clients are thread-safe."""
         if not hasattr(self._clients, "client"):
-            from moondream_cv.backends.sdk_session import limit_this_thread
+            from moondream_cv.backends.limited_session import limit_current_thread
 
-            sdk = _sdk()
-            limit_this_thread()
-            client = sdk.InferenceHTTPClient(api_url=self._api_url(), api_key=self._key)
-            # To Roboflow's hosts the client would send the key within the URL, which its libraries log.
+            sdk = _import_sdk()
+            limit_current_thread()
+            client = sdk.InferenceHTTPClient(api_url=self._url_with_auth(), api_key=self._api_key)
+            # For Roboflow's hosts the client would send the key in the URL, which its libraries log.
             hosted = client.client_mode is sdk.http.entities.HTTPClientMode.V0
             transport = "header" if hosted else "legacy"
             client.configure(sdk.InferenceConfiguration(api_key_transport=transport))
             self._clients.client = client
         return self._clients.client
 
-    def _api_url(self) -> str:
-        auth = self._http.address.auth
+    def _url_with_auth(self) -> str:
+        auth = self._http.server.auth
         if auth is None:
             return self.url
-        from urllib.parse import quote
-
         scheme, _, rest = self.url.partition("://")
         return f"{scheme}://{quote(auth[0], safe='')}:{quote(auth[1], safe='')}@{rest}"
 
-    def _parsed(self, request: Detect, reply: dict[str, Any], size: tuple[int, int]) -> DetectResult:
-        if "predictions" not in reply and "response" in reply:
-            raise Failure(
-                f"answered text, no boxes: {replies.shown(reply['response'])}; is {self.model_id} a Moondream 2?"
+    def _parse_result(self, request: Detect, body: dict[str, Any], size: tuple[int, int]) -> DetectResult:
+        if "predictions" not in body and "response" in body:
+            raise AttemptError(
+                f"returned text instead of boxes: {responses.excerpt(body['response'])}; check that {self.model_id} is "
+                "a Moondream 2 model"
             )
-        boxes = replies.centred_objects_of(reply, self.has_scores, size)
-        return DetectResult(*replies.limited(boxes, request.settings.max_objects, reply.get("truncated"), sent=False))
+        boxes = responses.parse_predictions(body, self.has_scores, size)
+        limit, flag = request.settings.max_objects, body.get("truncated")
+        return DetectResult(*responses.truncate(boxes, limit, flag, limit_sent=False))
 
-    def _probe_scores(self) -> Probe:
+    def _probe_server(self) -> Probe:
         return self._http.probe("/info")
 
-    def _says_scores(self, reply: dict[str, Any]) -> bool:
-        return reply.get("has_scores") is True
+    def _reports_scores(self, body: dict[str, Any]) -> bool:
+        return body.get("has_scores") is True
 
 
-def _sdk() -> Any:
+def _import_sdk() -> Any:
     try:
         import inference_sdk
         import inference_sdk.http.entities
     except ImportError as error:
         raise MoondreamError(
             'RoboflowInference needs inference-sdk; pip install "moondream-cv[roboflow]"; '
-            "where the server is this project's own, MoondreamAPI needs nothing"
+            "for moondream-cv serve use MoondreamAPI, which needs no extra package"
         ) from error
     return inference_sdk

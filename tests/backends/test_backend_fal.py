@@ -16,7 +16,7 @@ BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0}
 
 
 @pytest.mark.parametrize("path", ["", "/", APP, f"{APP}/"])
-def test_the_url_and_the_key(
+def test_app_path_and_api_key_are_added(
     server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setenv("FAL_KEY", "id:secret")
@@ -29,7 +29,7 @@ def test_the_url_and_the_key(
     assert set(server.asked[0].body) == {"image_url"}
 
 
-def test_the_url_with_a_prefix(server: RemoteServer, picture: np.ndarray) -> None:
+def test_app_path_is_appended_to_a_prefix(server: RemoteServer, picture: np.ndarray) -> None:
     server.on(f"/run{APP}", Answer({"output": "a patch"}))
     with Fal(f"{server.url}/run") as model:
         assert model.caption(picture)["caption"] == "a patch"
@@ -65,7 +65,7 @@ def test_the_url_with_a_prefix(server: RemoteServer, picture: np.ndarray) -> Non
           "truncated": False}),
     ],
 )  # fmt: skip
-def test_what_is_sent_and_what_comes_back(
+def test_request_and_response_format(
     server: RemoteServer,
     picture: np.ndarray,
     method: str,
@@ -87,12 +87,14 @@ def test_what_is_sent_and_what_comes_back(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"image": None}, "Fal cannot answer without an image; MoondreamAPI can"),
-        ({"reasoning": True}, "Fal cannot reason; MoondreamAPI can"),
-        ({"spatial_refs": [(0.5, 0.5)]}, "Fal cannot take spatial_refs; MoondreamAPI can"),
+        ({"image": None}, "Fal cannot answer without an image; use MoondreamAPI"),
+        ({"reasoning": True}, "Fal cannot return reasoning; use MoondreamAPI"),
+        ({"spatial_refs": [(0.5, 0.5)]}, "Fal cannot use spatial_refs; use MoondreamAPI"),
     ],
 )
-def test_what_it_cannot_do(server: RemoteServer, picture: np.ndarray, arguments: dict[str, Any], says: str) -> None:
+def test_unsupported_arguments_raise(
+    server: RemoteServer, picture: np.ndarray, arguments: dict[str, Any], says: str
+) -> None:
     with Fal(server.url) as model, pytest.raises(UnsupportedSkill, match=says):
         model.query(**{"image": picture, "question": "q", **arguments})
     assert server.asked == []
@@ -101,21 +103,21 @@ def test_what_it_cannot_do(server: RemoteServer, picture: np.ndarray, arguments:
 @pytest.mark.parametrize(
     ("reply", "says"),
     [
-        (Answer({"objects": [{"x": 1, "y": 2, "w": 3, "h": 4}]}), "answered None as x_min"),
-        (Answer({"objects": [[1, 2, 3, 4]]}), "among its objects"),
-        (Answer({"output": "a cat"}), "no 'objects' that is a list"),
-        (Answer({"request_id": "1", "status": "IN_QUEUE"}), "no 'objects'"),
+        (Answer({"objects": [{"x": 1, "y": 2, "w": 3, "h": 4}]}), "invalid 'x_min', expected a number: None"),
+        (Answer({"objects": [[1, 2, 3, 4]]}), "invalid entry in 'objects'"),
+        (Answer({"output": "a cat"}), "no valid 'objects', expected a list"),
+        (Answer({"request_id": "1", "status": "IN_QUEUE"}), "no valid 'objects'"),
         (Answer({"detail": "Cannot access application"}, 401), "Cannot access.*pass api_key= or set FAL_KEY"),
         (Answer({"detail": [{"loc": ["body"], "msg": "field required"}]}, 422), "422: field required"),
     ],
 )
-def test_rubbish_is_an_error(server: RemoteServer, picture: np.ndarray, reply: Answer, says: str) -> None:
+def test_invalid_responses_raise(server: RemoteServer, picture: np.ndarray, reply: Answer, says: str) -> None:
     server.on(f"{APP}/object-detection", reply)
     with Fal(server.url) as model, pytest.raises(BackendError, match=says):
         model.detect(picture, "cat")
 
 
-def test_scores_count_where_they_are_said_to(server: RemoteServer, picture: np.ndarray) -> None:
+def test_has_scores_uses_the_confidences(server: RemoteServer, picture: np.ndarray) -> None:
     server.on(f"{APP}/object-detection", Answer({"objects": [{**BOX, "confidence": 0.25}]}))
     with Fal(server.url, has_scores=True) as model:
         assert model.detect(picture, "cat")["objects"] == [{**BOX, "confidence": 0.25}]

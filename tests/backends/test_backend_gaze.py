@@ -15,7 +15,7 @@ LISTED = {"models": [{"id": "a", "skills": ["caption", "gaze"]}, {"id": "b", "sk
 OTHERS = {"detect", "point", "query", "caption"}
 
 
-def test_what_is_sent_and_returned(server: RemoteServer, picture: np.ndarray) -> None:
+def test_request_and_response_format(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/models", Answer(LISTED))
     server.on("/v1/gaze", Answer({"gaze": {"x": 0.25, "y": 1}}), Answer({"gaze": None}))
     with MoondreamAPI(server.url, has_scores=True) as model:
@@ -56,14 +56,14 @@ def test_gaze_is_offered_if_the_server_lists_it(
 
 
 @pytest.mark.parametrize("passing", [Answer({}, 503), Answer({}, 429), Answer(fault="reset")])
-def test_a_list_that_fails_is_requested_again(server: RemoteServer, passing: Answer) -> None:
+def test_failed_list_of_models_is_requested_again(server: RemoteServer, passing: Answer) -> None:
     server.on("/v1/models", passing, Answer(LISTED))
     with MoondreamAPI(server.url) as model:
         assert model.skills == OTHERS
         assert "gaze" in model.skills
 
 
-def test_other_skills_need_no_list(server: RemoteServer, picture: np.ndarray) -> None:
+def test_other_skills_do_not_request_the_list_of_models(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/caption", Answer({"caption": "a"}))
     with MoondreamAPI(server.url) as model:
         model.caption(picture)
@@ -73,7 +73,7 @@ def test_other_skills_need_no_list(server: RemoteServer, picture: np.ndarray) ->
 @pytest.mark.parametrize(
     "reply", [{}, {"gaze": 1}, {"gaze": []}, {"gaze": {"x": 1}}, {"gaze": {"x": "1", "y": 0}}, {"gaze": {"x": None}}]
 )
-def test_invalid_replies_are_errors(server: RemoteServer, picture: np.ndarray, reply: dict[str, Any]) -> None:
+def test_invalid_responses_raise(server: RemoteServer, picture: np.ndarray, reply: dict[str, Any]) -> None:
     server.on("/v1/models", Answer(LISTED)).on("/v1/gaze", Answer(reply))
-    with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match="/v1/gaze answered"):
+    with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match="/v1/gaze returned"):
         model.detect_gaze(picture, (0.5, 0.5))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from moondream_cv.backends import MoondreamAPI
-from moondream_cv.backends.failures import LONGEST_WAIT, error_text, retry_after, wait_seconds
+from moondream_cv.backends.error_body import message_in_json
+from moondream_cv.backends.retries import MAX_RETRY_SECONDS, parse_retry_after, retry_delay
 from moondream_cv.errors import BackendError
 from tests.helpers.remote_server import Answer, RemoteServer
 
@@ -40,7 +41,7 @@ def remote(server: RemoteServer, **options: Any) -> MoondreamAPI:
         Answer({"error": "Queue is full", "status": "rejected"}),
     ],
 )
-def test_what_may_pass_is_tried_again(server: RemoteServer, picture: np.ndarray, failure: Answer) -> None:
+def test_transient_errors_are_retried(server: RemoteServer, picture: np.ndarray, failure: Answer) -> None:
     server.on(PATH, failure, failure, GOOD)
     with remote(server) as model:
         assert model.caption(picture)["caption"] == "a patch"
@@ -51,27 +52,30 @@ def test_what_may_pass_is_tried_again(server: RemoteServer, picture: np.ndarray,
 @pytest.mark.parametrize(
     ("failure", "says"),
     [
-        (Answer({"error": {"message": "image_url is no image"}}, 400), "answered 400: image_url is no image"),
-        (Answer({"error": {"message": "who?"}}, 401), "answered 401: who.*pass api_key= or set MOONDREAM_API_KEY"),
-        (Answer({"message": "no"}, 403), "answered 403: no; pass api_key="),
-        (Answer({"detail": "Not Found"}, 404), "answered 404: Not Found; is this the server's URL"),
+        (Answer({"error": {"message": "image_url is no image"}}, 400), "returned status 400: image_url is no image"),
+        (
+            Answer({"error": {"message": "who?"}}, 401),
+            "returned status 401: who.*pass api_key= or set MOONDREAM_API_KEY",
+        ),
+        (Answer({"message": "no"}, 403), "returned status 403: no; pass api_key="),
+        (Answer({"detail": "Not Found"}, 404), "returned status 404: Not Found; check the URL of the server"),
         (Answer({"detail": [{"msg": "field required"}, {"msg": "too long"}]}, 422), "field required; too long"),
-        (Answer(b"<html><body>nothing</body></html>", 501, kind="text/html"), "answered 501: a web page$"),
-        (Answer({}, 302, {"Location": "http://127.0.0.1:1/"}), "answered 302: a redirection, which is not followed"),
-        (Answer({}, 307, {"Location": "/v1/elsewhere"}), "answered 307: a redirection"),
-        (Answer({"error": "Model not loaded", "status": "error"}), "answered an error: Model not loaded"),
-        (Answer({"error": {"code": 7}}), "answered an error: {'code': 7}"),
-        (Answer(b"<html>hello</html>", kind="text/html"), "answered text/html that is no JSON: <html>hello"),
-        (Answer(b""), "no JSON: nothing"),
-        (Answer(b'{"caption": "a'), "no JSON"),
-        (Answer(b"[" * 100_000), "no JSON"),
-        (Answer(b"\xff\xfe{}\x00"), "no JSON"),
-        (Answer([1]), r"answered no JSON object but \[1\]"),
-        (Answer({"captions": 1}), "answered no 'caption' that is a text: {'captions': 1}"),
-        (Answer({"caption": None}), "no 'caption' that is a text"),
+        (Answer(b"<html><body>nothing</body></html>", 501, kind="text/html"), "returned status 501: a web page$"),
+        (Answer({}, 302, {"Location": "http://127.0.0.1:1/"}), "returned status 302, and redirects are not followed"),
+        (Answer({}, 307, {"Location": "/v1/elsewhere"}), "returned status 307, and redirects"),
+        (Answer({"error": "Model not loaded", "status": "error"}), "returned an error: Model not loaded"),
+        (Answer({"error": {"code": 7}}), "returned an error: {'code': 7}"),
+        (Answer(b"<html>hello</html>", kind="text/html"), "returned text/html instead of JSON: <html>hello"),
+        (Answer(b""), "instead of JSON: empty"),
+        (Answer(b'{"caption": "a'), "instead of JSON"),
+        (Answer(b"[" * 100_000), "instead of JSON"),
+        (Answer(b"\xff\xfe{}\x00"), "instead of JSON"),
+        (Answer([1]), r"returned no JSON object: \[1\]"),
+        (Answer({"captions": 1}), "returned no valid 'caption', expected a string: {'captions': 1}"),
+        (Answer({"caption": None}), "no valid 'caption', expected a string"),
     ],
 )
-def test_what_will_not_pass_is_an_error_at_once(
+def test_permanent_errors_are_raised_without_retry(
     server: RemoteServer, picture: np.ndarray, failure: Answer, says: str
 ) -> None:
     server.on(PATH, failure).on("/v1/elsewhere", GOOD)
@@ -82,37 +86,40 @@ def test_what_will_not_pass_is_an_error_at_once(
 
 
 @pytest.mark.parametrize("retries", [0, 2])
-def test_tries_are_counted(server: RemoteServer, picture: np.ndarray, retries: int) -> None:
+def test_retries_limit_the_number_of_attempts(server: RemoteServer, picture: np.ndarray, retries: int) -> None:
     server.on(PATH, BUSY)
-    with remote(server, retries=retries) as model, pytest.raises(BackendError, match="answered 503: busy"):
+    with remote(server, retries=retries) as model, pytest.raises(BackendError, match="returned status 503: busy"):
         model.caption(picture)
     assert len(server.asked) == retries + 1
 
 
-def test_a_server_that_never_answers(server: RemoteServer, picture: np.ndarray) -> None:
+def test_timeout_is_raised_without_retry(server: RemoteServer, picture: np.ndarray) -> None:
     server.on(PATH, Answer(fault="hang"))
-    says = r"did not answer within 0.2 s; allow more with timeout="
+    says = r"did not respond within 0.2 s; increase timeout="
     with remote(server, timeout=0.2) as model, pytest.raises(BackendError, match=says):
         model.caption(picture)
     assert len(server.asked) == 1
 
 
-def test_a_server_that_is_not_there(picture: np.ndarray) -> None:
+def test_unreachable_server_raises(picture: np.ndarray) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with MoondreamAPI(url, retries=1, backoff=0) as model, pytest.raises(BackendError) as caught:
             model.caption(picture)
-    assert f"{url}/v1/caption is not reachable" in str(caught.value)
-    assert "is the server running?" in str(caught.value)
+    assert f"{url}/v1/caption is unreachable" in str(caught.value)
+    assert "check that the server is running" in str(caught.value)
 
 
-def test_a_host_without_address(picture: np.ndarray) -> None:
-    with MoondreamAPI("http://nowhere.invalid", retries=0) as model, pytest.raises(BackendError, match="not reachable"):
+def test_unresolvable_host_raises(picture: np.ndarray) -> None:
+    with (
+        MoondreamAPI("http://nowhere.invalid", retries=0) as model,
+        pytest.raises(BackendError, match="is unreachable"),
+    ):
         model.caption(picture)
 
 
-def test_connections_are_used_again(server: RemoteServer, picture: np.ndarray) -> None:
+def test_connections_are_reused(server: RemoteServer, picture: np.ndarray) -> None:
     server.on(PATH, GOOD, Answer({}, 500), GOOD)
     with remote(server) as model:
         for _ in range(4):
@@ -121,7 +128,7 @@ def test_connections_are_used_again(server: RemoteServer, picture: np.ndarray) -
     assert len({asked.connection for asked in server.asked}) == 1
 
 
-def test_a_connection_that_the_server_closed_meanwhile(server: RemoteServer, picture: np.ndarray) -> None:
+def test_closed_connection_is_reopened(server: RemoteServer, picture: np.ndarray) -> None:
     server.on(PATH, Answer({"caption": "a patch"}, headers={"Connection": "close"}), GOOD)
     with remote(server, retries=1) as model:
         assert [model.caption(picture)["caption"] for _ in range(2)] == ["a patch"] * 2
@@ -134,15 +141,15 @@ def test_a_connection_that_the_server_closed_meanwhile(server: RemoteServer, pic
         (1, None, 0.5),
         (2, None, 1.0),
         (4, None, 4.0),
-        (20, None, LONGEST_WAIT),
-        (500, None, LONGEST_WAIT),
+        (20, None, MAX_RETRY_SECONDS),
+        (500, None, MAX_RETRY_SECONDS),
         (1, 0.0, 0.0),
         (3, 7.5, 7.5),
-        (1, 86400.0, LONGEST_WAIT),
+        (1, 86400.0, MAX_RETRY_SECONDS),
     ],
 )
-def test_how_long_is_waited(attempt: int, after: float | None, seconds: float) -> None:
-    assert wait_seconds(attempt, 0.5, after) == seconds
+def test_retry_delay_doubles_up_to_the_maximum(attempt: int, after: float | None, seconds: float) -> None:
+    assert retry_delay(attempt, 0.5, after) == seconds
 
 
 @pytest.mark.parametrize(
@@ -160,14 +167,14 @@ def test_how_long_is_waited(attempt: int, after: float | None, seconds: float) -
         ("Thu, 99 Jan 1970", None),
     ],
 )
-def test_retry_after(header: str, seconds: float | None) -> None:
-    assert retry_after({"retry-after": header}) == seconds
+def test_retry_after_header_is_parsed(header: str, seconds: float | None) -> None:
+    assert parse_retry_after({"retry-after": header}) == seconds
 
 
-def test_retry_after_as_a_date_to_come() -> None:
+def test_retry_after_date_is_parsed() -> None:
     date = format_datetime(datetime.now(timezone.utc) + timedelta(hours=1), usegmt=True)
-    assert retry_after({"retry-after": date}) == pytest.approx(3600, abs=60)
-    assert retry_after({}) is None
+    assert parse_retry_after({"retry-after": date}) == pytest.approx(3600, abs=60)
+    assert parse_retry_after({}) is None
 
 
 @pytest.mark.parametrize(
@@ -185,28 +192,28 @@ def test_retry_after_as_a_date_to_come() -> None:
         ("x" * 1000, "x" * 300 + "..."),
     ],
 )
-def test_where_errors_say_what_they_are(body: Any, text: str) -> None:
-    assert error_text(body) == text
+def test_error_message_is_found_under_the_usual_keys(body: Any, text: str) -> None:
+    assert message_in_json(body) == text
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"timeout": 0}, "timeout must be a number of seconds above 0, not 0"),
+        ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
         ({"timeout": float("nan")}, "timeout must be"),
         ({"timeout": float("inf")}, "timeout must be"),
         ({"timeout": "60"}, "timeout must be"),
         ({"retries": -1}, "retries must be an integer of at least 0, got -1"),
         ({"retries": 1.5}, "retries must be"),
-        ({"backoff": -0.5}, "backoff must be a number of seconds from 0"),
+        ({"backoff": -0.5}, "backoff must be 0 or more seconds"),
         ({"max_in_flight": 0}, "max_in_flight must be an integer of at least 1, got 0"),
-        ({"image_format": "gif"}, "image_format must be one of jpeg, png, not 'gif'"),
-        ({"has_scores": "yes"}, "has_scores must be True, False or None, not 'yes'"),
-        ({"api_key": 5}, "api_key must be a string, not int"),
-        ({"api_key": "ключ"}, "the API key has characters that no key has"),
-        ({"api_key": "a\nb"}, "the API key has characters that no key has"),
+        ({"image_format": "gif"}, "image_format must be one of jpeg, png, got 'gif'"),
+        ({"has_scores": "yes"}, "has_scores must be True or False, got 'yes'"),
+        ({"api_key": 5}, "api_key must be a string, got int"),
+        ({"api_key": "ключ"}, "the API key must have printable ASCII characters only"),
+        ({"api_key": "a\nb"}, "the API key must have printable ASCII characters only"),
     ],
 )
-def test_arguments_out_of_range(options: dict[str, Any], says: str) -> None:
+def test_arguments_out_of_range_raise(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         MoondreamAPI("http://127.0.0.1:1", **options)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from moondream_cv.backends.images import EncodedPicture, encode
+from moondream_cv.backends.images import EncodedImage, encode_image
 from moondream_cv.errors import ImageError
 from moondream_cv.images import to_rgb
 
@@ -31,7 +31,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def file_of(encoded: EncodedPicture) -> bytes:
+def file_of(encoded: EncodedImage) -> bytes:
     return base64.b64decode(encoded.base64, validate=True)
 
 
@@ -47,14 +47,14 @@ def file_of(encoded: EncodedPicture) -> bytes:
     ],
 )
 @pytest.mark.parametrize("form", ["bytes", "bytearray", "memoryview", "path", "text"])
-def test_plain_files_are_sent_as_they_are(
+def test_plain_files_are_sent_without_reencoding(
     picture: np.ndarray, tmp_path: Path, kind: str, mode: str, options: dict[str, Any], mime: str, form: str
 ) -> None:
     file = written(picture, kind, mode, **options)
     path = tmp_path / "picture"
     path.write_bytes(file)
     forms = {"bytes": file, "bytearray": bytearray(file), "memoryview": memoryview(file), "path": path}
-    encoded = encode(forms.get(form, str(path)), "png")
+    encoded = encode_image(forms.get(form, str(path)), "png")
     assert file_of(encoded) == file
     assert (encoded.mime, encoded.size) == (mime, (50, 40))
     assert encoded.data_uri == f"data:{mime};base64,{base64.b64encode(file).decode()}"
@@ -78,13 +78,13 @@ def test_plain_files_are_sent_as_they_are(
         ("TIFF", "RGB", {}),
     ],
 )
-def test_other_files_are_encoded_anew(picture: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> None:
+def test_other_files_are_reencoded(picture: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> None:
     file = written(picture, kind, "L" if mode == "I;16" else mode, **options)
     if mode == "I;16":
         deep = io.BytesIO()
         Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30).save(deep, "PNG")
         file = deep.getvalue()
-    encoded = encode(file, "png")
+    encoded = encode_image(file, "png")
     assert encoded.mime == "image/png"
     assert np.array_equal(np.array(Image.open(io.BytesIO(file_of(encoded)))), to_rgb(file))
     assert encoded.size == to_rgb(file).shape[1::-1]
@@ -92,7 +92,7 @@ def test_other_files_are_encoded_anew(picture: np.ndarray, kind: str, mode: str,
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png"])
 @pytest.mark.parametrize("form", ["array", "grey", "floats", "pil", "rgba", "file object"])
-def test_everything_else_is_encoded(picture: np.ndarray, image_format: str, form: str) -> None:
+def test_other_image_types_are_encoded(picture: np.ndarray, image_format: str, form: str) -> None:
     forms: dict[str, Any] = {
         "array": picture,
         "grey": picture[..., 0],
@@ -104,7 +104,7 @@ def test_everything_else_is_encoded(picture: np.ndarray, image_format: str, form
     expected = to_rgb(forms[form])
     if form == "file object":
         forms[form].seek(0)
-    encoded = encode(forms[form], image_format)
+    encoded = encode_image(forms[form], image_format)
     with Image.open(io.BytesIO(file_of(encoded))) as opened:
         assert (encoded.mime, opened.format) == (f"image/{image_format}", image_format.upper())
         seen = np.array(opened.convert("RGB")).astype(int)
@@ -113,23 +113,23 @@ def test_everything_else_is_encoded(picture: np.ndarray, image_format: str, form
     assert encoded.size == (50, 40)
 
 
-def test_a_picture_too_wide_for_jpeg() -> None:
-    encoded = encode(np.zeros((1, 66_000, 3), np.uint8))
+def test_image_too_wide_for_jpeg_is_sent_as_png() -> None:
+    encoded = encode_image(np.zeros((1, 66_000, 3), np.uint8))
     assert (encoded.mime, encoded.size) == ("image/png", (66_000, 1))
 
 
-def test_a_file_with_damaged_exif_is_encoded_anew(picture: np.ndarray) -> None:
+def test_file_with_damaged_exif_is_reencoded(picture: np.ndarray) -> None:
     file = written(picture, "PNG", exif=b"Exif\0\0junk")
-    encoded = encode(file)
+    encoded = encode_image(file)
     assert (encoded.mime, encoded.size) == ("image/jpeg", (50, 40))
 
 
 @pytest.mark.parametrize("image", [b"", b"junk", "missing.jpg", 5, [1], b"\xff\xd8\xff\xe0 cut off"])
-def test_what_is_no_image(image: Any) -> None:
+def test_unreadable_images_raise(image: Any) -> None:
     with pytest.raises(ImageError):
-        encode(image)
+        encode_image(image)
 
 
-def test_a_truncated_file_is_refused_here(picture: np.ndarray) -> None:
+def test_truncated_file_raises_before_sending(picture: np.ndarray) -> None:
     with pytest.raises(ImageError, match="truncated"):
-        encode(written(picture, "PNG")[:-30])
+        encode_image(written(picture, "PNG")[:-30])

@@ -13,7 +13,7 @@ from moondream_cv.requests import Caption, Query, Reasoning
 from tests.helpers.remote_server import Answer, RemoteServer, streamed
 
 BOX = {"x_min": -0.01, "y_min": 0.2, "x_max": 0.5, "y_max": 1}
-THOUGHTS = {"text": "Two cats.", "grounding": [{"start_idx": 0, "end_idx": 8, "points": [[0.5, 0.25]]}]}
+REASONING = {"text": "Two cats.", "grounding": [{"start_idx": 0, "end_idx": 8, "points": [[0.5, 0.25]]}]}
 DONE = {"completed": True}
 
 
@@ -24,7 +24,7 @@ def model(server: RemoteServer) -> Any:
 
 
 @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1//"])
-def test_the_url_with_and_without_version(server: RemoteServer, picture: np.ndarray, path: str) -> None:
+def test_version_is_appended_to_the_url(server: RemoteServer, picture: np.ndarray, path: str) -> None:
     server.on("/v1/caption", Answer({"caption": "a patch"}))
     with MoondreamAPI(server.url + path) as model:
         assert model.caption(picture)["caption"] == "a patch"
@@ -32,7 +32,7 @@ def test_the_url_with_and_without_version(server: RemoteServer, picture: np.ndar
 
 
 @pytest.mark.parametrize("key", ["secret", None])
-def test_the_key_goes_into_a_header(
+def test_api_key_is_sent_as_a_header(
     server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
     monkeypatch.setenv("MOONDREAM_API_KEY", "from-environment")
@@ -63,10 +63,10 @@ def test_the_key_goes_into_a_header(
             "query",
             {"question": "q", "reasoning": True, "spatial_refs": [(0.5, 0.5), (0, 0, 1, 1)]},
             {"question": "q", "reasoning": True, "spatial_refs": [[0.5, 0.5], [0, 0, 1, 1]]},
-            {"answer": "a", "reasoning": THOUGHTS},
+            {"answer": "a", "reasoning": REASONING},
             {
                 "answer": "a",
-                "reasoning": {**THOUGHTS, "grounding": [{**THOUGHTS["grounding"][0], "points": [(0.5, 0.25)]}]},
+                "reasoning": {**REASONING, "grounding": [{**REASONING["grounding"][0], "points": [(0.5, 0.25)]}]},
             },
         ),
         (
@@ -93,7 +93,7 @@ def test_the_key_goes_into_a_header(
         ),
     ],
 )
-def test_what_is_sent_and_what_comes_back(
+def test_request_and_response_format(
     server: RemoteServer,
     model: MoondreamAPI,
     picture: np.ndarray,
@@ -111,13 +111,13 @@ def test_what_is_sent_and_what_comes_back(
     assert asked.body == sent
 
 
-def test_a_question_without_an_image(server: RemoteServer, model: MoondreamAPI) -> None:
+def test_query_without_an_image(server: RemoteServer, model: MoondreamAPI) -> None:
     server.on("/v1/query", Answer({"answer": "4"}))
     assert model.query(question="2 + 2?")["answer"] == "4"
     assert server.asked[0].body == {"question": "2 + 2?"}
 
 
-def test_the_model_that_was_chosen_comes_before_a_variant(server: RemoteServer, picture: np.ndarray) -> None:
+def test_model_argument_takes_precedence_over_variant(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/caption", Answer({"caption": "a"}))
     with MoondreamAPI(server.url, model="moondream3-preview") as model:
         model.caption(picture, settings={"variant": "mine"})
@@ -125,7 +125,7 @@ def test_the_model_that_was_chosen_comes_before_a_variant(server: RemoteServer, 
     assert server.asked[0].body["settings"] == {"variant": "mine"}
 
 
-def test_confidences_of_a_server_without_scores_are_one(server: RemoteServer, picture: np.ndarray) -> None:
+def test_confidence_is_one_if_the_server_has_no_scores(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/detect", Answer({"objects": [{**BOX, "confidence": 0.25}]}))
     with MoondreamAPI(server.url) as model:  # its list of models is a 404
         assert model.detect(picture, "cat")["objects"] == [{**BOX, "confidence": 1.0}]
@@ -135,40 +135,48 @@ def test_confidences_of_a_server_without_scores_are_one(server: RemoteServer, pi
 @pytest.mark.parametrize(
     ("method", "reply", "says"),
     [
-        ("detect", {"points": []}, "no 'objects' that is a list"),
-        ("detect", {"objects": {"x_min": 1}}, "no 'objects' that is a list"),
-        ("detect", {"objects": [3]}, "answered 3 among its objects"),
-        ("detect", {"objects": [{**BOX, "x_max": None}]}, "answered None as x_max, where a number belongs"),
-        ("detect", {"objects": [{"x_min": 1}]}, "answered None as y_min"),
-        ("detect", {"objects": [{**BOX, "x_max": "0.5"}]}, "answered '0.5' as x_max"),
-        ("detect", {"objects": [{**BOX, "x_max": True}]}, "answered True as x_max"),
-        ("detect", {"objects": [{**BOX, "x_max": float("nan")}]}, "answered nan as x_max"),
-        ("detect", {"objects": [{**BOX, "x_max": float("inf")}]}, "answered inf as x_max"),
-        ("detect", {"objects": [{**BOX, "x_max": 10**400}]}, "answered inf as x_max"),
-        ("detect", {"objects": [{**BOX, "confidence": 1.5}]}, "confidence of 1.5, which is not in 0..1"),
-        ("detect", {"objects": [{**BOX, "confidence": "high"}]}, "answered 'high' as confidence"),
-        ("point", {"points": None}, "no 'points' that is a list"),
-        ("point", {"points": [[0.5, 0.5]]}, r"answered \[0.5, 0.5\] among its points"),
-        ("query", {"answer": ["a"]}, "no 'answer' that is a text"),
-        ("query", {"answer": "a", "reasoning": 5}, "a reasoning that is 5"),
-        ("query", {"answer": "a", "reasoning": {"grounding": []}}, "no 'text' that is a text"),
-        ("query", {"answer": "a", "reasoning": {"text": "t", "grounding": "x"}}, "a grounding that is 'x'"),
-        ("query", {"answer": "a", "reasoning": {"text": "t", "grounding": [{}]}}, "a grounding with {}"),
+        ("detect", {"points": []}, "no valid 'objects', expected a list"),
+        ("detect", {"objects": {"x_min": 1}}, "no valid 'objects', expected a list"),
+        ("detect", {"objects": [3]}, "invalid entry in 'objects', expected an object: 3"),
+        ("detect", {"objects": [{**BOX, "x_max": None}]}, "invalid 'x_max', expected a number: None"),
+        ("detect", {"objects": [{"x_min": 1}]}, "invalid 'y_min', expected a number: None"),
+        ("detect", {"objects": [{**BOX, "x_max": "0.5"}]}, "invalid 'x_max', expected a number: '0.5'"),
+        ("detect", {"objects": [{**BOX, "x_max": True}]}, "invalid 'x_max', expected a number: True"),
+        ("detect", {"objects": [{**BOX, "x_max": float("nan")}]}, "invalid 'x_max', expected a finite number: nan"),
+        ("detect", {"objects": [{**BOX, "x_max": float("inf")}]}, "invalid 'x_max', expected a finite number: inf"),
+        ("detect", {"objects": [{**BOX, "x_max": 10**400}]}, "invalid 'x_max', expected a finite number: inf"),
+        (
+            "detect",
+            {"objects": [{**BOX, "confidence": 1.5}]},
+            "invalid 'confidence', expected a number between 0 and 1: 1.5",
+        ),
+        ("detect", {"objects": [{**BOX, "confidence": "high"}]}, "invalid 'confidence', expected a number: 'high'"),
+        ("point", {"points": None}, "no valid 'points', expected a list"),
+        ("point", {"points": [[0.5, 0.5]]}, r"invalid entry in 'points', expected an object: \[0.5, 0.5\]"),
+        ("query", {"answer": ["a"]}, "no valid 'answer', expected a string"),
+        ("query", {"answer": "a", "reasoning": 5}, "invalid reasoning: 5"),
+        ("query", {"answer": "a", "reasoning": {"grounding": []}}, "no valid 'text', expected a string"),
+        (
+            "query",
+            {"answer": "a", "reasoning": {"text": "t", "grounding": "x"}},
+            "invalid grounding, expected a list: 'x'",
+        ),
+        ("query", {"answer": "a", "reasoning": {"text": "t", "grounding": [{}]}}, "invalid grounding: {}"),
         (
             "query",
             {"answer": "a", "reasoning": {"text": "t", "grounding": [{"points": [[1, 2, 3]]}]}},
-            r"the point \[1, 2, 3\]",
+            r"invalid grounding point, expected \[x, y\]: \[1, 2, 3\]",
         ),
-        ("query", {"answer": "a", "logprob": float("nan")}, "answered nan as logprob"),
+        ("query", {"answer": "a", "logprob": float("nan")}, "invalid 'logprob', expected a finite number: nan"),
     ],
 )
-def test_rubbish_is_an_error(
+def test_invalid_responses_raise(
     server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, method: str, reply: Any, says: str
 ) -> None:
     server.on(f"/v1/{method}", Answer(reply))
     with pytest.raises(BackendError, match=says) as caught:
         getattr(model, method)(picture, "cat")
-    assert str(caught.value).startswith(f"{server.url}/v1/{method} answered")
+    assert str(caught.value).startswith(f"{server.url}/v1/{method} returned")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def test_rubbish_is_an_error(
         (Answer({"caption": "all at once"}), ["all at once"]),
     ],
 )  # fmt: skip
-def test_streams_of_text(
+def test_streamed_text(
     server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, pieces: list[str]
 ) -> None:
     server.on("/v1/caption", answer)
@@ -194,14 +202,14 @@ def test_streams_of_text(
 @pytest.mark.parametrize(
     ("answer", "before", "says"),
     [
-        (streamed({"chunk": "a"}), ["a"], "broke off: the stream ended before the text was complete"),
+        (streamed({"chunk": "a"}), ["a"], "closed the connection early: the stream ended before the text was complete"),
         (streamed({"chunk": "a"}, {"error": {"message": "out of memory"}}), ["a"], "an error: out of memory"),
-        (streamed({"chunk": "a"}, b"data: {"), ["a"], "streamed what is no JSON: {"),
+        (streamed({"chunk": "a"}, b"data: {"), ["a"], "streamed invalid JSON: {"),
         (streamed({"chunk": "a"}, [1]), ["a"], "streamed no JSON object"),
-        (streamed({"chunk": "a"}, {"chunk": 5}), ["a"], "streamed 5 where a text belongs"),
+        (streamed({"chunk": "a"}, {"chunk": 5}), ["a"], "streamed an invalid chunk, expected a string: 5"),
     ],
 )
-def test_streams_that_fail(
+def test_stream_errors_are_raised(
     server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, before: list[str], says: str
 ) -> None:
     server.on("/v1/caption", answer)
@@ -211,23 +219,23 @@ def test_streams_that_fail(
         next(pieces)
 
 
-def test_a_stream_that_is_cut(server: RemoteServer, model: MoondreamAPI, picture: np.ndarray) -> None:
+def test_interrupted_stream_raises(server: RemoteServer, model: MoondreamAPI, picture: np.ndarray) -> None:
     half = streamed({"chunk": "a"}).body
     server.on("/v1/caption", Answer(half, kind="text/event-stream", fault="cut"))
-    with pytest.raises(BackendError, match="broke off"):
+    with pytest.raises(BackendError, match="closed the connection early"):
         list(model.stream(Caption(picture)))
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (Answer({"error": {"message": "no"}}, 400), "answered 400: no"),
-        (Answer({"error": "Model not loaded"}), "answered an error: Model not loaded"),
-        (streamed({"error": "no"}), "answered an error: no"),
-        (Answer(fault="reset"), "broke off"),
+        (Answer({"error": {"message": "no"}}, 400), "returned status 400: no"),
+        (Answer({"error": "Model not loaded"}), "returned an error: Model not loaded"),
+        (streamed({"error": "no"}), "returned an error: no"),
+        (Answer(fault="reset"), "closed the connection early"),
     ],
 )
-def test_errors_before_the_first_piece_are_raised_at_the_call(
+def test_errors_before_the_first_part_are_raised_by_the_call(
     server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, says: str
 ) -> None:
     server.on("/v1/caption", answer)
@@ -235,15 +243,17 @@ def test_errors_before_the_first_piece_are_raised_at_the_call(
         model.stream(Caption(picture))
 
 
-def test_the_opening_of_a_stream_is_tried_again(server: RemoteServer, picture: np.ndarray) -> None:
+def test_opening_a_stream_is_retried(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/caption", Answer({}, 503), Answer(fault="reset"), streamed({"chunk": "a"}, DONE))
     with MoondreamAPI(server.url, backoff=0.001) as model:
         assert list(model.stream(Caption(picture))) == ["a"]
     assert len(server.asked) == 3
 
 
-def test_thoughts_come_first_in_a_stream(server: RemoteServer, model: MoondreamAPI, picture: np.ndarray) -> None:
-    server.on("/v1/query", streamed({"reasoning": THOUGHTS}, {"chunk": "2"}, DONE), streamed({"chunk": "2"}, DONE))
+def test_reasoning_is_the_first_part_of_a_stream(
+    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray
+) -> None:
+    server.on("/v1/query", streamed({"reasoning": REASONING}, {"chunk": "2"}, DONE), streamed({"chunk": "2"}, DONE))
     reply = model.query(picture, "How many?", reasoning=True, stream=True)
     assert reply["reasoning"]["text"] == "Two cats."
     assert list(reply["answer"]) == ["2"]

@@ -40,7 +40,7 @@ def model(server: RemoteServer) -> Any:
     ("path", "asked"),
     [("", CHAT), ("/", CHAT), ("/v1/", CHAT), ("/v1beta/openai", "/v1beta/openai/chat/completions")],
 )
-def test_the_url(server: RemoteServer, path: str, asked: str) -> None:
+def test_version_is_appended_to_a_url_without_path(server: RemoteServer, path: str, asked: str) -> None:
     server.on(asked, completion("4"))
     with OpenAICompatible(server.url + path, model="m") as model:
         assert model.query(question="2 + 2?")["answer"] == "4"
@@ -59,7 +59,7 @@ def test_the_url(server: RemoteServer, path: str, asked: str) -> None:
          {"variant": "mine", "max_crops": 2}),
     ],
 )  # fmt: skip
-def test_what_is_sent_for_texts(
+def test_request_format_of_query_and_caption(
     server: RemoteServer,
     model: OpenAICompatible,
     picture: np.ndarray,
@@ -82,7 +82,7 @@ def test_what_is_sent_for_texts(
     assert asked.body == {"model": "m", **extras}
 
 
-def test_a_question_without_an_image(server: RemoteServer, model: OpenAICompatible) -> None:
+def test_query_without_an_image(server: RemoteServer, model: OpenAICompatible) -> None:
     tokens = {"logprobs": {"content": [{"token": "4", "logprob": -0.5}, {"token": "!", "logprob": -1.5}]}}
     server.on(CHAT, completion("4!", **tokens))
     assert model.query(question="2 + 2?") == {"answer": "4!", "truncated": False, "logprob": -1.0}
@@ -99,7 +99,7 @@ def test_a_question_without_an_image(server: RemoteServer, model: OpenAICompatib
         (Answer({}, fault="reset"), "moondream2"),
     ],
 )
-def test_which_model_is_used(server: RemoteServer, models: Answer, used: str) -> None:
+def test_model_defaults_to_the_first_listed_one(server: RemoteServer, models: Answer, used: str) -> None:
     server.on(CHAT, completion("4")).on("/v1/models", models)
     with OpenAICompatible(server.url) as model:
         model.run([Query(None, "?"), Query(None, "?", settings={"variant": "mine"})])  # type: ignore[arg-type]
@@ -108,26 +108,26 @@ def test_which_model_is_used(server: RemoteServer, models: Answer, used: str) ->
 
 
 @pytest.mark.parametrize(
-    ("message", "thoughts"),
+    ("message", "reasoning"),
     [
         ({"reasoning": {"text": "Hm.", "grounding": []}}, {"text": "Hm.", "grounding": []}),
         ({"reasoning": "Hm."}, {"text": "Hm.", "grounding": []}),
     ],
 )
-def test_thoughts(
-    server: RemoteServer, model: OpenAICompatible, picture: np.ndarray, message: dict[str, Any], thoughts: Any
+def test_reasoning_is_parsed(
+    server: RemoteServer, model: OpenAICompatible, picture: np.ndarray, message: dict[str, Any], reasoning: Any
 ) -> None:
     server.on(CHAT, completion("4", message=message))
-    assert model.query(picture, "?", reasoning=True)["reasoning"] == thoughts
+    assert model.query(picture, "?", reasoning=True)["reasoning"] == reasoning
     assert server.asked[0].body["reasoning"] is True
     assert list(model.stream(Query(picture, "?", reasoning=True))) == [Reasoning("Hm."), "4"]
 
 
-def test_what_a_server_cannot_do_is_said(server: RemoteServer, model: OpenAICompatible, picture: np.ndarray) -> None:
+def test_unsupported_arguments_raise(server: RemoteServer, model: OpenAICompatible, picture: np.ndarray) -> None:
     server.on(CHAT, completion("4"))
-    with pytest.raises(UnsupportedSkill, match="cannot reason on this server.*MoondreamAPI can"):  # noqa: RUF043
+    with pytest.raises(UnsupportedSkill, match="cannot return reasoning from this server.*use MoondreamAPI"):  # noqa: RUF043
         model.query(picture, "?", reasoning=True)
-    with pytest.raises(UnsupportedSkill, match="cannot take spatial_refs; MoondreamAPI can"):
+    with pytest.raises(UnsupportedSkill, match="cannot use spatial_refs; use MoondreamAPI"):
         model.query(picture, "?", spatial_refs=[(0.5, 0.5)])
     assert len(server.asked) == 1
 
@@ -140,7 +140,7 @@ def test_what_a_server_cannot_do_is_said(server: RemoteServer, model: OpenAIComp
     ],
 )
 @pytest.mark.parametrize("most", [50, 1])
-def test_boxes_and_points_of_a_server_that_knows_them(
+def test_detect_and_point_use_json_schemas(
     server: RemoteServer,
     model: OpenAICompatible,
     picture: np.ndarray,
@@ -166,11 +166,14 @@ def test_boxes_and_points_of_a_server_that_knows_them(
 
 
 @pytest.mark.parametrize("content", ["I see a car at the left.", "", None, "[1, 2]", "{}", '{"points"', "[" * 100_000])
-def test_a_server_of_text_only(
+def test_text_instead_of_json_raises(
     server: RemoteServer, model: OpenAICompatible, picture: np.ndarray, content: str | None
 ) -> None:
     server.on(CHAT, completion(content))
-    with pytest.raises(UnsupportedSkill, match=r"answers text only.*MoondreamAPI and a model from moondream_cv.load"):
+    with pytest.raises(
+        UnsupportedSkill,
+        match=r"returned text instead of JSON with objects: .*use MoondreamAPI or a model from moondream_cv.load",
+    ):
         model.detect(picture, "car")
 
 
@@ -179,25 +182,25 @@ def test_a_server_of_text_only(
     [
         (
             Answer({"error": {"message": "no such model", "type": "x", "code": None}}, 404),
-            "answered 404: no such model",
+            "returned status 404: no such model",
         ),
-        (Answer({"error": {"message": "boom"}}), "answered an error: boom"),
-        (Answer({"choices": []}), "answered no choices"),
-        (Answer({"choices": None}), "answered no choices"),
-        (Answer({"choices": ["a"]}), "answered no choices"),
+        (Answer({"error": {"message": "boom"}}), "returned an error: boom"),
+        (Answer({"choices": []}), "returned no choices"),
+        (Answer({"choices": None}), "returned no choices"),
+        (Answer({"choices": ["a"]}), "returned no choices"),
         (Answer({"choices": [{"text": "a"}]}), "a choice without a message"),
-        (completion(None), "no 'content' that is a text"),
+        (completion(None), "no valid 'content', expected a string"),
     ],
 )
-def test_rubbish_is_an_error(server: RemoteServer, model: OpenAICompatible, answer: Answer, says: str) -> None:
+def test_invalid_responses_raise(server: RemoteServer, model: OpenAICompatible, answer: Answer, says: str) -> None:
     server.on(CHAT, answer)
     with pytest.raises(BackendError, match=says):
         model.query(question="?")
 
 
-def test_rubbish_among_boxes_is_an_error(server: RemoteServer, model: OpenAICompatible, picture: np.ndarray) -> None:
+def test_invalid_boxes_raise(server: RemoteServer, model: OpenAICompatible, picture: np.ndarray) -> None:
     server.on(CHAT, completion({"objects": [{**BOX, "x_min": float("nan")}]}))
-    with pytest.raises(BackendError, match="answered nan as x_min"):
+    with pytest.raises(BackendError, match="invalid 'x_min', expected a finite number: nan"):
         model.detect(picture, "car")
 
 
@@ -211,7 +214,7 @@ def test_rubbish_among_boxes_is_an_error(server: RemoteServer, model: OpenAIComp
         (completion("all at once"), ["all at once"]),
     ],
 )
-def test_streams(server: RemoteServer, model: OpenAICompatible, answer: Answer, pieces: list[str]) -> None:
+def test_streamed_text(server: RemoteServer, model: OpenAICompatible, answer: Answer, pieces: list[str]) -> None:
     server.on(CHAT, answer)
     assert list(model.query(question="?", stream=True)["answer"]) == pieces
     assert server.asked[0].body["stream"] is True
@@ -221,12 +224,15 @@ def test_streams(server: RemoteServer, model: OpenAICompatible, answer: Answer, 
     ("answer", "says"),
     [
         (streamed(chunk("a")), "the stream ended before the text was complete"),
-        (streamed(chunk("a"), {"error": {"message": "boom"}}), "answered an error: boom"),
-        (streamed(chunk("a"), {"x": 1}), "answered no choices"),
-        (streamed(chunk("a"), {"choices": [{"delta": {"content": 5}}]}), "streamed 5 where a text belongs"),
+        (streamed(chunk("a"), {"error": {"message": "boom"}}), "returned an error: boom"),
+        (streamed(chunk("a"), {"x": 1}), "returned no choices"),
+        (
+            streamed(chunk("a"), {"choices": [{"delta": {"content": 5}}]}),
+            "streamed an invalid chunk, expected a string: 5",
+        ),
     ],
 )
-def test_streams_that_fail(server: RemoteServer, model: OpenAICompatible, answer: Answer, says: str) -> None:
+def test_stream_errors_are_raised(server: RemoteServer, model: OpenAICompatible, answer: Answer, says: str) -> None:
     server.on(CHAT, answer)
     pieces = model.stream(Query(None, "?"))
     assert next(pieces) == "a"

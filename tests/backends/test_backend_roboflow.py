@@ -41,7 +41,7 @@ def model(server: RemoteServer) -> Any:
         yield connected
 
 
-def test_boxes_come_as_fractions(server: RemoteServer, model: RoboflowInference, picture: np.ndarray) -> None:
+def test_boxes_are_converted_to_fractions(server: RemoteServer, model: RoboflowInference, picture: np.ndarray) -> None:
     server.on(PATH, found(prediction(15, 20, 20, 20), prediction(0, 0, 10, 8, confidence=0.25)))
     assert model.detect(picture, "cat") == {
         "objects": [
@@ -57,7 +57,7 @@ def test_boxes_come_as_fractions(server: RemoteServer, model: RoboflowInference,
     assert asked.body == {"api_key": None, "model_id": "moondream2/moondream2_2b_jul24", "prompt": "cat"}
 
 
-def test_several_classes_are_parallel_requests(server: RemoteServer, picture: np.ndarray) -> None:
+def test_classes_are_requested_concurrently(server: RemoteServer, picture: np.ndarray) -> None:
     together = threading.Barrier(3)
 
     def answer(asked: Asked) -> Answer:
@@ -78,7 +78,9 @@ def test_several_classes_are_parallel_requests(server: RemoteServer, picture: np
 
 
 @pytest.mark.parametrize("form", ["array", "pil", "rgba", "file object", "bytes", "floats"])
-def test_any_kind_of_image(server: RemoteServer, model: RoboflowInference, picture: np.ndarray, form: str) -> None:
+def test_every_image_type_is_sent(
+    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, form: str
+) -> None:
     server.on(PATH, found())
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -96,7 +98,9 @@ def test_any_kind_of_image(server: RemoteServer, model: RoboflowInference, pictu
     assert Image.open(io.BytesIO(image)).size == (50, 40)
 
 
-def test_the_key_goes_into_the_body(server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_is_sent_in_the_body(
+    server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ROBOFLOW_API_KEY", "from-environment")
     server.on(PATH, found())
     with warnings.catch_warnings():
@@ -109,7 +113,7 @@ def test_the_key_goes_into_the_body(server: RemoteServer, picture: np.ndarray, m
     assert not [asked for asked in server.asked if "given" in asked.path or "from-environment" in asked.path]
 
 
-def test_at_roboflows_hosts_the_key_goes_into_a_header() -> None:
+def test_api_key_is_sent_as_a_header_to_roboflow_hosts() -> None:
     from inference_sdk.http.entities import ApiKeyTransport
 
     for url, transport in [
@@ -120,7 +124,9 @@ def test_at_roboflows_hosts_the_key_goes_into_a_header() -> None:
             assert model._client().inference_configuration.api_key_transport is transport
 
 
-def test_max_objects_ends_the_list_here(server: RemoteServer, model: RoboflowInference, picture: np.ndarray) -> None:
+def test_max_objects_truncates_the_response(
+    server: RemoteServer, model: RoboflowInference, picture: np.ndarray
+) -> None:
     server.on(PATH, found(prediction(15, 20, 20, 20), prediction(5, 5, 2, 2)))
     for most, truncated in [(1, True), (2, False), (3, False)]:
         reply = model.detect(picture, "cat", settings={"max_objects": most})
@@ -135,7 +141,7 @@ def test_max_objects_ends_the_list_here(server: RemoteServer, model: RoboflowInf
         ({"name": "moondream-cv", "version": "0.2", "uuid": "u", "has_scores": True}, True),
     ],
 )
-def test_whether_there_are_scores(
+def test_has_scores_is_read_from_info(
     server: RemoteServer, picture: np.ndarray, info: dict[str, Any], scores: bool
 ) -> None:
     server.on(PATH, found(prediction(15, 20, 20, 20, confidence=0.25))).on("/info", Answer(info))
@@ -149,7 +155,7 @@ def test_whether_there_are_scores(
 
 
 @pytest.mark.parametrize("failure", [Answer({"message": "boom"}, 500), Answer({"message": "boom"}, 502)])
-def test_failures_are_tried_again(
+def test_server_errors_are_retried(
     server: RemoteServer, model: RoboflowInference, picture: np.ndarray, failure: Answer
 ) -> None:
     server.on(PATH, failure, failure, found())
@@ -158,11 +164,11 @@ def test_failures_are_tried_again(
 
 
 @pytest.mark.parametrize("failure", [Answer({"message": "busy"}, 503), Answer(fault="reset")])
-def test_the_clients_own_tries_are_not_multiplied(
+def test_retries_of_the_sdk_are_not_repeated(
     server: RemoteServer, model: RoboflowInference, picture: np.ndarray, failure: Answer
 ) -> None:
     server.on(PATH, failure)
-    with pytest.raises(BackendError, match=r"answered 503: busy|is not reachable"):
+    with pytest.raises(BackendError, match=r"returned status 503: busy|is unreachable"):
         model.detect(picture, "cat")
     assert len(server.asked) == 3
 
@@ -170,23 +176,23 @@ def test_the_clients_own_tries_are_not_multiplied(
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (Answer({"message": "Bad image"}, 400), "answered 400: Bad image"),
-        (Answer({"message": "who?"}, 401), "answered 401: who.*pass api_key= or set ROBOFLOW_API_KEY"),
-        (Answer(b"<html>no</html>", 404, kind="text/html"), "answered 404"),
-        (Answer(["no"], 400), "answered what inference-sdk cannot read"),
-        (Answer(b"<html>hello</html>", kind="text/html"), "answered what inference-sdk cannot read"),
-        (Answer(b""), "answered what inference-sdk cannot read"),
-        (Answer([1, 2]), r"answered no JSON object but \[1, 2\]"),
-        (Answer({"response": "a cat", "image": {"width": 1, "height": 1}}), "answered text, no boxes: 'a cat'"),
-        (Answer({"predictions": None}), "no 'predictions' that is a list"),
-        (found("cat"), "answered 'cat' among its predictions"),
-        (found(prediction("1", 1, 1, 1)), "answered '1' as x"),
-        (found(prediction(float("nan"), 1, 1, 1)), "answered nan as x"),
-        (found(prediction(1, 1, 1, 1), image={"width": 0, "height": 4}), "an image that is 0 wide and 4 high"),
-        (found(prediction(1, 1, 1, 1), image={"width": "5", "height": 4}), "answered '5' as width"),
+        (Answer({"message": "Bad image"}, 400), "returned status 400: Bad image"),
+        (Answer({"message": "who?"}, 401), "returned status 401: who.*pass api_key= or set ROBOFLOW_API_KEY"),
+        (Answer(b"<html>no</html>", 404, kind="text/html"), "returned status 404"),
+        (Answer(["no"], 400), "returned a response that inference-sdk cannot parse"),
+        (Answer(b"<html>hello</html>", kind="text/html"), "returned a response that inference-sdk cannot parse"),
+        (Answer(b""), "returned a response that inference-sdk cannot parse"),
+        (Answer([1, 2]), r"returned no JSON object: \[1, 2\]"),
+        (Answer({"response": "a cat", "image": {"width": 1, "height": 1}}), "returned text instead of boxes: 'a cat'"),
+        (Answer({"predictions": None}), "no valid 'predictions', expected a list"),
+        (found("cat"), "invalid entry in 'predictions', expected an object: 'cat'"),
+        (found(prediction("1", 1, 1, 1)), "invalid 'x', expected a number: '1'"),
+        (found(prediction(float("nan"), 1, 1, 1)), "invalid 'x', expected a finite number: nan"),
+        (found(prediction(1, 1, 1, 1), image={"width": 0, "height": 4}), "invalid image size: 0x4"),
+        (found(prediction(1, 1, 1, 1), image={"width": "5", "height": 4}), "invalid 'width', expected a number: '5'"),
     ],
 )
-def test_rubbish_is_an_error(
+def test_invalid_responses_raise(
     server: RemoteServer, model: RoboflowInference, picture: np.ndarray, answer: Answer, says: str
 ) -> None:
     server.on(PATH, answer)
@@ -196,7 +202,7 @@ def test_rubbish_is_an_error(
     assert len(server.asked) == 1
 
 
-def test_without_the_size_of_the_image_the_own_counts(
+def test_image_size_is_used_if_the_response_has_none(
     server: RemoteServer, model: RoboflowInference, picture: np.ndarray
 ) -> None:
     server.on(PATH, found(prediction(25, 20, 50, 40), image=None))
@@ -204,16 +210,16 @@ def test_without_the_size_of_the_image_the_own_counts(
     assert [box[name] for name in ("x_min", "y_min", "x_max", "y_max")] == [0, 0, 1, 1]
 
 
-def test_a_server_that_never_answers(server: RemoteServer, picture: np.ndarray) -> None:
+def test_timeout_is_raised(server: RemoteServer, picture: np.ndarray) -> None:
     server.on(PATH, Answer(fault="hang"), found())
     with RoboflowInference(server.url, timeout=0.3, has_scores=False) as model:
-        with pytest.raises(BackendError, match=r"did not answer within 0.3 s; allow more with timeout="):
+        with pytest.raises(BackendError, match=r"did not respond within 0.3 s; increase timeout="):
             model.detect(picture, "cat")
         model._http.timeout = 240.0
         assert model.detect(picture, "cat")["objects"] == []
 
 
-def test_a_hanging_server_does_not_keep_the_program_from_ending(server: RemoteServer) -> None:
+def test_hanging_server_does_not_prevent_exit(server: RemoteServer) -> None:
     server.on(PATH, Answer(fault="hang"))
     code = (
         "from moondream_cv.backends import RoboflowInference\n"
@@ -229,13 +235,13 @@ def test_a_hanging_server_does_not_keep_the_program_from_ending(server: RemoteSe
 
 
 @pytest.mark.parametrize("call", [("caption",), ("query", "?"), ("point", "cat")])
-def test_it_can_only_detect(model: RoboflowInference, picture: np.ndarray, call: tuple[str, ...]) -> None:
-    says = rf"RoboflowInference cannot {call[0]}, only detect; MoondreamAPI can, and so can a model from"
+def test_other_skills_raise(model: RoboflowInference, picture: np.ndarray, call: tuple[str, ...]) -> None:
+    says = rf"RoboflowInference cannot {call[0]}, only detect; use MoondreamAPI or a model from"
     with pytest.raises(UnsupportedSkill, match=says):
         getattr(model, call[0])(picture, *call[1:])
 
 
-def test_without_the_client_the_extra_is_named() -> None:
+def test_missing_sdk_names_the_extra() -> None:
     code = (
         "import sys\n"
         "sys.modules['inference_sdk'] = None\n"
@@ -247,6 +253,6 @@ def test_without_the_client_the_extra_is_named() -> None:
 
 
 @pytest.mark.parametrize("model_id", ["", " ", None, 5])
-def test_a_model_id_that_is_none(model_id: Any) -> None:
+def test_invalid_model_id_raises(model_id: Any) -> None:
     with pytest.raises(ValueError, match="model_id must be a name such as 'moondream2/moondream2_2b_jul24'"):
         RoboflowInference(model_id=model_id)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from moondream_cv import Detector
 from moondream_cv.backends import MoondreamAPI, OpenAICompatible
-from moondream_cv.backends.base import changed
+from moondream_cv.backends.base import changed_settings
 from moondream_cv.errors import BackendError, BackendTimeout, ImageError, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
@@ -64,7 +64,7 @@ def test_unsupported_query_arguments_are_rejected_instead_of_ignored(
     assert not server.asked
 
 
-def test_results_come_in_the_order_of_the_requests(server: RemoteServer) -> None:
+def test_results_are_in_request_order(server: RemoteServer) -> None:
     first_may_answer = threading.Event()
 
     def late_first(asked: Asked) -> Answer:
@@ -81,7 +81,7 @@ def test_results_come_in_the_order_of_the_requests(server: RemoteServer) -> None
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 3, 8])
-def test_so_many_requests_are_in_flight_and_no_more(server: RemoteServer, max_in_flight: int) -> None:
+def test_max_in_flight_limits_concurrent_requests(server: RemoteServer, max_in_flight: int) -> None:
     together = threading.Barrier(max_in_flight)
 
     def wait_for_the_others(asked: Asked) -> Answer:
@@ -96,7 +96,7 @@ def test_so_many_requests_are_in_flight_and_no_more(server: RemoteServer, max_in
     assert len({asked.connection for asked in server.asked}) == max_in_flight
 
 
-def test_the_limit_holds_over_all_threads(server: RemoteServer) -> None:
+def test_max_in_flight_applies_over_all_threads(server: RemoteServer) -> None:
     server.on("/v1/query", echo)
     with remote(server, max_in_flight=2) as model, ThreadPoolExecutor(6) as threads:
         answers = list(threads.map(lambda n: model.query(None, str(n))["answer"], range(30)))
@@ -104,7 +104,7 @@ def test_the_limit_holds_over_all_threads(server: RemoteServer) -> None:
     assert server.most_in_flight <= 2
 
 
-def test_an_image_that_requests_share_is_encoded_once(server: RemoteServer, picture: np.ndarray) -> None:
+def test_shared_image_is_encoded_once(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/detect", Answer({"objects": [BOX]})).on("/v1/query", Answer({"answer": "yes"}))
     file = io.BytesIO(jpeg(picture))  # a second read would give nothing
     with remote(server) as model:
@@ -113,7 +113,7 @@ def test_an_image_that_requests_share_is_encoded_once(server: RemoteServer, pict
     assert len({asked.body["image_url"] for asked in server.asked if "image_url" in asked.body}) == 1
 
 
-def test_a_failed_request_gives_an_error_in_its_place(server: RemoteServer, picture: np.ndarray) -> None:
+def test_failed_requests_return_error_results(server: RemoteServer, picture: np.ndarray) -> None:
     def moody(asked: Asked) -> Answer:
         return Answer({"error": "no"}, 400) if asked.body["length"] == "long" else Answer({"caption": "fine"})
 
@@ -157,13 +157,13 @@ def test_stop_after_timeout_fails_unsent_requests_with_the_first_timeout(server:
         results = model.run([Query(None, str(number)) for number in range(40)])
         assert time.monotonic() - start < 20  # 40 requests in turn, or one retry, would take longer
         assert [type(getattr(result, "error", None)) for result in results] == [BackendTimeout] * 40
-        assert all("did not answer within 0.5 s" in str(result.error) for result in results)  # type: ignore[union-attr]
+        assert all("did not respond within 0.5 s" in str(result.error) for result in results)  # type: ignore[union-attr]
         assert len(server.asked) == 4
         server.on("/v1/query", echo)
         assert model.run([Query(None, "still there?")]) == [QueryResult("still there?")]
 
 
-def test_stop_after_timeout_keeps_answers_from_before_the_timeout(server: RemoteServer) -> None:
+def test_stop_after_timeout_keeps_earlier_results(server: RemoteServer) -> None:
     server.on("/v1/query", lambda asked: Answer(fault="hang") if asked.body["question"] == "3" else echo(asked))
     with remote(server, timeout=0.5, max_in_flight=1) as model:
         model.stop_after_timeout = True
@@ -204,14 +204,14 @@ def test_without_stop_after_timeout_each_request_has_its_own_timeout(server: Rem
     assert answered == QueryResult("2")
 
 
-def test_nothing_to_do_asks_nothing(server: RemoteServer) -> None:
+def test_empty_run_sends_no_request(server: RemoteServer) -> None:
     with remote(server) as model:
         assert model.run([]) == []
     assert server.asked == []
 
 
-def test_a_skill_that_is_lacking_names_who_has_it(server: RemoteServer, picture: np.ndarray) -> None:
-    says = r"MoondreamAPI cannot gaze, only caption, detect, point, query; a model from moondream_cv.load\(\) can"
+def test_missing_skill_names_an_alternative(server: RemoteServer, picture: np.ndarray) -> None:
+    says = r"MoondreamAPI cannot gaze, only caption, detect, point, query; use a model from moondream_cv.load\(\)"
     with remote(server) as model:
         with pytest.raises(UnsupportedSkill, match=says):
             model.detect_gaze(picture, (0.5, 0.5))
@@ -220,7 +220,7 @@ def test_a_skill_that_is_lacking_names_who_has_it(server: RemoteServer, picture:
     assert {asked.path for asked in server.asked} <= {"/v1/models"}  # where a server lists gaze
 
 
-def test_a_closed_model_says_so(server: RemoteServer, picture: np.ndarray) -> None:
+def test_closed_model_raises(server: RemoteServer, picture: np.ndarray) -> None:
     with remote(server) as model:
         model.close()
     for call in (lambda: model.caption(picture), lambda: model.stream(Caption(picture)), lambda: model.run([])):
@@ -228,7 +228,7 @@ def test_a_closed_model_says_so(server: RemoteServer, picture: np.ndarray) -> No
             call()
 
 
-def test_closing_gives_up_what_waits(server: RemoteServer) -> None:
+def test_close_cancels_waiting_requests(server: RemoteServer) -> None:
     asked = threading.Event()
 
     def never(request: Asked) -> Answer:
@@ -247,7 +247,7 @@ def test_closing_gives_up_what_waits(server: RemoteServer) -> None:
     assert len(server.asked) == 1
 
 
-def test_an_encoded_image_of_a_local_model_is_refused(server: RemoteServer) -> None:
+def test_image_encoded_by_a_local_model_raises(server: RemoteServer) -> None:
     class Encoded:
         size = (4, 3)
 
@@ -255,12 +255,12 @@ def test_an_encoded_image_of_a_local_model_is_refused(server: RemoteServer) -> N
         model.caption(Encoded())
 
 
-def test_it_is_a_vision_model_for_the_detector(server: RemoteServer, picture: np.ndarray) -> None:
+def test_detector_accepts_a_remote_model(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/detect", Answer({"objects": [BOX]}), Answer({"objects": []}))
     with remote(server, max_in_flight=1) as model:
         assert isinstance(model, VisionModel)
         found = Detector(model)(picture, ["patch", "dog"])
-        with pytest.warns(UserWarning, match="MoondreamAPI gives no scores"):
+        with pytest.warns(UserWarning, match="MoondreamAPI returns no scores"):
             Detector(model, confidence=0.5)(picture, "patch")
     assert found.xyxy.tolist() == [[5, 10, 25, 30]]
     assert found.confidence is not None
@@ -270,7 +270,7 @@ def test_it_is_a_vision_model_for_the_detector(server: RemoteServer, picture: np
 
 @pytest.mark.parametrize("model_class", [MoondreamAPI, OpenAICompatible])
 @pytest.mark.parametrize(
-    ("answer", "scores", "asked_again"),
+    ("answer", "scores", "queried_again"),
     [
         (Answer({"models": [{"id": "a", "has_scores": True}], "data": [{"id": "a"}]}), True, 0),
         (Answer({"object": "list", "data": [{"id": "a", "has_scores": True}]}), True, 0),
@@ -286,28 +286,28 @@ def test_it_is_a_vision_model_for_the_detector(server: RemoteServer, picture: np
         (Answer(fault="reset"), False, 1),
     ],
 )
-def test_whether_there_are_scores_is_asked_once(
-    server: RemoteServer, model_class: Any, answer: Answer, scores: bool, asked_again: int
+def test_has_scores_is_queried_once(
+    server: RemoteServer, model_class: Any, answer: Answer, scores: bool, queried_again: int
 ) -> None:
     server.on("/v1/models", answer)
     with model_class(server.url) as model:
         assert server.asked == []
         assert [model.has_scores, model.has_scores] == [scores, scores]
-        assert len(server.asked) == 1 + asked_again
+        assert len(server.asked) == 1 + queried_again
         model.has_scores = not scores
         assert model.has_scores is not scores
 
 
 @pytest.mark.parametrize(("model", "scores"), [(None, True), ("b", False), ("a", True), ("unlisted", True)])
-def test_scores_are_those_of_the_model_that_is_used(server: RemoteServer, model: str | None, scores: bool) -> None:
+def test_has_scores_refers_to_the_model_in_use(server: RemoteServer, model: str | None, scores: bool) -> None:
     server.on("/v1/models", Answer({"models": [{"id": "a", "has_scores": True}, {"id": "b", "has_scores": False}]}))
     with MoondreamAPI(server.url, model=model) as connected:
         assert connected.has_scores is scores
 
 
 def test_only_changed_settings_are_sent() -> None:
-    assert changed(Settings()) == {}
-    assert changed(Settings(temperature=0, max_crops=3, seed=0, repeat_suffix=False)) == {
+    assert changed_settings(Settings()) == {}
+    assert changed_settings(Settings(temperature=0, max_crops=3, seed=0, repeat_suffix=False)) == {
         "temperature": 0,
         "max_crops": 3,
         "seed": 0,
@@ -315,7 +315,7 @@ def test_only_changed_settings_are_sent() -> None:
     }
 
 
-def test_objects_and_points_stream_one_by_one_out_of_one_reply(server: RemoteServer, picture: np.ndarray) -> None:
+def test_objects_and_points_stream_one_by_one(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/detect", Answer({"objects": [BOX, BOX]})).on("/v1/point", Answer({"points": []}))
     with remote(server) as model:
         assert list(model.detect(picture, "dog", stream=True)["objects"]) == [{**BOX, "confidence": 1.0}] * 2

@@ -113,7 +113,7 @@ def test_a_password_of_a_url_that_may_not_be_used_is_not_shown(
 
 TROUBLES: dict[str, Callable[[RemoteServer, tuple[str, str]], Any]] = {
     "lacks the skill": lambda server, secret: server.on("/info", INFO),
-    "does not say what it is": lambda server, secret: None,
+    "has an unknown API": lambda server, secret: None,
     "wants a key": lambda server, secret: server.on("/v1/models", Answer({"error": f"not {secret[1]}"}, 401)),
     "repeats it": lambda server, secret: [
         server.on("/v1/models", OURS),
@@ -162,7 +162,7 @@ def test_a_password_is_not_shown_where_no_server_is(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     outputs = asked(block, with_password(closed_url, secret), by, bgr)
-    check_nothing(block, outputs, f"{closed_url}/v1/models is not reachable")
+    check_nothing(block, outputs, f"{closed_url}/v1/models is unreachable")
     check_secret(secret, outputs["error_message"], caplog.text)
 
 

@@ -343,7 +343,7 @@ def test_an_unreadable_image_keeps_its_message_where_the_server_is_down(
     check_nothing(block, second, "no pixels")
     assert closed_url not in second["error_message"]
     for outputs in (first, third):
-        check_nothing(block, outputs, f"{closed_url}/v1/models is not reachable")
+        check_nothing(block, outputs, f"{closed_url}/v1/models is unreachable")
 
 
 @pytest.mark.parametrize("block", BLOCKS)

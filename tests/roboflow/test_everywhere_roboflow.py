@@ -17,7 +17,7 @@ from tests.helpers.served import served
 
 pytest.register_assert_rewrite("tests.helpers.detector_suite")
 
-from tests.helpers.detector_suite import DetectorBehaviour, Place, place_on  # noqa: E402
+from tests.helpers.detector_suite import Deployment, DetectorSuite, deployment_on  # noqa: E402
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -30,41 +30,41 @@ def ours(tiny: LocalModel) -> Iterator[str]:
         yield server.url
 
 
-def roboflow(url: str, image_format: str) -> Place:
+def roboflow(url: str, image_format: str) -> Deployment:
     """Roboflow's server, which rounds corners and invents confidences."""
     model = RoboflowInference(url, api_key="", image_format=image_format)
-    return Place(model, compressed=image_format == "jpeg", rounded=True, has_scores=False, points=False)
+    return Deployment(model, compressed=image_format == "jpeg", rounded=True, has_scores=False, points=False)
 
 
-def connected(url: str) -> Place:
+def connected(url: str) -> Deployment:
     """The same by its URL alone."""
-    return Place(connect(url), address=url, compressed=True, rounded=True, has_scores=False, points=False)
+    return Deployment(connect(url), address=url, compressed=True, rounded=True, has_scores=False, points=False)
 
 
 @pytest.fixture(
     scope="module",
     params=["local", "Roboflow's png", "Roboflow's jpeg", "connect", *(f"our {dialect}" for dialect in DIALECTS)],
 )
-def place(request: pytest.FixtureRequest, tiny: LocalModel, url: str, ours: str) -> Iterator[Place]:
+def deployment(request: pytest.FixtureRequest, tiny: LocalModel, url: str, ours: str) -> Iterator[Deployment]:
     kind, _, which = request.param.partition(" ")
     if kind == "local":
-        yield Place(tiny)
+        yield Deployment(tiny)
         return
     opened = {
         "connect": lambda: connected(url),
         "Roboflow's": lambda: roboflow(url, which),
-        "our": lambda: place_on(ours, which, "png"),
+        "our": lambda: deployment_on(ours, which, "png"),
     }[kind]()
     with opened.model:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def named(url: str) -> Iterator[Place]:
+def addressable(url: str) -> Iterator[Deployment]:
     opened = connected(url)
     with opened.model:
         yield opened
 
 
-class TestEverywhere(DetectorBehaviour):
+class TestEverywhere(DetectorSuite):
     """Local, Roboflow's server, and four dialects of ours."""

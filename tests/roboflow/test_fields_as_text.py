@@ -162,7 +162,7 @@ def test_spaces_around_a_model_name_are_ignored_everywhere(
 
 def test_spaces_around_a_url_are_ignored(closed_url: str, bgr: np.ndarray) -> None:
     (outputs,) = run(workflow(block_step("caption", model=f" {closed_url} ")), bgr)
-    assert f"{closed_url}/v1/models is not reachable" in outputs["error_message"]
+    assert f"{closed_url}/v1/models is unreachable" in outputs["error_message"]
 
 
 @pytest.mark.parametrize("version", ["moondream2", "moondream2/moondream2_2b_jul24", "moondream2/moondream2-2b"])

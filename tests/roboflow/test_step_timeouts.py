@@ -53,7 +53,7 @@ def test_a_step_stops_sending_after_its_first_timeout(block: str, fault: str, se
         server.on(route, FAULTS[fault])
     outputs = results(engine_of(block, server), frames(20))
     for one in outputs:
-        check_nothing(block, one, f"{server.url}", "did not answer within 0.5 s")
+        check_nothing(block, one, f"{server.url}", "did not respond within 0.5 s")
     assert sum(len(server.to(route)) for route in ROUTES) == 8  # those that are in flight at once
 
 
@@ -66,7 +66,7 @@ def test_a_step_with_a_roboflow_server_stops_after_its_first_timeout(block: str)
 
         server.on("/info", INFO).on("/infer/lmm", hang).on("/infer/lmm/moondream2", hang)
         for one in results(engine_of(block, server), frames(8)):
-            check_nothing(block, one, "did not answer within 0.5 s")
+            check_nothing(block, one, "did not respond within 0.5 s")
         asked = [one for one in server.asked if one.path.startswith("/infer")]
     assert 0 < len(asked) <= 8
 

@@ -68,18 +68,18 @@ def roboflow(server: RemoteServer) -> None:
     server.on("/info", INFO)
 
 
-TIMEOUT = "allow more with the environment variable MOONDREAM_CV_BLOCKS_TIMEOUT"
+TIMEOUT = "increase the environment variable MOONDREAM_CV_BLOCKS_TIMEOUT"
 LISTS = "MOONDREAM_CV_BLOCKS_MODELS must list a server on another machine before it gets the key"
 FAILURES: list[tuple[Callable[[RemoteServer], None], tuple[str, ...], str]] = [
     (hanging, BLOCKS, TIMEOUT),
     (refusing, BLOCKS, f"set the environment variable MOONDREAM_API_KEY; {LISTS}"),
-    (refusing_lists, BLOCKS, f"it needs an API key: set MOONDREAM_API_KEY or OPENAI_API_KEY; {LISTS}"),
+    (refusing_lists, BLOCKS, f"the server requires an API key: set MOONDREAM_API_KEY or OPENAI_API_KEY; {LISTS}"),
     (silent, BLOCKS, "check the URL in the field model"),
     (no_model, BLOCKS, "the field model must be the URL of moondream-cv serve, Roboflow Inference, "),
     (
         openai,
         ("detect", "point", "track"),
-        "answers text only, no boxes or points as JSON: 'yes'; moondream2 and moondream-cv serve can detect",
+        "use moondream2 or moondream-cv serve",
     ),
     (roboflow, ("point", "query", "caption"), "only detect; set the field model to moondream2 or to the URL"),
 ]
@@ -105,8 +105,8 @@ def test_a_server_that_cannot_reason(server: RemoteServer, bgr: np.ndarray) -> N
     openai(server)
     definition = workflow(block_step("query", model=server.url, reasoning=True))
     (outputs,) = results(compiled(definition, **{"moondream_cv_blocks.models": ModelPool()}), bgr)
-    assert "this server cannot reason" in outputs["error_message"]
-    assert "moondream2 and moondream-cv serve can" in outputs["error_message"]
+    assert "this server cannot return reasoning" in outputs["error_message"]
+    assert "use moondream2 or moondream-cv serve" in outputs["error_message"]
     assert not PYTHON.search(outputs["error_message"])
 
 
@@ -115,7 +115,7 @@ def test_a_server_that_cannot_reason(server: RemoteServer, bgr: np.ndarray) -> N
     [
         ("http://localhost:2020?key=1", "remove it, and set an environment variable such as MOONDREAM_API_KEY"),
         ("moondream3", "did you mean 'moondream2'?"),
-        ("ftp://localhost", "neither http nor https"),
+        ("ftp://localhost", "must begin with http:// or https://"),
         ("localhost:2020", "for a server write its URL, 'http://localhost:2020'"),
     ],
 )

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, bodies, connect
+from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, connect, response_body
 from moondream_cv.backends.base import RemoteModel
-from moondream_cv.backends.failures import Failure
+from moondream_cv.backends.retries import AttemptError
 from moondream_cv.errors import BackendError
 from tests.helpers.remote_server import Answer, RemoteServer
 
@@ -97,7 +97,7 @@ def endless(piece: bytes) -> Callable[[], Iterator[bytes]]:
     return pieces
 
 
-def peak_of(call: Callable[[], Any]) -> int:
+def peak_memory(call: Callable[[], Any]) -> int:
     """The most memory in bytes that a call allocates."""
     tracemalloc.start()
     try:
@@ -138,7 +138,7 @@ def test_gzip_bombs_are_not_decompressed_beyond_the_limit(
         with make(server.url) as model, pytest.raises(BackendError, match=f"larger than the limit of {limit}"):
             call(model, picture)
 
-    assert peak_of(refused) < 80 * MIB
+    assert peak_memory(refused) < 80 * MIB
     assert len(server.to(path)) == 1  # not retried
 
 
@@ -154,7 +154,7 @@ def test_endless_bodies_are_not_read_beyond_the_limit(picture: np.ndarray, name:
         assert server.requests == 1
 
 
-def test_a_length_above_the_limit_is_rejected_before_reading(picture: np.ndarray) -> None:
+def test_content_length_above_the_limit_is_rejected_before_reading(picture: np.ndarray) -> None:
     with raw_server("200 OK\r\nContent-Length: 99999999999\r\n", endless(b" " * 65536)) as server:
         with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match="limit of 32 MiB"):
             model.caption(picture)
@@ -165,7 +165,7 @@ EVENTS = "200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_lines_of_a_stream_are_limited(picture: np.ndarray, gzipped: bool) -> None:
+def test_stream_lines_are_limited(picture: np.ndarray, gzipped: bool) -> None:
     pieces = (lambda: iter([bomb(512, b"data: ")])) if gzipped else endless(b"a" * 65536)
     with raw_server(EVENTS + GZIPPED * gzipped, pieces) as server:
 
@@ -174,13 +174,13 @@ def test_lines_of_a_stream_are_limited(picture: np.ndarray, gzipped: bool) -> No
             with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match=says):
                 list(model.caption(picture, stream=True)["caption"])
 
-        assert peak_of(refused) < 16 * MIB
+        assert peak_memory(refused) < 16 * MIB
         assert server.sent < 16 * MIB
 
 
 @pytest.mark.parametrize("line", [b": nothing\n", b"\n", b'data: {"chunk": ""}\n\n'])
-def test_streams_are_limited(picture: np.ndarray, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "MAX_STREAM", 4 * MIB)
+def test_stream_size_is_limited(picture: np.ndarray, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(response_body, "MAX_STREAM_BYTES", 4 * MIB)
     with raw_server(EVENTS, endless(line * 4096)) as server:
 
         def refused() -> None:
@@ -188,29 +188,29 @@ def test_streams_are_limited(picture: np.ndarray, line: bytes, monkeypatch: pyte
             with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match=says):
                 list(model.caption(picture, stream=True)["caption"])
 
-        assert peak_of(refused) < 8 * MIB
+        assert peak_memory(refused) < 8 * MIB
         assert server.requests == 1
 
 
-def test_the_probe_of_connect_is_limited() -> None:
+def test_probe_responses_are_limited() -> None:
     with raw_server("200 OK\r\n", endless(b" " * 65536)) as server:
-        with pytest.raises(BackendError, match="does not say what it is"):
+        with pytest.raises(BackendError, match="has an unknown API"):
             connect(server.url)
         assert server.sent < 2 * 48 * MIB  # two routes
 
 
-def test_json_of_many_small_values_is_rejected(server: RemoteServer, picture: np.ndarray) -> None:
+def test_json_with_too_many_values_is_rejected(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/caption", Answer(b'{"a": [' + b"[]," * 5_000_000 + b"[]]}"))
 
     def refused() -> None:
         with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match="limit of 2,000,000 values"):
             model.caption(picture)
 
-    assert peak_of(refused) < 64 * MIB
+    assert peak_memory(refused) < 64 * MIB
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-def test_gzip_is_the_only_encoding(server: RemoteServer, picture: np.ndarray, name: str) -> None:
+def test_only_gzip_encoding_is_accepted(server: RemoteServer, picture: np.ndarray, name: str) -> None:
     make, path = CLIENTS[name]
     server.on(
         path,
@@ -218,14 +218,14 @@ def test_gzip_is_the_only_encoding(server: RemoteServer, picture: np.ndarray, na
         Answer(b"abc", headers={"Content-Encoding": "gzip"}),
     )
     with make(server.url) as model:
-        with pytest.raises(BackendError, match="content encoding 'gzip, gzip'; only gzip was requested"):
+        with pytest.raises(BackendError, match="content encoding 'gzip, gzip', but only gzip was requested"):
             call(model, picture)
         with pytest.raises(BackendError, match="invalid gzip data"):
             call(model, picture)
     assert {asked.headers["accept-encoding"] for asked in server.to(path)} == {"gzip"}
 
 
-def test_gzipped_replies_and_streams_are_read(server: RemoteServer, picture: np.ndarray) -> None:
+def test_gzip_responses_and_streams_are_decompressed(server: RemoteServer, picture: np.ndarray) -> None:
     reply = b'{"caption": "a patch", "objects": [], "predictions": []}'
     stream = b'data: {"chunk": "a "}\n\ndata: {"chunk": "patch"}\n\ndata: {"completed": true}\n\n'
     headers = {"Content-Encoding": "gzip"}
@@ -246,17 +246,17 @@ def test_decompression_is_exact(size: int, count: int) -> None:
     data = bytes(i % 251 for i in range(count))
     packed = gzip.compress(data)
     pieces = (packed[start : start + size] for start in range(0, len(packed), size))
-    assert bodies.read_body(pieces, "gzip", "", 10**6) == data
+    assert response_body.read_body(pieces, "gzip", "", 10**6) == data
 
 
-def test_a_body_of_exactly_the_limit_is_read() -> None:
-    assert len(bodies.read_body([b"a" * 10], "", "10", 10)) == 10
-    with pytest.raises(Failure, match="limit"):
-        bodies.read_body([b"a" * 11], "", "", 10)
+def test_body_of_exactly_the_limit_is_read() -> None:
+    assert len(response_body.read_body([b"a" * 10], "", "10", 10)) == 10
+    with pytest.raises(AttemptError, match="limit"):
+        response_body.read_body([b"a" * 11], "", "", 10)
 
 
-def test_lines_are_split_wherever_pieces_end() -> None:
+def test_lines_are_split_independently_of_chunks() -> None:
     text = b"data: a\n\ndata: \xe2\x80\xa8b\nend"
     for size in (1, 3, 100):
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        assert list(bodies.lines(pieces)) == text.split(b"\n")
+        assert list(response_body.split_lines(pieces)) == text.split(b"\n")

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowInference, connect
-from moondream_cv.backends.addresses import Address, find_key, is_url, redacted, shortened, shown_url
+from moondream_cv.backends.credentials import find_api_key, redact, shorten
+from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import MoondreamError
 from moondream_cv.requests import Detect, ErrorResult
+from moondream_cv.urls import is_url, shown_url
 from tests.helpers.remote_server import Answer, RemoteServer, streamed
 
 KEY = "kid-3f0a77:ksecret/5+e1"
@@ -39,7 +41,7 @@ LEAKS: dict[str, Callable[[str], Answer]] = {
 }
 
 
-def parts_of(error: BaseException | None) -> list[str]:
+def texts_of(error: BaseException | None) -> list[str]:
     """All texts of an error and of what it is chained to."""
     found = []
     while error is not None:
@@ -50,7 +52,7 @@ def parts_of(error: BaseException | None) -> list[str]:
 
 @pytest.mark.parametrize("leak", LEAKS)
 @pytest.mark.parametrize("variable", MODELS)
-def test_keys_appear_nowhere(
+def test_keys_are_redacted_everywhere(
     server: RemoteServer,
     picture: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -65,28 +67,28 @@ def test_keys_appear_nowhere(
     server.on(path, LEAKS[leak](KEY))
     with caplog.at_level(logging.DEBUG), model_class(server.url, retries=1, backoff=0.001) as model:
         (result,) = model.run([Detect(picture, "dog")])
-        shown = [repr(model), str(model), repr(model._http.address)]
+        shown = [repr(model), str(model), repr(model._http.server)]
     assert isinstance(result, ErrorResult)
     assert isinstance(result.error, MoondreamError)
     assert KEY in json.dumps([[dict(a.headers), a.body] for a in server.to(path)])  # it was sent all the same
-    for text in [*parts_of(result.error), *shown, caplog.text]:
+    for text in [*texts_of(result.error), *shown, caplog.text]:
         assert KEY not in text
         assert "ksecret" not in text
         assert quote(KEY, safe="") not in text
 
 
-def test_keys_do_not_appear_in_streams_that_fail(server: RemoteServer, picture: np.ndarray) -> None:
+def test_keys_are_redacted_in_stream_errors(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/caption", streamed({"chunk": "a"}, {"error": {"message": f"quota of {KEY}"}}))
     with MoondreamAPI(server.url, api_key=KEY) as model:
         pieces = model.caption(picture, stream=True)["caption"]
         assert next(pieces) == "a"
         with pytest.raises(MoondreamError, match=r"quota of \*\*\*") as caught:
             next(pieces)
-    assert not [text for text in parts_of(caught.value) if KEY in text]
+    assert not [text for text in texts_of(caught.value) if KEY in text]
 
 
 @pytest.mark.parametrize("secret", ["s3cret-word", "p%40ss:word"])
-def test_passwords_of_urls_are_sent_and_not_shown(
+def test_passwords_in_urls_are_sent_and_redacted(
     server: RemoteServer, picture: np.ndarray, caplog: pytest.LogCaptureFixture, secret: str
 ) -> None:
     server.on("/v1/caption", Answer({"detail": "no"}, 403)).on("/v1/models", Answer({"models": []}))
@@ -94,11 +96,11 @@ def test_passwords_of_urls_are_sent_and_not_shown(
     with (
         caplog.at_level(logging.DEBUG),
         connect(url) as model,
-        pytest.raises(MoondreamError, match="answered 403") as caught,
+        pytest.raises(MoondreamError, match="returned status 403") as caught,
     ):
         model.caption(picture)
     assert all(asked.headers["authorization"].startswith("Basic ") for asked in server.asked)
-    for text in [*parts_of(caught.value), repr(model), caplog.text]:
+    for text in [*texts_of(caught.value), repr(model), caplog.text]:
         assert secret not in text
 
 
@@ -108,28 +110,28 @@ def test_passwords_of_urls_are_sent_and_not_shown(
         ("nothing", "nothing"),
         (f"a {KEY} b", "a *** b"),
         ("kid-3f0a77 alone", "*** alone"),
-        (shortened(f"a {KEY}", 10), "a ***..."),
-        (shortened(f"a {KEY}", 5), "a kid..."),
+        (shorten(f"a {KEY}", 10), "a ***..."),
+        (shorten(f"a {KEY}", 5), "a kid..."),
         (json.dumps({"key": KEY}), '{"key": "***"}'),
     ],
 )
-def test_redacting(text: str, result: str) -> None:
-    assert redacted(text, (KEY, None, "")) == result
+def test_redact_replaces_every_form_of_a_key(text: str, result: str) -> None:
+    assert redact(text, (KEY, None, "")) == result
 
 
 def test_escaped_keys_are_redacted() -> None:
     key = 'back\\slash"quote'
-    assert redacted(json.dumps(key) + repr(key), [key]) == "\"***\"'***'"
+    assert redact(json.dumps(key) + repr(key), [key]) == "\"***\"'***'"
 
 
-def test_which_key_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_key(None, "ROBOFLOW_API_KEY", "API_KEY") is None
+def test_api_key_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_api_key(None, "ROBOFLOW_API_KEY", "API_KEY") is None
     monkeypatch.setenv("API_KEY", "second")
-    assert find_key(None, "ROBOFLOW_API_KEY", "API_KEY") == "second"
+    assert find_api_key(None, "ROBOFLOW_API_KEY", "API_KEY") == "second"
     monkeypatch.setenv("ROBOFLOW_API_KEY", "first\n")
-    assert find_key(None, "ROBOFLOW_API_KEY", "API_KEY") == "first"
-    assert find_key("given", "ROBOFLOW_API_KEY", "API_KEY") == "given"
-    assert find_key("", "ROBOFLOW_API_KEY", "API_KEY") is None
+    assert find_api_key(None, "ROBOFLOW_API_KEY", "API_KEY") == "first"
+    assert find_api_key("given", "ROBOFLOW_API_KEY", "API_KEY") == "given"
+    assert find_api_key("", "ROBOFLOW_API_KEY", "API_KEY") is None
 
 
 @pytest.mark.parametrize(
@@ -141,17 +143,17 @@ def test_which_key_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://[::1]:9001/", "http://[::1]:9001"),
     ],
 )
-def test_addresses(url: str, clean: str) -> None:
-    assert Address.of(url).url == clean
-    assert "pw" not in repr(Address.of(url))
+def test_server_urls_are_normalized(url: str, clean: str) -> None:
+    assert ServerURL.parse(url).url == clean
+    assert "pw" not in repr(ServerURL.parse(url))
 
 
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("localhost:2020", "'localhost:2020' is not a server's URL; write it with its scheme"),
-        ("", "is not a server's URL"),
-        ("ftp://host/x", "'ftp://host/x' is neither http nor https"),
+        ("localhost:2020", "'localhost:2020' is not a server URL; add the scheme"),
+        ("", "is not a server URL"),
+        ("ftp://host/x", "'ftp://host/x' must begin with http:// or https://"),
         ("http://", "has no valid host and port"),
         ("http://:80", "has no valid host and port"),
         ("http://host:port", "has no valid host and port"),
@@ -159,15 +161,15 @@ def test_addresses(url: str, clean: str) -> None:
         ("http://[::1", "has no valid host and port"),
         ("http://a b/", "has no valid host and port"),
         ("http://anna:secret@host:port", "'http://host:port' has no valid host"),
-        ("http://host?api_key=secret", "'http://host' is followed by a query or a fragment; .*pass a key as api_key="),
-        ("http://host#secret", "'http://host' is followed by a query"),
-        (5, "a server's URL is a string such as"),
+        ("http://host?api_key=secret", "'http://host' must not have a query or a fragment; .*pass a key as api_key="),
+        ("http://host#secret", "'http://host' must not have a query"),
+        (5, "the URL of a server must be a string such as"),
     ],
 )
-def test_what_is_no_address(url: Any, says: str) -> None:
+def test_invalid_server_urls_raise(url: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        Address.of(url)
-    assert not [text for text in parts_of(caught.value) if "secret" in text]
+        ServerURL.parse(url)
+    assert not [text for text in texts_of(caught.value) if "secret" in text]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +183,11 @@ def test_what_is_no_address(url: Any, says: str) -> None:
         (None, False),
     ],
 )
-def test_what_is_a_url(name: object, url: bool) -> None:
+def test_is_url_requires_a_scheme(name: object, url: bool) -> None:
     assert is_url(name) is url
 
 
-def test_urls_as_they_are_shown() -> None:
+def test_shown_url_omits_secrets() -> None:
     assert shown_url("http://anna:pw@host/p?key=1#x") == "http://host/p"
     assert shown_url("anna:pw@host") == "host"
     assert len(shown_url("http://" + "x" * 1000)) == 200

@@ -42,13 +42,13 @@ BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 0
         ("https://queue.fal.run/fal-ai/moondream2", Fal, "https://fal.run/fal-ai/moondream2"),
     ],
 )
-def test_known_hosts_are_not_asked(url: str, kind: type[RemoteModel], target: str) -> None:
+def test_known_hosts_are_not_probed(url: str, kind: type[RemoteModel], target: str) -> None:
     with connect(url) as model:  # this machine has no way to reach them
         assert (type(model), model.url) == (kind, target)
 
 
 @pytest.mark.parametrize(
-    ("routes", "path", "kind", "target", "looks"),
+    ("routes", "path", "kind", "target", "probes"),
     [
         ({"/v1/models": OURS, "/info": INFO}, "", MoondreamAPI, "/v1", 1),
         ({"/v1/models": OURS}, "/v1", MoondreamAPI, "/v1", 1),
@@ -62,21 +62,21 @@ def test_known_hosts_are_not_asked(url: str, kind: type[RemoteModel], target: st
         ({"/v1/models": Answer({}, 500), "/info": INFO}, "", RoboflowInference, "", 2),
     ],
 )
-def test_other_servers_are_asked_what_they_are(
-    server: RemoteServer, routes: dict[str, Answer], path: str, kind: type[RemoteModel], target: str, looks: int
+def test_dialect_is_probed(
+    server: RemoteServer, routes: dict[str, Answer], path: str, kind: type[RemoteModel], target: str, probes: int
 ) -> None:
     for route, answer in routes.items():
         server.on(route, answer)
     with connect(server.url + path) as model:
         assert (type(model), model.url) == (kind, server.url + target)
-    assert len(server.asked) == looks
+    assert len(server.asked) == probes
 
 
 @pytest.mark.parametrize(
     ("dialect", "kind"),
     [("roboflow", RoboflowInference), ("moondream", MoondreamAPI), ("openai", OpenAICompatible), ("fal", Fal)],
 )
-def test_a_named_dialect_is_not_asked_about(server: RemoteServer, dialect: str, kind: type[RemoteModel]) -> None:
+def test_given_dialect_is_not_probed(server: RemoteServer, dialect: str, kind: type[RemoteModel]) -> None:
     with connect(server.url, dialect, max_in_flight=3, timeout=5) as model:
         assert type(model) is kind
         assert model.max_in_flight == 3
@@ -84,29 +84,31 @@ def test_a_named_dialect_is_not_asked_about(server: RemoteServer, dialect: str, 
 
 
 @pytest.mark.parametrize("answer", [Answer({}), Answer([1]), Answer(b"<html>", kind="text/html"), Answer({}, 404)])
-def test_a_server_that_does_not_say_what_it_is(server: RemoteServer, answer: Answer) -> None:
+def test_unknown_api_raises(server: RemoteServer, answer: Answer) -> None:
     server.on("/v1/models", answer).on("/info", answer)
-    says = r"does not say what it is; name its dialect: roboflow, moondream, openai, fal$"
+    says = r"has an unknown API; pass dialect= with one of roboflow, moondream, openai, fal$"
     with pytest.raises(BackendError, match=says) as caught:
         connect(server.url)
     assert str(caught.value).startswith(server.url)
 
 
-def test_a_server_that_takes_connections_and_never_answers() -> None:
+def test_unresponsive_server_raises() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(BackendError, match=r"did not answer within 0.2 s; name its dialect to go on$") as caught:
+        with pytest.raises(
+            BackendError, match=r"did not respond within 0.2 s; pass dialect= to skip probing$"
+        ) as caught:
             connect(url, timeout=0.2)
     assert str(caught.value).startswith(url)
-    with pytest.raises(ValueError, match="timeout must be a number of seconds above 0, not -1"):
+    with pytest.raises(ValueError, match="timeout must be a positive number of seconds, got -1"):
         connect(url, timeout=-1)
 
 
-def test_a_server_that_wants_a_key(server: RemoteServer) -> None:
+def test_probe_sends_the_api_key(server: RemoteServer) -> None:
     server.on("/v1/models", Answer({"error": "key?"}, 401), OURS)
-    with pytest.raises(BackendError, match="it wants a key: pass api_key="):
+    with pytest.raises(BackendError, match="the server requires a key: pass api_key="):
         connect(server.url)
     with connect(server.url, api_key="secret") as model:
         assert isinstance(model, MoondreamAPI)
@@ -114,9 +116,7 @@ def test_a_server_that_wants_a_key(server: RemoteServer) -> None:
     assert (headers["x-moondream-auth"], headers["authorization"]) == ("secret", "Bearer secret")
 
 
-def test_keys_of_the_environment_are_not_shown_to_a_server_that_may_not_be_theirs(
-    server: RemoteServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probe_does_not_send_keys_from_the_environment(server: RemoteServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("API_KEY", "FAL_KEY", "MOONDREAM_API_KEY", "OPENAI_API_KEY", "ROBOFLOW_API_KEY"):
         monkeypatch.setenv(name, "from-environment")
     server.on("/v1/models", OURS)
@@ -124,33 +124,33 @@ def test_keys_of_the_environment_are_not_shown_to_a_server_that_may_not_be_their
     assert "from-environment" not in json.dumps([dict(asked.headers) for asked in server.asked])
 
 
-def test_no_server() -> None:
+def test_unreachable_server_raises() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(BackendError, match=r"/v1/models is not reachable .* is the server running\?"):
+        with pytest.raises(BackendError, match=r"/v1/models is unreachable .* check that the server is running"):
             connect(url)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("http://x", "grpc"), "dialect must be one of auto, roboflow, moondream, openai, fal, not 'grpc'"),
-        (("localhost:9001",), "'localhost:9001' is not a server's URL"),
-        (("moondream2",), "'moondream2' is not a server's URL"),
+        (("http://x", "grpc"), "dialect must be one of auto, roboflow, moondream, openai, fal, got 'grpc'"),
+        (("localhost:9001",), "'localhost:9001' is not a server URL"),
+        (("moondream2",), "'moondream2' is not a server URL"),
     ],
 )
-def test_arguments_out_of_range(arguments: tuple[str, ...], says: str) -> None:
+def test_invalid_arguments_raise(arguments: tuple[str, ...], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         connect(*arguments)
 
 
-def test_an_option_that_a_dialect_lacks() -> None:
-    with pytest.raises(ValueError, match="the dialect fal has no such option: .*model_id"):  # noqa: RUF043
+def test_unknown_option_raises() -> None:
+    with pytest.raises(ValueError, match="the dialect fal does not have this option: .*model_id"):  # noqa: RUF043
         connect("https://fal.run", model_id="x")
 
 
-def test_a_url_in_the_place_of_a_models_name(server: RemoteServer, picture: np.ndarray) -> None:
+def test_url_as_a_model_name(server: RemoteServer, picture: np.ndarray) -> None:
     server.on("/v1/models", OURS).on("/v1/detect", Answer({"objects": [BOX]})).on("/v1/point", Answer({"points": []}))
     with Detector(server.url, confidence=0.4) as detector, Pointer(server.url) as pointer:
         found = detector(picture, "patch")
@@ -162,19 +162,22 @@ def test_a_url_in_the_place_of_a_models_name(server: RemoteServer, picture: np.n
         detector(picture, "patch")
 
 
-def test_a_device_is_none_of_a_servers_business(server: RemoteServer) -> None:
+def test_device_with_a_url_raises(server: RemoteServer) -> None:
     with pytest.raises(ValueError, match="device='cpu' is for a model on this machine"):
         Detector(server.url, device="cpu")
     assert server.asked == []
 
 
-def test_a_server_without_the_skill(server: RemoteServer) -> None:
+def test_server_without_the_skill_raises(server: RemoteServer) -> None:
     server.on("/info", INFO)
-    with pytest.raises(UnsupportedSkill, match="Pointer needs a model that can point; RoboflowInference can detect"):
+    with pytest.raises(
+        UnsupportedSkill,
+        match="Pointer needs a model with the skill 'point'; the skills of RoboflowInference are: detect",
+    ):
         Pointer(server.url)
 
 
-def test_loading_a_url_names_connect() -> None:
+def test_load_with_a_url_advises_connect() -> None:
     with pytest.raises(ValueError, match=r"'http://host/v1' is a URL, .*used with connect\(url\)"):
         load("http://anna:secret@host/v1?key=secret")
 
@@ -187,7 +190,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     )
 
 
-def test_a_detector_of_a_server_needs_no_torch(server: RemoteServer) -> None:
+def test_remote_detector_does_not_import_torch(server: RemoteServer) -> None:
     server.on("/v1/models", OURS).on("/v1/detect", Answer({"objects": [BOX]}))
     ended = run(
         "-c",
@@ -210,7 +213,7 @@ def test_a_detector_of_a_server_needs_no_torch(server: RemoteServer) -> None:
         (("caption",), "/v1/caption", {"caption": "a patch"}, '"caption": "a patch"'),
     ],
 )
-def test_the_command_line_takes_a_url(
+def test_command_line_accepts_a_url(
     server: RemoteServer, tmp_path: Path, command: tuple[str, ...], route: str, reply: dict[str, Any], shown: str
 ) -> None:
     server.on("/v1/models", OURS).on(route, Answer(reply))

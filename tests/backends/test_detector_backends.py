@@ -19,7 +19,7 @@ from tests.helpers.served import served
 
 pytest.register_assert_rewrite("tests.helpers.detector_suite")
 
-from tests.helpers.detector_suite import DetectorBehaviour, Place, place_on, wide  # noqa: E402
+from tests.helpers.detector_suite import Deployment, DetectorSuite, deployment_on, wide  # noqa: E402
 
 pytest.importorskip("inference_sdk")
 
@@ -37,66 +37,66 @@ def url(tiny: LocalModel) -> Iterator[str]:
         yield server.url
 
 
-def open_place(name: str, tiny: LocalModel, url: str) -> Place:
-    """The place of this name; all but the local model are to be closed."""
+def open_deployment(name: str, tiny: LocalModel, url: str) -> Deployment:
+    """The deployment of this name; all but the local model are to be closed."""
     if name == "local":
-        return Place(tiny, address="tiny")
+        return Deployment(tiny, address="tiny")
     if name == "connect":
-        return Place(connect(url), address=url, compressed=True)
-    return place_on(url, *name.split())
+        return Deployment(connect(url), address=url, compressed=True)
+    return deployment_on(url, *name.split())
 
 
 @pytest.fixture(
     scope="module",
     params=["local", "connect", *(f"{dialect} {form}" for dialect in DIALECTS for form in ("png", "jpeg"))],
 )
-def place(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> Iterator[Place]:
-    opened = open_place(request.param, tiny, url)
+def deployment(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> Iterator[Deployment]:
+    opened = open_deployment(request.param, tiny, url)
     yield opened
     if opened.model is not tiny:
         opened.model.close()
 
 
 @pytest.fixture(scope="module", params=["local", "connect"])
-def named(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> Iterator[Place]:
-    opened = open_place(request.param, tiny, url)
+def addressable(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> Iterator[Deployment]:
+    opened = open_deployment(request.param, tiny, url)
     yield opened
     if opened.model is not tiny:
         opened.model.close()
 
 
-class TestEverywhere(DetectorBehaviour):
+class TestDetectorBackends(DetectorSuite):
     """Local, and four dialects of our server."""
 
 
-def test_a_server_of_ours_is_asked_in_moondreams_dialect(url: str) -> None:
+def test_own_server_is_identified_as_moondream(url: str) -> None:
     with connect(url) as model:
         assert type(model) is MoondreamAPI
 
 
 @pytest.fixture(scope="module")
-def narrow(tiny: LocalModel) -> Iterator[str]:
+def limited_url(tiny: LocalModel) -> Iterator[str]:
     """A server that takes small images alone."""
     with served(tiny, max_pixels=100_000) as server:
         yield server.url
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_frame_that_the_server_refuses(narrow: str, tiny: LocalModel, dialect: str) -> None:
-    place = place_on(narrow, dialect, "png")
+def test_frame_that_the_server_rejects(limited_url: str, tiny: LocalModel, dialect: str) -> None:
+    deployment = deployment_on(limited_url, dialect, "png")
     large = np.zeros((400, 400, 3), np.uint8)
-    with place.model as model:
+    with deployment.model as model:
         with pytest.raises(BackendError, match="400x400 pixels, the limit is 100,000"):
             Detector(model)([wide(), large], "dog")
         first, refused, last = Detector(model, on_error="empty")([wide(), large, wide()], ["object", "dog"])
     exact = Detector(tiny)(wide(), ["object", "dog"])
     for found in (first, last):
-        place.check(found, exact)
+        deployment.check(found, exact)
     assert len(refused) == 0
 
 
 @pytest.fixture(scope="module")
-def many() -> Iterator[str]:
+def crowded_url() -> Iterator[str]:
     """A server that finds everything that is red."""
     with served(ColorModel()) as server:
         yield server.url
@@ -104,9 +104,9 @@ def many() -> Iterator[str]:
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("most", [50, 55])
-def test_a_long_list_that_is_cut_is_marked(many: str, dialect: str, most: int) -> None:
+def test_truncated_list_is_marked(crowded_url: str, dialect: str, most: int) -> None:
     frame = picture(*[("red", (x, 10, x + 5, 20)) for x in range(0, 600, 10)], size_wh=(600, 40))
-    with place_on(many, dialect, "png").model as model:
+    with deployment_on(crowded_url, dialect, "png").model as model:
         found, local = (
             Detector(each, max_objects=most, mark_truncated=True)(frame, "red") for each in (model, ColorModel())
         )
