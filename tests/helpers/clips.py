@@ -1,4 +1,4 @@
-"""Small videos written for a test: frames that tell their number, a detector that knows them, files, an HTTP server."""
+"""Test clips: numbered frames, a scripted detector, video files, and an HTTP server."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ import supervision as sv
 from PIL import Image
 
 BITS = 8
-"""A frame tells its number by as many grey stripes, dark for 0 and bright for 1."""
+"""Number of gray stripes that encode a frame number: dark for 0, bright for 1."""
 
 
-def numbered(number: int, size: tuple[int, int] = (128, 64)) -> np.ndarray:
-    """[H, W, 3] BGR: stripes that tell a number below 256 and survive a codec, over red, and over noise as of a camera.
+def numbered_image(number: int, size: tuple[int, int] = (128, 64)) -> np.ndarray:
+    """Return an image that shows its frame number, [H, W, 3] BGR.
 
-    The stripes fill the upper half, red the left of the lower one, so that a turned frame is told from an upright one.
+    Stripes in the upper half encode a number below 256, and survive lossy codecs. The left part of the lower half is
+    red, so that rotations can be detected, and the rest is noise.
+
+    Args:
+        number: Frame number.
+        size: Width and height.
     """
     width, height = size
     image = np.random.default_rng(number).integers(90, 160, (height, width, 3), dtype=np.uint8)
@@ -35,71 +40,85 @@ def numbered(number: int, size: tuple[int, int] = (128, 64)) -> np.ndarray:
     return image
 
 
-def number_of(image: np.ndarray) -> int:
-    """The number that `numbered` drew."""
+def frame_number(image: np.ndarray) -> int:
+    """Return the number that `numbered_image` drew."""
     height, width = image.shape[:2]
     middles = [(2 * bit + 1) * width // (2 * BITS) for bit in range(BITS)]
-    grey = [image[height // 8 : height // 3, middle - 1 : middle + 2].mean() for middle in middles]
-    return sum(1 << bit for bit, value in enumerate(grey) if value > 128)
+    gray = [image[height // 8 : height // 3, middle - 1 : middle + 2].mean() for middle in middles]
+    return sum(1 << bit for bit, value in enumerate(gray) if value > 128)
 
 
-class Thing(NamedTuple):
-    """Moves in a straight line.
+class MovingObject(NamedTuple):
+    """A square object that moves in a straight line.
 
     Attributes:
-        centre: On frame 0.
-        speed: Pixels a frame.
-        seen: On which frames a detector sees it.
-        confidence: Of the detector.
+        name: Class name.
+        center: Center on frame 0, in pixels.
+        velocity: Pixels per frame.
+        frames: Frames on which a detector finds the object.
+        confidence: Confidence of its detections.
+        side: Side of its box in pixels.
     """
 
     name: str
-    centre: tuple[float, float]
-    speed: tuple[float, float] = (0.0, 0.0)
-    seen: range = range(256)
+    center: tuple[float, float]
+    velocity: tuple[float, float] = (0.0, 0.0)
+    frames: range = range(256)
     confidence: float = 0.5
     side: float = 30.0
 
     def box(self, number: int) -> np.ndarray:
-        middle = np.array(self.centre) + number * np.array(self.speed)
-        return np.concatenate((middle - self.side / 2, middle + self.side / 2))
+        """Return the box on a frame, [4]."""
+        center = np.array(self.center) + number * np.array(self.velocity)
+        return np.concatenate((center - self.side / 2, center + self.side / 2))
 
 
-class Known:
-    """A detector that knows what is on each frame of `numbered`.
+class ScriptedDetector:
+    """Detector that returns the boxes of moving objects on frames of `numbered_image`.
 
     Attributes:
-        keyframes: The numbers of the frames that it was shown.
-        busy: Whether it is at it.
-        sleep: Called with `seconds` during each call.
+        keyframes: Numbers of the frames that it was called with.
+        busy: Whether a call is running.
+        sleep: Function that is called with `seconds` during each call.
     """
 
     def __init__(
         self,
-        *things: Thing,
+        *objects: MovingObject,
         seconds: float = 0.0,
         fails: Callable[[int], bool] = lambda number: False,
-        tell: Callable[[np.ndarray], int] = number_of,
+        read_number: Callable[[np.ndarray], int] = frame_number,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.things, self.seconds, self.fails, self.tell, self.sleep = things, seconds, fails, tell, sleep
+        """Create a detector.
+
+        Args:
+            *objects: Objects to detect.
+            seconds: Duration of a call.
+            fails: Whether the detector raises on a frame, by frame number.
+            read_number: Function that reads the frame number from an image.
+            sleep: Function that is called with `seconds` during each call.
+        """
+        self.objects, self.seconds, self.fails, self.sleep = objects, seconds, fails, sleep
+        self._read_number = read_number
         self.keyframes: list[int] = []
         self.busy = False
 
     def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-        number = self.tell(image)
+        """Return the detections of a frame."""
+        number = self._read_number(image)
         self.keyframes.append(number)
         self.busy = True
         self.sleep(self.seconds)
         self.busy = False
         if self.fails(number):
             raise RuntimeError(f"frame {number} is too much")
-        seen = [thing for thing in self.things if number in thing.seen]
+        visible = [item for item in self.objects if number in item.frames]
         return sv.Detections(
-            xyxy=np.array([thing.box(number) for thing in seen], np.float32).reshape(-1, 4),
-            confidence=np.array([thing.confidence for thing in seen], np.float32),
-            class_id=np.array([classes.index(thing.name) for thing in seen], int),
-            data={"class_name": np.array([thing.name for thing in seen], dtype=str)},
+            xyxy=np.array([item.box(number) for item in visible], np.float32).reshape(-1, 4),
+            confidence=np.array([item.confidence for item in visible], np.float32),
+            class_id=np.array([classes.index(item.name) for item in visible], int),
+            data={"class_name": np.array([item.name for item in visible], dtype=str)},
         )
 
 
@@ -114,17 +133,17 @@ def write_clip(
     codec_options: dict[str, str] | None = None,
     container_format: str | None = None,
 ) -> Path:
-    """Write a video of BGR frames of even size, and return its path.
+    """Write a video, and return its path.
 
     Args:
-        path: Its suffix chooses the container.
-        images: The frames; there may be none.
-        codec: Of FFmpeg.
+        path: Target file. Its suffix selects the container.
+        images: BGR frames with even sides; may be empty.
+        codec: FFmpeg's name of the encoder.
         fps: Frames per second.
-        ticks: When each frame is shown, in thousandths of a second; by default evenly, by `fps`.
-        faststart: Whether an MP4's index comes first.
-        codec_options: Further ones of the encoder.
-        container_format: In place of what the suffix says.
+        ticks: Presentation time of each frame in milliseconds; default: constant `fps`.
+        faststart: Write the index of an MP4 first.
+        codec_options: Other options of the encoder.
+        container_format: FFmpeg's name of the container; default: by the suffix.
     """
     import av
 
@@ -151,8 +170,13 @@ def write_clip(
     return path
 
 
-def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
-    """Write a display matrix into an MP4's track header: [[a, b], [c, d]], of 1, 0 and -1."""
+def set_display_matrix(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Write a display matrix into the track header of an MP4.
+
+    Args:
+        path: File to change.
+        matrix: a, b, c and d of [[a, b], [c, d]], each 1, 0 or -1.
+    """
     content = bytearray(path.read_bytes())
     header = content.index(b"tkhd") + 4  # version and flags, two times, id, reserved, duration, then 16 bytes more
     start = header + 4 + (8 + 4 + 4 + 4 if content[header] == 0 else 16 + 4 + 4 + 8) + 16
@@ -163,15 +187,20 @@ def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
     return path
 
 
-def cut(path: Path, share: float) -> Path:
-    """Leave only the first part of a file."""
+def truncate(path: Path, share: float) -> Path:
+    """Keep only the first part of a file."""
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     return path
 
 
-def damage(path: Path, number: int) -> Path:
-    """Overwrite one coded frame of a video so that no decoder can make anything of it; counted as they are stored."""
+def corrupt_frame(path: Path, number: int) -> Path:
+    """Overwrite one encoded frame of a video so that it cannot be decoded.
+
+    Args:
+        path: File to change.
+        number: Index of the packet, in storage order.
+    """
     import av
 
     with av.open(str(path)) as container:
@@ -183,8 +212,8 @@ def damage(path: Path, number: int) -> Path:
     return path
 
 
-def jpeg(image: np.ndarray) -> bytes:
-    """A BGR image as a JPEG file."""
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Return a BGR image as a JPEG file."""
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image[..., ::-1])).save(file, "JPEG", quality=90)
     return file.getvalue()
@@ -192,7 +221,7 @@ def jpeg(image: np.ndarray) -> bytes:
 
 @contextmanager
 def deadline(seconds: int) -> Iterator[None]:
-    """Fail what hangs: raise TimeoutError after so many seconds, where the system has alarms (Windows has none)."""
+    """Raise TimeoutError in a block that takes longer than a number of seconds; no limit on Windows."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -209,14 +238,19 @@ def deadline(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class Reply:
-    """One request to `serving`: where the handler writes, and an event that ends a wait when the server stops."""
+class HTTPReply:
+    """Reply to one request of `http_server`.
+
+    Attributes:
+        handler: Handler of the request.
+        stopping: Event that is set when the server stops.
+    """
 
     def __init__(self, handler: BaseHTTPRequestHandler, stopping: threading.Event) -> None:
         self.handler, self.stopping = handler, stopping
 
     def start(self, content_type: str, status: int = 200, **headers: str) -> None:
-        """Send status and headers; underscores stand for hyphens."""
+        """Send the status and headers; underscores in header names become hyphens."""
         self.handler.send_response(status)
         self.handler.send_header("Content-Type", content_type)
         for name, value in headers.items():
@@ -224,24 +258,24 @@ class Reply:
         self.handler.end_headers()
 
     def start_mjpeg(self) -> None:
-        """Announce JPEGs one after another."""
+        """Send the headers of an MJPEG stream."""
         self.start("multipart/x-mixed-replace; boundary=frame")
 
     def send_jpeg(self, image: np.ndarray, pause: float = 0.0) -> None:
-        """Send one picture of an MJPEG stream, and wait."""
-        content = jpeg(image)
+        """Send one image of an MJPEG stream, and wait for `pause` seconds."""
+        content = encode_jpeg(image)
         head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(content)}\r\n\r\n"
         self.handler.wfile.write(head.encode() + content + b"\r\n")
         self.stopping.wait(pause)
 
     def send_file(self, content: bytes, content_type: str) -> None:
-        """Send a file, or the part of it that was asked for."""
-        asked = self.handler.headers.get("Range")
-        if asked is None:
+        """Send a file, or its requested range."""
+        requested = self.handler.headers.get("Range")
+        if requested is None:
             self.start(content_type, Content_Length=str(len(content)), Accept_Ranges="bytes")
             self.handler.wfile.write(content)
             return
-        first, _, last = asked.removeprefix("bytes=").partition("-")
+        first, _, last = requested.removeprefix("bytes=").partition("-")
         start, end = int(first), min(int(last or len(content) - 1), len(content) - 1)
         part = content[start : end + 1]
         headers = {"Content-Range": f"bytes {start}-{end}/{len(content)}", "Content-Length": str(len(part))}
@@ -250,18 +284,18 @@ class Reply:
 
 
 @contextmanager
-def serving(answer: Callable[[Reply], None]) -> Iterator[str]:
-    """Run an HTTP server of one's own on this machine and give its address, http://127.0.0.1:PORT.
+def http_server(answer: Callable[[HTTPReply], None]) -> Iterator[str]:
+    """Run a local HTTP server, and yield its URL, http://127.0.0.1:PORT.
 
     Args:
-        answer: Called in a thread for each GET request; the connection is closed when it returns.
+        answer: Function that is called in a thread for each GET request. The connection is closed when it returns.
     """
     stopping = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             with suppress(OSError):  # the client went away
-                answer(Reply(self, stopping))
+                answer(HTTPReply(self, stopping))
 
         def log_message(self, format: str, *arguments: object) -> None:
             pass

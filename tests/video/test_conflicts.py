@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,17 +11,11 @@ import supervision as sv
 from moondream_cv.video import Tracking, track_streams
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.tracking.tracker import Tracker
-from tests.helpers.clips import Known, Thing, deadline, numbered
+from tests.helpers.clips import MovingObject, ScriptedDetector, numbered_image
 
 SIZE = (320, 192)
 IMAGE = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
 DOG, CAT = 0, 1
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
 
 
 def detections(*rows: tuple[int, float, float]) -> sv.Detections:
@@ -124,10 +118,10 @@ def test_counts_are_kept_over_a_cut() -> None:
 # In `watch` ---------------------------------------------------------------------------------------------------------
 
 
-class Blinking(Known):
+class Blinking(ScriptedDetector):
     """Misses all objects on some frames."""
 
-    def __init__(self, *things: Thing, missed: range) -> None:
+    def __init__(self, *things: MovingObject, missed: range) -> None:
         super().__init__(*things)
         self.missed = missed
 
@@ -148,9 +142,9 @@ class Blinking(Known):
     ],
 )
 def test_gaps_up_to_the_bridge_are_interpolated(every: int, gap: int, bridge: float, bridged: bool) -> None:
-    thing = Thing("dog", (60, 100), (1.5, 0))
+    thing = MovingObject("dog", (60, 100), (1.5, 0))
     missed = range(31, 31 + gap - 1)
-    images = [numbered(n, SIZE) for n in range(100)]
+    images = [numbered_image(n, SIZE) for n in range(100)]
     detector = Blinking(thing, missed=missed)
     found = list(
         track_streams([images], ["dog"], model=detector, every=every, tracking=Tracking(bridge_seconds=bridge))
@@ -163,16 +157,18 @@ def test_gaps_up_to_the_bridge_are_interpolated(every: int, gap: int, bridge: fl
 
 
 def test_frames_that_wait_show_tracks_that_the_tracker_has_forgotten() -> None:
-    images = [numbered(n, SIZE) for n in range(90)]
-    model = Known(Thing("dog", (60, 100), seen=range(20, 41)))
+    images = [numbered_image(n, SIZE) for n in range(90)]
+    model = ScriptedDetector(MovingObject("dog", (60, 100), frames=range(20, 41)))
     found = list(track_streams([images], ["dog"], model=model, every=1, tracking=Tracking(lost_track_seconds=0.0)))
     assert [n for n, tracked in enumerate(found) if len(tracked.detections)] == list(range(20, 41))
 
 
 def test_redaction_covers_what_is_not_tracked() -> None:
-    images = [numbered(n, SIZE) for n in range(30)]
-    things = (Thing("dog", (100, 100), confidence=0.9), Thing("dog", (104, 100), confidence=0.5))
-    for tracked in track_streams([images], ["dog"], model=Known(*things), every=5, tracking=Tracking(redact=True)):
+    images = [numbered_image(n, SIZE) for n in range(30)]
+    things = (MovingObject("dog", (100, 100), confidence=0.9), MovingObject("dog", (104, 100), confidence=0.5))
+    for tracked in track_streams(
+        [images], ["dog"], model=ScriptedDetector(*things), every=5, tracking=Tracking(redact=True)
+    ):
         assert tracked.redaction is not None
         assert tracked.redaction.xyxy[:, 2].max() >= 119  # the right edge of the second box
         assert len(tracked.detections) == 1

@@ -21,7 +21,7 @@ import pytest
 import supervision as sv
 
 from moondream_cv.video import Summary, annotate_video, open_source
-from tests.helpers.clips import turn
+from tests.helpers.clips import set_display_matrix
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("ffmpeg") and shutil.which("ffprobe")),
@@ -159,7 +159,7 @@ def make(path: Path, given: Format) -> None:
     assert done.returncode == 0, done.stderr.decode()
     if given.rotation:
         matrices = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
-        turn(path, matrices[given.rotation])
+        set_display_matrix(path, matrices[given.rotation])
 
 
 def no_objects(image: np.ndarray, classes: list[str]) -> sv.Detections:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,21 @@ import pytest
 from PIL import Image, features
 
 from moondream_cv.video import annotate_video, track, track_streams
-from tests.helpers.clips import Known, Thing, deadline, jpeg, number_of, numbered
+from tests.helpers.clips import MovingObject, ScriptedDetector, encode_jpeg, frame_number, numbered_image
 
 DURATIONS = [100, 250, 40, 600]
-IMAGES = [numbered(number) for number in range(8)]
+IMAGES = [numbered_image(number) for number in range(8)]
 
 
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
-
-
-def detector() -> Known:
-    return Known(Thing("dog", (30, 30)))
+def detector() -> ScriptedDetector:
+    return ScriptedDetector(MovingObject("dog", (30, 30)))
 
 
 def shown(path: Path) -> tuple[list[int], list[float], float]:
     """The numbers of a video's frames, the seconds at which they are shown, and the video's duration."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = [(number_of(frame.to_ndarray(format="bgr24")), frame.time) for frame in container.decode(stream)]
+        frames = [(frame_number(frame.to_ndarray(format="bgr24")), frame.time) for frame in container.decode(stream)]
         assert stream.duration is not None
         duration = float(stream.duration * (stream.time_base or Fraction(1)))
     return [number for number, _ in frames], [float(time or 0) for _, time in frames], duration
@@ -67,7 +60,7 @@ def test_an_animation_slower_than_any_video_can_be_written(tmp_path: Path) -> No
 @pytest.mark.parametrize("fps", [4, 29.97])
 def test_the_output_of_images_has_their_frame_rate(tmp_path: Path, fps: float) -> None:
     for number, image in enumerate(IMAGES):
-        (tmp_path / f"{number:04d}.jpg").write_bytes(jpeg(image))
+        (tmp_path / f"{number:04d}.jpg").write_bytes(encode_jpeg(image))
     for source in (tmp_path / "%04d.jpg", tmp_path, IMAGES):
         summary = annotate_video(
             source, tmp_path / "out.mp4", "dog", model=detector(), every=5, annotate="none", fps=fps

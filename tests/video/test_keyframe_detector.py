@@ -19,17 +19,10 @@ from moondream_cv.scenes.render import render_scene
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.tracking import keyframe_detector
 from moondream_cv.video.tracking.keyframe_detector import MAX_BATCH, KeyframeDetector
-from tests.helpers.clips import deadline
 from tests.helpers.color_model import ColorModel
 
 CLASSES = ["red", "green"]
 MAGENTA = np.full((40, 60, 3), (255, 0, 255), np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
 
 
 def frame(index: int, left: int | None = 10, size: tuple[int, int] = (60, 40)) -> Frame:

@@ -11,19 +11,13 @@ import pytest
 import supervision as sv
 
 from moondream_cv.video import Zones, annotate_video, open_source, track_streams
-from tests.helpers.clips import deadline, number_of, numbered
+from tests.helpers.clips import frame_number, numbered_image
 
 SIZE = (320, 192)
 FRAMES = 120
-IMAGES = [numbered(number, SIZE) for number in range(FRAMES)]
+IMAGES = [numbered_image(number, SIZE) for number in range(FRAMES)]
 LINE = {"lines": [{"name": "door", "start": [0, 120], "end": [320, 120]}]}  # in is upwards
 HEIGHT = 40.0
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
 
 
 class OnPath:
@@ -34,7 +28,7 @@ class OnPath:
         self.calls = threading.Semaphore(0)
 
     def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-        bottom = self.path(number_of(image))
+        bottom = self.path(frame_number(image))
         self.calls.release()
         return sv.Detections(
             np.array([[150, bottom - HEIGHT, 170, bottom]], np.float32),

@@ -15,7 +15,7 @@ from moondream_cv.errors import VideoError
 from moondream_cv.video.sources import live
 from moondream_cv.video.sources.live import LiveReader
 from moondream_cv.video.sources.opening import open_source
-from tests.helpers.clips import Reply, deadline, number_of, numbered, serving
+from tests.helpers.clips import HTTPReply, deadline, frame_number, http_server, numbered_image
 from tests.helpers.waiting import until
 
 TIMES = {"open_timeout": 120.0, "read_timeout": 120.0}
@@ -67,7 +67,7 @@ def increase(numbers: list[int]) -> bool:
 
 
 def numbers(images: int) -> list[np.ndarray]:
-    return [numbered(number) for number in range(images)]
+    return [numbered_image(number) for number in range(images)]
 
 
 # The reader itself -------------------------------------------------------------------------------------------------
@@ -75,31 +75,31 @@ def numbers(images: int) -> list[np.ndarray]:
 
 def test_a_slow_consumer_gets_the_newest_frame() -> None:
     camera = Camera()
-    camera.push(numbered(0))
+    camera.push(numbered_image(0))
     with LiveReader(camera, name="camera", **TIMES) as reader:
         assert (reader.live, reader.fps, reader.frame_count, reader.resolution_wh) == (True, 12.5, None, (128, 64))
         first = next(reader)
-        assert (number_of(first.image), first.index, first.time, reader.waiting) == (0, 0, 0.0, 0)
+        assert (frame_number(first.image), first.index, first.time, reader.waiting) == (0, 0, 0.0, 0)
         camera.push(*numbers(10)[1:])
         until(lambda: reader.dropped == 8)
         assert reader.waiting == 1
         second = next(reader)
-        assert (number_of(second.image), second.index, reader.waiting, reader.dropped) == (9, 1, 0, 8)
+        assert (frame_number(second.image), second.index, reader.waiting, reader.dropped) == (9, 1, 0, 8)
         assert second.time > 0
-        camera.push(None, numbered(77))  # the thread waits for an image otherwise
+        camera.push(None, numbered_image(77))  # the thread waits for an image otherwise
     assert not reader._thread.is_alive()
 
 
 def test_a_fast_consumer_waits_and_gets_every_frame() -> None:
     camera = Camera()
-    camera.push(numbered(0))
+    camera.push(numbered_image(0))
     with LiveReader(camera, name="camera", **TIMES) as reader:
         times = []
         for number in range(5):
             frame = next(reader)
-            assert (number_of(frame.image), frame.index) == (number, number)
+            assert (frame_number(frame.image), frame.index) == (number, number)
             times.append(frame.time)
-            threading.Timer(0.02, camera.push, [numbered(number + 1)]).start()
+            threading.Timer(0.02, camera.push, [numbered_image(number + 1)]).start()
         assert times == sorted(times)
         assert reader.dropped == 0
         assert times[-1] >= 0.06
@@ -107,15 +107,15 @@ def test_a_fast_consumer_waits_and_gets_every_frame() -> None:
 
 def test_a_lost_source_is_opened_again(caplog: pytest.LogCaptureFixture) -> None:
     camera = Camera()
-    camera.push(numbered(0), None)
+    camera.push(numbered_image(0), None)
     with LiveReader(camera, name="the camera at the door", **TIMES) as reader:
-        assert number_of(next(reader).image) == 0
+        assert frame_number(next(reader).image) == 0
         until(lambda: camera.opened == 2)
-        camera.push(numbered(1), None)
+        camera.push(numbered_image(1), None)
         frame = next(reader)
-        assert (number_of(frame.image), frame.index) == (1, 1)
-        camera.push(numbered(2))
-        assert number_of(next(reader).image) == 2
+        assert (frame_number(frame.image), frame.index) == (1, 1)
+        camera.push(numbered_image(2))
+        assert frame_number(next(reader).image) == 2
         camera.push(None)
         warnings = [record.message for record in caplog.records if "was lost" in record.message]
         assert len(warnings) >= 2
@@ -135,7 +135,7 @@ def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(live, "threading", SimpleNamespace(**{**vars(threading), "Event": Closing}))
     camera = Camera()
-    camera.push(numbered(0), None)
+    camera.push(numbered_image(0), None)
 
     def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
         camera.gone = len(attempts) > 0
@@ -143,7 +143,7 @@ def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None
         return camera(reader)
 
     reader = LiveReader(open_frames, name="camera", reconnect_for=1.0, **TIMES)
-    assert number_of(next(reader).image) == 0
+    assert frame_number(next(reader).image) == 0
     with pytest.raises(VideoError, match=r"camera is gone, although it was tried again for 1 s: the camera is gone"):
         next(reader)
     assert list(reader) == []
@@ -154,7 +154,7 @@ def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_waiting_frame_comes_before_the_error() -> None:
     reader = LiveReader(lambda _: iter(numbers(3)), name="short", reconnect_for=0, **TIMES)
     until(lambda: not reader._thread.is_alive())
-    assert number_of(next(reader).image) == 2
+    assert frame_number(next(reader).image) == 2
     with pytest.raises(VideoError, match="short is gone: short ended"):
         next(reader)
     reader.close()
@@ -192,11 +192,11 @@ def test_a_driver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     hang = threading.Event()
 
     def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
-        yield numbered(0)
+        yield numbered_image(0)
         hang.wait(240)
 
     reader = LiveReader(open_frames, name="camera", reconnect_for=0.1, open_timeout=120, read_timeout=0.2)
-    assert number_of(next(reader).image) == 0
+    assert frame_number(next(reader).image) == 0
     with pytest.raises(VideoError, match=r"camera is gone: no frame for 1\.3 s"):
         next(reader)
     reader.close()
@@ -213,7 +213,7 @@ def test_a_driver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_closing_from_another_thread_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "CLOSING_SECONDS", 240.0)
     camera = Camera()
-    camera.push(numbered(0))
+    camera.push(numbered_image(0))
     reader = LiveReader(camera, name="camera", **TIMES)
     next(reader)
     ended = []
@@ -255,31 +255,31 @@ def test_a_webcam_that_is_not_there(source: object) -> None:
 # Streams over HTTP -------------------------------------------------------------------------------------------------
 
 
-def endless(reply: Reply, first: int = 0, pause: float = 0.02) -> None:
+def endless(reply: HTTPReply, first: int = 0, pause: float = 0.02) -> None:
     number = first
     while not reply.stopping.is_set():
-        reply.send_jpeg(numbered(number % 256), pause)
+        reply.send_jpeg(numbered_image(number % 256), pause)
         number += 1
 
 
-def mjpeg(reply: Reply) -> None:
+def mjpeg(reply: HTTPReply) -> None:
     reply.start_mjpeg()
     endless(reply)
 
 
 def test_an_mjpeg_stream() -> None:
-    with serving(mjpeg) as address, open_source(f"{address}/cam?token=abc", **TIMES) as source:
+    with http_server(mjpeg) as address, open_source(f"{address}/cam?token=abc", **TIMES) as source:
         assert source.live
         assert source.name == f"{address}/cam?token=..."
         assert (source.fps, source.frame_count, source.resolution_wh) == (None, None, (128, 64))
         frames = list(islice(source, 5))
-        found = [number_of(frame.image) for frame in frames]
+        found = [frame_number(frame.image) for frame in frames]
         assert increase(found)
         assert [frame.index for frame in frames] == list(range(5))
         assert isinstance(source, LiveReader)
         dropped = source.dropped
         until(lambda: source.dropped >= dropped + 5)
-        late = number_of(next(source).image)
+        late = frame_number(next(source).image)
         assert (late - found[-1]) % 256 > 4  # the frames that arrived meanwhile are skipped
         assert source.problems == 0
 
@@ -288,7 +288,7 @@ def test_an_mjpeg_stream() -> None:
 def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCaptureFixture) -> None:
     requests: list[int] = []
 
-    def answer(reply: Reply) -> None:
+    def answer(reply: HTTPReply) -> None:
         requests.append(1)
         if len(requests) == 2 and failure == "refuses":
             reply.start("text/plain", 503)
@@ -297,14 +297,14 @@ def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCapture
         if len(requests) > 1:
             endless(reply, first=100)
         for number in range(5):
-            reply.send_jpeg(numbered(number), 0.02)
+            reply.send_jpeg(numbered_image(number), 0.02)
         if failure == "stalls":
             reply.stopping.wait(240)
 
     times = {**TIMES, "read_timeout": 1.0} if failure == "stalls" else TIMES
-    with serving(answer) as address, open_source(address, reconnect_for=120, **times) as source:
+    with http_server(answer) as address, open_source(address, reconnect_for=120, **times) as source:
         before = next(source)
-        frame = next(frame for frame in source if number_of(frame.image) >= 100)
+        frame = next(frame for frame in source if frame_number(frame.image) >= 100)
         assert frame.time > before.time
         if failure == "stalls":
             assert len(requests) >= 2  # on a slow machine, the stream that returned may seem to stall as well
@@ -316,19 +316,19 @@ def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCapture
 def test_a_stream_that_ends_for_good() -> None:
     requests: list[int] = []
 
-    def answer(reply: Reply) -> None:
+    def answer(reply: HTTPReply) -> None:
         requests.append(1)
         if len(requests) > 1:
             reply.start("text/plain", 410)
             return
         reply.start_mjpeg()
         for number in range(5):
-            reply.send_jpeg(numbered(number), 0.05)
+            reply.send_jpeg(numbered_image(number), 0.05)
 
-    with serving(answer) as address, open_source(address, reconnect_for=0.5, **TIMES) as source:
+    with http_server(answer) as address, open_source(address, reconnect_for=0.5, **TIMES) as source:
         found: list[int] = []
         with pytest.raises(VideoError, match=rf"^{address} is gone, although it was tried again for 0\.5 s: "):
-            found.extend(number_of(frame.image) for frame in source)
+            found.extend(frame_number(frame.image) for frame in source)
         assert found[-1] == 4
         assert len(requests) >= 2
 
@@ -336,13 +336,13 @@ def test_a_stream_that_ends_for_good() -> None:
 def test_closing_a_stream_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "CLOSING_SECONDS", 0.1)
 
-    def answer(reply: Reply) -> None:
+    def answer(reply: HTTPReply) -> None:
         reply.start_mjpeg()
         for number in range(5):
-            reply.send_jpeg(numbered(number), 0.02)
+            reply.send_jpeg(numbered_image(number), 0.02)
         reply.stopping.wait(240)
 
-    with serving(answer) as address:
+    with http_server(answer) as address:
         source = open_source(address, **TIMES)
         next(source)
         threading.Timer(0.3, source.close).start()
@@ -354,15 +354,15 @@ def test_closing_a_stream_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_damaged_picture_in_a_stream_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
-    def answer(reply: Reply) -> None:
+    def answer(reply: HTTPReply) -> None:
         reply.start_mjpeg()
         for number in range(5):
-            reply.send_jpeg(numbered(number), 0.02)
+            reply.send_jpeg(numbered_image(number), 0.02)
         reply.handler.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: 9\r\n\r\nno image.\r\n")
         endless(reply, first=100)
 
-    with serving(answer) as address, open_source(address, **TIMES) as source:
-        next(frame for frame in source if number_of(frame.image) >= 102)
+    with http_server(answer) as address, open_source(address, **TIMES) as source:
+        next(frame for frame in source if frame_number(frame.image) >= 102)
         assert source.problems == 1
         assert "a frame was skipped" in caplog.text
         assert "was lost" not in caplog.text
@@ -377,7 +377,7 @@ def test_nobody_answers(scheme: str) -> None:
 
 def test_a_server_that_says_nothing() -> None:
     with (
-        serving(lambda reply: reply.stopping.wait(240) and None) as address,
+        http_server(lambda reply: reply.stopping.wait(240) and None) as address,
         pytest.raises(VideoError, match="cannot be opened as a video: no answer in time"),
     ):
         open_source(address, open_timeout=0.4, read_timeout=0.4)
@@ -396,7 +396,7 @@ def test_h264_over_udp() -> None:
             stream = container.add_stream("libx264", rate=50, options={"tune": "zerolatency", "g": "5"})
             stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
             for number in count():
-                frame = av.VideoFrame.from_ndarray(numbered(number % 256), format="bgr24")
+                frame = av.VideoFrame.from_ndarray(numbered_image(number % 256), format="bgr24")
                 frame.pts = number
                 container.mux(stream.encode(frame))
                 if stop.wait(0.02):
@@ -406,7 +406,7 @@ def test_h264_over_udp() -> None:
     sender.start()
     try:
         with open_source(f"udp://127.0.0.1:{port}", open_timeout=120, read_timeout=10) as source:
-            found = [number_of(frame.image) for frame in islice(source, 20)]
+            found = [frame_number(frame.image) for frame in islice(source, 20)]
             assert increase(found)
             assert source.live
             assert source.resolution_wh == (128, 64)

@@ -25,7 +25,14 @@ from moondream_cv.errors import VideoError
 from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Summary, Tracking, Zones, annotate_video, track
 from moondream_cv.video.sources.live import LiveReader
-from tests.helpers.clips import Known, Thing, cut, deadline, number_of, numbered, write_clip
+from tests.helpers.clips import (
+    MovingObject,
+    ScriptedDetector,
+    frame_number,
+    numbered_image,
+    truncate,
+    write_clip,
+)
 from tests.helpers.color_model import ColorModel
 
 SIZE = (320, 192)
@@ -34,17 +41,11 @@ FRAMES = 48
 FPS = 25
 
 
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
-
-
 # Seen at every=5 on 48 frames, on 21 (10 to 30) and on 21 (20 to 40).
 THINGS = (
-    Thing("dog", (40, 150), (4, 0)),
-    Thing("dog", (260, 120), (-1, 0), range(8, 33), 0.75),
-    Thing("cat", (160, 120), (0, 0), range(20, 41)),
+    MovingObject("dog", (40, 150), (4, 0)),
+    MovingObject("dog", (260, 120), (-1, 0), range(8, 33), 0.75),
+    MovingObject("cat", (160, 120), (0, 0), range(20, 41)),
 )
 
 
@@ -73,7 +74,7 @@ def with_sound(path: Path, images: Sequence[np.ndarray]) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    images = [numbered(number, SIZE) for number in range(FRAMES)]
+    images = [numbered_image(number, SIZE) for number in range(FRAMES)]
     return with_sound(tmp_path_factory.mktemp("clips") / "street.mp4", images)
 
 
@@ -83,7 +84,7 @@ def images_of(path: Path) -> list[np.ndarray]:
 
 
 def numbers_of(path: Path) -> list[int]:
-    return [number_of(image[: SIZE[1], : SIZE[0]]) for image in images_of(path)]
+    return [frame_number(image[: SIZE[1], : SIZE[0]]) for image in images_of(path)]
 
 
 def times_of(path: Path) -> list[float]:
@@ -108,7 +109,7 @@ def only(folder: Path, *names: str) -> bool:
 @pytest.mark.compat
 def test_every_frame_with_its_sound(every: Any, clip: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.mp4"
-    summary = annotate_video(clip, target, CLASSES, model=Known(*THINGS), every=every)
+    summary = annotate_video(clip, target, CLASSES, model=ScriptedDetector(*THINGS), every=every)
     assert numbers_of(target) == list(range(FRAMES))
     np.testing.assert_allclose(times_of(target), np.arange(FRAMES) / FPS, atol=1e-3)
     assert sound_of(target) == sound_of(clip)
@@ -118,9 +119,9 @@ def test_every_frame_with_its_sound(every: Any, clip: Path, tmp_path: Path) -> N
 
 
 def test_boxes_are_drawn_where_things_are(clip: Path, tmp_path: Path) -> None:
-    annotate_video(clip, tmp_path / "none.mp4", CLASSES, model=Known(*THINGS), every=5, annotate="none")
+    annotate_video(clip, tmp_path / "none.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, annotate="none")
     tracking = Tracking(bridge_seconds=0.3)
-    model = Known(*THINGS)
+    model = ScriptedDetector(*THINGS)
     annotate_video(clip, tmp_path / "blur.mp4", CLASSES, model=model, every=5, annotate="blur", tracking=tracking)
     originals, plain = images_of(clip), images_of(tmp_path / "none.mp4")
     for number, blurred in enumerate(images_of(tmp_path / "blur.mp4")):
@@ -132,34 +133,36 @@ def test_boxes_are_drawn_where_things_are(clip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mov", ".mkv"])
 def test_other_containers(suffix: str, clip: Path, tmp_path: Path) -> None:
-    annotate_video(str(clip), str(tmp_path / f"out{suffix}"), "dog", model=Known(THINGS[0]), every=15)
+    annotate_video(str(clip), str(tmp_path / f"out{suffix}"), "dog", model=ScriptedDetector(THINGS[0]), every=15)
     assert numbers_of(tmp_path / f"out{suffix}") == list(range(FRAMES))
     assert sound_of(tmp_path / f"out{suffix}")[-80:] == sound_of(clip)[-80:]
 
 
 def test_without_sound(clip: Path, tmp_path: Path) -> None:
-    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=15, audio=False)
+    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=15, audio=False)
     assert sound_of(tmp_path / "out.mp4") == []
     assert len(images_of(tmp_path / "out.mp4")) == FRAMES
 
 
 def test_odd_sizes(tmp_path: Path) -> None:
-    images = [numbered(number, (161, 97)) for number in range(13)]
-    summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=Known(), every=5)
+    images = [numbered_image(number, (161, 97)) for number in range(13)]
+    summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(), every=5)
     found = images_of(tmp_path / "out.mp4")
-    assert [number_of(image) for image in found] == list(range(13))
+    assert [frame_number(image) for image in found] == list(range(13))
     assert found[0].shape == (98, 162, 3)
     assert (summary.frames, summary.frame_count) == (13, 13)
 
 
 def test_sizes_that_change(tmp_path: Path) -> None:
-    images = [numbered(n, SIZE if n % 20 < 10 else (160, 96)) for n in range(40)]
-    summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=Known(), every=5, panel=True)
+    images = [numbered_image(n, SIZE if n % 20 < 10 else (160, 96)) for n in range(40)]
+    summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(), every=5, panel=True)
     assert summary.frames == len(images_of(tmp_path / "out.mp4")) == 40
 
 
 def test_a_panel_makes_it_wider(clip: Path, tmp_path: Path) -> None:
-    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, panel=True, color_by="id")
+    annotate_video(
+        clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, panel=True, color_by="id"
+    )
     found = images_of(tmp_path / "out.mp4")
     assert found[0].shape[0] == SIZE[1]
     assert found[0].shape[1] > SIZE[0]
@@ -167,8 +170,8 @@ def test_a_panel_makes_it_wider(clip: Path, tmp_path: Path) -> None:
 
 
 def test_one_frame(tmp_path: Path) -> None:
-    write_clip(tmp_path / "one.mp4", [numbered(7, SIZE)])
-    summary = annotate_video(tmp_path / "one.mp4", tmp_path / "out.mp4", CLASSES, model=Known(THINGS[0]))
+    write_clip(tmp_path / "one.mp4", [numbered_image(7, SIZE)])
+    summary = annotate_video(tmp_path / "one.mp4", tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(THINGS[0]))
     assert numbers_of(tmp_path / "out.mp4") == [7]
     assert (summary.frames, summary.detections_run, summary.classes["dog"].objects) == (1, 1, 1)
 
@@ -176,7 +179,7 @@ def test_one_frame(tmp_path: Path) -> None:
 def test_the_source_may_be_the_target(clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "same.mp4"
     path.write_bytes(clip.read_bytes())
-    annotate_video(path, path, CLASSES, model=Known(*THINGS), every=5)
+    annotate_video(path, path, CLASSES, model=ScriptedDetector(*THINGS), every=5)
     assert numbers_of(path) == list(range(FRAMES))
     assert sound_of(path) == sound_of(clip)
     assert path.read_bytes() != clip.read_bytes()
@@ -197,10 +200,17 @@ def test_the_tiny_model(tmp_path: Path) -> None:
 
 
 def test_json_and_mot_say_what_track_gives(clip: Path, tmp_path: Path) -> None:
-    expected = [d for _, d in track(clip, CLASSES, model=Known(*THINGS), every=5)]
+    expected = [d for _, d in track(clip, CLASSES, model=ScriptedDetector(*THINGS), every=5)]
     stream = io.StringIO()
     annotate_video(
-        clip, None, CLASSES, model=Known(*THINGS), every=5, json=tmp_path / "out.jsonl", mot=stream, audio=False
+        clip,
+        None,
+        CLASSES,
+        model=ScriptedDetector(*THINGS),
+        every=5,
+        json=tmp_path / "out.jsonl",
+        mot=stream,
+        audio=False,
     )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["frame"] for line in lines] == list(range(FRAMES))
@@ -224,7 +234,7 @@ def test_json_and_mot_say_what_track_gives(clip: Path, tmp_path: Path) -> None:
 
 
 def test_the_summary_of_a_case_made_by_hand(clip: Path) -> None:
-    detector, start = Known(*THINGS), time.monotonic()
+    detector, start = ScriptedDetector(*THINGS), time.monotonic()
     summary = annotate_video(clip, None, CLASSES, model=detector, every=5)
     taken = time.monotonic() - start
     assert list(summary.classes) == CLASSES
@@ -240,15 +250,15 @@ def test_the_summary_of_a_case_made_by_hand(clip: Path) -> None:
     assert summary.zones is None
     assert 0 < summary.elapsed <= taken
     assert summary.fps == pytest.approx(48 / summary.elapsed)
-    assert summary.looked_fps == pytest.approx(11 / summary.elapsed)
-    assert (Summary().fps, Summary().looked_fps) == (0.0, 0.0)
+    assert summary.detector_fps == pytest.approx(11 / summary.elapsed)
+    assert (Summary().fps, Summary().detector_fps) == (0.0, 0.0)
 
 
 def test_frames_that_failed_are_counted(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def detector(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-        if number_of(image) in (10, 15):
+        if frame_number(image) in (10, 15):
             raise RuntimeError("too much")
-        return Known(*THINGS)(image, classes)
+        return ScriptedDetector(*THINGS)(image, classes)
 
     summary = annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=detector, every=5)
     assert (summary.frames, summary.detections_run, summary.failed) == (48, 9, 2)
@@ -276,7 +286,7 @@ def test_zones(kind: str, clip: Path, tmp_path: Path) -> None:
         inside.append(summary.zones["zones"]["yard"]["now"])
 
     summary = annotate_video(
-        clip, tmp_path / "out.mp4", CLASSES, model=Known(THINGS[0]), every=5, zones=zones, on_frame=note
+        clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(THINGS[0]), every=5, zones=zones, on_frame=note
     )
     assert summary.zones is not None
     assert summary.zones["lines"]["door"] == {"in": 0, "out": 1, "classes": {"dog": {"in": 0, "out": 1}}}
@@ -293,7 +303,7 @@ def test_on_frame_gets_the_same_object_after_each_frame(clip: Path) -> None:
         objects.add(id(summary))
         seen.append((summary.frames, summary.seconds, summary.detections_run))
 
-    summary = annotate_video(clip, None, CLASSES, model=Known(*THINGS), every=5, on_frame=note)
+    summary = annotate_video(clip, None, CLASSES, model=ScriptedDetector(*THINGS), every=5, on_frame=note)
     assert objects == {id(summary)}
     assert [frames for frames, _, _ in seen] == list(range(1, FRAMES + 1))
     assert [s for _, s, _ in seen] == pytest.approx([n / FPS for n in range(FRAMES)], abs=1e-3)
@@ -312,7 +322,7 @@ def test_on_frame_raises(error: BaseException, at: int, clip: Path, tmp_path: Pa
 
     with pytest.raises(type(error)):
         annotate_video(
-            clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, json=tmp_path / "out.jsonl",
+            clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, json=tmp_path / "out.jsonl",
             on_frame=stop,
         )  # fmt: skip
     assert numbers_of(tmp_path / "out.mp4") == list(range(at))
@@ -328,7 +338,7 @@ def test_a_text_file_does_not_overwrite_the_source(argument: str, clip: Path, tm
     before = clip.read_bytes()
     for target in (str(clip), link):
         with pytest.raises(ValueError, match=f"{argument} would overwrite the source, .*; choose another file"):
-            annotate_video(clip, None, CLASSES, model=Known(*THINGS), **{argument: target})
+            annotate_video(clip, None, CLASSES, model=ScriptedDetector(*THINGS), **{argument: target})
     assert clip.read_bytes() == before
 
 
@@ -340,7 +350,7 @@ def test_an_exception_leaves_no_half_source(clip: Path, tmp_path: Path) -> None:
         raise RuntimeError("at once")
 
     with pytest.raises(RuntimeError, match="at once"):
-        annotate_video(path, path, CLASSES, model=Known(*THINGS), every=5, on_frame=stop)
+        annotate_video(path, path, CLASSES, model=ScriptedDetector(*THINGS), every=5, on_frame=stop)
     assert numbers_of(path)[:1] == [0]  # plays, be it the source or what was made of it
     assert only(tmp_path, "same.mp4")
 
@@ -382,9 +392,9 @@ def test_ctrl_c(tmp_path: Path) -> None:
 
 
 def test_a_source_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = [numbered(number, SIZE) for number in range(FRAMES)]
-    source = cut(write_clip(tmp_path / "in.mkv", images), 0.6)
-    summary = annotate_video(source, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5)
+    images = [numbered_image(number, SIZE) for number in range(FRAMES)]
+    source = truncate(write_clip(tmp_path / "in.mkv", images), 0.6)
+    summary = annotate_video(source, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5)
     numbers = numbers_of(tmp_path / "out.mp4")
     assert numbers == list(range(summary.frames))
     assert 10 < summary.frames < FRAMES
@@ -392,13 +402,13 @@ def test_a_source_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def breaking() -> Iterator[np.ndarray]:
-    yield from (numbered(number, SIZE) for number in range(23))
+    yield from (numbered_image(number, SIZE) for number in range(23))
     raise OSError("the disk is gone")
 
 
 def test_a_source_that_breaks_off_leaves_a_file_that_plays(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
-        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5)
+        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5)
     numbers = numbers_of(tmp_path / "out.mp4")
     assert numbers == list(range(len(numbers)))
     assert len(numbers) >= 10
@@ -408,19 +418,19 @@ def test_a_source_that_breaks_off_leaves_a_file_that_plays(tmp_path: Path) -> No
 @pytest.mark.parametrize("every", [5, 100])
 def test_all_frames_before_a_source_breaks_off_are_written(every: int, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
-        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=every)
+        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=every)
     assert numbers_of(tmp_path / "out.mp4") == list(range(23))
 
 
 def test_a_live_source_that_dies(tmp_path: Path) -> None:
     def camera(reader: LiveReader) -> Iterator[np.ndarray]:
         for number in range(20):
-            yield numbered(number, SIZE)
+            yield numbered_image(number, SIZE)
             time.sleep(0.03)
 
     live = LiveReader(camera, name="the camera", open_timeout=120, read_timeout=120, reconnect_for=0)
     with pytest.raises(VideoError, match="the camera is gone"):
-        annotate_video(live, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=1)
+        annotate_video(live, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=1)
     numbers = numbers_of(tmp_path / "out.mp4")
     assert numbers[0] == 0
     assert numbers[-1] == 19
@@ -433,22 +443,22 @@ OUTSIDE = {"zones": [{"name": "far", "polygon": [[900, 900], [990, 900], [990, 9
 def test_a_zone_outside_the_frame(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out.mp4").write_bytes(b"an earlier one")
     with pytest.raises(ValueError, match=r'zone "far" .* lies outside a frame of 320x192'):
-        annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, zones=OUTSIDE)
+        annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, zones=OUTSIDE)
     assert (tmp_path / "out.mp4").read_bytes() == b"an earlier one"
     assert only(tmp_path, "out.mp4")
 
 
 def test_a_zone_outside_the_frame_is_told_first(clip: Path) -> None:
-    detector = Known(*THINGS)
+    detector = ScriptedDetector(*THINGS)
     with pytest.raises(ValueError, match='zone "far"'):
         annotate_video(clip, None, CLASSES, model=detector, every=5, zones=OUTSIDE)
     assert detector.keyframes == []
 
 
 def test_a_zone_outside_smaller_frames_that_come_later(tmp_path: Path) -> None:
-    images = [numbered(n, SIZE if n < 20 else (64, 48)) for n in range(40)]
+    images = [numbered_image(n, SIZE if n < 20 else (64, 48)) for n in range(40)]
     with pytest.raises(ValueError, match=r'line "door" .* lies outside a frame of 64x48'):
-        annotate_video(images, tmp_path / "out.mp4", CLASSES, model=Known(*THINGS), every=5, zones=ZONES)
+        annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, zones=ZONES)
     assert numbers_of(tmp_path / "out.mp4") == list(range(20))
 
 
@@ -462,7 +472,7 @@ UNWRITABLE = [
 @pytest.mark.parametrize(("name", "message"), UNWRITABLE)
 def test_a_target_that_cannot_be_written(name: str, message: str, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
-    detector = Known(*THINGS)
+    detector = ScriptedDetector(*THINGS)
     for options in ({"target": tmp_path / name}, {"target": None, "json": tmp_path / "folder.mp4"}):
         with pytest.raises(VideoError, match=message if options["target"] else "is a folder"):
             annotate_video(clip, classes=CLASSES, model=detector, every=5, **options)
@@ -474,7 +484,7 @@ def test_a_target_that_cannot_be_written(name: str, message: str, clip: Path, tm
 def test_a_target_that_cannot_be_written_leaves_the_texts_alone(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("an earlier one")
     with pytest.raises(VideoError, match="must end in"):
-        annotate_video(clip, tmp_path / "out.avi", CLASSES, model=Known(), json=tmp_path / "out.jsonl")
+        annotate_video(clip, tmp_path / "out.avi", CLASSES, model=ScriptedDetector(), json=tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "an earlier one"
 
 
@@ -507,7 +517,7 @@ def test_wrong_arguments_are_told_before_a_model_is_loaded(
     ("wrong", "message"),
     [
         ({"every": 0}, "every must be"),
-        ({"classes": []}, "classes must name"),
+        ({"classes": []}, "classes must have at least one"),
         ({"annotate": "circles"}, "circles"),
         ({"color_by": "size"}, "color_by"),
         ({"zones": {}}, "nothing to count"),
@@ -515,7 +525,7 @@ def test_wrong_arguments_are_told_before_a_model_is_loaded(
     ],
 )
 def test_wrong_arguments(wrong: dict[str, Any], message: str, clip: Path, tmp_path: Path) -> None:
-    detector = Known(*THINGS)
+    detector = ScriptedDetector(*THINGS)
     arguments = {
         "source": clip, "target": tmp_path / "out.mp4", "classes": CLASSES, "model": detector, **wrong,
     }  # fmt: skip
@@ -530,7 +540,7 @@ def test_what_is_blurred_is_covered_on_the_frames_around(clip: Path, tmp_path: P
     counts = {}
     for annotate in ("box", "blur"):
         target = tmp_path / f"{annotate}.jsonl"
-        model, tracking = Known(THINGS[1]), Tracking(bridge_seconds=0.32)
+        model, tracking = ScriptedDetector(THINGS[1]), Tracking(bridge_seconds=0.32)
         annotate_video(clip, None, CLASSES, model=model, every=5, annotate=annotate, tracking=tracking, json=target)
         lines = [json.loads(line) for line in target.read_text().splitlines()]
         counts[annotate] = [line["frame"] for line in lines if line["detections"]]

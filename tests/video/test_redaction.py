@@ -33,7 +33,7 @@ from moondream_cv.video import (
 from moondream_cv.video.sources.base import Source
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.tracking.redaction import BRIDGE_SECONDS, LOOKAHEAD, MARGIN, Redactor
-from tests.helpers.clips import Known, Thing, deadline, number_of, numbered
+from tests.helpers.clips import MovingObject, ScriptedDetector, frame_number, numbered_image
 
 SIZE = (320, 180)
 FPS = 30.0
@@ -52,12 +52,6 @@ class Object(NamedTuple):
 
 
 Truth = list[list[Object]]
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
 
 
 # Clips --------------------------------------------------------------------------------------------------------------
@@ -248,7 +242,9 @@ def test_circles_of_the_demo_are_covered_between_their_detections(
 
 def test_unredacted_frames_keep_their_texture(tmp_path: Path) -> None:
     """The property above would hold for a video that is gray all over."""
-    annotate_video(textured_frames(30), tmp_path / "out.mp4", CLASSES, annotate="none", model=Known(), every=5)
+    annotate_video(
+        textured_frames(30), tmp_path / "out.mp4", CLASSES, annotate="none", model=ScriptedDetector(), every=5
+    )
     for image in decoded(tmp_path / "out.mp4"):
         assert (np.abs(image.astype(int) - 128) < 50).mean() < 0.05
     truth = CLIPS[0]
@@ -453,40 +449,40 @@ def redactions(found: Sequence[TrackedFrame]) -> list[sv.Detections]:
     return [boxes for boxes in covered if boxes is not None]
 
 
-DOG = Thing("dog", (100, 100), seen=range(20, 41))
+DOG = MovingObject("dog", (100, 100), frames=range(20, 41))
 
 
 def test_nothing_is_computed_without_redact() -> None:
-    images = [numbered(n, SIZE) for n in range(12)]
-    assert {t.redaction for t in track_streams([images], ["dog"], model=Known(DOG), every=5)} == {None}
+    images = [numbered_image(n, SIZE) for n in range(12)]
+    assert {t.redaction for t in track_streams([images], ["dog"], model=ScriptedDetector(DOG), every=5)} == {None}
 
 
 def test_redaction_leaves_detections_as_they_are() -> None:
-    images = [numbered(n, SIZE) for n in range(100)]
-    things = (DOG, Thing("dog", (40, 60), (2, 0.5)), Thing("cat", (300, 120), (-3, 0), range(10, 90)))
-    model = Known(*things, fails=lambda n: n % 3 == 1)
+    images = [numbered_image(n, SIZE) for n in range(100)]
+    things = (DOG, MovingObject("dog", (40, 60), (2, 0.5)), MovingObject("cat", (300, 120), (-3, 0), range(10, 90)))
+    model = ScriptedDetector(*things, fails=lambda n: n % 3 == 1)
     plain, redacted = (
         list(track_streams([images], ["dog", "cat"], model=model, every=4, tracking=setting))
         for setting in (Tracking(), Tracking(redact=True))
     )
-    assert [number_of(t.frame.image) for t in redacted] == list(range(100))
+    assert [frame_number(t.frame.image) for t in redacted] == list(range(100))
     for before, after in zip(plain, redacted, strict=True):
         assert before.detections == after.detections
         assert before.is_keyframe == after.is_keyframe
 
 
 def test_failed_detections_are_bridged() -> None:
-    images = [numbered(n, SIZE) for n in range(60)]
-    detector = Known(Thing("dog", (60, 100), (2, 0)), fails=lambda n: 15 <= n < 35)
+    images = [numbered_image(n, SIZE) for n in range(60)]
+    detector = ScriptedDetector(MovingObject("dog", (60, 100), (2, 0)), fails=lambda n: 15 <= n < 35)
     found = list(track_streams([images], ["dog"], model=detector, every=5, tracking=Tracking(redact=True)))
     for number, covered in enumerate(redactions(found)):
-        assert contains(covered.xyxy[0], detector.things[0].box(number).tolist()), number
+        assert contains(covered.xyxy[0], detector.objects[0].box(number).tolist()), number
 
 
 def test_nothing_is_covered_beyond_a_cut() -> None:
-    dark = [numbered(n, SIZE) for n in range(24)]
-    images = [*dark, *(np.ascontiguousarray(numbered(n, SIZE)[::-1]) for n in range(24, 48))]
-    detector = Known(Thing("dog", (100, 100), seen=range(23)), tell=tell)
+    dark = [numbered_image(n, SIZE) for n in range(24)]
+    images = [*dark, *(np.ascontiguousarray(numbered_image(n, SIZE)[::-1]) for n in range(24, 48))]
+    detector = ScriptedDetector(MovingObject("dog", (100, 100), frames=range(23)), read_number=tell)
     tracking = Tracking(scene_change=True, redact=True)
     found = list(track_streams([images], ["dog"], model=detector, every=5, tracking=tracking))
     assert [len(covered) for covered in redactions(found)] == [1] * 24 + [0] * 24
@@ -495,12 +491,12 @@ def test_nothing_is_covered_beyond_a_cut() -> None:
 def tell(image: np.ndarray) -> int:
     """Read the number of a frame that may be upside down."""
     upright = (image[-1, 0] == (0, 0, 255)).all()
-    return number_of(image if upright else image[::-1])
+    return frame_number(image if upright else image[::-1])
 
 
 def test_a_change_of_the_frame_size_does_not_uncover() -> None:
-    images = [numbered(n, SIZE if n < 30 else (160, 90)) for n in range(60)]
-    detector, tracking = Known(DOG._replace(seen=range(26))), Tracking(redact=True)
+    images = [numbered_image(n, SIZE if n < 30 else (160, 90)) for n in range(60)]
+    detector, tracking = ScriptedDetector(DOG._replace(frames=range(26))), Tracking(redact=True)
     covered = redactions(list(track_streams([images], ["dog"], model=detector, every=5, tracking=tracking)))
     assert [len(boxes) for boxes in covered] == [1] * 47 + [0] * 13  # detected on frames 20 and 25
     assert contains(covered[29].xyxy[0], box_at(100, 100, 15))
@@ -508,20 +504,22 @@ def test_a_change_of_the_frame_size_does_not_uncover() -> None:
 
 
 def test_track_yields_the_covering_boxes() -> None:
-    images = [numbered(n, SIZE) for n in range(80)]
-    pairs = list(track(images, ["dog"], model=Known(DOG), every=5, tracking=Tracking(bridge_seconds=0.5, redact=True)))
-    assert [number_of(image) for image, found in pairs if len(found)] == list(range(5, 56))
+    images = [numbered_image(n, SIZE) for n in range(80)]
+    pairs = list(
+        track(images, ["dog"], model=ScriptedDetector(DOG), every=5, tracking=Tracking(bridge_seconds=0.5, redact=True))
+    )
+    assert [frame_number(image) for image, found in pairs if len(found)] == list(range(5, 56))
 
 
 def test_blur_covers_what_json_says_and_counts_what_box_counts(tmp_path: Path) -> None:
-    images = [numbered(n, SIZE) for n in range(80)]
+    images = [numbered_image(n, SIZE) for n in range(80)]
     zones = {"lines": [{"name": "door", "start": [160, 0], "end": [160, 180]}]}
-    walker = Thing("dog", (60, 100), (2.5, 0), seen=range(20, 71))
+    walker = MovingObject("dog", (60, 100), (2.5, 0), frames=range(20, 71))
     counts, lines, summaries = {}, {}, {}
     for what in ("box", "blur"):
         counted, text = Zones.from_dict(zones), io.StringIO()
         summaries[what] = annotate_video(
-            images, None, ["dog"], annotate=what, model=Known(walker), every=5, zones=counted, json=text
+            images, None, ["dog"], annotate=what, model=ScriptedDetector(walker), every=5, zones=counted, json=text
         )
         counts[what] = counted.counts()
         lines[what] = [json.loads(line)["detections"] for line in text.getvalue().splitlines()]
@@ -546,24 +544,24 @@ def test_an_annotator_blurs_the_redaction_and_draws_the_detections() -> None:
 
 @pytest.mark.parametrize(("every", "warns"), [(60, True), (22, True), (21, False), (5, False)])
 def test_gaps_longer_than_the_bridge_are_warned_of(every: int, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
-    images = [numbered(n, SIZE) for n in range(130)]
-    annotate_video(images, None, ["dog"], annotate="blur", model=Known(DOG), every=every)
+    images = [numbered_image(n, SIZE) for n in range(130)]
+    annotate_video(images, None, ["dog"], annotate="blur", model=ScriptedDetector(DOG), every=every)
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == warns
     if warns:
         assert f"no detection ran for {every / FPS:.2f} s, and redaction bridges 0.7 s" in messages[0]
         assert f"decrease every (now {every}) or increase bridge_seconds" in messages[0]
     caplog.clear()
-    annotate_video(images, None, ["dog"], annotate="box", model=Known(DOG), every=every)
+    annotate_video(images, None, ["dog"], annotate="box", model=ScriptedDetector(DOG), every=every)
     longer = Tracking(bridge_seconds=2.5)
-    annotate_video(images, None, ["dog"], annotate="blur", model=Known(DOG), every=every, tracking=longer)
+    annotate_video(images, None, ["dog"], annotate="blur", model=ScriptedDetector(DOG), every=every, tracking=longer)
     assert caplog.records == []
 
 
 def test_frames_that_exceed_the_memory_limit_come_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = [numbered(n, SIZE) for n in range(90)]
+    images = [numbered_image(n, SIZE) for n in range(90)]
     monkeypatch.setattr(stream, "MAX_HELD_BYTES", 10 * images[0].nbytes)
     read = out = most = 0
 
@@ -573,8 +571,10 @@ def test_frames_that_exceed_the_memory_limit_come_out_with_a_warning(
             read += 1
             yield image
 
-    for tracked in track_streams([counted()], ["dog"], model=Known(DOG), every=3, tracking=Tracking(redact=True)):
-        assert number_of(tracked.frame.image) == out
+    for tracked in track_streams(
+        [counted()], ["dog"], model=ScriptedDetector(DOG), every=3, tracking=Tracking(redact=True)
+    ):
+        assert frame_number(tracked.frame.image) == out
         out += 1
         most = max(most, read - out)
     assert out == 90
@@ -594,10 +594,10 @@ def test_auto_detects_within_the_bridge(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(offline, "time", Clock)
     monkeypatch.setattr("moondream_cv.video.tracking.keyframe_detector.time", Clock)
-    images = [numbered(n, SIZE) for n in range(200)]
+    images = [numbered_image(n, SIZE) for n in range(200)]
     steps = {}
     for redact in (False, True):
-        detector = Known(DOG, seconds=2.0, sleep=sleep)
+        detector = ScriptedDetector(DOG, seconds=2.0, sleep=sleep)
         for _ in track_streams([images], ["dog"], model=detector, tracking=Tracking(bridge_seconds=0.5, redact=redact)):
             pass
         steps[redact] = np.diff(detector.keyframes).max()
@@ -612,7 +612,7 @@ def test_an_impossible_bridge_is_rejected(bridge: float) -> None:
 
 
 def test_a_bridge_of_zero_covers_detections_alone() -> None:
-    images = [numbered(n, SIZE) for n in range(60)]
+    images = [numbered_image(n, SIZE) for n in range(60)]
     tracking = Tracking(bridge_seconds=0.0, redact=True)
-    found = list(track_streams([images], ["dog"], model=Known(DOG), every=1, tracking=tracking))
+    found = list(track_streams([images], ["dog"], model=ScriptedDetector(DOG), every=1, tracking=tracking))
     assert [n for n, covered in enumerate(redactions(found)) if len(covered)] == list(range(19, 42))

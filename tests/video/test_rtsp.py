@@ -17,7 +17,7 @@ import pytest
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video import Summary, annotate_video, open_source
-from tests.helpers.clips import deadline, number_of, numbered, write_clip
+from tests.helpers.clips import deadline, frame_number, numbered_image, write_clip
 from tests.helpers.signals import default_signals
 from tests.video.test_formats import no_objects, video_frames
 
@@ -72,7 +72,7 @@ def _in_time() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rtsp") / "clip.mp4"
-    images = [numbered(number, (256, 128)) for number in range(250)]
+    images = [numbered_image(number, (256, 128)) for number in range(250)]
     # Threads would cut frames into slices, of which the server sends each as a frame.
     return write_clip(path, images, fps=FPS, codec_options={"bf": "0", "g": "10", "threads": "1"})
 
@@ -126,7 +126,7 @@ def test_frames_are_as_far_apart_as_in_the_stream(server: Server) -> None:
     with open_source(server.url, reconnect_for=0) as source:
         frames = [next(source) for _ in range(60)]
         assert (source.live, source.fps, source.resolution_wh) == (True, FPS, (256, 128))
-    numbers = np.array([number_of(frame.image) for frame in frames])
+    numbers = np.array([frame_number(frame.image) for frame in frames])
     assert (np.diff(numbers) > 0).all()
     times = np.array([frame.time for frame in frames])
     # FFmpeg moves the timestamps once, when the first sender report comes.

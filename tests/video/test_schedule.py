@@ -11,7 +11,7 @@ import pytest
 
 from moondream_cv.video.tracking.scene_cuts import SceneCutDetector
 from moondream_cv.video.tracking.schedule import MAX_INTERVAL, Every, Schedule, check_every
-from tests.helpers.clips import numbered
+from tests.helpers.clips import numbered_image
 
 
 def keyframes(schedule: Schedule, count: int, first: int = 0) -> list[int]:
@@ -138,7 +138,11 @@ def test_pans_fades_noise_and_size_changes_are_not_scene_cuts() -> None:
         [np.clip(wide.astype(int) + rng.normal(0, 20, wide.shape), 0, 255).astype(np.uint8) for _ in range(5)],
         [np.full((180, 320, 3), value, np.uint8) for value in (0, 255, 0, 128)],  # uniform frames
         [cv2.addWeighted(wide, 1 - share, scene(2, (400, 180)), share, 0) for share in np.linspace(0, 1, 25)],
-        [numbered(7), numbered(7, (256, 128)), numbered(7, (64, 32))],  # the same image in other sizes
+        [
+            numbered_image(7),
+            numbered_image(7, (256, 128)),
+            numbered_image(7, (64, 32)),
+        ],  # the same image in other sizes
     )
     for frames in cases:
         is_cut = SceneCutDetector()

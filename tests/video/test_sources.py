@@ -21,15 +21,19 @@ from moondream_cv.images import to_rgb
 from moondream_cv.video.sources import container as container_module
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.sources.opening import Source, open_source, url_name
-from tests.helpers.clips import Reply, cut, damage, deadline, jpeg, number_of, numbered, serving, turn, write_clip
+from tests.helpers.clips import (
+    HTTPReply,
+    corrupt_frame,
+    encode_jpeg,
+    frame_number,
+    http_server,
+    numbered_image,
+    set_display_matrix,
+    truncate,
+    write_clip,
+)
 
-IMAGES = [numbered(number) for number in range(31)]
-
-
-@pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
-    with deadline(240):
-        yield
+IMAGES = [numbered_image(number) for number in range(31)]
 
 
 def read(source: Any, **settings: float | None) -> tuple[Source, list[Frame]]:
@@ -38,7 +42,7 @@ def read(source: Any, **settings: float | None) -> tuple[Source, list[Frame]]:
 
 
 def numbers(frames: list[Frame]) -> list[int]:
-    return [number_of(frame.image) for frame in frames]
+    return [frame_number(frame.image) for frame in frames]
 
 
 # Video files -------------------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ def test_variable_frame_rate(tmp_path: Path) -> None:
 def test_frames_are_turned_upright(tmp_path: Path, matrix: tuple[int, int, int, int], expected: Any) -> None:
     clip = write_clip(tmp_path / "clip.mp4", IMAGES[:3])
     _, lying = read(clip)
-    source, frames = read(turn(clip, matrix))
+    source, frames = read(set_display_matrix(clip, matrix))
     for upright, before in zip(frames, lying, strict=True):
         np.testing.assert_array_equal(upright.image, expected(before.image))
         assert upright.image.flags.c_contiguous
@@ -125,7 +129,7 @@ def test_rotation_agrees_with_pyav(tmp_path: Path) -> None:
 
     clip = write_clip(tmp_path / "clip.mp4", IMAGES[:1])
     _, (lying,) = read(clip)
-    with av.open(str(turn(clip, (0, 1, -1, 0)))) as opened:
+    with av.open(str(set_display_matrix(clip, (0, 1, -1, 0)))) as opened:
         rotation = next(opened.decode(video=0)).rotation
     assert rotation != 0
     _, (upright,) = read(clip)
@@ -134,7 +138,7 @@ def test_rotation_agrees_with_pyav(tmp_path: Path) -> None:
 
 def test_size_and_clock_may_change_in_mid_stream(tmp_path: Path) -> None:
     first = write_clip(tmp_path / "1.ts", IMAGES[:5])
-    second = write_clip(tmp_path / "2.ts", [numbered(number, (64, 64)) for number in range(5, 9)])
+    second = write_clip(tmp_path / "2.ts", [numbered_image(number, (64, 64)) for number in range(5, 9)])
     (tmp_path / "both.ts").write_bytes(first.read_bytes() + second.read_bytes())
     source, frames = read(tmp_path / "both.ts")
     assert numbers(frames) == list(range(9))
@@ -151,7 +155,7 @@ def test_size_and_clock_may_change_in_mid_stream(tmp_path: Path) -> None:
 def test_a_damaged_frame_is_skipped_and_the_rest_stays(
     tmp_path: Path, name: str, codec: str, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source, frames = read(damage(write_clip(tmp_path / name, IMAGES, codec=codec), number))
+    source, frames = read(corrupt_frame(write_clip(tmp_path / name, IMAGES, codec=codec), number))
     assert numbers(frames) == [other for other in range(31) if other != number]
     assert source.problems == 1
     (warning,) = [record for record in caplog.records if "skipped" in record.message]
@@ -161,7 +165,7 @@ def test_a_damaged_frame_is_skipped_and_the_rest_stays(
 @pytest.mark.parametrize("number", [15, 28, 29, 30])
 def test_threads_lose_no_frame_beside_a_damaged_one(tmp_path: Path, number: int) -> None:
     clip = write_clip(tmp_path / "clip.mp4", IMAGES, codec_options={"bf": "0", "g": "1"})
-    source, frames = read(damage(clip, number))
+    source, frames = read(corrupt_frame(clip, number))
     assert numbers(frames) == [other for other in range(31) if other != number]
     assert source.problems == 1
 
@@ -169,7 +173,7 @@ def test_threads_lose_no_frame_beside_a_damaged_one(tmp_path: Path, number: int)
 def test_several_damaged_frames_warn_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clip = write_clip(tmp_path / "clip.avi", IMAGES, codec="mjpeg")
     for number in (3, 9, 20):
-        damage(clip, number)
+        corrupt_frame(clip, number)
     source, frames = read(clip)
     assert (len(frames), source.problems) == (28, 3)
     assert len([record for record in caplog.records if "skipped" in record.message]) == 1
@@ -185,7 +189,7 @@ def test_a_file_that_is_cut_off_gives_what_is_there(
     start = next(packet.pos for packet in _packets(clip))
     whole = int(clip.stat().st_size * share) - start
     complete = int((np.cumsum(size) <= whole).sum())
-    _, frames = read(cut(clip, share))
+    _, frames = read(truncate(clip, share))
     assert complete - 1 <= len(frames) <= complete + 1  # a part of a frame may do; Matroska has headers in between
     assert numbers(frames)[: complete - 1] == list(range(complete - 1))
     if share < 0.8:
@@ -208,7 +212,7 @@ def test_a_whole_file_does_not_warn(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 def test_a_file_without_its_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"clip\.mp4' cannot be opened as a video: .*its index is missing"):
-        open_source(cut(write_clip(tmp_path / "clip.mp4", IMAGES), 0.7))
+        open_source(truncate(write_clip(tmp_path / "clip.mp4", IMAGES), 0.7))
 
 
 def test_a_container_that_fails_again_and_again_ends(
@@ -247,7 +251,7 @@ def _no_frames(folder: Path) -> Path:
 
 
 def _undecodable(folder: Path) -> Path:
-    return damage(write_clip(folder / "none.avi", IMAGES[:1], codec="mjpeg"), 0)
+    return corrupt_frame(write_clip(folder / "none.avi", IMAGES[:1], codec="mjpeg"), 0)
 
 
 def _text(folder: Path) -> Path:
@@ -285,7 +289,7 @@ def _music_with_cover(folder: Path) -> Path:
             frame.sample_rate, frame.pts = 44100, start
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    body = b"\0image/jpeg\0\3\0" + jpeg(IMAGES[0])
+    body = b"\0image/jpeg\0\3\0" + encode_jpeg(IMAGES[0])
     picture = b"APIC" + len(body).to_bytes(4, "big") + b"\0\0" + body
     size = bytes(len(picture) >> shift & 127 for shift in (21, 14, 7, 0))
     (folder / "song.mp3").write_bytes(b"ID3\3\0\0" + size + picture + (folder / "bare.mp3").read_bytes())
@@ -365,7 +369,7 @@ def test_times_out_of_range_are_refused(settings: dict[str, float]) -> None:
 
 def _folder(path: Path, names: list[str]) -> Path:
     for number, name in enumerate(names):
-        (path / name).write_bytes(jpeg(IMAGES[number]))
+        (path / name).write_bytes(encode_jpeg(IMAGES[number]))
     return path
 
 
@@ -387,7 +391,7 @@ def test_a_glob(tmp_path: Path) -> None:
     assert numbers(read(str(tmp_path / "img*.jp*g"))[1]) == [0, 1, 3, 4]
     assert numbers(read(tmp_path / "img?.jpg")[1]) == [0, 1]
     assert numbers(read(tmp_path.parent / "**" / tmp_path.name / "img10.*")[1]) == [3]
-    (tmp_path / "take[1].jpg").write_bytes(jpeg(IMAGES[9]))
+    (tmp_path / "take[1].jpg").write_bytes(encode_jpeg(IMAGES[9]))
     assert numbers(read(tmp_path / "take[1].jpg")[1]) == [9]  # a name, not a pattern
 
 
@@ -412,7 +416,7 @@ def _numbered_files(folder: Path, template: str, numbers: list[int]) -> Path:
     for number in numbers:
         target = folder / (template % number)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(jpeg(IMAGES[number % 31]))
+        target.write_bytes(encode_jpeg(IMAGES[number % 31]))
     return folder / template
 
 
@@ -433,7 +437,7 @@ def test_a_pattern_with_a_number_gives_the_files_in_order(
 ) -> None:
     pattern = _numbered_files(tmp_path, template, there)
     _numbered_files(tmp_path, "other%d.jpg", [5])
-    (tmp_path / "5.jpg").write_bytes(jpeg(IMAGES[30]))
+    (tmp_path / "5.jpg").write_bytes(encode_jpeg(IMAGES[30]))
     source, frames = read(pattern)
     assert numbers(frames) == expected
     assert (source.frame_count, source.problems) == (len(there), 0)
@@ -443,7 +447,7 @@ def test_a_pattern_with_a_number_gives_the_files_in_order(
 
 def test_the_width_of_a_pattern_decides_about_leading_zeros(tmp_path: Path) -> None:
     for number, name in enumerate(["1.jpg", "02.jpg", "003.jpg", "0004.jpg", "12.jpg", "123.jpg"]):
-        (tmp_path / name).write_bytes(jpeg(IMAGES[number]))
+        (tmp_path / name).write_bytes(encode_jpeg(IMAGES[number]))
     assert numbers(read(tmp_path / "%d.jpg")[1]) == [0, 4, 5]
     assert numbers(read(tmp_path / "%02d.jpg")[1]) == [1, 4, 5]
     assert numbers(read(tmp_path / "%03d.jpg")[1]) == [2, 5]
@@ -463,7 +467,7 @@ def test_every_tenth_number_is_no_gap(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_file_that_is_named_like_a_pattern_is_that_file(tmp_path: Path) -> None:
-    (tmp_path / "%04d.jpg").write_bytes(jpeg(IMAGES[9]))
+    (tmp_path / "%04d.jpg").write_bytes(encode_jpeg(IMAGES[9]))
     _numbered_files(tmp_path, "%04d.jpg", [1])
     assert numbers(read(tmp_path / "%04d.jpg")[1]) == [9]
 
@@ -553,7 +557,7 @@ def test_durations_that_browsers_replace_are_replaced(tmp_path: Path, name: str,
 
 
 def test_an_animated_webp_gives_the_frames_that_pillow_composes(tmp_path: Path) -> None:
-    images = [pil(numbered(number, (320, 192))).convert("RGBA") for number in range(20)]
+    images = [pil(numbered_image(number, (320, 192))).convert("RGBA") for number in range(20)]
     path = animation(tmp_path / "a.webp", [100] * 20, images, lossless=False, quality=60)
     source, frames = read(path)
     with Image.open(path) as picture:
@@ -603,13 +607,13 @@ def test_the_default_image_of_an_animated_png_is_not_a_frame(tmp_path: Path) -> 
     source, frames = read(animation(tmp_path / "a.png", [100] * 3, images, default_image=True))
     assert numbers(frames) == [0, 1, 2]
     assert source.frame_count == 3
-    assert number_of(to_rgb(tmp_path / "a.png")[..., ::-1]) == 30  # but it is the still image
+    assert frame_number(to_rgb(tmp_path / "a.png")[..., ::-1]) == 30  # but it is the still image
 
 
 @pytest.mark.parametrize("name", [*ANIMATED, "a.tif"])
 def test_still_images_are_the_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
     path = animation(tmp_path / name, DURATIONS)
-    assert number_of(to_rgb(path)[..., ::-1]) == 0
+    assert frame_number(to_rgb(path)[..., ::-1]) == 0
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
@@ -664,7 +668,7 @@ def test_a_truncated_animation_ends_with_a_warning(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), np.uint8)
     path = animation(tmp_path / name, [100] * 12, [Image.fromarray(image) for image in noise])
-    source, frames = read(cut(path, share))
+    source, frames = read(truncate(path, share))
     assert int(12 * share) - 1 <= len(frames) <= int(12 * share) + 1
     assert source.problems == 1
     assert f"ends after {len(frames)} of" in caplog.text
@@ -675,14 +679,14 @@ def test_a_truncated_tiff_gives_its_whole_pages_and_a_warning(
     tmp_path: Path, share: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = animation(tmp_path / "a.tif", [100] * 12)
-    source, frames = read(cut(path, share))
+    source, frames = read(truncate(path, share))
     assert numbers(frames) == list(range(int(12 * share)))
     assert source.problems >= 1
     assert "page" in caplog.text
 
 
 def test_a_truncated_webp_is_an_error(tmp_path: Path) -> None:
-    path = cut(animation(tmp_path / "a.webp", DURATIONS), 0.6)  # libwebp reads nothing of it
+    path = truncate(animation(tmp_path / "a.webp", DURATIONS), 0.6)  # libwebp reads nothing of it
     with pytest.raises(VideoError, match=r"a\.webp' has no frames that can be read: .* is truncated or damaged"):
         open_source(path)
 
@@ -845,7 +849,7 @@ def test_closing_from_another_thread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("faststart", [True, False])
 def test_a_finite_video_over_http_loses_no_frame(tmp_path: Path, faststart: bool) -> None:
     content = write_clip(tmp_path / "clip.mp4", IMAGES, faststart=faststart).read_bytes()
-    with serving(lambda reply: reply.send_file(content, "video/mp4")) as address:
+    with http_server(lambda reply: reply.send_file(content, "video/mp4")) as address:
         source, frames = read(f"{address}/clip.mp4", open_timeout=120, read_timeout=120)
     assert numbers(frames) == list(range(31))
     assert (source.live, source.fps, source.frame_count) == (False, 25.0, 31)
@@ -856,16 +860,16 @@ def test_a_finite_video_whose_server_stalls_is_an_error(tmp_path: Path) -> None:
     content = write_clip(tmp_path / "clip.mp4", IMAGES * 8, faststart=True).read_bytes()
     assert len(content) > 80_000
 
-    def answer(reply: Reply) -> None:
+    def answer(reply: HTTPReply) -> None:
         reply.start("video/mp4", Content_Length=str(len(content)))
         reply.handler.wfile.write(content[:70_000])
         reply.handler.wfile.flush()
         reply.stopping.wait(240)
 
-    with serving(answer) as address, open_source(address, open_timeout=120, read_timeout=1.0) as source:
+    with http_server(answer) as address, open_source(address, open_timeout=120, read_timeout=1.0) as source:
         found: list[int] = []
         with pytest.raises(VideoError, match=rf"{address} broke off: no answer in time"):
-            found.extend(number_of(frame.image) for frame in source)
+            found.extend(frame_number(frame.image) for frame in source)
         assert found == [number % 31 for number in range(len(found))]
         assert len(found) > 20
     assert source.live is False
@@ -873,7 +877,7 @@ def test_a_finite_video_whose_server_stalls_is_an_error(tmp_path: Path) -> None:
 
 def test_http_errors_are_named() -> None:
     with (
-        serving(lambda reply: reply.start("text/plain", 404)) as address,
+        http_server(lambda reply: reply.start("text/plain", 404)) as address,
         pytest.raises(VideoError, match=r"^http://127\.0\.0\.1:\d+/gone cannot be opened as a video: .*404") as raised,
     ):
         open_source(address.replace("://", "://me:secret@") + "/gone")

@@ -19,7 +19,7 @@ import pytest
 from moondream_cv.errors import VideoError
 from moondream_cv.video import annotate_video, open_source
 from moondream_cv.video.writers.video_file import VideoWriter
-from tests.helpers.clips import numbered, write_clip
+from tests.helpers.clips import numbered_image, write_clip
 from tests.video.test_formats import (
     FLASHES,
     FORMATS,
@@ -109,7 +109,7 @@ def test_more_than_1000_frames_a_second(tmp_path: Path) -> None:
 
 
 def test_mkv_output_has_the_frame_rate_and_can_be_read_again(tmp_path: Path) -> None:
-    source = write_clip(tmp_path / "a.mp4", [numbered(number) for number in range(50)], fps=25)
+    source = write_clip(tmp_path / "a.mp4", [numbered_image(number) for number in range(50)], fps=25)
     once, _ = annotated(source, ".mkv")
     assert opencv_frames(once)[0] == pytest.approx(25)
     with open_source(once) as opened:
@@ -126,7 +126,7 @@ def test_a_file_that_gives_the_unit_of_its_clock_as_its_frame_rate(tmp_path: Pat
         stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 30_000)
         for number in range(20):
-            frame = av.VideoFrame.from_ndarray(numbered(number), format="bgr24")
+            frame = av.VideoFrame.from_ndarray(numbered_image(number), format="bgr24")
             frame.pts, frame.time_base = number * 1200, Fraction(1, 30_000)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))

@@ -32,7 +32,7 @@ ZONES = {
 
 
 @pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
+def _time_limit() -> Iterator[None]:
     with deadline(900):
         yield
 

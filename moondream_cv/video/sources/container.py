@@ -95,6 +95,18 @@ def video_stream(container: InputContainer, name: str) -> VideoStream:
     return stream  # type: ignore[return-value]  # the stubs know only that it is a stream
 
 
+def demux(container: InputContainer, *streams: Any) -> Iterator[Packet[Any]]:
+    """Yield the packets of some streams in storage order, and at the end of the file one empty packet.
+
+    The empty packet flushes the decoder. Stop there: PyAV adds one per stream, and raises IndexError if streams were
+    added to the container while it was read.
+    """
+    for packet in container.demux(*streams):
+        yield packet
+        if packet.dts is None and not packet.size:
+            return
+
+
 def open_file(path: Path, name: str) -> FiniteSource:
     """Return a source of a video file's frames.
 
@@ -313,7 +325,7 @@ def _measured_rate(reopen: Callable[[], InputContainer], name: str) -> float | N
     container = reopen()
     try:
         stream = video_stream(container, name)
-        packets = itertools.islice(container.demux(stream), _MEASURED_PACKETS)
+        packets = itertools.islice(demux(container, stream), _MEASURED_PACKETS)
         stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
     except av.error.FFmpegError:
         return None
@@ -329,11 +341,9 @@ def _packets(container: InputContainer, stream: VideoStream, source: Source, is_
     errors = 0
     while True:
         try:
-            for packet in container.demux(stream):
+            for packet in demux(container, stream):
                 errors = 0
                 yield packet
-                if packet.dts is None and not packet.size:
-                    return
             return
         except av.error.FFmpegError as error:  # of demux, since consumers catch those of decoding
             if not is_file and not isinstance(error, av.error.InvalidDataError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video.sources.base import CLOSING_SECONDS, Image, Source, TimedImage, to_bgr
-from moondream_cv.video.sources.container import FrameDecoder, average_rate, open_container, reason
+from moondream_cv.video.sources.container import FrameDecoder, average_rate, demux, open_container, reason
 from moondream_cv.video.sources.frame import Frame
 
 if TYPE_CHECKING:
@@ -275,11 +275,9 @@ def stream_frames(
             decoder.stream.thread_type = "SLICE"  # threads that each hold a frame would delay all of them
             is_untimed = container.format.name in _UNTIMED
             reader.fps = None if is_untimed else average_rate(decoder.stream)
-            for packet in container.demux(decoder.stream):
+            for packet in demux(container, decoder.stream):
                 for timed in decoder.images(packet):
                     yield timed.image if is_untimed else timed
-                if packet.dts is None and not packet.size:
-                    return  # PyAV would raise IndexError if streams were added to the container later
         except av.error.FFmpegError as error:
             raise VideoError(f"{name} broke off: {reason(error)}") from None
         finally:

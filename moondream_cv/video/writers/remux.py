@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video.sources.base import Recording
+from moondream_cv.video.sources.container import demux
 from moondream_cv.video.writers.base import reason
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def image_times(path: Path) -> npt.NDArray[np.int64]:
 
     times: list[int] = []
     with contextlib.suppress(*av_errors()), av.open(str(path)) as opened:
-        for packet in opened.demux(opened.streams.video) if opened.streams.video else ():
+        for packet in demux(opened, *opened.streams.video) if opened.streams.video else ():
             if packet.size and not packet.is_corrupt:
                 times.append(packet.pts if packet.pts is not None else 0)
     return np.array(times, np.int64)
@@ -210,9 +211,7 @@ def _packets(opened: InputContainer, streams: list[Any]) -> Iterator[Packet[Any]
     import av
 
     try:
-        for packet in opened.demux(streams):
-            if packet.dts is None and not packet.size:
-                return  # PyAV would raise IndexError if streams were added to the file later
+        for packet in demux(opened, *streams):
             if packet.dts is not None and packet.pts is not None and packet.size and not packet.is_corrupt:
                 yield packet
     except av.error.FFmpegError as error:
