@@ -23,8 +23,8 @@ from torch import Tensor
 from moondream_cv import Caption, Detect, Detector, Point, Query, Settings, load
 from moondream_cv.engine.crops import Crops, cut_crops, normalize
 from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.kv_cache import prefill_images
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.engine.prefix import encode_prefix
 from moondream_cv.engine.prompts import embed_prompts, write_prompt
 from moondream_cv.images import to_rgb
 from moondream_cv.model.region import bin_to_coordinate, bin_to_size
@@ -103,7 +103,7 @@ def bare_encoding(model: LocalModel, crops: Crops) -> None:
     features = network.vision(normalize(torch.from_numpy(crops.pixels), network.dtype))
     embedding = network.vision.join(features, [crops.tiling])
     bos = network.text.embed(torch.tensor([[model.config.tokenizer.bos_id]]))
-    encode_prefix(network, torch.cat((bos, embedding), 1), None)
+    prefill_images(network, torch.cat((bos, embedding), 1), None)
 
 
 @torch.inference_mode()

@@ -70,7 +70,7 @@ def test_models_are_pickled_by_name(frame: np.ndarray, tmp_path: Path, monkeypat
     monkeypatch.chdir(GOLDEN)
     model = load("mha", device="cpu", dtype="float32", adapter="mha/adapter.pt", cache_images=2)
     model.calibration = Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))})
-    model.limits.rows = 5
+    model.limits.max_num_seqs = 5
     pickled = pickle.dumps(model)
     assert len(pickled) < 10_000
     monkeypatch.chdir(tmp_path)
@@ -101,7 +101,7 @@ def test_folders_are_pickled_by_absolute_path(path: str, tmp_path: Path, monkeyp
 def test_models_without_a_name_are_rejected_with_the_way_out(model: LocalModel) -> None:
     for unnamed in (model, Detector(model)):
         with pytest.raises(
-            MoondreamError, match=r"LocalModel\('random'.*not loaded by name: load it with moondream_cv"
+            MoondreamError, match=r"LocalModel\('random'.*not loaded by name; load it with moondream_cv"
         ):
             pickle.dumps(unnamed)
 

@@ -1,43 +1,49 @@
-"""From tokens to text that can be shown at once: never a part of a character, never a part of a word."""
+"""Incremental detokenization: token IDs to text that can be shown immediately."""
 
 from __future__ import annotations
 
 from tokenizers import Tokenizer
 
 
-class WordStream:
-    """Takes tokens, gives text whenever a word is complete.
+class IncrementalDetokenizer:
+    """Converts tokens to text one by one and returns text as soon as a word is complete.
 
-    A piece ends behind a space, behind a line, or behind a Chinese character, which is a word by itself.
+    Returned text never ends within a character or a word. A word ends after a space, after a line break, or after a
+    Chinese character, which is a word in itself.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Start with empty text.
+
+        Args:
+            tokenizer: Tokenizer of the checkpoint.
+        """
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._given = 0
+        self._num_emitted = 0
 
     def add(self, token: int) -> str:
-        """Add a token; give back the text that is complete with it, perhaps none."""
+        """Add a token and return the text that it completes, which may be empty."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         if text.endswith("\n"):
-            piece = text[self._given :]
-            self._tokens, self._given = [], 0
+            piece = text[self._num_emitted :]
+            self._tokens, self._num_emitted = [], 0
             return piece
-        stop = len(text) if text and _is_chinese(text[-1]) else text.rfind(" ", self._given) + 1
-        piece = text[self._given : stop]
-        self._given += len(piece)
+        stop = len(text) if text and _is_chinese(text[-1]) else text.rfind(" ", self._num_emitted) + 1
+        piece = text[self._num_emitted : stop]
+        self._num_emitted += len(piece)
         return piece
 
     @property
     def pending(self) -> str:
         """Text of the last, incomplete word, without the bytes of an incomplete character."""
-        return self._tokenizer.decode(self._tokens)[self._given :].rstrip("\ufffd")
+        return self._tokenizer.decode(self._tokens)[self._num_emitted :].rstrip("\ufffd")
 
-    def rest(self) -> str:
-        """Give back what is left at the end."""
-        piece = self._tokenizer.decode(self._tokens)[self._given :]
-        self._tokens, self._given = [], 0
+    def flush(self) -> str:
+        """Return the remaining text at the end of the reply."""
+        piece = self._tokenizer.decode(self._tokens)[self._num_emitted :]
+        self._tokens, self._num_emitted = [], 0
         return piece
 
 

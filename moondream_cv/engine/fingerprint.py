@@ -20,15 +20,15 @@ _DIGEST_BYTES = 16
 
 
 @torch.no_grad()
-def fingerprint(network: MoondreamNetwork, lora: Sequence[LayerLora] | None) -> str:
+def fingerprint(network: MoondreamNetwork, adapter: Sequence[LayerLora] | None) -> str:
     """Return 32 hexadecimal digits that identify a network, its dtype and an adapter.
 
     Args:
-        network: The weights, on any device but meta.
-        lora: The layers of the adapter; None: no adapter.
+        network: Weights, on any device except meta.
+        adapter: Adapter layers; None: no adapter.
     """
     digest = hashlib.blake2b(repr(network.config).encode(), digest_size=_DIGEST_BYTES)
-    named = [*network.named_parameters(), *_adapter_tensors(lora or ())]
+    named = [*network.named_parameters(), *_adapter_tensors(adapter or ())]
     for name, tensor in named:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
     digest.update(_sample(tensor for _, tensor in named))

@@ -1,141 +1,241 @@
-"""Reading the heads of all rows at once: what each feeds next, and what the host has to know.
+"""Output heads: from the hidden states of a step to tokens, coordinates, sizes and the next input embeddings.
 
-Coordinates and sizes go from logits to bins to embeddings on the device. The host waits for it once a step, and only
-where some row may stop.
+Coordinates and sizes go from logits to bins to embeddings on the device. The host waits for the device at most once per
+kind of sequence and step, and only if a sequence may stop.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moondream_cv.engine.confidence import axis_features, continue_probability
-from moondream_cv.engine.prompts import Prompt
-from moondream_cv.engine.sampling import choose
-from moondream_cv.engine.sequences import AXIS, Head, RegionRow, Row, TextRow
+from moondream_cv.engine.confidence import AxisFeatures, axis_features, continue_probability
+from moondream_cv.engine.sampling import SamplingParams, sample
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.region import bin_to_coordinate, bin_to_size
 
 
-@dataclass
-class Reading:
-    """What a step has read for R rows.
+class Head(enum.Enum):
+    """The heads that a sequence applies to its next hidden state."""
+
+    X_OR_STOP = enum.auto()  # language head: whether another object follows; coordinate head: its x
+    Y = enum.auto()
+    SIZE = enum.auto()
+    TOKEN = enum.auto()
+    REASONING = enum.auto()  # language head, and the coordinate head in case the token is a coordinate
+
+
+class AxisOutputs(NamedTuple):
+    """Output of the coordinate or size head for one axis.
 
     Attributes:
-        embeddings: [R, dim] what each feeds next.
-        readings: [R, READINGS] of the object that each has begun.
-        decisions: For the rows that decide: whether to stop, the probability of going on, the readings of before.
-        tokens: For the rows that write: a token, its log-probability, the coordinate that it may stand for.
+        value: Coordinate of the center or size, as a fraction of the image.
+        features: Probability mass around the peak of the distribution.
+    """
+
+    value: float
+    features: AxisFeatures
+
+
+class HeadOutputs(NamedTuple):
+    """All head outputs for one object or point.
+
+    The device collects them over several steps as one row of a packed tensor with the columns `COLUMNS`. The last two
+    fields belong to the decision after the object.
+
+    Attributes:
+        continue_probability: Probability that there is this object.
+        x: Horizontal center.
+        y: Vertical center.
+        width: Width; zeros for a point.
+        height: Height; zeros for a point.
+        next_continue_probability: Probability of another object after this one.
+        stop: Whether the end is more likely than another object.
+    """
+
+    continue_probability: float
+    x: AxisOutputs
+    y: AxisOutputs
+    width: AxisOutputs
+    height: AxisOutputs
+    next_continue_probability: float
+    stop: bool
+
+    @classmethod
+    def unpack(cls, packed: Sequence[float]) -> HeadOutputs:
+        """Build the tuple from one row of the packed tensor."""
+        x, y, width, height = (_unpack_axis(packed[COLUMNS[axis]]) for axis in AXES)
+        return cls(
+            continue_probability=packed[COLUMNS["continue_probability"].start],
+            x=x,
+            y=y,
+            width=width,
+            height=height,
+            next_continue_probability=packed[COLUMNS["next_continue_probability"].start],
+            stop=packed[COLUMNS["stop"].start] > 0,
+        )
+
+
+class TokenOutput(NamedTuple):
+    """Output of the language head for one sequence.
+
+    Attributes:
+        token: Token ID.
+        logprob: Logarithm of its probability.
+        coordinate: Coordinate that the token stands for if it is the coordinate token of reasoning; otherwise 0.
+    """
+
+    token: int
+    logprob: float
+    coordinate: float
+
+
+AXES = ("x", "y", "width", "height")
+
+
+def _columns() -> dict[str, slice]:
+    columns, start = {}, 0
+    for field in HeadOutputs._fields:
+        stop = start + (1 + len(AxisFeatures._fields) if field in AXES else 1)
+        columns[field], start = slice(start, stop), stop
+    return columns
+
+
+def _unpack_axis(packed: Sequence[float]) -> AxisOutputs:
+    value, *features = packed
+    return AxisOutputs(value, AxisFeatures(*features))
+
+
+COLUMNS = _columns()  # columns of each field of `HeadOutputs` in the packed tensor
+NUM_PARTIAL_COLUMNS = COLUMNS["next_continue_probability"].start  # those of an object that is not complete
+
+
+@dataclass(frozen=True)
+class BatchOutputs:
+    """Outputs of the heads for a batch of S sequences.
+
+    Attributes:
+        embeddings: [S, dim] next input embedding of each sequence.
+        partial: [S, NUM_PARTIAL_COLUMNS] float32 packed outputs for the object that each sequence decodes.
+        outputs: Output of each sequence that the host needs; None while an object is incomplete.
     """
 
     embeddings: Tensor
-    readings: Tensor
-    decisions: dict[int, list[float]]
-    tokens: dict[int, list[float]]
-
-    def tell(self, i: int, row: Row) -> Prompt | bool:
-        """Tell row number i; say whether it goes on, perhaps with a prompt."""
-        if isinstance(row, TextRow):
-            token, logprob, coordinate = self.tokens[i]
-            return row.take(int(token), logprob, coordinate)
-        assert isinstance(row, RegionRow)
-        if row.head is Head.DECISION:
-            stop, going_on, *before = self.decisions[i]
-            return row.decide(stop > 0, going_on, before)
-        row.advance()
-        return True
+    partial: Tensor
+    outputs: list[HeadOutputs | TokenOutput | None]
 
 
-def read(network: MoondreamNetwork, rows: Sequence[Row], hidden: Tensor, readings: Tensor) -> Reading:
-    """Read whatever each row reads next; nothing but the result tells of it.
+def run_heads(
+    network: MoondreamNetwork,
+    heads: Sequence[Head],
+    hidden: Tensor,
+    partial: Tensor,
+    sampling: Sequence[SamplingParams | None],
+) -> BatchOutputs:
+    """Apply the head of each sequence. No argument is modified.
 
     Args:
-        hidden: [R, dim] hidden states, before `post_ln`.
-        readings: [R, READINGS] of the objects that the rows have begun.
+        network: Network with the heads.
+        heads: Head of each of S sequences.
+        hidden: [S, dim] hidden states before `post_ln`.
+        partial: [S, NUM_PARTIAL_COLUMNS] packed outputs so far for the object that each sequence decodes.
+        sampling: Sampling parameters of each sequence; None for sequences that write no text.
     """
-    heads: dict[Head, list[int]] = {head: [] for head in Head}
-    for i, row in enumerate(rows):
-        heads[row.head].append(i)
-    deciding, writing = heads[Head.DECISION], heads[Head.TOKEN] + heads[Head.THOUGHT]
-    embeddings, readings = torch.empty_like(hidden), readings.clone()
-    decided: Tensor | None = None
-    written: Tensor | None = None
+    by_head: dict[Head, list[int]] = {head: [] for head in Head}
+    for i, head in enumerate(heads):
+        by_head[head].append(i)
+    deciding, reasoning = by_head[Head.X_OR_STOP], by_head[Head.REASONING]
+    writing = by_head[Head.TOKEN] + reasoning
+    embeddings, partial = torch.empty_like(hidden), partial.clone()
+    packed: Tensor | None = None
+    sampled: Tensor | None = None
+
+    # Language head: stop decisions and tokens
     if deciding or writing:
-        logits = network.text.logits(_pick(hidden, deciding + writing))  # [D + W, vocab_size]
+        logits = network.text.logits(_gather(hidden, deciding + writing))  # [D + W, vocab_size]
         if deciding:
-            of_deciding = logits[: len(deciding)]
+            decisions = logits[: len(deciding)]
             eos = network.config.tokenizer.eos_id
-            going_on = continue_probability(of_deciding, eos)[:, None]
-            stop = (of_deciding.argmax(-1) == eos)[:, None]
-            decided = torch.cat((stop, going_on, _pick(readings, deciding)), 1)  # [D, 2 + READINGS]
-            _put(readings, deciding, going_on, 0)
+            going_on = continue_probability(decisions, eos)[:, None]
+            stop = (decisions.argmax(-1) == eos)[:, None]
+            packed = torch.cat((_gather(partial, deciding), going_on, stop), 1)  # [D, all columns]
+            _scatter(partial, deciding, going_on, COLUMNS["continue_probability"])
         if writing:
-            chosen = _write(network, [rows[i] for i in writing], logits[len(deciding) :], _pick(hidden, writing))
-            _put(embeddings, writing, chosen[0])
-            written = chosen[1]
-    for axis, head in enumerate((Head.DECISION, Head.Y)):
-        if heads[head]:
-            logits = network.region.decode_coordinate(_pick(hidden, heads[head]))
+            params = [one for i in writing if (one := sampling[i]) is not None]
+            token_embeddings, sampled = _sample_tokens(
+                network, params, logits[len(deciding) :], _gather(hidden, writing), len(reasoning)
+            )
+            _scatter(embeddings, writing, token_embeddings)
+
+    # Coordinate head: x and y
+    for head, field in ((Head.X_OR_STOP, "x"), (Head.Y, "y")):
+        if rows := by_head[head]:
+            logits = network.region.decode_coordinate(_gather(hidden, rows))
             coordinate = bin_to_coordinate(logits.argmax(-1), logits.shape[-1])[:, None]  # [n, 1]
-            _put(embeddings, heads[head], network.region.encode_coordinate(coordinate.to(hidden.dtype)))
-            _put(readings, heads[head], torch.cat((coordinate, axis_features(logits)), -1), 1 + axis * AXIS)
-    if heads[Head.SIZE]:
-        logits = network.region.decode_size(_pick(hidden, heads[Head.SIZE]))
+            _scatter(embeddings, rows, network.region.encode_coordinate(coordinate.to(hidden.dtype)))
+            _scatter(partial, rows, torch.cat((coordinate, axis_features(logits)), -1), COLUMNS[field])
+
+    # Size head: width and height
+    if rows := by_head[Head.SIZE]:
+        logits = network.region.decode_size(_gather(hidden, rows))
         size = bin_to_size(logits.argmax(-1), logits.shape[-1])  # [n, 2]
-        _put(embeddings, heads[Head.SIZE], network.region.encode_size(size.to(hidden.dtype)))
-        read = torch.cat((size[..., None], axis_features(logits)), -1)  # [n, 2, AXIS]
-        _put(readings, heads[Head.SIZE], read.flatten(1), 1 + 2 * AXIS)
-    # The only places where the device is waited for.
-    decisions = [] if decided is None else decided.tolist()
-    tokens = [] if written is None else written.tolist()
-    return Reading(
-        embeddings, readings, dict(zip(deciding, decisions, strict=True)), dict(zip(writing, tokens, strict=True))
-    )
+        _scatter(embeddings, rows, network.region.encode_size(size.to(hidden.dtype)))
+        outputs = torch.cat((size[..., None], axis_features(logits)), -1)  # [n, 2, columns of an axis]
+        columns = slice(COLUMNS["width"].start, COLUMNS["height"].stop)
+        _scatter(partial, rows, outputs.flatten(1), columns)
+
+    # Transfer to the host; nothing else waits for the device
+    on_host: list[HeadOutputs | TokenOutput | None] = [None] * len(heads)
+    for i, values in zip(deciding, [] if packed is None else packed.tolist(), strict=True):
+        on_host[i] = HeadOutputs.unpack(values)
+    for i, (token, logprob, coordinate) in zip(writing, [] if sampled is None else sampled.tolist(), strict=True):
+        on_host[i] = TokenOutput(int(token), logprob, coordinate)
+    return BatchOutputs(embeddings, partial, on_host)
 
 
-def _write(network: MoondreamNetwork, rows: Sequence[Row], logits: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the next token of each row.
+def _sample_tokens(
+    network: MoondreamNetwork, params: Sequence[SamplingParams], logits: Tensor, hidden: Tensor, num_reasoning: int
+) -> tuple[Tensor, Tensor]:
+    """Sample the next token of W sequences, of which the last `num_reasoning` ones are reasoning.
+
+    Args:
+        network: Network with the heads.
+        params: Sampling parameters of each sequence.
+        logits: [W, vocab_size] next-token logits.
+        hidden: [W, dim] hidden states.
+        num_reasoning: Number of sequences at the end that may emit a coordinate.
 
     Returns:
-        [W, dim] what is fed for it; [W, 3] token, log-probability, and the coordinate that it stands for in a thought.
+        [W, dim] embeddings of the tokens; [W, 3] token ID, log-probability and coordinate.
     """
-    texts = [row for row in rows if isinstance(row, TextRow)]
-    tokens, logprobs = choose(
-        logits,
-        [row.request.settings.temperature for row in texts],
-        [row.request.settings.top_p for row in texts],
-        [row.draw for row in texts],
-        [row.banned for row in texts],
-        # Computed on the CPU while the device runs the decoder
-        [row.grammar.bitmask() if row.grammar and row.head is Head.TOKEN else None for row in texts],
-    )
+    tokens, logprobs = sample(logits, params)
     embeddings, coordinates = network.text.embed(tokens), torch.zeros_like(logprobs)
-    thinking = [i for i, row in enumerate(texts) if row.head is Head.THOUGHT]
-    if thinking:
+    if num_reasoning:
         region = network.region
-        bins = region.decode_coordinate(_pick(hidden, thinking))
+        bins = region.decode_coordinate(hidden[-num_reasoning:])
         coordinate = bin_to_coordinate(bins.argmax(-1), bins.shape[-1])
-        _put(coordinates[:, None], thinking, coordinate[:, None])
-        stands_for_it = (_pick(tokens, thinking) == network.config.tokenizer.coord_id)[:, None]
+        coordinates[-num_reasoning:] = coordinate
+        is_coordinate = (tokens[-num_reasoning:] == network.config.tokenizer.coord_id)[:, None]
         encoded = region.encode_coordinate(coordinate.to(hidden.dtype)[:, None])
-        _put(embeddings, thinking, torch.where(stands_for_it, encoded, _pick(embeddings, thinking)))
+        embeddings[-num_reasoning:] = torch.where(is_coordinate, encoded, embeddings[-num_reasoning:])
     return embeddings, torch.stack((tokens.float(), logprobs, coordinates), 1)
 
 
-def _pick(tensor: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a tensor; all of them without a copy where they stand in order."""
+def _gather(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Return some rows of a tensor; all rows in order are returned without a copy."""
     if rows == list(range(len(tensor))):
         return tensor
     return tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long)]
 
 
-def _put(tensor: Tensor, rows: list[int], values: Tensor, column: int = 0) -> None:
-    """Write [n, k] values to some rows of a tensor, from a column on."""
-    stop = column + values.shape[1]
+def _scatter(tensor: Tensor, rows: list[int], values: Tensor, columns: slice = slice(None)) -> None:
+    """Write [n, k] values to some rows of a tensor, in k of its columns."""
     if rows == list(range(len(tensor))):
-        tensor[:, column:stop] = values
+        tensor[:, columns] = values
     else:
-        tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long), column:stop] = values
+        tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long), columns] = values

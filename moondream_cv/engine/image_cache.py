@@ -1,6 +1,6 @@
-"""Encoded images that a model keeps for when the same picture comes again.
+"""Cache of encoded images, by the content of their pixels.
 
-It knows nothing of models: who asks computes what is missing and puts it in.
+The cache does not run models: callers encode missing images and store them.
 """
 
 from __future__ import annotations
@@ -14,113 +14,120 @@ from typing import NamedTuple
 import numpy as np
 
 from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.preprocessing import PreparedImage, digest_of
+from moondream_cv.engine.preprocessing import PreprocessedImage, digest_of
 
-Coming = Future["EncodedImage | None"]
+InFlight = Future["EncodedImage | None"]
+"""Entry of an image that a thread is encoding; it resolves to None if that thread gives up."""
 
 
 class ImageKey(NamedTuple):
-    """What an encoded image depends on beside the model.
+    """Key of an encoded image within one model.
 
     Attributes:
-        digest: Of the pixels and of their shape.
-        max_crops: Local crops at the most.
-        variant: The adapter's name.
+        digest: Digest of the pixels and their shape.
+        max_crops: Maximum number of local crops.
+        adapter_name: Name of the adapter.
     """
 
     digest: bytes
     max_crops: int
-    variant: str | None
+    adapter_name: str | None
 
 
 class ImageCache:
-    """The images of one model that were used last, as many as fit.
+    """Least-recently-used cache of the encoded images of one model. Safe for use from several threads.
 
-    Calls from several threads are safe. Of threads that miss the same image at once one encodes it, and the others wait
-    for that.
+    If several threads miss the same image at the same time, one of them encodes it and the others wait for it.
 
     Attributes:
-        hits: How often an image was found.
-        misses: How often it was not.
+        max_images: Maximum number of images.
+        max_bytes: Maximum total size of the images in bytes.
+        hits: Number of lookups that found an image, in the cache or in flight.
+        misses: Number of lookups that did not.
     """
 
     def __init__(self, max_images: int, max_bytes: int) -> None:
-        """Make an empty cache.
+        """Create an empty cache.
 
         Args:
-            max_images: How many images to keep at the most.
-            max_bytes: What they may take together, `EncodedImage.nbytes` each. An image that takes more by itself is
-                not kept.
+            max_images: Maximum number of images.
+            max_bytes: Maximum total size in bytes, by `EncodedImage.nbytes`. A larger image is not stored.
 
         Raises:
             ValueError: A limit is below 1.
         """
         for name, value in (("max_images", max_images), ("max_bytes", max_bytes)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_images, self.max_bytes = max_images, max_bytes
-        self._images: OrderedDict[ImageKey, EncodedImage] = OrderedDict()  # the one used last stands last
+        self._images: OrderedDict[ImageKey, EncodedImage] = OrderedDict()  # least recently used first
         self._nbytes = 0
         self.hits = self.misses = 0
-        self._coming: dict[ImageKey, Coming] = {}  # being encoded
+        self._in_flight: dict[ImageKey, InFlight] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"ImageCache({len(self)} of {self.max_images} images, {self.nbytes:,} of {self.max_bytes:,} bytes)"
 
     def __len__(self) -> int:
-        """Number of images that are kept."""
+        """Number of cached images."""
         return len(self._images)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the kept images take."""
+        """Total size of the cached images in bytes."""
         return self._nbytes
 
     @staticmethod
-    def key(image: np.ndarray | PreparedImage, max_crops: int, variant: str | None) -> ImageKey:
-        """Name an image by its content.
+    def key(image: np.ndarray | PreprocessedImage, max_crops: int, adapter_name: str | None) -> ImageKey:
+        """Return the key of an image.
 
         Args:
-            image: [H, W, 3] uint8 RGB, or such an image prepared.
-            max_crops: Local crops at the most that it is or would be encoded with.
-            variant: The adapter that it is or would be encoded with.
+            image: [H, W, 3] uint8 RGB, or preprocessed.
+            max_crops: Maximum number of local crops that the image is encoded with.
+            adapter_name: Name of the adapter that the image is encoded with.
         """
-        digest = image.digest if isinstance(image, PreparedImage) else digest_of(image)
-        return ImageKey(digest, max_crops, variant)
+        digest = image.digest if isinstance(image, PreprocessedImage) else digest_of(image)
+        return ImageKey(digest, max_crops, adapter_name)
 
-    def claim(self, key: ImageKey) -> tuple[EncodedImage | Coming, bool]:
-        """Return what is kept under a key, or the promise of it, and whether the promise is the caller's to keep.
+    def get_or_start(self, key: ImageKey) -> tuple[EncodedImage | InFlight, bool]:
+        """Look up an image; on a miss, start an in-flight entry that the caller owns.
 
-        A promise is a future that ends in the image, or in None if who made it gives up. Who has made one must `put`
-        the image or `give_up` before waiting for those of others.
+        The owner must `put` the image or `abandon` the entry before it waits for entries of other threads.
+
+        Returns:
+            The image or its in-flight entry, and whether the caller owns the entry.
         """
         with self._lock:
-            found = self._images.get(key) or self._coming.get(key)
+            found = self._images.get(key) or self._in_flight.get(key)
             if found is None:
                 self.misses += 1
-                coming = self._coming[key] = Future()
-                return coming, True
+                entry = self._in_flight[key] = Future()
+                return entry, True
             self.hits += 1
             if key in self._images:
                 self._images.move_to_end(key)
             return found, False
 
-    def give_up(self, claims: Mapping[ImageKey, Coming]) -> None:
-        """Let go of promises that were not kept; who waits for one may encode the image."""
-        with self._lock:
-            for key, coming in claims.items():
-                if self._coming.get(key) is coming:
-                    del self._coming[key]
-                    coming.set_result(None)
-
-    def put(self, key: ImageKey, encoded: EncodedImage) -> None:
-        """Keep an image, in place of the one under this key and of those that were not used for longest.
+    def abandon(self, entries: Mapping[ImageKey, InFlight]) -> None:
+        """Resolve in-flight entries to None unless their images have been stored, so that waiting threads can encode.
 
         Args:
-            key: Must be that of the very pixels that were encoded: not of a frame that `reencode` took for unchanged
-                within a tolerance.
-            encoded: The image.
+            entries: In-flight entries that the caller owns, by key.
+        """
+        with self._lock:
+            for key, entry in entries.items():
+                if self._in_flight.get(key) is entry:
+                    del self._in_flight[key]
+                    entry.set_result(None)
+
+    def put(self, key: ImageKey, encoded: EncodedImage) -> None:
+        """Store an image, evict the least recently used ones beyond the limits, and resolve the in-flight entry.
+
+        Args:
+            key: Key of exactly the pixels that were encoded; not of a frame that `reencode` treated as unchanged within
+                a tolerance.
+            encoded: Encoded image.
         """
         with self._lock:
             self._remove(key)
@@ -129,12 +136,12 @@ class ImageCache:
                 self._nbytes += encoded.nbytes
             while len(self._images) > self.max_images or self._nbytes > self.max_bytes:
                 self._remove(next(iter(self._images)))
-            coming = self._coming.pop(key, None)
-            if coming is not None:
-                coming.set_result(encoded)
+            entry = self._in_flight.pop(key, None)
+            if entry is not None:
+                entry.set_result(encoded)
 
     def clear(self) -> None:
-        """Forget all images."""
+        """Drop all cached images."""
         with self._lock:
             self._images.clear()
             self._nbytes = 0

@@ -1,170 +1,281 @@
-"""Keys and values of rows that decode together; the rows of an image share one copy of its prefix.
+"""KV caches of the decoder: the prefix of an image, and the cache that all sequences on an image share.
 
-A context is an image's prefix and behind it whatever its rows have fed, in the order of time. Each entry has an owner,
-and a row attends to the prefix and to its own entries. So memory grows with what the rows feed and not with rows ×
-prefix, and a step reads each prefix once: the queries of all rows of an image are one product with its keys.
+A group consists of one image prefix and the entries of the sequences that decode on that image, in the order in which
+they were written. Each entry belongs to one sequence. A sequence attends to the prefix and to its own entries. Memory
+therefore grows with the number of decoded tokens and not with sequences × prefix length, and a step reads each prefix
+once: the queries of all sequences of a group are multiplied with the same keys.
 
-Contexts are stacked, and all of them write at the same place: one that feeds fewer entries than another leaves gaps
-that nobody sees. A cache knows nothing of what a row is about.
+Groups are stacked along the batch dimension and share one write position. A group that writes fewer entries than
+another one is padded; no sequence attends to padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moondream_cv.engine.prefix import Prefix
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.text import attention
+from moondream_cv.model.text import LayerLora, attention
 
-NOBODY, EVERYBODY = -2, -1  # owners of gaps and of prefixes; rows have keys from 0 on
-GROWTH_STEPS = 16  # steps like the present one for which a full cache gets room
+PADDING_ID, PREFIX_ID = -2, -1  # seq_id of padding and of prefix entries; sequences have IDs from 0 on
+GROWTH_STEPS = 16  # steps of the current size that fit into a cache after it has grown
 
 
-class SharedCache:
-    """The stacked contexts of images with prefixes of one length, or of rows without an image.
+@dataclass(frozen=True)
+class ImagePrefix:
+    """Keys and values of the tokens of one image.
 
     Attributes:
-        count: Contexts in use; they are numbered from 0.
-        end: Where the next entries are written.
+        layers: For each layer the keys and the values, both [1, kv_heads, P, head_dim].
     """
 
-    def __init__(self, network: MoondreamNetwork, prefix_length: int, contexts: int, capacity: int) -> None:
-        config = network.config.text
-        self.prefix_length, self.count, self.end = prefix_length, 0, prefix_length
-        self._stop = self.end  # of the step that is open
-        tensor = torch.empty(0, device=network.device, dtype=network.dtype)
-        shape = (2, contexts, config.n_kv_heads, prefix_length + capacity, config.head_dim)
-        # Zeros: a gap's weight is 0, and 0 times whatever uninitialised memory holds may be NaN.
-        self._layers = [tensor.new_zeros(shape) for _ in range(config.n_layers)]  # keys, then values
-        self._inputs = tensor.new_zeros(contexts, prefix_length + capacity, config.dim)
-        self._owner = torch.full((contexts, prefix_length + capacity), NOBODY, device=network.device, dtype=torch.long)
-        self._mask = tensor
-        self._clean = network.dtype == torch.float16
+    layers: tuple[tuple[Tensor, Tensor], ...]
 
     @property
-    def contexts(self) -> int:
-        """How many contexts there is memory for."""
-        return self._owner.shape[0]
-
-    @property
-    def capacity(self) -> int:
-        """Entries of a context, its prefix included, that there is memory for."""
-        return self._owner.shape[1]
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.layers[0][0].shape[2]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self._layers, self._inputs, self._owner))
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
-    def add(self, prefix: Prefix | None) -> int:
-        """Copy a prefix into a new context; give back its number."""
-        if self.count == self.contexts:
-            self._resize(2 * self.contexts, self.capacity)
-        number = self.count
+
+def prefill_images(
+    network: MoondreamNetwork, embeddings: Tensor, adapter: Sequence[LayerLora] | None
+) -> list[ImagePrefix]:
+    """Compute the keys and values of image tokens. The tokens of an image attend to one another in both directions.
+
+    Args:
+        network: Network that runs the decoder.
+        embeddings: [I, P, dim] token embeddings of I images.
+        adapter: Adapter layers; None: no adapter.
+
+    Returns:
+        One prefix per image. Prefixes share no memory, so each can be freed separately.
+    """
+    recorders = [_KVRecorder() for _ in network.text.blocks]
+    positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
+    with torch.inference_mode():
+        network.text(embeddings, positions, attends=recorders, adapter=adapter)
+    return [
+        ImagePrefix(tuple((_copy_image(r.keys, image), _copy_image(r.values, image)) for r in recorders))
+        for image in range(len(embeddings))
+    ]
+
+
+class _KVRecorder:
+    """Bidirectional attention that keeps the keys and values it receives."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys, self.values = k, v
+        return attention(q, k, v)
+
+
+def _copy_image(tensor: Tensor, image: int) -> Tensor:
+    """[I, P, kv_heads, head_dim] → a copy of one image's [1, kv_heads, P, head_dim]."""
+    return tensor[image : image + 1].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(eq=False)
+class CacheGroup:
+    """Location of a group.
+
+    Attributes:
+        key: Object that identifies the image; sequences with the same key share the group.
+        cache: Cache that contains the group.
+        index: Index of the group in the cache.
+    """
+
+    key: object
+    cache: PrefixSharedKVCache
+    index: int
+
+
+class PrefixSharedKVCache:
+    """KV cache of several groups whose image prefixes have the same length; without an image, that length is 0.
+
+    Attributes:
+        prefix_length: Tokens of each image prefix.
+        num_groups: Groups in use; their indices start at 0.
+        end: Position at which the next step writes.
+    """
+
+    def __init__(self, network: MoondreamNetwork, prefix_length: int, max_groups: int, max_entries: int) -> None:
+        """Allocate an empty cache on the device of a network and in its dtype.
+
+        Args:
+            network: Network that the cache is for.
+            prefix_length: Tokens of each image prefix.
+            max_groups: Groups to allocate memory for.
+            max_entries: Entries behind each prefix to allocate memory for.
+        """
+        config = network.config.text
+        self.prefix_length, self.num_groups, self.end = prefix_length, 0, prefix_length
+        self._step_end = self.end
+        empty = torch.empty(0, device=network.device, dtype=network.dtype)
+        capacity = prefix_length + max_entries
+        shape = (2, max_groups, config.n_kv_heads, capacity, config.head_dim)
+        # Zeros: padding has weight 0, and 0 times uninitialized memory may be NaN.
+        self._layers = [empty.new_zeros(shape) for _ in range(config.n_layers)]  # keys, then values
+        self._inputs = empty.new_zeros(max_groups, capacity, config.dim)
+        self._seq_ids = torch.full((max_groups, capacity), PADDING_ID, device=network.device, dtype=torch.long)
+        self._mask = empty
+        self._replace_nan = network.dtype == torch.float16
+
+    @property
+    def max_groups(self) -> int:
+        """Number of groups that memory is allocated for."""
+        return self._seq_ids.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Entries per group, including the prefix, that memory is allocated for."""
+        return self._seq_ids.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all persistent tensors in bytes."""
+        return sum(t.nbytes for t in (*self._layers, self._inputs, self._seq_ids))
+
+    def add_group(self, prefix: ImagePrefix | None) -> int:
+        """Copy an image prefix into a new group.
+
+        Args:
+            prefix: Prefix of `prefix_length` tokens; None if that length is 0.
+
+        Returns:
+            Index of the group.
+        """
+        if self.num_groups == self.max_groups:
+            self._resize(2 * self.max_groups, self.capacity)
+        group = self.num_groups
         if prefix is not None:
             for layer, (keys, values) in zip(self._layers, prefix.layers, strict=True):
-                layer[0, number, :, : self.prefix_length] = keys[0]
-                layer[1, number, :, : self.prefix_length] = values[0]
-        for layer in self._layers:  # of the context that was here before, which may have held no numbers
-            layer[:, number, :, self.prefix_length : self.end] = 0
-        self._owner[number] = NOBODY
-        self._owner[number, : self.prefix_length] = EVERYBODY
-        self.count += 1
-        return number
+                layer[0, group, :, : self.prefix_length] = keys[0]
+                layer[1, group, :, : self.prefix_length] = values[0]
+        for layer in self._layers:  # a removed group may have left NaN at this index
+            layer[:, group, :, self.prefix_length : self.end] = 0
+        self._seq_ids[group] = PADDING_ID
+        self._seq_ids[group, : self.prefix_length] = PREFIX_ID
+        self.num_groups += 1
+        return group
 
-    def remove(self, number: int) -> None:
-        """Drop a context; the last one takes its number."""
-        self.count -= 1
-        if number == self.count:
+    def remove_group(self, group: int) -> None:
+        """Remove a group; the last group takes its index."""
+        self.num_groups -= 1
+        last = self.num_groups
+        if group == last:
             return
         for layer in self._layers:
-            layer[:, number] = layer[:, self.count]
-        self._inputs[number], self._owner[number] = self._inputs[self.count], self._owner[self.count]
+            layer[:, group] = layer[:, last]
+        self._inputs[group], self._seq_ids[group] = self._inputs[last], self._seq_ids[last]
 
-    def make_room(self, contexts: int, entries: int, live: Collection[int]) -> None:
-        """See to it that there is memory for so many contexts, and for so many more entries in each.
+    def reserve(self, num_groups: int, num_entries: int, live: Collection[int]) -> None:
+        """Ensure that memory is allocated for a number of groups and for further entries in each of them.
 
         Args:
-            live: Keys of the rows that are still decoding; entries of all others are dropped where memory is short.
+            num_groups: Total number of groups.
+            num_entries: Entries that the next step writes to each group.
+            live: IDs of the sequences that still decode. Entries of other sequences are dropped if space is short.
         """
         capacity = self.capacity
-        if self.end + entries > capacity:
-            self._pack(live)
-            ahead = GROWTH_STEPS * entries
-            if self.end + ahead > capacity:  # else packing has made room for a while
+        if self.end + num_entries > capacity:
+            self._compact(live)
+            ahead = GROWTH_STEPS * num_entries
+            if self.end + ahead > capacity:  # otherwise compaction has freed enough for several steps
                 capacity = self.end + max(ahead, (self.end - self.prefix_length) // 2)
-        if contexts > self.contexts or capacity > self.capacity:
-            self._resize(max(contexts, self.contexts), capacity)
+        if num_groups > self.max_groups or capacity > self.capacity:
+            self._resize(max(num_groups, self.max_groups), capacity)
 
-    def open(self, owners: Tensor, inputs: Tensor, causal: bool) -> None:
-        """Prepare a step, for whose entries `make_room` has seen to it that there is memory.
+    def begin_step(self, seq_ids: Tensor, inputs: Tensor, causal: bool) -> None:
+        """Record the entries that a step adds and build its attention mask. `reserve` must have allocated the memory.
+
+        A step that was begun and not committed leaves no trace: the next `begin_step` overwrites it.
 
         Args:
-            owners: [count, T] keys of the rows whose entries they are.
-            inputs: [count, T, dim] embeddings that are fed; `fed` gives them back.
-            causal: Whether a row feeds several entries, of which each sees those before it.
+            seq_ids: [num_groups, T] IDs of the sequences that the entries belong to.
+            inputs: [num_groups, T, dim] input embeddings of the entries, for `input_embeddings`.
+            causal: Whether some sequence adds several entries, each of which attends to the ones before it.
         """
-        steps = owners.shape[1]
-        self._stop = stop = self.end + steps
-        self._owner[: self.count, self.end : stop] = owners
-        self._inputs[: self.count, self.end : stop] = inputs
-        seen = self._owner[: self.count, None, :stop]
-        allowed = (seen == owners[..., None]) | (seen == EVERYBODY)  # [count, T, stop]
+        steps = seq_ids.shape[1]
+        self._step_end = stop = self.end + steps
+        self._seq_ids[: self.num_groups, self.end : stop] = seq_ids
+        self._inputs[: self.num_groups, self.end : stop] = inputs
+        keys = self._seq_ids[: self.num_groups, None, :stop]
+        allowed = (keys == seq_ids[..., None]) | (keys == PREFIX_ID)  # [num_groups, T, stop]
         if causal:
-            allowed[..., self.end :] &= torch.ones(steps, steps, dtype=torch.bool, device=owners.device).tril()
-        mask = torch.zeros(allowed.shape, device=owners.device, dtype=self._layers[0].dtype)
+            allowed[..., self.end :] &= torch.ones(steps, steps, dtype=torch.bool, device=seq_ids.device).tril()
+        mask = torch.zeros(allowed.shape, device=seq_ids.device, dtype=self._layers[0].dtype)
         self._mask = mask.masked_fill_(~allowed, -torch.inf)[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write the step's [count, T, kv_heads, head_dim] entries of one layer and attend to all that each may see."""
-        if self._clean:  # half precision overflows, and one row's NaN would reach the others through their zero weights
+        """Write the keys and values of a step to one layer and compute its attention.
+
+        Args:
+            layer: Index of the layer.
+            q: [num_groups, T, heads, head_dim] queries.
+            k: [num_groups, T, kv_heads, head_dim] keys.
+            v: [num_groups, T, kv_heads, head_dim] values.
+
+        Returns:
+            [num_groups, T, heads, head_dim] attention outputs.
+        """
+        if self._replace_nan:  # float16 overflows, and NaN would reach other sequences through their zero weights
             k, v = torch.nan_to_num(k), torch.nan_to_num(v)
-        kept = self._layers[layer][:, : self.count, :, : self._stop]
-        kept[0, :, :, self.end :] = k.transpose(1, 2)
-        kept[1, :, :, self.end :] = v.transpose(1, 2)
-        return attention(q, kept[0].transpose(1, 2), kept[1].transpose(1, 2), self._mask)
+        cached = self._layers[layer][:, : self.num_groups, :, : self._step_end]
+        cached[0, :, :, self.end :] = k.transpose(1, 2)
+        cached[1, :, :, self.end :] = v.transpose(1, 2)
+        return attention(q, cached[0].transpose(1, 2), cached[1].transpose(1, 2), self._mask)
 
     def commit(self) -> None:
-        """Close a step: its entries stand. A step that is opened anew instead has never been."""
-        self.end = self._stop
+        """Make the entries of the current step permanent."""
+        self.end = self._step_end
 
     def release(self) -> None:
-        """Free the keys and values. Only `fed` may follow, which needs neither."""
+        """Free the keys and values. Afterwards only `input_embeddings` can be called."""
         self._layers, self._mask = [], self._mask.new_empty(0)
 
-    def fed(self, number: int, owner: int) -> Tensor:
-        """[n, dim] embeddings that a row has fed, in their order."""
-        return self._inputs[number, : self.end][self._owner[number, : self.end] == owner]
+    def input_embeddings(self, group: int, seq_id: int) -> Tensor:
+        """Return the [n, dim] embeddings of all committed entries of a sequence, in order."""
+        return self._inputs[group, : self.end][self._seq_ids[group, : self.end] == seq_id]
 
-    def _pack(self, live: Collection[int]) -> None:
-        """Move the entries of live rows together. Where this fails, `fed` still tells what it did."""
-        owners = self._owner[: self.count, : self.end]
-        keys = torch.tensor([EVERYBODY, *live], device=owners.device, dtype=torch.long)
-        dead = ~torch.isin(owners, keys)
-        end = self.end - int(dead.sum(1).min()) if self.count else self.prefix_length
+    def _compact(self, live: Collection[int]) -> None:
+        """Move the entries of live sequences together. If this runs out of memory, `input_embeddings` stays valid."""
+        seq_ids = self._seq_ids[: self.num_groups, : self.end]
+        kept = torch.tensor([PREFIX_ID, *live], device=seq_ids.device, dtype=torch.long)
+        dead = ~torch.isin(seq_ids, kept)
+        end = self.end - int(dead.sum(1).min()) if self.num_groups else self.prefix_length
         if end == self.end:
             return
+        # Compute everything that needs memory
         order = dead.int().argsort(dim=1, stable=True)[:, :end]
-        inputs = self._inputs[: self.count].gather(1, order[..., None].expand(-1, -1, self._inputs.shape[2]))
-        owners = owners.gather(1, order).masked_fill_(dead.gather(1, order), NOBODY)
-        for number, source in enumerate(order):
+        inputs = self._inputs[: self.num_groups].gather(1, order[..., None].expand(-1, -1, self._inputs.shape[2]))
+        seq_ids = seq_ids.gather(1, order).masked_fill_(dead.gather(1, order), PADDING_ID)
+        for group, source in enumerate(order):
             for layer in self._layers:
-                layer[:, number, :, :end] = layer[:, number].index_select(2, source)
-        self._inputs[: self.count, :end], self._owner[: self.count, :end] = inputs, owners
-        self._owner[:, end:] = NOBODY
+                layer[:, group, :, :end] = layer[:, group].index_select(2, source)
+        # Update the inputs, which `input_embeddings` reads
+        self._inputs[: self.num_groups, :end], self._seq_ids[: self.num_groups, :end] = inputs, seq_ids
+        self._seq_ids[:, end:] = PADDING_ID
         self.end = end
 
-    def _resize(self, contexts: int, capacity: int) -> None:
-        """Move everything to memory of another size, layer by layer: two copies of all would not fit."""
-        inputs = self._inputs.new_zeros(contexts, capacity, self._inputs.shape[2])
-        owner = self._owner.new_full((contexts, capacity), NOBODY)
+    def _resize(self, max_groups: int, capacity: int) -> None:
+        """Reallocate all tensors, one layer at a time: two copies of the whole cache may not fit into memory."""
+        inputs = self._inputs.new_zeros(max_groups, capacity, self._inputs.shape[2])
+        seq_ids = self._seq_ids.new_full((max_groups, capacity), PADDING_ID)
         for i, layer in enumerate(self._layers):
-            shape = (2, contexts, layer.shape[2], capacity, layer.shape[4])
+            shape = (2, max_groups, layer.shape[2], capacity, layer.shape[4])
             self._layers[i] = layer.new_zeros(shape)
-            self._layers[i][:, : self.count, :, : self.end] = layer[:, : self.count, :, : self.end]
+            self._layers[i][:, : self.num_groups, :, : self.end] = layer[:, : self.num_groups, :, : self.end]
             del layer
-        inputs[: self.count, : self.end] = self._inputs[: self.count, : self.end]
-        owner[: self.count, : self.end] = self._owner[: self.count, : self.end]
-        self._inputs, self._owner = inputs, owner
+        inputs[: self.num_groups, : self.end] = self._inputs[: self.num_groups, : self.end]
+        seq_ids[: self.num_groups, : self.end] = self._seq_ids[: self.num_groups, : self.end]
+        self._inputs, self._seq_ids = inputs, seq_ids

@@ -18,9 +18,10 @@ from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
 from moondream_cv.engine.fingerprint import fingerprint
-from moondream_cv.engine.image_cache import Coming, ImageCache, ImageKey
-from moondream_cv.engine.preprocessing import PreparedImage
-from moondream_cv.engine.scheduler import Limits, Scheduler
+from moondream_cv.engine.image_cache import ImageCache, ImageKey, InFlight
+from moondream_cv.engine.model_runner import ModelRunner
+from moondream_cv.engine.preprocessing import PreprocessedImage
+from moondream_cv.engine.scheduler import Limits, Scheduler, SchedulerContext
 from moondream_cv.engine.structured_output import GrammarCompiler
 from moondream_cv.errors import MoondreamError
 from moondream_cv.images import to_rgb
@@ -31,23 +32,25 @@ from moondream_cv.requests import ErrorResult, Request, Result, Settings
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
 WARM_UP_CROPS = (1, 2, 13)
-"""Numbers of crops that are compiled at once: torch compiles a single one separately from several."""
+"""Batch sizes that `compile` warms up: torch compiles a batch of one separately."""
 
 
 class LocalModel(PublishedMethods):
     """Moondream 2 on this machine.
 
-    Calls from several threads are safe: a call keeps its state to itself.
+    All methods may be called from several threads at the same time.
 
     Attributes:
-        skills: What the checkpoint has templates for, and gaze.
+        skills: Skills that the checkpoint has templates for, and gaze.
         has_scores: True: confidences come from the model's own probabilities.
-        network: The weights.
-        config: Their sizes, token ids and templates.
-        tokenizer: Text to token ids and back.
-        calibration: What turns scores into probabilities, where the checkpoint came with it.
-        limits: How much decodes at a time in each call; halved where memory runs out.
-        image_cache: Keeps encoded images for when they come again; None keeps none.
+        network: The network with its weights.
+        config: Configuration of the checkpoint: sizes, token IDs and templates.
+        tokenizer: Tokenizer of the checkpoint.
+        adapter: Adapter that the model was loaded with; None: no adapter.
+        calibration: Maps scores to probabilities; None if the checkpoint has no calibration.
+        name: Name that the model was loaded by.
+        limits: Limits on what decodes at the same time in each call; halved when memory runs out.
+        image_cache: Cache of encoded images; None: images are not cached.
         grammar_compiler: Compiles JSON schemas for structured output.
         reload: Loads the model again, for pickle; None if the model was not loaded by name.
     """
@@ -63,17 +66,26 @@ class LocalModel(PublishedMethods):
         calibration: Calibration | None = None,
         name: str = "",
     ) -> None:
+        """Create a model from loaded parts. `moondream_cv.load` does it by name.
+
+        Args:
+            network: Network with weights; it is set to evaluation mode.
+            tokenizer: Tokenizer of the checkpoint.
+            adapter: Adapter to apply unless a request names another one.
+            calibration: Maps scores to probabilities.
+            name: Name for messages.
+        """
         self.network = network.eval().requires_grad_(False)
         self.config, self.tokenizer, self.name = network.config, tokenizer, name
         self.adapter, self.calibration = adapter, calibration
         self.skills = frozenset({k for k, v in self.config.tokenizer.templates.items() if v is not None} | {"gaze"})
         text = self.config.text
         positions = self.config.prefix_length * text.n_layers * text.n_kv_heads * text.head_dim
-        self.limits = Limits.of(2 * positions * self.dtype.itemsize)  # keys and values
+        self.limits = Limits.for_prefix_size(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
         self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
         self.reload: Callable[[], LocalModel] | None = None
-        self._variants: dict[str, Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._fingerprints: dict[str | None, str] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -82,9 +94,9 @@ class LocalModel(PublishedMethods):
         return f"LocalModel({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by name: the process that unpickles the model loads it with the same arguments.
+        """Pickle by name: unpickling loads the model again with the same arguments.
 
-        `calibration`, `limits` and the size of `image_cache` come along; cached images do not.
+        `calibration`, `limits` and the size of `image_cache` are preserved; cached images are not.
 
         Raises:
             MoondreamError: The model was not loaded by name, or is closed.
@@ -92,8 +104,8 @@ class LocalModel(PublishedMethods):
         self.check_open()
         if self.reload is None:
             raise MoondreamError(
-                f"{self!r} cannot be pickled, because it was not loaded by name: load it with moondream_cv.load() in "
-                "the process that uses it, or save its weights to a folder and load that"
+                f"{self!r} cannot be pickled, because it was not loaded by name; load it with moondream_cv.load() in "
+                "the process that uses it, or save its weights to a folder and load that folder"
             )
         cache = None if self.image_cache is None else (self.image_cache.max_images, self.image_cache.max_bytes)
         return _reload, (self.reload, self.name, self.calibration, self.limits, cache)
@@ -131,22 +143,27 @@ class LocalModel(PublishedMethods):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
         return self.network.dtype
 
     @property
     def calibrated(self) -> bool:
-        """Whether confidences have been fitted to how often such boxes and points are right."""
+        """Whether confidences are calibrated, so that they estimate the share of correct boxes and points."""
         return self.calibration is not None and self.adapter is None
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        """Run any mix of requests together; each distinct image is encoded once.
+        """Run requests of any skills in one batch. Each distinct image is encoded once.
+
+        Args:
+            requests: Requests; they may have different skills, images and settings.
 
         Returns:
-            Results in the order of the requests, an `ErrorResult` in the place of one that failed.
+            Results in the order of the requests, with an `ErrorResult` for each request that failed.
 
         Raises:
             MoondreamError: The model is closed.
@@ -158,11 +175,13 @@ class LocalModel(PublishedMethods):
         return [job.result for job in jobs if job.result is not None]
 
     def stream(self, request: Request) -> Iterator[Any]:
-        """Give one reply in pieces: text word by word, objects and points one by one.
+        """Stream one reply: text word by word, objects and points one by one.
 
-        The reasoning of a question, where it is asked for, is complete before the iterator is returned: it is the first
-        piece, as a `Reasoning`. Everything up to the first piece is computed at the call, so that errors are raised
-        there and not in the loop that reads the iterator.
+        If the request asks for reasoning, the complete reasoning is the first piece, as a `Reasoning`. The first piece
+        is computed before the call returns, so that most errors are raised by the call and not by the iterator.
+
+        Args:
+            request: Request to answer.
 
         Raises:
             ImageError: The image cannot be read.
@@ -173,15 +192,24 @@ class LocalModel(PublishedMethods):
         return iter(()) if first is None else itertools.chain((first,), pieces)
 
     def scheduler(self) -> Scheduler:
-        """A scheduler of requests on this model, for a program that takes more of them while others are decoding.
+        """Create a scheduler for continuous batching: requests can be submitted while others are decoding.
 
-        What it shares with other calls is the weights, `limits` and `image_cache`.
+        The scheduler shares the weights, `limits` and `image_cache` with other calls.
 
         Raises:
             MoondreamError: The model is closed.
         """
         self.check_open()
-        return Scheduler(self, self.limits)
+        context = SchedulerContext(
+            config=self.config,
+            tokenizer=self.tokenizer,
+            grammar_compiler=self.grammar_compiler,
+            calibration=self.calibration if self.calibrated else None,
+            fingerprint=self.fingerprint,
+            clear_image_cache=self._clear_image_cache,
+            check_open=self.check_open,
+        )
+        return Scheduler(ModelRunner(self.network, self.adapter_layers, self.encode_arrays), context, self.limits)
 
     def encode_image(
         self,
@@ -190,65 +218,74 @@ class LocalModel(PublishedMethods):
         previous: EncodedImage | None = None,
         tolerance: float = 0.0,
     ) -> EncodedImage:
-        """Encode an image once, to ask about it many times.
+        """Encode an image, so that several requests can reuse it.
 
         Args:
-            image: Anything that `moondream_cv.images.to_rgb` takes: a BGR array, a PIL image, a path, bytes. An image
-                that this model has encoded already is given back.
-            settings: `max_crops` and `variant` count here.
-            previous: An earlier frame of the same camera: only those parts are computed anew that have changed. One of
-                another size is of no use, and does no harm.
-            tolerance: How far, in grey levels, a part may differ from `previous` and still count as unchanged; a little
-                above the standard deviation of the camera's noise is enough. 0: not at all.
+            image: Any image that `moondream_cv.images.to_rgb` accepts: a BGR array, a PIL image, a path, bytes. An
+                image that this model has already encoded is returned unchanged.
+            settings: Settings, of which `max_crops` and `variant` apply.
+            previous: An earlier frame of the same camera. Only crops that have changed since then are encoded. A frame
+                of another size is ignored.
+            tolerance: Maximum difference, in gray levels, for a crop to count as unchanged; use slightly more than the
+                standard deviation of the camera's noise. 0: only identical crops are unchanged.
 
         Raises:
             ImageError: The image cannot be read.
-            ValueError: The settings are out of range, or differ from those that `image` or `previous` was encoded with.
+            ValueError: A setting is out of range, or differs from the one that `image` or `previous` was encoded with.
         """
         self.check_open()
         checked = Settings.of(settings)
+        max_crops, adapter_name = self.max_crops(checked), checked.variant
         if isinstance(image, EncodedImage):
-            image.check(self.fingerprint(checked.variant), checked.max_crops, checked.variant)
+            image.check(self.fingerprint(adapter_name), checked.max_crops, adapter_name)
             return image
-        if isinstance(image, PreparedImage) and previous is None:
-            return self.encode_arrays([image], checked)[0]
-        frame = image.rgb if isinstance(image, PreparedImage) else to_rgb(image)
+        if isinstance(image, PreprocessedImage) and previous is None:
+            return self.encode_arrays([image], max_crops, adapter_name)[0]
+        frame = image.rgb if isinstance(image, PreprocessedImage) else to_rgb(image)
         if previous is None:
-            return self.encode_arrays([frame], checked)[0]
+            return self.encode_arrays([frame], max_crops, adapter_name)[0]
         with without_autocast(self.device):
-            return reencode(self.network, frame, previous, tolerance, **self._encoding(checked))
+            options = self._encode_options(checked.max_crops, adapter_name)
+            return reencode(self.network, frame, previous, tolerance, **options)
 
-    def prepare_image(self, image: Any, settings: SettingsLike = None) -> PreparedImage:
-        """Do for an image what takes no network, in any thread, so that the calls that follow have less to do.
+    def preprocess_image(self, image: Any, settings: SettingsLike = None) -> PreprocessedImage:
+        """Read an image and cut it into crops, without running the network.
+
+        It can run in any thread, so that the thread that runs the network has less to do.
 
         Args:
-            image: As in `encode_image`; it may change afterwards.
-            settings: `max_crops` counts here.
+            image: Any image that `encode_image` accepts. It may be modified afterwards.
+            settings: Settings, of which `max_crops` applies.
 
         Raises:
             ImageError: The image cannot be read.
-            ValueError: The settings are out of range.
+            ValueError: A setting is out of range.
         """
-        if isinstance(image, PreparedImage):
+        if isinstance(image, PreprocessedImage):
             return image
-        return self.prepare_array(to_rgb(image), Settings.of(settings))
+        return self.preprocess_array(to_rgb(image), Settings.of(settings))
 
-    def prepare_array(self, rgb: np.ndarray, settings: Settings) -> PreparedImage:
-        """As `prepare_image`, of an [H, W, 3] uint8 RGB array that does not change afterwards."""
+    def preprocess_array(self, rgb: np.ndarray, settings: Settings) -> PreprocessedImage:
+        """Cut an RGB array into crops, as `preprocess_image` does.
+
+        Args:
+            rgb: [H, W, 3] uint8 RGB; it must not be modified afterwards.
+            settings: Settings, of which `max_crops` applies.
+        """
         self.check_open()
-        prepared = PreparedImage(rgb, self.config.vision, self.max_crops(settings))
+        preprocessed = PreprocessedImage(rgb, self.config.vision, self.max_crops(settings))
         if self.image_cache is not None:
-            prepared.digest  # noqa: B018 - so that it is there when the cache is looked into
-        return prepared
+            preprocessed.digest  # noqa: B018 - computes it here, not in the thread that looks it up in the cache
+        return preprocessed
 
     def compile(self) -> float:
         """Compile the vision encoder with `torch.compile` and warm it up, on a CUDA device.
 
-        The decoder stays as it is: its sequences and caches change their shapes from step to step, and each new shape
-        would be compiled again. Answers change by rounding only.
+        The decoder is not compiled: the shapes of its batches and caches change from step to step, and each new shape
+        would be compiled again. Answers change only by rounding.
 
         Returns:
-            Seconds that the warm-up took; later calls with other numbers of crops compile nothing more.
+            Duration of the warm-up in seconds. Later calls with other numbers of crops do not compile again.
 
         Raises:
             MoondreamError: The device is not a CUDA device, or the model is closed.
@@ -256,13 +293,20 @@ class LocalModel(PublishedMethods):
         self.check_open()
         if self.device.type != "cuda":
             raise MoondreamError(
-                f"compile() needs a CUDA device, and this model is on {str(self.device)!r}: on a CPU, compiling takes "
-                "more than a minute and saves little afterwards. Leave the call out"
+                f"compile() needs a CUDA device, and this model is on {str(self.device)!r}; omit the call, since "
+                "compiling takes more than a minute on a CPU and saves little time"
             )
         return self._compile_encoder()
 
     def _compile_encoder(self, **options: Any) -> float:
-        """Compile the encoder for any number of crops; `options` are those of `torch.compile`."""
+        """Compile the vision encoder for any number of crops.
+
+        Args:
+            options: Options of `torch.compile`.
+
+        Returns:
+            Duration in seconds.
+        """
         start = time.perf_counter()
         self.network.vision.compile(dynamic=True, **options)
         size = self.config.vision.crop_size
@@ -273,14 +317,14 @@ class LocalModel(PublishedMethods):
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Free the weights; every later call raises."""
+        """Free the weights. Every later call raises a `MoondreamError`."""
         if self._closed:
             return
         self._closed = True
         device = self.device
         self.grammar_compiler.close()
         self.network.to("meta")
-        self.adapter, self._variants = None, {}
+        self.adapter, self._adapters = None, {}
         if self.image_cache is not None:
             self.image_cache.clear()
         if device.type == "cuda":
@@ -291,81 +335,104 @@ class LocalModel(PublishedMethods):
         if self._closed:
             raise MoondreamError(f"the model {self.name!r} is closed; load it again")
 
-    def lora(self, variant: str | None) -> Sequence[LayerLora] | None:
-        """The layers of an adapter, which is loaded where it is first asked for; None is the model's own, if any.
-
-        Raises:
-            CheckpointError: It is missing or does not fit.
-        """
-        if variant is None:
-            return None if self.adapter is None else self.adapter.layers
-        with self._lock:
-            if variant not in self._variants:
-                self._variants[variant] = load_adapter(variant, self.config, device=self.device, dtype=self.dtype)
-            return self._variants[variant].layers
-
-    def fingerprint(self, variant: str | None = None) -> str:
-        """Return 32 hexadecimal digits that identify the weights, their dtype and an adapter.
-
-        Models of the same checkpoint have the same fingerprint in every process, also on different devices. Changes of
-        the weights after the first call are not seen.
+    def adapter_layers(self, name: str | None) -> Sequence[LayerLora] | None:
+        """Return the layers of an adapter, which is loaded on first use.
 
         Args:
-            variant: The adapter; None: the one that the model was loaded with, if any.
+            name: File or ID of the adapter; None: the one that the model was loaded with, if any.
 
         Raises:
             CheckpointError: The adapter is missing or does not fit.
         """
-        lora = self.lora(variant)
+        if name is None:
+            return None if self.adapter is None else self.adapter.layers
         with self._lock:
-            if variant not in self._fingerprints:
-                self._fingerprints[variant] = fingerprint(self.network, lora)
-            return self._fingerprints[variant]
+            if name not in self._adapters:
+                self._adapters[name] = load_adapter(name, self.config, device=self.device, dtype=self.dtype)
+            return self._adapters[name].layers
+
+    def fingerprint(self, adapter_name: str | None = None) -> str:
+        """Return 32 hexadecimal digits that identify the weights, their dtype and an adapter.
+
+        Models of the same checkpoint have the same fingerprint in every process and on every device. The fingerprint is
+        computed once; later changes of the weights do not affect it.
+
+        Args:
+            adapter_name: Name of the adapter; None: the one that the model was loaded with, if any.
+
+        Raises:
+            CheckpointError: The adapter is missing or does not fit.
+        """
+        adapter = self.adapter_layers(adapter_name)
+        with self._lock:
+            if adapter_name not in self._fingerprints:
+                self._fingerprints[adapter_name] = fingerprint(self.network, adapter)
+            return self._fingerprints[adapter_name]
 
     def max_crops(self, settings: Settings) -> int:
-        """Local crops of an image at the most; without a setting, as many as the model was trained with."""
+        """Return the maximum number of local crops of an image; by default the number the model was trained with."""
         return settings.max_crops or self.config.vision.max_crops
 
-    def encode_arrays(self, frames: Sequence[np.ndarray | PreparedImage], settings: Settings) -> list[EncodedImage]:
-        """Encode [H, W, 3] uint8 RGB arrays or prepared images with the same settings, but for those that are kept."""
-        with without_autocast(self.device):
-            return self._encode_arrays(frames, settings)
+    def encode_arrays(
+        self, frames: Sequence[np.ndarray | PreprocessedImage], max_crops: int | None, adapter_name: str | None
+    ) -> list[EncodedImage]:
+        """Encode images, or return them from the image cache.
 
-    def _encode_arrays(self, frames: Sequence[np.ndarray | PreparedImage], settings: Settings) -> list[EncodedImage]:
+        Args:
+            frames: Each [H, W, 3] uint8 RGB, or preprocessed.
+            max_crops: Maximum number of local crops of an image; None: the number the model was trained with.
+            adapter_name: Adapter to encode the images with.
+        """
+        with without_autocast(self.device):
+            options = self._encode_options(max_crops or self.config.vision.max_crops, adapter_name)
+            return self._encode_arrays(frames, options)
+
+    def _encode_arrays(
+        self, frames: Sequence[np.ndarray | PreprocessedImage], options: dict[str, Any]
+    ) -> list[EncodedImage]:
         cache = self.image_cache
         if cache is None:
-            return encode_images(self.network, frames, **self._encoding(settings))
-        keys = [cache.key(frame, self.max_crops(settings), settings.variant) for frame in frames]
+            return encode_images(self.network, frames, **options)
+        keys = [cache.key(frame, options["max_crops"], options["adapter_name"]) for frame in frames]
         by_key = dict(zip(keys, frames, strict=True))
         found: dict[ImageKey, EncodedImage] = {}
-        mine: dict[ImageKey, Coming] = {}
-        others: dict[ImageKey, Coming] = {}
+        owned: dict[ImageKey, InFlight] = {}
+        others: dict[ImageKey, InFlight] = {}
         try:
+            # Look up the images
             for key in by_key:
-                claimed, is_mine = cache.claim(key)
-                if isinstance(claimed, EncodedImage):
-                    found[key] = claimed
+                entry, is_owner = cache.get_or_start(key)
+                if isinstance(entry, EncodedImage):
+                    found[key] = entry
                 else:
-                    (mine if is_mine else others)[key] = claimed
-            encoded = encode_images(self.network, [by_key[key] for key in mine], **self._encoding(settings))
-            for key, one in zip(mine, encoded, strict=True):
+                    (owned if is_owner else others)[key] = entry
+            # Encode the missing ones
+            encoded = encode_images(self.network, [by_key[key] for key in owned], **options)
+            for key, one in zip(owned, encoded, strict=True):
                 found[key] = one
                 cache.put(key, one)
         finally:
-            cache.give_up(mine)
-        for key, coming in others.items():  # another thread is at it, or has given up
-            found[key] = coming.result() or self.encode_arrays([by_key[key]], settings)[0]
+            cache.abandon(owned)
+        # Wait for images that other threads encode; encode those that they abandon
+        for key, other in others.items():
+            found[key] = other.result() or self._encode_arrays([by_key[key]], options)[0]
         return [found[key] for key in keys]
 
-    def _encoding(self, settings: Settings) -> dict[str, Any]:
-        """What encoding depends on beside the frame."""
-        variant = settings.variant
+    def _encode_options(self, max_crops: int | None, adapter_name: str | None) -> dict[str, Any]:
+        """Return the keyword arguments of `encode_images` and `reencode`."""
         return {
-            "max_crops": settings.max_crops,
-            "variant": variant,
-            "model_key": self.fingerprint(variant),
-            "lora": self.lora(variant),
+            "max_crops": max_crops,
+            "adapter_name": adapter_name,
+            "adapter": self.adapter_layers(adapter_name),
+            "fingerprint": self.fingerprint(adapter_name),
         }
+
+    def _clear_image_cache(self) -> bool:
+        """Drop all cached images and return whether there were any."""
+        if self.image_cache is None or not len(self.image_cache):
+            return False
+        self.image_cache.clear()
+        return True
 
     def _pieces(self, request: Request) -> Iterator[Any]:
         scheduler = self.scheduler()
@@ -385,7 +452,7 @@ def _reload(
     limits: Limits,
     cache: tuple[int, int] | None,
 ) -> LocalModel:
-    """Make a model from its pickle."""
+    """Recreate a pickled model."""
     model = load()
     model.name, model.calibration, model.limits = name, calibration, limits
     model.image_cache = None if cache is None else ImageCache(*cache)

@@ -1,337 +1,338 @@
-"""Rows that decode together: one pass of the decoder over all of them, then the heads that each of them reads.
+"""Model runner: runs the network on the admitted sequences and owns their KV caches and adapters.
 
-Rows may be of any skill, on any image, anywhere in their replies; they share an adapter. What the heads say is read in
-`reading.py`, what it means to a row is known in `rows.py`.
+Sequences may have any skill, any image and any progress. Those with the same adapter form one batch: a step runs the
+decoder once over the batch and then applies the head of each sequence.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moondream_cv.engine.heads import Reading, read
-from moondream_cv.engine.kv_cache import GROWTH_STEPS, NOBODY, SharedCache
-from moondream_cv.engine.prefix import Prefix
+from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.heads import NUM_PARTIAL_COLUMNS, HeadOutputs, TokenOutput, run_heads
+from moondream_cv.engine.kv_cache import GROWTH_STEPS, CacheGroup, PrefixSharedKVCache
+from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import Prompt, embed_prompts
-from moondream_cv.engine.sequences import READINGS, Row
-from moondream_cv.errors import MoondreamError
+from moondream_cv.engine.sequence_state import SequenceState
+from moondream_cv.engine.step_layout import SequenceSlot, StepLayout, plan_step
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 
-Feed: TypeAlias = Prompt | Tensor
-"""What a row is to feed: a prompt, or [T, dim] embeddings."""
+StepOutputs = list[tuple[SequenceState, HeadOutputs | TokenOutput | None]]
 
 
-def feed_length(feed: Feed) -> int:
-    """In tokens."""
-    return len(feed.ids) if isinstance(feed, Prompt) else len(feed)
+def decode_step(
+    network: MoondreamNetwork,
+    layout: StepLayout,
+    inputs: Tensor,
+    caches: Sequence[PrefixSharedKVCache],
+    adapter: Sequence[LayerLora] | None,
+) -> Tensor:
+    """Run the decoder over the new tokens of a step.
 
+    The function depends on its arguments only. It writes behind the committed entries of the caches, so calling it
+    again before `commit` returns the same hidden states.
 
-@dataclass(eq=False)
-class _Context:
-    """An image that rows decode on, or what rows without an image have in common.
+    Args:
+        network: Network that runs the decoder.
+        layout: Layout of N tokens of S sequences.
+        inputs: [N, dim] input embeddings.
+        caches: One KV cache per slice of the layout, with memory reserved for the step.
+        adapter: Adapter layers; None: no adapter.
 
-    Attributes:
-        image: Identifies it.
-        cache: Holds its keys and values.
-        number: Of the context in its cache.
+    Returns:
+        [S, dim] hidden state of the last token of each sequence.
     """
-
-    image: object
-    cache: SharedCache
-    number: int
-
-
-@dataclass(eq=False)
-class _Seat:
-    """A row and where it is; `feed` is what it feeds next where that is something else than what was read last."""
-
-    row: Row
-    context: _Context
-    feed: Feed | None
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        return id(self.context.cache), self.context.number, self.row.key
-
-    @property
-    def steps(self) -> int:
-        return 1 if self.feed is None else feed_length(self.feed)
+    for part, cache in zip(layout.slices, caches, strict=True):
+        cache.begin_step(part.seq_ids, part.scatter(inputs), part.causal)
+    attends = [partial(_attend, layout, caches, layer) for layer in range(network.config.text.n_layers)]
+    hidden = network.text(inputs[None], layout.positions, attends=attends, adapter=adapter)[0]  # [N, dim]
+    return hidden if layout.last is None else hidden[layout.last]
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """A row that is to join a batch.
-
-    Attributes:
-        image: Identifies the image that it is on; rows with the same one share its context.
-        prefix: Of the image; None without one.
-        feed: What it feeds first.
-        readings: [READINGS] of the object that it has begun, where it has been decoding before.
-    """
-
-    row: Row
-    image: object
-    prefix: Prefix | None
-    feed: Feed
-    readings: Tensor | None = None
+def _attend(
+    layout: StepLayout, caches: Sequence[PrefixSharedKVCache], layer: int, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Compute one layer's attention, each slice in its cache: [1, N, heads, head_dim] → [1, N, heads, head_dim]."""
+    outputs = [
+        cache.attend(layer, part.scatter(q[0]), part.scatter(k[0]), part.scatter(v[0]))
+        for part, cache in zip(layout.slices, caches, strict=True)
+    ]
+    return layout.gather(outputs)[None]
 
 
-@dataclass
-class _Part:
-    """What a step feeds into one cache: its tokens in a [contexts, T] table, with gaps where a context has fewer."""
+class EncodeImages(Protocol):
+    """Function that encodes images or takes them from a cache."""
 
-    cache: SharedCache
-    owners: Tensor  # [contexts, T]
-    index: Tensor | None  # [contexts, T] numbers of tokens; None: the step's tokens as they come
-    causal: bool
-
-    def spread(self, tokens: Tensor) -> Tensor:
-        """[N, ...] of the step's tokens → [contexts, T, ...]."""
-        contexts, steps = self.owners.shape
-        return tokens.view(contexts, steps, *tokens.shape[1:]) if self.index is None else tokens[self.index]
+    def __call__(
+        self, frames: Sequence[np.ndarray | PreprocessedImage], max_crops: int | None, adapter_name: str | None
+    ) -> list[EncodedImage]:
+        """Encode images; the arguments are those of `ModelRunner.prefill_images`."""
 
 
-@dataclass
-class _Plan:
-    """Which token stands where in a step. It serves the following steps, too, while the same rows feed one each.
+class ModelRunner:
+    """Runs prefill and decoding steps. Each method either succeeds or raises without advancing any sequence."""
 
-    Attributes:
-        positions: [1, N] of the tokens of the first step.
-        parts: One for each cache.
-        order: [N] where each token stands in the parts' tables behind one another; None: in this order.
-        last: [R] the last token of each row; None: each row has one token, in this order.
-    """
+    def __init__(
+        self,
+        network: MoondreamNetwork,
+        load_adapter: Callable[[str | None], Sequence[LayerLora] | None],
+        encode_images: EncodeImages,
+    ) -> None:
+        """Create a runner without sequences.
 
-    positions: Tensor
-    parts: list[_Part]
-    order: Tensor | None
-    last: Tensor | None
-    age: int = 0  # steps that it has served
-
-
-class _Attend:
-    """How one layer's tokens attend: each part's in its cache."""
-
-    def __init__(self, plan: _Plan, layer: int) -> None:
-        self._plan, self._layer = plan, layer
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = [
-            part.cache.attend(self._layer, part.spread(q[0]), part.spread(k[0]), part.spread(v[0])).flatten(0, 1)
-            for part in self._plan.parts
-        ]
-        joined = out[0] if len(out) == 1 else torch.cat(out)
-        return (joined if self._plan.order is None else joined[self._plan.order])[None]
-
-
-class Batch:
-    """Rows of one adapter, each on its context.
-
-    Attributes:
-        lora: The adapter.
-    """
-
-    def __init__(self, network: MoondreamNetwork, lora: Sequence[LayerLora] | None) -> None:
-        self._network, self.lora = network, lora
-        self._seats: list[_Seat] = []
-        self._contexts: list[_Context] = []
-        self._caches: dict[tuple[int, int], SharedCache] = {}  # by length of prefix, and roughly by rows of an image
-        # What each row feeds next, unless its seat says otherwise, and what has been read of the object it has begun.
-        self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
-        self._readings = torch.empty(0, READINGS, device=network.device, dtype=torch.float32)
-        self._plan: _Plan | None = None
-
-    @property
-    def rows(self) -> list[Row]:
-        return [seat.row for seat in self._seats]
-
-    @property
-    def images(self) -> int:
-        """How many contexts there are."""
-        return len(self._contexts)
-
-    def holds(self, image: object) -> bool:
-        """Whether rows are decoding on an image, so that its prefix is here."""
-        return any(context.image is image for context in self._contexts)
-
-    @torch.inference_mode()
-    def join(self, arrivals: Sequence[Arrival]) -> None:
-        """Let rows take part from the next step on; where this raises, none of them does."""
-        groups: dict[int, list[Arrival]] = {}
-        for arrival in arrivals:
-            groups.setdefault(id(arrival.image), []).append(arrival)
-        self._open_contexts([group for group in groups.values() if not self.holds(group[0].image)])
-        blank = self._readings.new_zeros(READINGS)
-        fresh = torch.stack([blank if arrival.readings is None else arrival.readings for arrival in arrivals])
-        readings = torch.cat((self._readings, fresh))
-        nothing = self._embeddings.new_zeros(len(arrivals), self._embeddings.shape[1])
-        self._embeddings, self._readings = torch.cat((self._embeddings, nothing)), readings
-        contexts = {id(context.image): context for context in self._contexts}
-        self._seats += [_Seat(arrival.row, contexts[id(arrival.image)], arrival.feed) for arrival in arrivals]
-        self._plan = None
-
-    @torch.inference_mode()
-    def leave(self, gone: Collection[int]) -> None:
-        """Let the rows with these keys go, whether they have ended or not."""
-        self._keep([i for i, seat in enumerate(self._seats) if seat.row.key not in gone])
-
-    @torch.inference_mode()
-    def step(self) -> list[tuple[Row, Exception | None]]:
-        """Feed every row and read what comes next.
-
-        Where this raises for want of memory, the rows are where they were, and `evict` gives them back.
-
-        Returns:
-            The rows that have ended, with the error of those that failed. They must `leave` before the next step.
+        Args:
+            network: Network to run.
+            load_adapter: Returns the layers of an adapter by its name; None is the default adapter, if any.
+            encode_images: Encodes images with the same network and adapters.
         """
-        if self._plan is None:
-            self._plan = self._make_plan()
-        plan = self._plan
-        self._embed_prompts()
-        x = self._embeddings
-        if any(seat.feed is not None for seat in self._seats):
-            x = torch.cat([self._fed_next(i) for i in range(len(self._seats))])
-        for part in plan.parts:
-            steps = part.owners.shape[1]
-            if part.cache.end + steps > part.cache.capacity:
-                part.cache.make_room(part.cache.count, steps, [seat.row.key for seat in self._seats])
-            part.cache.open(part.owners, part.spread(x), part.causal)
-        attends = [_Attend(plan, layer) for layer in range(self._network.config.text.n_layers)]
-        positions = plan.positions + plan.age if plan.age else plan.positions
-        hidden = self._network.text(x[None], positions, attends=attends, lora=self.lora)[0]  # [N, dim]
-        reading = read(self._network, self.rows, hidden if plan.last is None else hidden[plan.last], self._readings)
-        # From here on nothing asks the device for memory: the step is done as a whole or not at all.
-        for part in plan.parts:
-            part.cache.commit()
-        return self._take(reading)
+        self._network, self._load_adapter, self._encode_images = network, load_adapter, encode_images
+        self._batches: dict[str | None, AdapterBatch] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self._network.device
+
+    @property
+    def num_images(self) -> int:
+        """Number of images that sequences decode on, summed over all adapters."""
+        return sum(batch.num_groups for batch in self._batches.values())
+
+    def has_group(self, key: object, adapter_name: str | None) -> bool:
+        """Return whether an image has a KV cache group, so that sequences on it need no prefix."""
+        batch = self._batches.get(adapter_name)
+        return batch is not None and batch.has_group(key)
+
+    def prefill_images(
+        self, frames: Sequence[np.ndarray | PreprocessedImage], max_crops: int | None, adapter_name: str | None
+    ) -> list[EncodedImage]:
+        """Encode images and compute the keys and values of their tokens.
+
+        Args:
+            frames: Each [H, W, 3] uint8 RGB, or preprocessed.
+            max_crops: Maximum number of local crops of an image; None: the number the model was trained with.
+            adapter_name: Adapter of the sequences that will decode on the images.
+        """
+        return self._encode_images(frames, max_crops, adapter_name)
+
+    def admit(self, states: Sequence[SequenceState], adapter_name: str | None) -> None:
+        """Add sequences to the batch of an adapter. If this raises, none of them is added.
+
+        Args:
+            states: Sequences with inputs. Unless `has_group`, their images must be encoded.
+            adapter_name: Adapter; it is loaded on first use.
+
+        Raises:
+            CheckpointError: The adapter is missing or does not fit.
+        """
+        if adapter_name not in self._batches:
+            self._batches[adapter_name] = AdapterBatch(self._network, self._load_adapter(adapter_name))
+        self._batches[adapter_name].admit(states)
+
+    def decode_step(self, adapter_name: str | None) -> StepOutputs:
+        """Advance all sequences of an adapter by one step.
+
+        Each output must be applied to its sequence, and finished sequences must be removed, before the next step. If
+        this runs out of memory, no sequence has advanced; call `preempt` to recover them.
+        """
+        return self._batches[adapter_name].decode_step()
+
+    def remove(self, seq_ids: Collection[int], adapter_name: str | None) -> None:
+        """Remove finished or aborted sequences of an adapter."""
+        if adapter_name in self._batches:
+            self._batches[adapter_name].remove(seq_ids)
+
+    def preempt(self, adapter_name: str | None) -> None:
+        """Remove all sequences of an adapter so that they can be admitted again, and free their memory.
+
+        Their inputs become the embeddings of everything that they have computed behind the image prefix.
+        """
+        if (batch := self._batches.pop(adapter_name, None)) is not None:
+            batch.preempt()
+
+    def reset(self, adapter_name: str | None) -> None:
+        """Drop all sequences of an adapter and free their memory."""
+        self._batches.pop(adapter_name, None)
+
+
+class AdapterBatch:
+    """Sequences that share an adapter, their KV caches and the tensors that go from step to step."""
+
+    def __init__(self, network: MoondreamNetwork, adapter: Sequence[LayerLora] | None) -> None:
+        """Create an empty batch.
+
+        Args:
+            network: Network to run.
+            adapter: Adapter layers; None: no adapter.
+        """
+        self._network, self._adapter = network, adapter
+        self._states: list[SequenceState] = []
+        self._groups: list[CacheGroup] = []
+        self._caches: dict[tuple[int, int], PrefixSharedKVCache] = {}  # by prefix length and sequences per image
+        # Next input of each sequence unless its state has `inputs`, and head outputs for its incomplete object
+        self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
+        self._partial = torch.empty(0, NUM_PARTIAL_COLUMNS, device=network.device, dtype=torch.float32)
+        self._layout: StepLayout | None = None  # of the last step, if it can be reused
+
+    @property
+    def num_groups(self) -> int:
+        """Number of images that the sequences decode on."""
+        return len(self._groups)
+
+    def has_group(self, key: object) -> bool:
+        """Return whether an image has a KV cache group."""
+        return any(group.key is key for group in self._groups)
 
     @torch.inference_mode()
-    def evict(self) -> list[Arrival]:
-        """Let all rows go and free their memory; each comes back as what lets it go on from where it is."""
-        for context in self._contexts:
-            context.cache.release()  # first of all: what follows needs a little memory
+    def admit(self, states: Sequence[SequenceState]) -> None:
+        """Add sequences; see `ModelRunner.admit`."""
+        # Allocate KV cache groups
+        by_image: dict[int, list[SequenceState]] = {}
+        for state in states:
+            by_image.setdefault(id(state.image.group_key), []).append(state)
+        self._add_groups([members for members in by_image.values() if not self.has_group(members[0].image.group_key)])
+
+        # Extend the batch tensors
+        blank = self._partial.new_zeros(NUM_PARTIAL_COLUMNS)
+        added = torch.stack([blank if state.partial_outputs is None else state.partial_outputs for state in states])
+        partial_outputs = torch.cat((self._partial, added))
+        no_embedding = self._embeddings.new_zeros(len(states), self._embeddings.shape[1])
+        self._embeddings, self._partial = torch.cat((self._embeddings, no_embedding)), partial_outputs
+
+        # Register the sequences
+        groups = {id(group.key): group for group in self._groups}
+        for state in states:
+            state.group = groups[id(state.image.group_key)]
+        self._states += states
+        self._layout = None
+
+    @torch.inference_mode()
+    def remove(self, seq_ids: Collection[int]) -> None:
+        """Remove sequences, finished or not."""
+        self._keep([i for i, state in enumerate(self._states) if state.sequence.seq_id not in seq_ids])
+
+    @torch.inference_mode()
+    def decode_step(self) -> StepOutputs:
+        """Advance all sequences; see `ModelRunner.decode_step`."""
+        # Plan the step
+        if self._layout is None or any(state.inputs is not None for state in self._states):
+            layout = self._plan_step()
+        else:
+            layout = self._layout.next_step()
+        states, caches = self._states, list(self._caches.values())
+
+        # Collect the inputs
         self._embed_prompts()
-        arrivals = []
-        for i, seat in enumerate(self._seats):
-            fed = seat.context.cache.fed(seat.context.number, seat.row.key)
-            feed = torch.cat((fed, self._fed_next(i)))
-            arrivals.append(Arrival(seat.row, seat.context.image, None, feed, self._readings[i].clone()))
-        for seat in self._seats:
-            seat.row.length = seat.context.cache.prefix_length
-        self._seats, self._contexts, self._caches, self._plan = [], [], {}, None
-        self._embeddings, self._readings = self._embeddings[:0], self._readings[:0]
-        return arrivals
+        inputs = self._embeddings
+        if any(state.inputs is not None for state in states):
+            inputs = torch.cat([self._next_inputs(i) for i in range(len(states))])
+
+        # Reserve memory in the KV caches
+        for part, cache in zip(layout.slices, caches, strict=True):
+            num_entries = part.seq_ids.shape[1]
+            if cache.end + num_entries > cache.capacity:
+                cache.reserve(cache.num_groups, num_entries, [state.sequence.seq_id for state in states])
+
+        # Run the decoder and the heads
+        hidden = decode_step(self._network, layout, inputs, caches, self._adapter)
+        heads = [state.sequence.head for state in states]
+        sampling = [state.sequence.sampling_params() for state in states]  # while the device runs the decoder
+        outputs = run_heads(self._network, heads, hidden, self._partial, sampling)
+
+        # Commit. From here on nothing allocates device memory: a step succeeds as a whole or not at all.
+        for cache in caches:
+            cache.commit()
+        for state in states:
+            state.sequence.num_computed_tokens += state.num_new_tokens
+            state.inputs = None
+        self._embeddings, self._partial = outputs.embeddings, outputs.partial
+        self._layout = layout if layout.last is None else None
+        return list(zip(states, outputs.outputs, strict=True))
+
+    @torch.inference_mode()
+    def preempt(self) -> None:
+        """Store in each state what it needs to be admitted again. Afterwards the batch must not be used."""
+        for cache in self._caches.values():
+            cache.release()  # before anything else: the rest needs a little memory
+        self._embed_prompts()
+        for i, state in enumerate(self._states):
+            assert state.group is not None
+            computed = state.group.cache.input_embeddings(state.group.index, state.sequence.seq_id)
+            state.inputs = torch.cat((computed, self._next_inputs(i)))
+            state.partial_outputs = self._partial[i].clone()
+        for state in self._states:
+            assert state.group is not None
+            state.sequence.num_computed_tokens = state.group.cache.prefix_length
+            state.group = None
 
     def _embed_prompts(self) -> None:
-        prompted = [(seat, seat.feed) for seat in self._seats if isinstance(seat.feed, Prompt)]
-        feeds = embed_prompts(self._network, [prompt for _, prompt in prompted])
-        for (seat, _), feed in zip(prompted, feeds, strict=True):
-            seat.feed = feed
+        """Replace prompts among the inputs by their embeddings."""
+        prompts = [(state, state.inputs) for state in self._states if isinstance(state.inputs, Prompt)]
+        embeddings = embed_prompts(self._network, [prompt for _, prompt in prompts])
+        for (state, _), embedding in zip(prompts, embeddings, strict=True):
+            state.inputs = embedding
 
-    def _fed_next(self, i: int) -> Tensor:
-        """[T, dim] embeddings that seat number i feeds in the next step, its prompt being embedded."""
-        feed = self._seats[i].feed
-        return feed if isinstance(feed, Tensor) else self._embeddings[i][None]
+    def _next_inputs(self, i: int) -> Tensor:
+        """Return the [T, dim] input embeddings of a sequence for the next step. Its prompt must be embedded."""
+        inputs = self._states[i].inputs
+        return inputs if isinstance(inputs, Tensor) else self._embeddings[i][None]
 
-    def _open_contexts(self, groups: list[list[Arrival]]) -> None:
-        """Make a context for each group of rows on the same image; those with about as many rows are stacked."""
-        stacks: dict[tuple[int, int], list[list[Arrival]]] = {}
-        for group in groups:
-            prefix = group[0].prefix
-            key = (0 if prefix is None else prefix.length, 1 << (len(group) - 1).bit_length())
-            stacks.setdefault(key, []).append(group)
+    def _add_groups(self, images: list[list[SequenceState]]) -> None:
+        """Add a group for the sequences of each image. Images with a similar number of sequences share a cache."""
+        stacks: dict[tuple[int, int], list[list[SequenceState]]] = {}
+        for members in images:
+            encoded = members[0].image.encoded
+            key = (0 if encoded is None else encoded.prefix.length, 1 << (len(members) - 1).bit_length())
+            stacks.setdefault(key, []).append(members)
         for key, stack in stacks.items():
             if key not in self._caches:
-                entries = (
-                    max(sum(feed_length(arrival.feed) for arrival in group) for group in stack) + GROWTH_STEPS * key[1]
-                )
-                self._caches[key] = SharedCache(self._network, key[0], len(stack), entries)
+                longest = max(sum(state.num_new_tokens for state in members) for members in stack)
+                entries = longest + GROWTH_STEPS * key[1]
+                self._caches[key] = PrefixSharedKVCache(self._network, key[0], len(stack), entries)
             cache = self._caches[key]
-            cache.make_room(cache.count + len(stack), 0, ())
-            self._contexts += [_Context(group[0].image, cache, cache.add(group[0].prefix)) for group in stack]
+            cache.reserve(cache.num_groups + len(stack), 0, ())
+            for members in stack:
+                image = members[0].image
+                prefix = None if image.encoded is None else image.encoded.prefix
+                self._groups.append(CacheGroup(image.group_key, cache, cache.add_group(prefix)))
 
-    def _make_plan(self) -> _Plan:
-        """Sort the seats by context, and say where each of their tokens stands."""
-        seats = self._seats
-        order = sorted(range(len(seats)), key=lambda i: seats[i].place)
-        if order != list(range(len(seats))):
+    def _plan_step(self) -> StepLayout:
+        """Sort the sequences by cache and group, and build the layout of the next step."""
+        cache_indices = {id(cache): i for i, cache in enumerate(self._caches.values())}
+        slots = []
+        for state in self._states:
+            assert state.group is not None
+            cache, group, sequence = cache_indices[id(state.group.cache)], state.group.index, state.sequence
+            slots.append(
+                SequenceSlot(cache, group, sequence.seq_id, sequence.num_computed_tokens, state.num_new_tokens)
+            )
+        order = sorted(range(len(slots)), key=slots.__getitem__)
+        if order != list(range(len(slots))):
             self._keep(order)
-            seats = self._seats
-        tables: dict[int, list[list[int]]] = {}
-        caches = {id(seat.context.cache): seat.context.cache for seat in seats}
-        owners: list[int] = []
-        positions: list[int] = []
-        last: list[int] = []
-        for seat in seats:
-            table = tables.setdefault(id(seat.context.cache), [[] for _ in range(seat.context.cache.count)])
-            table[seat.context.number] += range(len(owners), len(owners) + seat.steps)
-            owners += [seat.row.key] * seat.steps
-            positions += range(seat.row.length, seat.row.length + seat.steps)
-            last.append(len(owners) - 1)
-        causal = len(owners) > len(seats)
-        integers = functools.partial(torch.tensor, device=self._network.device, dtype=torch.long)
-        parts, flat = [], []
-        for key, table in tables.items():
-            steps = max(len(tokens) for tokens in table)
-            padded = [tokens + [-1] * (steps - len(tokens)) for tokens in table]
-            # A gap repeats a token of its own context: no row of another image may do harm there.
-            filled = [tokens + tokens[:1] * (steps - len(tokens)) for tokens in table]
-            ids = integers([[owners[t] if t >= 0 else NOBODY for t in tokens] for tokens in padded])
-            dense = [t for tokens in padded for t in tokens]
-            flat += dense
-            index = None if dense == list(range(len(owners))) else integers(filled)
-            parts.append(_Part(caches[key], ids, index, causal))
-        where = {token: place for place, token in enumerate(flat) if token >= 0}
-        in_order = flat == list(range(len(owners)))
-        return _Plan(
-            positions=integers([positions]),
-            parts=parts,
-            order=None if in_order else integers([where[t] for t in range(len(owners))]),
-            last=integers(last) if causal else None,
-        )
-
-    def _take(self, reading: Reading) -> list[tuple[Row, Exception | None]]:
-        """Tell the rows what was read, and see which go on with what."""
-        assert self._plan is not None
-        ended: list[tuple[Row, Exception | None]] = []
-        same = True
-        for i, seat in enumerate(self._seats):
-            seat.row.length += seat.steps
-            same = same and seat.feed is None
-            seat.feed = None
-            try:
-                next_feed = reading.tell(i, seat.row)
-            except MoondreamError as error:
-                ended.append((seat.row, error))
-                continue
-            if next_feed is False:
-                ended.append((seat.row, None))
-            elif isinstance(next_feed, Prompt):
-                seat.feed, same = next_feed, False
-        self._embeddings, self._readings = reading.embeddings, reading.readings
-        if same:
-            self._plan.age += 1
-        else:
-            self._plan = None
-        return ended
+        num_groups = [cache.num_groups for cache in self._caches.values()]
+        return plan_step([slots[i] for i in order], num_groups, self._network.device)
 
     def _keep(self, order: list[int]) -> None:
-        """Keep these seats, in this order; contexts without rows go."""
+        """Keep the sequences with these indices, in this order, and remove groups without sequences."""
+        # Select the sequences
         index = torch.tensor(order, dtype=torch.long, device=self._network.device)
-        embeddings, readings = self._embeddings[index], self._readings[index]
-        self._embeddings, self._readings, self._plan = embeddings, readings, None
-        self._seats = [self._seats[i] for i in order]
-        used = {id(seat.context) for seat in self._seats}
-        for context in [c for c in self._contexts if id(c) not in used]:
-            context.cache.remove(context.number)
-            self._contexts.remove(context)
-            for moved in self._contexts:
-                if moved.cache is context.cache and moved.number == context.cache.count:
-                    moved.number = context.number
-        self._caches = {key: cache for key, cache in self._caches.items() if cache.count}
+        embeddings, partial_outputs = self._embeddings[index], self._partial[index]
+        self._embeddings, self._partial, self._layout = embeddings, partial_outputs, None
+        self._states = [self._states[i] for i in order]
+
+        # Remove the groups; the last group of a cache takes the index of the removed one
+        used = {id(state.group) for state in self._states}
+        for group in [group for group in self._groups if id(group) not in used]:
+            group.cache.remove_group(group.index)
+            self._groups.remove(group)
+            for moved in self._groups:
+                if moved.cache is group.cache and moved.index == group.cache.num_groups:
+                    moved.index = group.index
+        self._caches = {key: cache for key, cache in self._caches.items() if cache.num_groups}

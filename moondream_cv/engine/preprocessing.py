@@ -1,7 +1,7 @@
-"""Images of which everything is done that takes no network: read, cut into crops, and named by their content.
+"""Image preprocessing without the network: reading, cutting into crops, and hashing.
 
-That is most of the time that an image takes a small model, and can be done in any thread, for many images at once,
-while a single thread runs the networks.
+For small models this is most of the work per image. It can run in any thread, for many images at once, while a single
+thread runs the networks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from moondream_cv.engine.crops import Crops, cut_crops
 from moondream_cv.model.config import VisionConfig
 
 
-class PreparedImage:
-    """An image, usable in place of it in every call of the model that made it; `LocalModel.prepare_image` does.
+class PreprocessedImage:
+    """An image that is cut into crops. Every call of the model that created it accepts it in place of an image.
+
+    `LocalModel.preprocess_image` creates it.
 
     Attributes:
         rgb: [H, W, 3] uint8 RGB; it must not change.
@@ -28,8 +30,9 @@ class PreparedImage:
 
         Args:
             rgb: [H, W, 3] uint8 RGB.
-            config: Sizes of a crop.
-            max_crops: Local crops at the most that requests will ask for; others are made when they do.
+            config: Sizes of the crops.
+            max_crops: Maximum number of local crops that requests are expected to use. Crops for other values are cut
+                on first use.
 
         Raises:
             ValueError: `max_crops` is not positive.
@@ -42,26 +45,27 @@ class PreparedImage:
         self._max_crops = max_crops
 
     def __repr__(self) -> str:
-        return f"PreparedImage({self.size[0]}x{self.size[1]})"
+        return f"PreprocessedImage({self.size[0]}x{self.size[1]})"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """Size of all arrays in bytes."""
         return self.rgb.nbytes + sum(crops.pixels.nbytes for crops in list(self._cut.values()))
 
     @property
     def digest(self) -> bytes:
-        """Of the pixels; made when it is first asked for."""
+        """Digest of the pixels, computed on first use."""
         if self._digest is None:
             self._digest = digest_of(self.rgb)
         return self._digest
 
     @property
     def has_digest(self) -> bool:
+        """Whether the digest has been computed."""
         return self._digest is not None
 
     def crops(self, max_crops: int) -> Crops:
-        """The crops with at most so many local ones.
+        """Return the crops for a maximum number of local crops.
 
         Raises:
             ValueError: `max_crops` is not positive.
@@ -71,15 +75,15 @@ class PreparedImage:
                 self._cut[max_crops] = cut_crops(self.rgb, self._config, max_crops)
             return self._cut[max_crops]
 
-    def without_pixels(self, max_crops: int | None) -> PreparedImage:
-        """What of it goes to another process: the crops that are needed there; itself where it has to cut others.
+    def without_pixels(self, max_crops: int | None) -> PreprocessedImage:
+        """Return a copy for another process, with crops and digest only; the image itself if it must cut other crops.
 
         Args:
-            max_crops: Local crops at the most that a request asks for; None: those that it was made with.
+            max_crops: Maximum number of local crops of the request; None: the value that the image was created with.
         """
         if max_crops not in (None, self._max_crops):
             return self
-        light = object.__new__(PreparedImage)
+        light = object.__new__(PreprocessedImage)
         light.__dict__ = self.__dict__ | {"rgb": self.rgb[:0], "_digest": self.digest}
         light._cut = {self._max_crops: self._cut[self._max_crops]}
         return light
@@ -92,7 +96,7 @@ class PreparedImage:
 
 
 def digest_of(rgb: np.ndarray) -> bytes:
-    """32 bytes that name the content of an array [H, W, 3] uint8."""
-    digest = hashlib.blake2b(repr(rgb.shape).encode(), digest_size=32)  # 2×3 and 3×2 pixels may be the same bytes
+    """Return a 32-byte digest of the content and shape of an [H, W, 3] uint8 array."""
+    digest = hashlib.blake2b(repr(rgb.shape).encode(), digest_size=32)  # 2×3 and 3×2 pixels may have the same bytes
     digest.update(np.ascontiguousarray(rgb).data)
     return digest.digest()

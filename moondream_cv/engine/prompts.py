@@ -1,4 +1,4 @@
-"""From a request to the token ids, coordinates and sizes that are fed to the decoder."""
+"""Prompts: from a request to token IDs, coordinates and sizes, and from these to input embeddings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from moondream_cv.requests import Caption, Detect, Gaze, Point, Query, Request, 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is fed before the reply.
+    """Tokens that precede a reply.
 
     Attributes:
-        ids: Token ids. Where a coordinate or size token of a spatial reference stands, its embedding is replaced.
-        coords: Coordinates, in the order of their tokens.
-        sizes: (width, height), in the order of their tokens.
+        ids: Token IDs. Coordinate and size tokens of spatial references are placeholders.
+        coords: Coordinates for the coordinate tokens, in order, as fractions of the image.
+        sizes: (width, height) for the size tokens, in order, as fractions of the image.
     """
 
     ids: tuple[int, ...]
@@ -31,7 +31,12 @@ class Prompt:
 
 
 def embed_prompts(network: MoondreamNetwork, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """[T, dim] embeddings of each prompt."""
+    """Return the [T, dim] input embeddings of each prompt.
+
+    Args:
+        network: Network with the embeddings and the region encoders.
+        prompts: Prompts of any lengths.
+    """
     if not prompts:
         return []
     config, region, device = network.config.tokenizer, network.region, network.device
@@ -41,29 +46,34 @@ def embed_prompts(network: MoondreamNetwork, prompts: Sequence[Prompt]) -> list[
     with torch.inference_mode():
         embeddings = network.text.embed(torch.tensor(ids, device=device, dtype=torch.long))
         if coords:
-            fed = torch.tensor(coords, device=device, dtype=network.dtype)[:, None]
-            embeddings[_places(prompts, config.coord_id)] = region.encode_coordinate(fed)
+            values = torch.tensor(coords, device=device, dtype=network.dtype)[:, None]
+            embeddings[_placeholders(prompts, config.coord_id)] = region.encode_coordinate(values)
         if sizes:
-            fed = torch.tensor(sizes, device=device, dtype=network.dtype)
-            embeddings[_places(prompts, config.size_id)] = region.encode_size(fed)
+            values = torch.tensor(sizes, device=device, dtype=network.dtype)
+            embeddings[_placeholders(prompts, config.size_id)] = region.encode_size(values)
     return list(embeddings.split([len(prompt.ids) for prompt in prompts]))
 
 
-def _places(prompts: Sequence[Prompt], token: int) -> list[int]:
-    """Where a token stands in the prompts that have coordinates; in others it may be a word."""
-    places, start = [], 0
+def _placeholders(prompts: Sequence[Prompt], token: int) -> list[int]:
+    """Return the indices of a placeholder token. In prompts without coordinates, the token is an ordinary word."""
+    indices, start = [], 0
     for prompt in prompts:
         if prompt.coords:
-            places += [start + i for i, t in enumerate(prompt.ids) if t == token]
+            indices += [start + i for i, t in enumerate(prompt.ids) if t == token]
         start += len(prompt.ids)
-    return places
+    return indices
 
 
 def write_prompt(request: Request, tokenizer: Tokenizer, config: TokenizerConfig) -> Prompt:
-    """Fill the template of a request's skill.
+    """Fill in the template of a request's skill.
+
+    Args:
+        request: Request to write the prompt of.
+        tokenizer: Tokenizer of the checkpoint.
+        config: Templates and token IDs of the checkpoint.
 
     Raises:
-        UnsupportedSkill: The checkpoint has no template for it.
+        UnsupportedSkill: The checkpoint has no template for the skill.
     """
     if isinstance(request, Detect | Point):
         template = _template(config, request.skill)
@@ -80,11 +90,11 @@ def write_prompt(request: Request, tokenizer: Tokenizer, config: TokenizerConfig
     if isinstance(request, Gaze):
         before, after = _encode(tokenizer, "\n\nPoint:"), _encode(tokenizer, " gaze\n\n")
         return Prompt((*before, config.coord_id, config.coord_id, *after), coords=request.eye)
-    raise TypeError(f"a request is one of Detect, Point, Query, Caption and Gaze, not {request!r}")
+    raise TypeError(f"a request must be a Detect, Point, Query, Caption or Gaze, got {request!r}")
 
 
 def answer_prompt(config: TokenizerConfig) -> Prompt:
-    """What stands between the reasoning and the answer."""
+    """Return the tokens between the reasoning and the answer."""
     return Prompt(tuple(_template(config, "query")["suffix"]))
 
 

@@ -1,17 +1,16 @@
-"""Requests in, results out: which images are encoded and which rows decode next.
+"""Scheduler: queues requests, admits them by a policy and drives a model runner step by step (continuous batching).
 
-`submit` and `cancel` may be called from any thread; one thread calls `step` until nothing is left:
+`submit` and `cancel` may be called from any thread. One thread calls `step` until no work is left:
 
     job = scheduler.submit(Detect(frame, "dog"))
-    going_on = True
-    while going_on:
-        going_on = scheduler.step()
+    running = True
+    while running:
+        running = scheduler.step()
         for piece in job.take():
-            ...  # an object as soon as it is complete; text word by word
+            ...  # objects one by one, text word by word
     job.result
 
-A step encodes the images of the requests that have room, lets those requests join the rows that are decoding already,
-and feeds every row once.
+Each step encodes images of waiting requests, admits those requests to the running batch and decodes once.
 """
 
 from __future__ import annotations
@@ -20,154 +19,189 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from moondream_cv.engine.admission import GATHER, Crowd, Entry, Job, WaitingImage, source_key
+from tokenizers import Tokenizer
+
+from moondream_cv.engine.admission import ADMISSION_INTERVAL, AdmissionPolicy
 from moondream_cv.engine.autocast import without_autocast
+from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.memory import free_after, is_out_of_memory
-from moondream_cv.engine.model_runner import Arrival, Batch
-from moondream_cv.engine.preprocessing import PreparedImage
+from moondream_cv.engine.model_runner import ModelRunner
+from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import write_prompt
-from moondream_cv.engine.sequences import make_row
-from moondream_cv.engine.structured_output import GrammarMatcher
+from moondream_cv.engine.sequence_state import Job, SequenceState, WaitingImage, source_key
+from moondream_cv.engine.sequences import make_sequence
+from moondream_cv.engine.structured_output import GrammarCompiler, GrammarMatcher
 from moondream_cv.errors import MoondreamError, RequestCancelled
 from moondream_cv.images import to_rgb
-from moondream_cv.requests import ErrorResult, Query, Request, Result
-
-if TYPE_CHECKING:
-    from moondream_cv.engine.local import LocalModel
+from moondream_cv.model.config import MoondreamConfig
+from moondream_cv.requests import ErrorResult, Query, Request, Result, Settings
 
 logger = logging.getLogger(__name__)
 
-COMPILER_POLL = 0.005  # seconds that an idle step waits for the grammar of a request
+GRAMMAR_POLL_SECONDS = 0.005  # how long an idle step waits for a grammar to be compiled
 
 
 @dataclass
 class Limits:
-    """How much decodes at a time; a device that runs out of memory halves it.
+    """Limits on what decodes at the same time. A device that runs out of memory halves them.
 
     Attributes:
-        rows: Requests at the most.
-        images: Images at the most.
+        max_num_seqs: Maximum number of sequences.
+        max_images: Maximum number of images.
     """
 
-    rows: int = 64
-    images: int = 16
+    max_num_seqs: int = 64
+    max_images: int = 16
 
     @classmethod
-    def of(cls, prefix_bytes: int) -> Limits:
-        """What suits a model: 16 images, and more as long as what the decoder has read of them takes 2 GiB at the most.
+    def for_prefix_size(cls, prefix_bytes: int) -> Limits:
+        """Return the default limits of a model: 16 images, or more if their prefixes take 2 GiB or less.
 
         Args:
-            prefix_bytes: What that takes for one image.
+            prefix_bytes: Size of the image prefix of one image in bytes.
         """
-        return cls(images=max(cls.images, min(cls.rows, 2 * 2**30 // prefix_bytes)))
+        return cls(max_images=max(cls.max_images, min(cls.max_num_seqs, 2 * 2**30 // prefix_bytes)))
 
 
-@dataclass
-class _Lane:
-    """The rows of one adapter.
+@dataclass(frozen=True)
+class SchedulerContext:
+    """Parts of a model that a scheduler needs in addition to the runner.
 
     Attributes:
-        batch: None as long as the adapter is not loaded.
-        entries: By the keys of their rows.
+        config: Configuration of the checkpoint.
+        tokenizer: Tokenizer of the checkpoint.
+        grammar_compiler: Compiles JSON schemas.
+        calibration: Calibrates scores of requests without an adapter of their own; None: scores are not calibrated.
+        fingerprint: Returns the fingerprint of the model with an adapter.
+        clear_image_cache: Drops all cached images and returns whether there were any.
+        check_open: Raises a `MoondreamError` if the model is closed.
     """
 
-    batch: Batch | None = None
-    entries: dict[int, Entry] = field(default_factory=dict)
+    config: MoondreamConfig
+    tokenizer: Tokenizer
+    grammar_compiler: GrammarCompiler
+    calibration: Calibration | None
+    fingerprint: Callable[[str | None], str]
+    clear_image_cache: Callable[[], bool]
+    check_open: Callable[[], None]
 
 
 class Scheduler:
-    """Runs requests on a local model, as many at a time as there is room for.
+    """Runs requests on a model runner, as many at the same time as its limits allow.
 
     Attributes:
-        limits: How much decodes at a time.
+        limits: Limits on what decodes at the same time.
     """
 
-    def __init__(self, model: LocalModel, limits: Limits) -> None:
-        self._model, self.limits = model, limits
+    def __init__(self, runner: ModelRunner, context: SchedulerContext, limits: Limits) -> None:
+        """Create a scheduler without requests.
+
+        Args:
+            runner: Model runner without sequences, used by this scheduler only.
+            context: Parts of the model for preparing requests.
+            limits: Limits on what decodes at the same time; lowered in place if memory runs out.
+        """
+        self._runner, self._context, self.limits = runner, context, limits
         self._lock = threading.Lock()
         self._submitted: list[Job] = []
         self._cancelled: list[Job] = []
         self._finished: list[Job] = []
-        self._compiling: dict[Job, Future[GrammarMatcher]] = {}  # those that wait for their grammar
-        self._queue: dict[WaitingImage, None] = {}  # those that requests wait for, in their order
-        self._open: dict[Any, WaitingImage] = {}  # those of them that take more requests, by their keys
-        self._lanes: dict[str | None, _Lane] = {}
-        self._keys = itertools.count()
-        self._steps = 0
-        self._crowd = Crowd()
-        self._joined = 0
-        self._crowded: int | None = None  # with so many rows there is no memory for another image
+        self._compiling: dict[Job, Future[GrammarMatcher]] = {}
+        self._queue: dict[WaitingImage, None] = {}  # images that sequences wait for, in order
+        self._joinable: dict[Any, WaitingImage] = {}  # images of the queue that further requests may join, by key
+        self._running: dict[str | None, dict[int, SequenceState]] = {}  # by adapter and sequence ID
+        self._seq_ids = itertools.count()
+        self._step_number = 0
+        self._policy = AdmissionPolicy()
+        self._last_admission = 0
+        self._admission_pause: int | None = None  # no memory for another image with this many sequences
 
     def submit(self, request: Request) -> Job:
-        """Take a request. It is looked at in the next step: whatever is wrong with it becomes its result."""
+        """Submit a request. The next step queues it; an invalid request gets an `ErrorResult`."""
         job = Job(request)
         with self._lock:
             self._submitted.append(job)
         return job
 
     def cancel(self, job: Job) -> None:
-        """Drop a request, wherever it is; its result is an `ErrorResult` with `RequestCancelled`, unless it is done."""
+        """Cancel a request. Unless it is done, its result is an `ErrorResult` with `RequestCancelled`."""
         with self._lock:
             self._cancelled.append(job)
 
     def results(self) -> list[Job]:
-        """The requests that have been done since the last call, in the order in which they were.
+        """Return the jobs that have finished since the last call, in the order in which they finished.
 
-        They are kept until then: a program that goes on for long has to ask.
+        The scheduler keeps finished jobs until this is called, so long-running programs must call it regularly.
         """
         with self._lock:
             finished, self._finished = self._finished, []
         return finished
 
-    def step(self) -> bool:
-        """Go on by one step; say whether anything is left to do.
+    @property
+    def running(self) -> int:
+        """Number of sequences that are decoding. Read it in the thread that calls `step`."""
+        return sum(len(states) for states in self._running.values())
 
-        A request's error is not raised here: it becomes its result.
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for admission or for their grammar. Read it in the thread that calls `step`."""
+        return len(self._compiling) + sum(len(image.waiting) for image in self._queue)
+
+    def step(self) -> bool:
+        """Run one step and return whether work is left.
+
+        Errors of requests are not raised: they become results.
 
         Raises:
             MoondreamError: The model is closed.
         """
-        self._model.check_open()
-        with without_autocast(self._model.device):
+        self._context.check_open()
+        with without_autocast(self._runner.device):
             return self._step()
 
     def _step(self) -> bool:
-        self._steps += 1
+        # Receive requests and cancellations
+        self._step_number += 1
         with self._lock:
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
         for job in submitted:
             self._receive(job)
         if cancelled:
-            self._drop(cancelled)
+            self._abort(cancelled)
         if self._compiling:
-            self._receive_compiled()
+            self._receive_grammars()
+
+        # Admit and decode
         self._admit()
-        for variant, lane in list(self._lanes.items()):
-            if lane.entries:
-                self._advance(lane)
-            if not lane.entries:
-                del self._lanes[variant]
+        for adapter_name in list(self._running):
+            if self._running[adapter_name]:
+                self._decode(adapter_name)
+            if not self._running[adapter_name]:
+                del self._running[adapter_name]
+                self._runner.reset(adapter_name)
         with self._lock:
-            return bool(self._submitted or self._cancelled or self._compiling or self._queue or self._lanes)
+            return bool(self._submitted or self._cancelled or self._compiling or self._queue or self._running)
+
+    # Queue ------------------------------------------------------------------------------------------------------------
 
     def _receive(self, job: Job) -> None:
-        """Queue a request, or compile its grammar first, while others decode."""
+        """Queue a request, or compile its grammar first while others decode."""
         if isinstance(job.request, Query) and isinstance(job.request.json_schema, str):
-            self._compiling[job] = self._model.grammar_compiler.submit(job.request.json_schema)
+            self._compiling[job] = self._context.grammar_compiler.submit(job.request.json_schema)
         else:
             self._enqueue(job, None)
 
-    def _receive_compiled(self) -> None:
-        """Queue the requests whose grammars are ready."""
-        if not self._queue and not self._lanes:
-            wait(self._compiling.values(), COMPILER_POLL, FIRST_COMPLETED)
+    def _receive_grammars(self) -> None:
+        """Queue the requests whose grammars are compiled."""
+        if not self._queue and not self._running:
+            wait(self._compiling.values(), GRAMMAR_POLL_SECONDS, FIRST_COMPLETED)
         for job, future in list(self._compiling.items()):
             if not future.done():
                 continue
@@ -180,194 +214,81 @@ class Scheduler:
             self._enqueue(job, grammar)
 
     def _enqueue(self, job: Job, grammar: GrammarMatcher | None) -> None:
-        request, model = job.request, self._model
+        """Write the prompt of a request and queue its sequence, or finish the job with an error."""
+        request, context = job.request, self._context
         try:
-            prompt = write_prompt(request, model.tokenizer, model.config.tokenizer)
-            length = 0 if request.image is None else model.config.prefix_length
-            room = model.config.text.max_context - length
-            if len(prompt.ids) > room:
+            # Write the prompt
+            prompt = write_prompt(request, context.tokenizer, context.config.tokenizer)
+            prefix_length = 0 if request.image is None else context.config.prefix_length
+            max_context = context.config.text.max_context
+            max_tokens = max_context - prefix_length
+            if len(prompt.ids) > max_tokens:
                 raise ValueError(
-                    f"the prompt has {len(prompt.ids)} tokens, and {room} of the model's context of "
-                    f"{model.config.text.max_context} are left; shorten it"
+                    f"the prompt must have at most {max_tokens} tokens, got {len(prompt.ids)}; shorten it (the model's "
+                    f"context has {max_context} tokens)"
                 )
-            image = self._image(request)
-            calibration = model.calibration if model.calibrated and request.settings.variant is None else None
-            row = make_row(next(self._keys), request, model.config, model.tokenizer, calibration, length, grammar)
-        except Exception as error:  # whatever is wrong with a request is its own affair
+            # Create the sequence
+            image = self._waiting_image(request)
+            calibration = context.calibration if request.settings.variant is None else None
+            sequence = make_sequence(
+                next(self._seq_ids), request, context.config, context.tokenizer, calibration, prefix_length, grammar
+            )
+        except Exception as error:  # an invalid request must not affect others
             self._finish(job, ErrorResult(error))
             return
-        job.prompt_tokens = length + len(prompt.ids)
-        image.entries.append(Entry(job, image, row, prompt))
-        self._open[image.key] = image
+        job.prompt_tokens = prefix_length + len(prompt.ids)
+        image.waiting.append(SequenceState(job, image, sequence, prompt))
+        self._joinable[image.key] = image
         self._queue[image] = None
 
-    def _image(self, request: Request) -> WaitingImage:
-        """The image of a request, the same for all that give the same object or path with the same settings."""
+    def _waiting_image(self, request: Request) -> WaitingImage:
+        """Return the image of a request. Requests with the same object or path and the same settings share it."""
         settings, source = request.settings, request.image
         if isinstance(source, EncodedImage):
-            source.check(self._model.fingerprint(settings.variant), settings.max_crops, settings.variant)
+            source.check(self._context.fingerprint(settings.variant), settings.max_crops, settings.variant)
             key: Any = (id(source), settings.variant)
         else:
-            key = (source_key(source), self._model.max_crops(settings), settings.variant)
+            key = (source_key(source), self._max_crops(settings), settings.variant)
         encoded = source if isinstance(source, EncodedImage) else None
-        return self._open.get(key) or WaitingImage(key, source, settings, self._steps, encoded=encoded)
+        return self._joinable.get(key) or WaitingImage(key, source, settings, self._step_number, encoded=encoded)
 
-    def _drop(self, jobs: list[Job]) -> None:
-        """Take cancelled requests out of wherever they are."""
+    def _max_crops(self, settings: Settings) -> int:
+        return settings.max_crops or self._context.config.vision.max_crops
+
+    def _remove_if_idle(self, image: WaitingImage) -> None:
+        """Remove finished sequences from an image, and the image from the queue if no sequence waits for it."""
+        image.waiting = deque(state for state in image.waiting if not state.job.done)
+        if image.waiting:
+            return
+        image.drop_encoded()  # running sequences have copied the prefix
+        self._queue.pop(image, None)
+        if self._joinable.get(image.key) is image:
+            del self._joinable[image.key]
+
+    # Finish and abort -------------------------------------------------------------------------------------------------
+
+    def _abort(self, jobs: list[Job]) -> None:
+        """Finish cancelled jobs, and remove their sequences from the queue and the runner."""
         for job in jobs:
             if not job.done:
                 self._finish(job, ErrorResult(RequestCancelled("the request was cancelled")))
             if (compiling := self._compiling.pop(job, None)) is not None:
                 compiling.cancel()
         for image in list(self._queue):
-            self._tidy(image)
-        for lane in self._lanes.values():
-            gone = [key for key, entry in lane.entries.items() if entry.job.done]
-            for key in gone:
-                del lane.entries[key]
-            self._leave(lane, gone)
+            self._remove_if_idle(image)
+        for adapter_name, states in self._running.items():
+            self._remove(adapter_name, [seq_id for seq_id, state in states.items() if state.job.done])
 
-    def _leave(self, lane: _Lane, keys: list[int]) -> None:
-        """Let rows go whose requests are done."""
-        if not keys or lane.batch is None:
+    def _remove(self, adapter_name: str | None, seq_ids: list[int]) -> None:
+        """Remove sequences of finished jobs from the runner."""
+        if not seq_ids:
             return
+        for seq_id in seq_ids:
+            del self._running[adapter_name][seq_id]
         try:
-            lane.batch.leave(keys)
+            self._runner.remove(seq_ids, adapter_name)
         except Exception as error:
-            self._recover(lane, error)
-
-    def _admit(self) -> None:
-        """Let waiting requests join as long as there is room, those on the same image together."""
-        if self._crowded is not None and self.running >= self._crowded:
-            return
-        self._crowd.look(self._steps, (e for lane in self._lanes.values() for e in lane.entries.values()), self._queue)
-        if self.running and not self._crowd.hurries and self._steps - self._joined < GATHER:
-            return
-        rows, images = self.limits.rows - self.running, self.limits.images - self._decoding
-        chosen = self._crowd.choose(self._queue, self._holds, rows, images)
-        for image in chosen:
-            if self._open.get(image.key) is image:
-                del self._open[image.key]
-        short = self._encode([image for image in chosen if not self._holds(image)])
-        joining: dict[str | None, list[Entry]] = {}
-        for image, count in chosen.items():
-            if image.entries and (image.ready or self._holds(image)):
-                entries = [image.entries.popleft() for _ in range(count)]
-                joining.setdefault(image.settings.variant, []).extend(entries)
-        for variant, entries in joining.items():
-            self._join(variant, entries)
-            self._joined = self._steps
-        for image in chosen:
-            self._tidy(image)
-        self._crowded = (self.running or None) if short else None
-
-    def _encode(self, images: list[WaitingImage]) -> bool:
-        """Encode images; those that cannot be read fail, and where memory is short some are left for a later step.
-
-        Returns:
-            Whether memory was short.
-        """
-        alike: dict[tuple[int, str | None], list[WaitingImage]] = {}
-        short = False
-        for image in images:
-            if image.ready:
-                continue
-            try:
-                if image.pixels is None:
-                    ready = isinstance(image.source, PreparedImage)
-                    image.pixels = image.source if ready else to_rgb(image.source)
-            except Exception as error:  # whatever a file, a server or a picture library can raise
-                self._fail(image.entries, error)
-                continue
-            alike.setdefault((self._model.max_crops(image.settings), image.settings.variant), []).append(image)
-        for group in alike.values():
-            try:
-                frames = [image.pixels for image in group if image.pixels is not None]
-                encoded = self._model.encode_arrays(frames, group[0].settings)
-            except Exception as error:
-                free_after(error, self._model.device)
-                if not is_out_of_memory(error):
-                    self._fail([entry for image in group for entry in image.entries], error)
-                    continue
-                short = True
-                if len(group) > 1:
-                    self._limit(images=self._decoding + len(group) // 2)
-                elif not self.running and not any(image.ready for image in images) and not self._forget():
-                    self._fail(group[0].entries, self._never_fits(error))
-                continue
-            for image, one in zip(group, encoded, strict=True):
-                image.encoded = one
-        return short
-
-    def _join(self, variant: str | None, entries: list[Entry]) -> None:
-        """Let requests of one adapter join its batch."""
-        lane = self._lanes.setdefault(variant, _Lane())
-        arrivals = []
-        for entry in entries:
-            lane.entries[entry.row.key], entry.job.row = entry, entry.row
-            prefix = None if entry.image.encoded is None else entry.image.encoded.prefix
-            arrivals.append(Arrival(entry.row, entry.image.identity, prefix, entry.feed, entry.readings))
-        try:
-            if lane.batch is None:
-                lane.batch = Batch(self._model.network, self._model.lora(variant))
-            lane.batch.join(arrivals)
-        except Exception as error:
-            self._recover(lane, error)
-
-    def _advance(self, lane: _Lane) -> None:
-        """Feed every row of a lane once."""
-        assert lane.batch is not None
-        try:
-            ended = lane.batch.step()
-        except Exception as error:
-            self._recover(lane, error)
-            return
-        for row, failure in ended:
-            result = row.result if failure is None else ErrorResult(failure)
-            assert result is not None
-            self._finish(lane.entries.pop(row.key).job, result)
-        self._leave(lane, [row.key for row, _ in ended])
-
-    def _recover(self, lane: _Lane, error: Exception) -> None:
-        """Go on after an error in a lane: with half of the rows if memory was short, else without all of them."""
-        running, entries, batch = self.running, list(lane.entries.values()), lane.batch
-        lane.entries, lane.batch = {}, None
-        free_after(error, self._model.device)
-        if not is_out_of_memory(error):
-            self._fail(entries, error)
-            return
-        alone = running == 1 and len(entries) == 1
-        spared = self._forget()
-        if alone and (entries[0].alone or not spared):
-            self._fail(entries, self._never_fits(error))
-            return
-        try:
-            evicted = [] if batch is None else batch.evict()
-        except Exception as another:  # there was not even memory for that
-            free_after(another, self._model.device)
-            self._fail(entries, self._never_fits(another))
-            return
-        feeds = {arrival.row.key: (arrival.feed, arrival.readings) for arrival in evicted}
-        for entry in reversed(entries):
-            entry.alone = alone
-            entry.feed, entry.readings = feeds.get(entry.row.key, (entry.feed, entry.readings))
-            entry.image.entries.appendleft(entry)
-        self._queue = dict.fromkeys([entry.image for entry in entries]) | self._queue
-        self._limit(rows=running // 2)
-
-    def _forget(self) -> bool:
-        """Let go of encoded images that can be encoded again; say whether there were any."""
-        cache = self._model.image_cache
-        found = cache is not None and len(cache) > 0
-        if cache is not None:
-            cache.clear()
-        for image in self._queue:
-            found = image.forget() or found
-        return found
-
-    def _fail(self, entries: Iterable[Entry], error: Exception) -> None:
-        for entry in list(entries):
-            self._finish(entry.job, ErrorResult(error))
+            self._recover(adapter_name, error)
 
     def _finish(self, job: Job, result: Result) -> None:
         if isinstance(result, ErrorResult):
@@ -376,52 +297,179 @@ class Scheduler:
         with self._lock:
             self._finished.append(job)
 
-    @property
-    def running(self) -> int:
-        """Requests that decode. For the thread that calls `step`, as `waiting`."""
-        return sum(len(lane.entries) for lane in self._lanes.values())
+    def _fail(self, states: Iterable[SequenceState], error: Exception) -> None:
+        for state in list(states):
+            self._finish(state.job, ErrorResult(error))
 
-    @property
-    def waiting(self) -> int:
-        """Requests that have been looked at and wait for room, or for their grammar."""
-        return len(self._compiling) + sum(len(image.entries) for image in self._queue)
+    # Admit ------------------------------------------------------------------------------------------------------------
 
-    @property
-    def _decoding(self) -> int:
-        """Images that rows decode on."""
-        return sum(lane.batch.images for lane in self._lanes.values() if lane.batch is not None)
-
-    def _holds(self, image: WaitingImage) -> bool:
-        lane = self._lanes.get(image.settings.variant)
-        return lane is not None and lane.batch is not None and lane.batch.holds(image.identity)
-
-    def _tidy(self, image: WaitingImage) -> None:
-        """Let an encoded image go that no request waits for: the rows that decode on it have copied what they need."""
-        image.entries = deque(entry for entry in image.entries if not entry.job.done)
-        if image.entries:
+    def _admit(self) -> None:
+        """Admit waiting sequences within the limits, those on the same image together."""
+        # Select sequences
+        if self._admission_pause is not None and self.running >= self._admission_pause:
             return
-        image.forget()
-        self._queue.pop(image, None)
-        if self._open.get(image.key) is image:
-            del self._open[image.key]
+        running = (state for states in self._running.values() for state in states.values())
+        self._policy.observe(self._step_number, running, self._queue)
+        recently = self._step_number - self._last_admission < ADMISSION_INTERVAL
+        if self.running and recently and not self._policy.prioritizes_regions:
+            return
+        num_seqs = self.limits.max_num_seqs - self.running
+        num_images = self.limits.max_images - self._runner.num_images
+        selected = self._policy.select(self._queue, self._has_group, num_seqs, num_images)
 
-    def _limit(self, rows: int | None = None, images: int | None = None) -> None:
-        """Lower a limit, to one at the least, and tell of it."""
-        before = replace(self.limits)
-        self.limits.rows = max(1, min(self.limits.rows, self.limits.rows if rows is None else rows))
-        self.limits.images = max(1, min(self.limits.images, self.limits.images if images is None else images))
-        if self.limits != before:
+        # Encode their images
+        for image in selected:
+            if self._joinable.get(image.key) is image:
+                del self._joinable[image.key]
+        out_of_memory = self._encode([image for image in selected if not self._has_group(image)])
+
+        # Admit the sequences whose images are encoded
+        admitted: dict[str | None, list[SequenceState]] = {}
+        for image, count in selected.items():
+            if image.waiting and (image.is_ready or self._has_group(image)):
+                states = [image.waiting.popleft() for _ in range(count)]
+                admitted.setdefault(image.adapter_name, []).extend(states)
+        for adapter_name, states in admitted.items():
+            self._admit_to_runner(adapter_name, states)
+            self._last_admission = self._step_number
+        for image in selected:
+            self._remove_if_idle(image)
+        self._admission_pause = (self.running or None) if out_of_memory else None
+
+    def _has_group(self, image: WaitingImage) -> bool:
+        return self._runner.has_group(image.group_key, image.adapter_name)
+
+    def _admit_to_runner(self, adapter_name: str | None, states: list[SequenceState]) -> None:
+        running = self._running.setdefault(adapter_name, {})
+        for state in states:
+            running[state.sequence.seq_id], state.job.sequence = state, state.sequence
+        try:
+            self._runner.admit(states, adapter_name)
+        except Exception as error:
+            self._recover(adapter_name, error)
+
+    def _encode(self, images: list[WaitingImage]) -> bool:
+        """Encode images. Unreadable ones fail; if memory runs out, some are left for a later step.
+
+        Returns:
+            Whether memory ran out.
+        """
+        # Read the images and group those with the same settings
+        batches: dict[tuple[int, str | None], list[WaitingImage]] = {}
+        for image in images:
+            if image.is_ready:
+                continue
+            try:
+                if image.pixels is None:
+                    source = image.source
+                    image.pixels = source if isinstance(source, PreprocessedImage) else to_rgb(source)
+            except Exception as error:  # whatever a file, a server or an image library raises
+                self._fail(image.waiting, error)
+                continue
+            batches.setdefault((self._max_crops(image.settings), image.adapter_name), []).append(image)
+
+        # Encode each group
+        out_of_memory = False
+        for (max_crops, adapter_name), batch in batches.items():
+            try:
+                frames = [image.pixels for image in batch if image.pixels is not None]
+                encoded = self._runner.prefill_images(frames, max_crops, adapter_name)
+            except Exception as error:
+                free_after(error, self._runner.device)
+                if not is_out_of_memory(error):
+                    self._fail([state for image in batch for state in image.waiting], error)
+                    continue
+                out_of_memory = True
+                if len(batch) > 1:
+                    self._lower_limits(max_images=self._runner.num_images + len(batch) // 2)
+                elif not self.running and not any(image.is_ready for image in images) and not self._drop_images():
+                    self._fail(batch[0].waiting, self._too_large_error(error))
+                continue
+            for image, one in zip(batch, encoded, strict=True):
+                image.encoded = one
+        return out_of_memory
+
+    # Decode and preempt -----------------------------------------------------------------------------------------------
+
+    def _decode(self, adapter_name: str | None) -> None:
+        """Advance all sequences of an adapter and finish those that are complete."""
+        try:
+            outputs = self._runner.decode_step(adapter_name)
+        except Exception as error:
+            self._recover(adapter_name, error)
+            return
+        finished = []
+        for state, output in outputs:
+            try:
+                state.inputs = state.sequence.apply(output)
+                result = state.sequence.result
+            except Exception as error:  # of this request alone
+                result = ErrorResult(error)
+            if result is not None:
+                self._finish(state.job, result)
+                finished.append(state.sequence.seq_id)
+        self._remove(adapter_name, finished)
+
+    def _recover(self, adapter_name: str | None, error: Exception) -> None:
+        """Recover from an error in the batch of an adapter.
+
+        If memory ran out, preempt its sequences and halve the number of concurrent ones; otherwise fail them.
+        """
+        # Decide whether a retry can succeed
+        num_running, states = self.running, list(self._running[adapter_name].values())
+        self._running[adapter_name] = {}
+        if not is_out_of_memory(error):
+            self._runner.reset(adapter_name)
+            free_after(error, self._runner.device)
+            self._fail(states, error)
+            return
+        free_after(error, self._runner.device)
+        is_alone = num_running == 1 and len(states) == 1
+        freed_memory = self._drop_images()
+        if is_alone and (states[0].ran_out_of_memory_alone or not freed_memory):
+            self._runner.reset(adapter_name)
+            self._fail(states, self._too_large_error(error))
+            return
+
+        # Preempt the sequences and queue them first
+        try:
+            self._runner.preempt(adapter_name)
+        except Exception as another:  # no memory even for that
+            free_after(another, self._runner.device)
+            self._fail(states, self._too_large_error(another))
+            return
+        for state in reversed(states):
+            state.ran_out_of_memory_alone = is_alone
+            state.image.waiting.appendleft(state)
+        self._queue = dict.fromkeys([state.image for state in states]) | self._queue
+        self._lower_limits(max_num_seqs=num_running // 2)
+
+    def _drop_images(self) -> bool:
+        """Drop encoded images that can be encoded again, and return whether there were any."""
+        dropped = self._context.clear_image_cache()
+        for image in self._queue:
+            dropped = image.drop_encoded() or dropped
+        return dropped
+
+    def _lower_limits(self, max_num_seqs: int | None = None, max_images: int | None = None) -> None:
+        """Lower limits, to 1 or more, and log the change."""
+        limits, before = self.limits, replace(self.limits)
+        if max_num_seqs is not None:
+            limits.max_num_seqs = max(1, min(limits.max_num_seqs, max_num_seqs))
+        if max_images is not None:
+            limits.max_images = max(1, min(limits.max_images, max_images))
+        if limits != before:
             logger.warning(
-                "out of memory on %s: going on with %d requests on %d images at a time",
-                self._model.device,
-                self.limits.rows,
-                self.limits.images,
+                "out of memory on %s: continuing with at most %d sequences on %d images",
+                self._runner.device,
+                limits.max_num_seqs,
+                limits.max_images,
             )
 
-    def _never_fits(self, error: Exception) -> MoondreamError:
+    def _too_large_error(self, error: Exception) -> MoondreamError:
         described = MoondreamError(
-            f"out of memory on {self._model.device} with this request alone: ask for fewer crops (max_crops), tokens "
-            f"(max_tokens) or objects (max_objects), or load the model in bfloat16 or on another device"
+            f"out of memory on {self._runner.device} with this request alone: reduce max_crops, max_tokens or "
+            "max_objects, or load the model in bfloat16 or on another device"
         )
         described.__cause__ = error
         return described

@@ -1,15 +1,13 @@
-"""What a request has come to while it is decoded: which head is read next, and what its reply holds so far.
+"""Sequences: the host-side state of one request while it decodes.
 
-Rows know tokens, coordinates and when to stop; `batch.py` computes. A row moves only when it is told what was read,
-once per step, so that a step that runs out of memory can be done again.
+A sequence determines which head is applied next, collects the reply and decides when to stop. It contains no device
+tensors. It changes only in `apply`, once per step, so a step that runs out of memory can be repeated.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +15,11 @@ import torch
 from tokenizers import Tokenizer
 
 from moondream_cv.engine.calibration import Calibration
-from moondream_cv.engine.confidence import AXIS_FEATURES, confidence
-from moondream_cv.engine.detokenizer import WordStream
+from moondream_cv.engine.confidence import confidence
+from moondream_cv.engine.detokenizer import IncrementalDetokenizer
+from moondream_cv.engine.heads import Head, HeadOutputs, TokenOutput
 from moondream_cv.engine.prompts import Prompt, answer_prompt
+from moondream_cv.engine.sampling import SamplingParams
 from moondream_cv.engine.stop_strings import StopStringMatcher
 from moondream_cv.engine.structured_output import GrammarMatcher
 from moondream_cv.errors import MoondreamError
@@ -43,104 +43,101 @@ from moondream_cv.requests import (
     Result,
 )
 
-ANSWER_ROOM = 32  # positions of the context that reasoning leaves for the answer
-AXIS = 1 + AXIS_FEATURES  # numbers read of a coordinate or of a side: itself, and how sharp it is
-READINGS = 1 + 4 * AXIS  # numbers read of an object: the probability that there is one; x, y, width, height
-
-
-class Head(enum.Enum):
-    """What is read from the next hidden state of a row."""
-
-    DECISION = enum.auto()  # whether there is another object, and its x
-    Y = enum.auto()
-    SIZE = enum.auto()
-    TOKEN = enum.auto()
-    THOUGHT = enum.auto()  # a token, and a coordinate for the case that it stands for one
+MIN_ANSWER_TOKENS = 32  # positions of the context that reasoning leaves for the answer
 
 
 @dataclass(kw_only=True)
-class Row:
-    """A request being decoded.
+class Sequence:
+    """A request that is being decoded.
 
     Attributes:
-        key: Its number, which no other row of the batch has.
-        request: What was asked.
-        config: Of the checkpoint.
-        length: Positions of the context that are fed.
-        head: What is read next.
-        pieces: What has been said so far: objects, points, text; reasoning first.
-        result: The reply, once it is complete.
+        seq_id: Number that identifies the sequence within its scheduler.
+        request: Request that the sequence answers.
+        config: Configuration of the checkpoint.
+        num_computed_tokens: Positions of the context that have been computed, including those of the image.
+        head: Head that is applied to the next hidden state.
+        pieces: Parts of the reply so far: objects, points or text; reasoning first.
+        result: Reply, once it is complete.
     """
 
-    key: int
+    seq_id: int
     request: Request
     config: MoondreamConfig
-    length: int
+    num_computed_tokens: int
     head: Head
     pieces: list[Any] = field(default_factory=list)
     result: Result | None = None
 
     @property
-    def room(self) -> int:
+    def num_free_positions(self) -> int:
         """Positions of the context that are left."""
-        return self.config.text.max_context - self.length
+        return self.config.text.max_context - self.num_computed_tokens
+
+    def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
+        """Update the sequence with the outputs of one step. Sets `result` when the reply is complete.
+
+        Args:
+            output: Output of the head that `head` named; None for heads whose output stays on the device.
+
+        Returns:
+            A prompt that replaces the decoded token as the next input; None: the decoded token is the next input.
+
+        Raises:
+            MoondreamError: The outputs are not finite, or the answer violates its grammar.
+        """
+        raise NotImplementedError
+
+    def sampling_params(self) -> SamplingParams | None:
+        """Return the parameters for the next token; None if the sequence writes no text."""
+        return None
 
 
 @dataclass(kw_only=True)
-class RegionRow(Row):
-    """A row that lists objects or points.
+class RegionSequence(Sequence):
+    """A sequence that lists objects or points.
 
     Attributes:
-        limit: Objects at the most.
-        sized: Whether they are boxes.
-        force: Give the first one even where there is none.
-        calibration: What turns scores into probabilities; None leaves them as they are.
+        max_objects: Maximum number of objects or points.
+        has_size: Whether the objects are boxes.
+        force_first: Return the first object even if the model would stop before it.
+        calibration: Maps scores to probabilities; None returns the scores.
+        in_object: Whether an object has been started and is not complete.
     """
 
-    limit: int = 1
-    sized: bool = False
-    force: bool = False
+    max_objects: int = 1
+    has_size: bool = False
+    force_first: bool = False
     calibration: Calibration | None = None
-    begun: bool = False
+    in_object: bool = False
 
-    def decide(self, stop: bool, going_on: float, readings: Sequence[float]) -> bool:
-        """Take in a decision, before which the object begun before it is complete; say whether another one begins.
-
-        Args:
-            stop: Whether the end is likelier than everything else.
-            going_on: Probability of another object.
-            readings: Of the object that was begun before: `READINGS` numbers.
-
-        Raises:
-            MoondreamError: The numbers are not finite.
-        """
-        if self.begun:
-            self.pieces.append(self._item(readings))
-        if math.isnan(going_on):
-            raise _overflow()
-        wanted = not stop or (self.force and not self.pieces)
-        full = len(self.pieces) == self.limit or self.room < (3 if self.sized else 2)
-        self.begun = wanted and not full
-        if self.begun:
+    def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
+        """Update the sequence; after an X_OR_STOP step, complete the previous object and start the next one or stop."""
+        if self.head is not Head.X_OR_STOP:
+            self.head = Head.SIZE if self.has_size and self.head is Head.Y else Head.X_OR_STOP
+            return None
+        assert isinstance(output, HeadOutputs)
+        if self.in_object:
+            self.pieces.append(self._object(output))
+        if math.isnan(output.next_continue_probability):
+            raise overflow_error()
+        wanted = not output.stop or (self.force_first and not self.pieces)
+        full = len(self.pieces) == self.max_objects or self.num_free_positions < (3 if self.has_size else 2)
+        self.in_object = wanted and not full
+        if self.in_object:
             self.head = Head.Y
         else:
-            self.result = self._result(wanted)
-        return self.begun
+            self.result = self._result(truncated=wanted)
+        return None
 
-    def advance(self) -> None:
-        """Take in that a y or a size has been read."""
-        self.head = Head.SIZE if self.sized and self.head is Head.Y else Head.DECISION
-
-    def _item(self, readings: Sequence[float]) -> DetectedObject | DetectedPoint:
-        count = 4 if self.sized else 2
-        axes = [readings[1 + a * AXIS : 1 + (a + 1) * AXIS] for a in range(count)]
-        box = [axis[0] for axis in axes]
-        score = confidence(readings[0], box, [axis[1:] for axis in axes])
+    def _object(self, output: HeadOutputs) -> DetectedObject | DetectedPoint:
+        axes = (output.x, output.y, output.width, output.height)[: 4 if self.has_size else 2]
+        box = [axis.value for axis in axes]
+        score = confidence(output.continue_probability, box, [axis.features for axis in axes])
         if math.isnan(score):
-            raise _overflow()
+            raise overflow_error()
         if self.calibration is not None:
-            score = self.calibration.apply("detect" if self.sized else "point", score)
-        if not self.sized:
+            score = self.calibration.apply("detect" if self.has_size else "point", score)
+        if not self.has_size:
             return DetectedPoint(box[0], box[1], score)
         x, y, w, h = box
         return DetectedObject(x - w / 2, y - h / 2, x + w / 2, y + h / 2, score)
@@ -154,177 +151,197 @@ class RegionRow(Row):
 
 
 @dataclass(kw_only=True)
-class TextRow(Row):
-    """A row that writes an answer or a caption, perhaps after thinking.
+class TextSequence(Sequence):
+    """A sequence that writes an answer or a caption, optionally after reasoning.
 
     Attributes:
-        tokenizer: For its text.
-        draw: A random number in 0..1 that chooses the next token; None takes the likeliest one.
-        banned: Tokens that must not come next.
+        tokenizer: Tokenizer that decodes the text.
         grammar: Constrains the answer; None leaves it free.
+        random: Random number in 0..1 for sampling the next token; None selects the most likely token.
+        banned: Token IDs that must not come next.
+        num_tokens: Tokens of the current part, which is the reasoning or the answer.
+        reasoning_segments: Token IDs and coordinates of each segment of the reasoning.
+        reasoning_truncated: Whether a limit ended the reasoning.
+        logprobs: Log-probability of each token of the answer.
     """
 
     tokenizer: Tokenizer
     grammar: GrammarMatcher | None = None
-    draw: float | None = None
+    random: float | None = None
     banned: tuple[int, ...] = ()
-    thoughts: list[tuple[list[int], list[float]]] = field(default_factory=lambda: [([], [])])
-    cut_short: bool = False
-    count: int = 0
+    num_tokens: int = 0
+    reasoning_segments: list[tuple[list[int], list[float]]] = field(default_factory=lambda: [([], [])])
+    reasoning_truncated: bool = False
     logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._words = WordStream(self.tokenizer)
+        self._detokenizer = IncrementalDetokenizer(self.tokenizer)
         stop = self.request.stop if isinstance(self.request, Query) else ()
         self._stop = StopStringMatcher(stop) if stop else None
         self._seed = self.request.settings.seed
         if self._seed is None and self.request.settings.temperature > 0:
-            self._seed = int(
-                torch.randint(2**62, (), device="cpu", dtype=torch.long)
-            )  # torch's own generator, so that `torch.manual_seed` repeats it
-        self._random: random.Random | None = None
-        self._restart()
+            # torch's generator, so that `torch.manual_seed` makes sampling repeatable
+            self._seed = int(torch.randint(2**62, (), device="cpu", dtype=torch.long))
+        self._generator: random.Random | None = None
+        self._start_part()
 
-    def take(self, token: int, logprob: float, coordinate: float) -> Prompt | bool:
-        """Take in the next token.
+    def sampling_params(self) -> SamplingParams:
+        """Return the parameters for the next token, including the bitmask of the grammar."""
+        settings = self.request.settings
+        bitmask = self.grammar.bitmask() if self.grammar and self.head is Head.TOKEN else None
+        return SamplingParams(settings.temperature, settings.top_p, self.random, self.banned, bitmask)
 
-        Args:
-            token: It.
-            logprob: The logarithm of its probability.
-            coordinate: What it stands for in a thought if it is a coordinate.
+    def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
+        """Append the next token. At the end of the reasoning, return the prompt of the answer."""
+        assert isinstance(output, TokenOutput)
+        if math.isnan(output.logprob):
+            raise overflow_error()
+        prompt = None
+        if self.head is Head.REASONING:
+            prompt = self._append_reasoning(output.token, output.coordinate)
+        else:
+            self._append_answer(output.token, output.logprob)
+        self.random = None if self._generator is None else self._generator.random()
+        return prompt
 
-        Returns:
-            Whether it is fed and another one comes; or a prompt to be fed in its place.
-
-        Raises:
-            MoondreamError: The numbers are not finite.
-        """
-        if math.isnan(logprob):
-            raise _overflow()
-        going_on = self._think(token, coordinate) if self.head is Head.THOUGHT else self._write(token, logprob)
-        self.draw = None if self._random is None else self._random.random()
-        return going_on
-
-    def _write(self, token: int, logprob: float) -> bool:
+    def _append_answer(self, token: int, logprob: float) -> None:
         config, limit = self.config.tokenizer, self.request.settings.max_tokens
         if self.grammar is not None:
             self.grammar.accept(token)
-        if token == config.eos_id or self.count == limit:
-            return self._finish(token != config.eos_id, logprob)
-        self.count += 1
+        if token == config.eos_id or self.num_tokens == limit:
+            self._finish(token != config.eos_id, logprob)
+            return
+        self.num_tokens += 1
         self.logprobs.append(logprob)
-        if self._say(self._words.add(token)):
-            return self._complete(False)
-        self.banned = (config.answer_id,) if config.has_control_tokens else ()  # of earlier releases, it is a word
+        if self._emit(self._detokenizer.add(token)):
+            self._set_result(False)
+            return
+        self.banned = (config.answer_id,) if config.has_control_tokens else ()  # an ordinary word in earlier releases
         if self.grammar is not None and self.grammar.finished:
-            return self._finish(False, None)
-        return True if self.room else self._finish(True, None)
+            self._finish(False, None)
+        elif not self.num_free_positions:
+            self._finish(True, None)
 
-    def _think(self, token: int, coordinate: float) -> Prompt | bool:
-        """Take in a token of a thought.
+    def _append_reasoning(self, token: int, coordinate: float) -> Prompt | None:
+        """Append a token to the reasoning.
 
-        The tokens around a grounded passage split the text; the coordinates of each part, in pairs, are its points.
+        The tokens around a grounded passage split the text into segments. The coordinates of a segment, in pairs, are
+        its points.
         """
         config = self.config.tokenizer
-        after = answer_prompt(config)
-        self.cut_short = token != config.answer_id and (
-            self.count == self.request.settings.max_tokens or self.room <= len(after.ids) + ANSWER_ROOM
+        answer = answer_prompt(config)
+        self.reasoning_truncated = token != config.answer_id and (
+            self.num_tokens == self.request.settings.max_tokens
+            or self.num_free_positions <= len(answer.ids) + MIN_ANSWER_TOKENS
         )
-        if token == config.answer_id or self.cut_short:
-            self.pieces.append(_assemble(self.tokenizer, self.thoughts))
+        if token == config.answer_id or self.reasoning_truncated:
+            self.pieces.append(_decode_reasoning(self.tokenizer, self.reasoning_segments))
             self.head = Head.TOKEN
-            self._restart()
-            return after
+            self._start_part()
+            return answer
         if token in (config.start_ground_points_id, config.end_ground_id):
-            self.thoughts.append(([], []))
-        self.thoughts[-1][0].append(token)
+            self.reasoning_segments.append(([], []))
+        tokens, coordinates = self.reasoning_segments[-1]
+        tokens.append(token)
         if token == config.coord_id:
-            self.thoughts[-1][1].append(coordinate)
-        self.count += 1
+            coordinates.append(coordinate)
+        self.num_tokens += 1
         self.banned = (config.eos_id, config.size_id)
-        return True
+        return None
 
-    def _restart(self) -> None:
-        self.count, self.banned, self.draw, self._random = 0, (), None, None
+    def _start_part(self) -> None:
+        """Reset what the reasoning and the answer each start with."""
+        self.num_tokens, self.banned, self.random, self._generator = 0, (), None, None
         if self.request.settings.temperature > 0:
-            self._random = random.Random(self._seed)
-            self.draw = self._random.random()
+            self._generator = random.Random(self._seed)
+            self.random = self._generator.random()
 
-    def _finish(self, truncated: bool, logprob: float | None) -> bool:
-        """End the reply; `logprob` is that of the end, where it is one."""
-        stopped = self._say(self._words.rest(), is_last=True)
+    def _finish(self, truncated: bool, logprob: float | None) -> None:
+        """Emit the remaining text and set the result.
+
+        Args:
+            truncated: Whether a limit ended the answer.
+            logprob: Log-probability of the token that ended the answer; None if no token did.
+        """
+        stopped = self._emit(self._detokenizer.flush(), is_last=True)
         if not truncated and logprob is not None:
             self.logprobs.append(logprob)
-        return self._complete(truncated and not stopped)
+        self._set_result(truncated and not stopped)
 
-    def _complete(self, truncated: bool) -> bool:
-        """Set the result."""
+    def _set_result(self, truncated: bool) -> None:
         mean = sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
         if isinstance(self.request, Caption):
             self.result = CaptionResult("".join(self.pieces), truncated, mean)
-        else:
-            reasoning, *answer = self.pieces if self._reasoned else (None, *self.pieces)
-            self.result = QueryResult("".join(answer), reasoning, truncated or self.cut_short, mean)
-        return False
+            return
+        has_reasoning = isinstance(self.request, Query) and self.request.reasoning
+        reasoning, *answer = self.pieces if has_reasoning else (None, *self.pieces)
+        self.result = QueryResult("".join(answer), reasoning, truncated or self.reasoning_truncated, mean)
 
-    @property
-    def _reasoned(self) -> bool:
-        return isinstance(self.request, Query) and self.request.reasoning
-
-    def _say(self, text: str, is_last: bool = False) -> bool:
-        """Append text to the pieces; return whether a stop string ends the answer."""
+    def _emit(self, text: str, is_last: bool = False) -> bool:
+        """Append text to the pieces and return whether a stop string ends the answer."""
         stopped = False
         if self._stop is not None:
-            text, stopped = self._stop.add(text, "" if is_last else self._words.pending)
+            text, stopped = self._stop.add(text, "" if is_last else self._detokenizer.pending)
             text += self._stop.flush() if is_last and not stopped else ""
         if text:
             self.pieces.append(text)
         return stopped
 
 
-def make_row(
-    key: int,
+def make_sequence(
+    seq_id: int,
     request: Request,
     config: MoondreamConfig,
     tokenizer: Tokenizer,
     calibration: Calibration | None,
-    length: int,
+    prefix_length: int,
     grammar: GrammarMatcher | None = None,
-) -> Row:
-    """The row of a request.
+) -> Sequence:
+    """Create the sequence of a request.
 
     Args:
-        length: Positions that its image takes.
-        grammar: Constrains an answer.
+        seq_id: Number that identifies the sequence within its scheduler.
+        request: Request to answer.
+        config: Configuration of the checkpoint.
+        tokenizer: Tokenizer of the checkpoint.
+        calibration: Maps scores of objects and points to probabilities; None returns the scores.
+        prefix_length: Positions of the context that the image takes; 0 without an image.
+        grammar: Constrains an answer; None leaves it free.
     """
-    common: dict[str, Any] = {"key": key, "request": request, "config": config, "length": length}
+    common: dict[str, Any] = {
+        "seq_id": seq_id,
+        "request": request,
+        "config": config,
+        "num_computed_tokens": prefix_length,
+    }
     if isinstance(request, Detect | Point | Gaze):
         gaze = isinstance(request, Gaze)
-        return RegionRow(
+        return RegionSequence(
             **common,
-            head=Head.DECISION,
-            limit=1 if gaze else request.settings.max_objects,
-            sized=isinstance(request, Detect),
-            force=isinstance(request, Gaze) and request.force,
+            head=Head.X_OR_STOP,
+            max_objects=1 if gaze else request.settings.max_objects,
+            has_size=isinstance(request, Detect),
+            force_first=isinstance(request, Gaze) and request.force,
             calibration=calibration,
         )
-    reasoning = isinstance(request, Query) and request.reasoning
-    return TextRow(**common, head=Head.THOUGHT if reasoning else Head.TOKEN, tokenizer=tokenizer, grammar=grammar)
+    head = Head.REASONING if isinstance(request, Query) and request.reasoning else Head.TOKEN
+    return TextSequence(**common, head=head, tokenizer=tokenizer, grammar=grammar)
 
 
-def _assemble(tokenizer: Tokenizer, parts: list[tuple[list[int], list[float]]]) -> Reasoning:
+def _decode_reasoning(tokenizer: Tokenizer, segments: list[tuple[list[int], list[float]]]) -> Reasoning:
     text, grounding = "", []
-    for tokens, coordinates in parts:
-        piece = tokenizer.decode(tokens)
+    for tokens, coordinates in segments:
+        segment = tokenizer.decode(tokens)
         points = tuple(zip(coordinates[::2], coordinates[1::2]))  # noqa: B905 - an odd last coordinate is dropped
         if points:
-            grounding.append(Grounding(len(text), len(text) + len(piece), points))
-        text += piece
+            grounding.append(Grounding(len(text), len(text) + len(segment), points))
+        text += segment
     return Reasoning(text, tuple(grounding))
 
 
-def _overflow() -> MoondreamError:
+def overflow_error() -> MoondreamError:
+    """Return the error of a request for which the model computed NaN."""
     return MoondreamError(
-        "the model's numbers overflowed or its weights are damaged: it gives no probabilities for this request; "
-        "load it with dtype='bfloat16' or 'float32'"
+        "the model's numbers overflowed or its weights are damaged, so this request has no valid probabilities; "
+        "load the model with dtype='bfloat16' or 'float32'"
     )

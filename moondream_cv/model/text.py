@@ -102,7 +102,7 @@ class TextDecoder(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
-        lora: Sequence[LayerLora] | None = None,
+        adapter: Sequence[LayerLora] | None = None,
     ) -> Tensor:
         """Run the blocks.
 
@@ -111,14 +111,14 @@ class TextDecoder(nn.Module):
             positions: [B, T] integers.
             mask: Boolean, broadcastable to [B, heads, T, T]; True where attention is allowed. None: everywhere.
             attends: One per layer, in place of attention within `x` under `mask`.
-            lora: One adapter per layer.
+            adapter: Low-rank updates of each layer; None: no adapter.
 
         Returns:
             [B, T, dim] hidden states before `post_ln`: the region heads read these.
         """
         rotary = rotary_table(positions, self.config.rotary_dim)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, None if attends is None else attends[i], None if lora is None else lora[i])
+            x = block(x, rotary, mask, None if attends is None else attends[i], None if adapter is None else adapter[i])
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class Service:
 
     def _prepare(self, rgb: np.ndarray) -> Any:
         """What the model takes of an image, with as much done already as can be; called in a thread."""
-        prepare = getattr(self.model, "prepare_array", None)
+        prepare = getattr(self.model, "preprocess_array", None)
         return Image.fromarray(rgb) if prepare is None else prepare(rgb, Settings())
 
     def check_key(self, candidates: Sequence[str]) -> bool:

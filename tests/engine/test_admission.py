@@ -11,9 +11,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moondream_cv.engine.admission import ENCODED_TOGETHER, GATHER, PATIENCE, RARE, Job
+from moondream_cv.engine.admission import (
+    ADMISSION_INTERVAL,
+    MAX_DEFERRED_STEPS,
+    MAX_TEXT_IMAGES,
+    RARE_REGION_RATIO,
+)
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.engine.scheduler import Limits, Scheduler
+from moondream_cv.engine.sequence_state import Job
 from moondream_cv.requests import Caption, Detect, ErrorResult, Request, Settings
 from tests.helpers.models import endless_model, random_model
 
@@ -47,7 +53,7 @@ def steps_until(scheduler: Scheduler, condition: Callable[[], bool], limit: int 
 
 
 def running(jobs: list[Job]) -> int:
-    return sum(job.row is not None for job in jobs)
+    return sum(job.sequence is not None for job in jobs)
 
 
 def crowded(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
@@ -59,30 +65,30 @@ def crowded(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
 
 
 def test_a_detection_among_texts_does_not_wait_for_those_that_came_before(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2 * RARE)
+    scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
     short = scheduler.submit(detect(30))
     scheduler.step()
-    assert short.row is not None  # it runs, and no image was encoded for a text meanwhile
+    assert short.sequence is not None  # it runs, and no image was encoded for a text meanwhile
     assert running(late) == 0
 
 
 def test_texts_wait_for_it_but_not_for_ever(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2 * RARE)
+    scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
     seeds = iter(range(30, 1000))
     waited = 0
     while running(late) == 0:  # a camera whose frames never end
-        if not any(not entry.is_text for lane in scheduler._lanes.values() for entry in lane.entries.values()):
+        if all(state.is_text for states in scheduler._running.values() for state in states.values()):
             scheduler.submit(detect(next(seeds)))
         scheduler.step()
         waited += 1
-        assert waited <= PATIENCE + 2
-    assert 1 <= running(late) <= ENCODED_TOGETHER
+        assert waited <= MAX_DEFERRED_STEPS + 2
+    assert 1 <= running(late) <= MAX_TEXT_IMAGES
 
 
 def test_after_a_detection_images_for_texts_are_encoded_a_few_at_a_time(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2 * RARE)
+    scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
     short = scheduler.submit(detect(30))
     steps_until(scheduler, lambda: short.done)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 28)]
@@ -91,7 +97,7 @@ def test_after_a_detection_images_for_texts_are_encoded_a_few_at_a_time(talker: 
         scheduler.step()
         grown.append(running(late))
     assert grown[-1] > 0
-    assert max(after - before for before, after in itertools.pairwise(grown)) <= ENCODED_TOGETHER
+    assert max(after - before for before, after in itertools.pairwise(grown)) <= MAX_TEXT_IMAGES
 
 
 def test_where_they_are_not_rare_all_go_in_their_order(talker: LocalModel) -> None:
@@ -117,14 +123,14 @@ def test_newcomers_join_together(talker: LocalModel) -> None:
         before = running(late)
         scheduler.step()
         joined.append(running(late) - before)
-    assert sum(joined) >= len(late) - (GATHER - 1)
+    assert sum(joined) >= len(late) - (ADMISSION_INTERVAL - 1)
     assert all(not (a and b) for a, b in itertools.pairwise(joined))  # never in two steps running
 
 
 def test_nobody_is_left_behind_whatever_the_room(talker: LocalModel) -> None:
     model = random_model()
     scheduler = model.scheduler()
-    scheduler.limits = Limits(rows=3, images=2)
+    scheduler.limits = Limits(max_num_seqs=3, max_images=2)
     mixed = [caption(i) if i % 3 else detect(i) for i in range(18)]
     jobs = [scheduler.submit(request) for request in mixed]
     steps_until(scheduler, lambda: all(job.done for job in jobs), limit=5000)
@@ -132,7 +138,7 @@ def test_nobody_is_left_behind_whatever_the_room(talker: LocalModel) -> None:
 
 
 def test_small_models_take_more_images_at_a_time(talker: LocalModel) -> None:
-    assert Limits.of(150 * 2**20).images == 16  # Moondream 2
-    assert Limits.of(64 * 2**20).images == 32
-    assert Limits.of(1).images == Limits().rows
-    assert talker.limits.images == Limits().rows
+    assert Limits.for_prefix_size(150 * 2**20).max_images == 16  # Moondream 2
+    assert Limits.for_prefix_size(64 * 2**20).max_images == 32
+    assert Limits.for_prefix_size(1).max_images == Limits().max_num_seqs
+    assert talker.limits.max_images == Limits().max_num_seqs

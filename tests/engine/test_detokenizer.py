@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moondream_cv.engine.detokenizer import WordStream
+from moondream_cv.engine.detokenizer import IncrementalDetokenizer
 from moondream_cv.training.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -14,9 +14,9 @@ TOKENIZER.encode_special_tokens = True  # as every loaded tokenizer: "<|size|>" 
 
 
 def pieces_of(text: str) -> list[str]:
-    stream = WordStream(TOKENIZER)
+    stream = IncrementalDetokenizer(TOKENIZER)
     pieces = [stream.add(token) for token in TOKENIZER.encode(text).ids]
-    return [p for p in [*pieces, stream.rest()] if p]
+    return [p for p in [*pieces, stream.flush()] if p]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 IMAGES = ("0_378x378.png", "1_640x480.png", "3_200x900.png", "4_50x40.png")  # 1, 8, 1 and 1 local crops
 NAMES = ["dog", "red circle", "blue star"]
 SMALL = VisionConfig(crop_size=112, max_crops=4, overlap_margin=1)
-SETTINGS: dict[str, Any] = {"max_crops": None, "variant": None, "model_key": "7", "lora": None}
+SETTINGS: dict[str, Any] = {"max_crops": None, "adapter_name": None, "adapter": None, "fingerprint": "7"}
 ROUNDING = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -101,7 +101,7 @@ def test_a_batch_with_an_adapter_equals_single_images() -> None:
     model = load(str(GOLDEN / "gqa"), device="cpu", dtype="float32")
     lora = load_adapter(str(GOLDEN / "gqa" / "adapter.pt"), model.config, device=model.device, dtype=model.dtype).layers
     frames = [to_rgb(GOLDEN / "gqa" / "images" / IMAGES[i]) for i in (0, 3)]
-    with_adapter = {**SETTINGS, "lora": lora, "variant": "a"}
+    with_adapter = {**SETTINGS, "adapter": lora, "adapter_name": "a"}
     for frame, encoded in zip(frames, encode_images(model.network, frames, **with_adapter), strict=True):
         assert_same(encoded, encode_images(model.network, [frame], **with_adapter)[0])
         plain = encode_images(model.network, [frame], **SETTINGS)[0].prefix
@@ -256,7 +256,7 @@ def test_reencoding_equals_encoding(model: LocalModel, frame: np.ndarray, data: 
 def test_detections_along_a_clip_agree(tiny: LocalModel) -> None:
     clip = render_clip(3, num_frames=4, num_objects=3)
     frames = [frame for frame, _ in clip]
-    settings = {**SETTINGS, "model_key": tiny.encode_image(frames[0]).model_key}
+    settings = {**SETTINGS, "fingerprint": tiny.encode_image(frames[0]).fingerprint}
     (encoded,) = encode_images(tiny.network, frames[:1], **settings)
     for frame in frames[1:]:
         encoded = reencode(tiny.network, frame, encoded, **settings)
@@ -278,9 +278,9 @@ def test_a_frame_of_another_size_is_encoded_in_full(model: LocalModel, frame: np
 @pytest.mark.parametrize(
     ("different", "message"),
     [
-        ({"model_key": "8"}, "encoded by another model"),
+        ({"fingerprint": "8"}, "encoded by another model"),
         ({"max_crops": 3}, "max_crops=4, not 3"),
-        ({"variant": "other"}, "adapter None, not 'other'"),
+        ({"adapter_name": "other"}, "adapter None, not 'other'"),
     ],
 )
 def test_another_model_or_other_settings_are_refused(
@@ -295,7 +295,7 @@ def test_another_model_or_other_settings_are_refused(
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
 def test_a_tolerance_that_is_none_is_refused(model: LocalModel, frame: np.ndarray, tolerance: float) -> None:
     (first,) = encode_images(model.network, [frame], **SETTINGS)
-    with pytest.raises(ValueError, match=f"tolerance must be 0 or more grey levels, not {tolerance}"):
+    with pytest.raises(ValueError, match=f"tolerance must be 0 or more gray levels, got {tolerance}"):
         reencode(model.network, frame, first, tolerance, **SETTINGS)
 
 

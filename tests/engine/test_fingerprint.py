@@ -46,7 +46,7 @@ def test_images_of_another_object_with_the_same_weights_are_accepted(loaded: Loc
 def test_images_of_another_process_are_accepted(loaded: LocalModel) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         encoded: EncodedImage = pickle.loads(pool.apply(encode_elsewhere, (FOLDER,)))
-    assert encoded.model_key == loaded.fingerprint()
+    assert encoded.fingerprint == loaded.fingerprint()
     assert loaded.point(encoded, "dog", FEW) == loaded.point(IMAGE, "dog", FEW)
     moved = np.full((40, 50, 3), 90, np.uint8)
     expected = loaded.point(moved, "dog", FEW)["points"]

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from moondream_cv.engine import local
 from moondream_cv.engine.encoding import EncodedImage, encode_images
 from moondream_cv.engine.image_cache import ImageCache, ImageKey
+from moondream_cv.engine.kv_cache import ImagePrefix
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.engine.prefix import Prefix
-from moondream_cv.requests import Settings
 
 
 def image_of(nbytes: int) -> EncodedImage:
@@ -31,12 +30,12 @@ def image_of(nbytes: int) -> EncodedImage:
         size=(1, 1),
         tiling=(1, 1),
         max_crops=None,
-        variant=None,
-        model_key="0",
+        adapter_name=None,
+        fingerprint="0",
         crops=np.zeros(nbytes - 16, np.uint8),
         features=word,
         embedding=word,
-        prefix=Prefix(((word, word),)),
+        prefix=ImagePrefix(((word, word),)),
     )
 
 
@@ -46,11 +45,11 @@ def key_of(number: int) -> ImageKey:
 
 def kept(cache: ImageCache, key: ImageKey) -> EncodedImage | None:
     """What is kept under a key; asking counts as using it, or as a miss."""
-    found, mine = cache.claim(key)
+    found, mine = cache.get_or_start(key)
     if isinstance(found, EncodedImage):
         return found
     if mine:
-        cache.give_up({key: found})
+        cache.abandon({key: found})
     return None
 
 
@@ -58,7 +57,7 @@ def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
     cache = ImageCache(4, 10_000_000)
     key = cache.key(frame, None, None)
     assert kept(cache, key) is None
-    (encoded,) = encode_images(model.network, [frame], max_crops=None, variant=None, model_key="0", lora=None)
+    (encoded,) = encode_images(model.network, [frame], max_crops=None, adapter_name=None, adapter=None, fingerprint="0")
     cache.put(key, encoded)
     assert kept(cache, cache.key(frame.copy(), None, None)) is encoded
     assert (len(cache), cache.nbytes) == (1, encoded.nbytes)
@@ -131,7 +130,7 @@ def test_putting_again_replaces() -> None:
 
 @pytest.mark.parametrize(
     ("max_images", "max_bytes", "message"),
-    [(0, 1, "max_images must be at least 1, not 0"), (1, -5, "max_bytes must be at least 1, not -5")],
+    [(0, 1, "max_images must be at least 1, got 0"), (1, -5, "max_bytes must be at least 1, got -5")],
 )
 def test_limits_below_one_are_refused(max_images: int, max_bytes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -201,33 +200,33 @@ def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
 
 def test_what_one_thread_is_encoding_others_wait_for() -> None:
     cache, key, image = ImageCache(4, 10_000), key_of(1), image_of(100)
-    promise, mine = cache.claim(key)
+    promise, mine = cache.get_or_start(key)
     assert isinstance(promise, Future)
     assert mine
-    assert cache.claim(key) == (promise, False)
+    assert cache.get_or_start(key) == (promise, False)
     assert not promise.done()
     cache.put(key, image)
     assert promise.result(0) is image
-    assert cache.claim(key) == (image, False)
+    assert cache.get_or_start(key) == (image, False)
     assert (cache.hits, cache.misses) == (2, 1)
 
 
 def test_what_is_not_kept_reaches_those_who_wait() -> None:
     cache, key, image = ImageCache(4, 50), key_of(1), image_of(100)
-    promise, _ = cache.claim(key)
+    promise, _ = cache.get_or_start(key)
     cache.put(key, image)
     assert isinstance(promise, Future)
     assert promise.result(0) is image
-    assert cache.claim(key)[1]
+    assert cache.get_or_start(key)[1]
 
 
 def test_what_one_thread_gives_up_another_encodes() -> None:
     cache, key = ImageCache(4, 10_000), key_of(1)
-    promise, _ = cache.claim(key)
+    promise, _ = cache.get_or_start(key)
     assert isinstance(promise, Future)
-    cache.give_up({key: promise})
+    cache.abandon({key: promise})
     assert promise.result(0) is None
-    again, mine = cache.claim(key)
+    again, mine = cache.get_or_start(key)
     assert again is not promise
     assert mine
 
@@ -235,16 +234,16 @@ def test_what_one_thread_gives_up_another_encodes() -> None:
 def test_a_promise_is_given_up_by_who_made_it_alone() -> None:
     """Put, pushed out and promised anew by another thread, before the first one is done."""
     cache, key = ImageCache(1, 10_000), key_of(1)
-    first, _ = cache.claim(key)
+    first, _ = cache.get_or_start(key)
     cache.put(key, image_of(100))
     cache.put(key_of(2), image_of(100))
-    second, mine = cache.claim(key)
+    second, mine = cache.get_or_start(key)
     assert mine
     assert isinstance(first, Future)
     assert isinstance(second, Future)
-    cache.give_up({key: first})
+    cache.abandon({key: first})
     assert not second.done()
-    assert cache.claim(key) == (second, False)
+    assert cache.get_or_start(key) == (second, False)
 
 
 @pytest.mark.parametrize("failures", [0, 1, 3])
@@ -265,7 +264,7 @@ def test_threads_that_meet_at_an_image_encode_it_once(
     def call(_: int) -> EncodedImage | None:
         together.wait(240)
         try:
-            return model.encode_arrays([frame, frame], Settings())[1]
+            return model.encode_arrays([frame, frame], None, None)[1]
         except MemoryError:
             return None
 

@@ -18,8 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moondream_cv.engine.kv_cache import GROWTH_STEPS, NOBODY, SharedCache
-from moondream_cv.engine.prefix import Prefix
+from moondream_cv.engine.kv_cache import GROWTH_STEPS, PADDING_ID, ImagePrefix, PrefixSharedKVCache
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, DIM = 4, 2, 8, 2, 6
 
@@ -30,11 +29,11 @@ def network(dtype: torch.dtype = torch.float32) -> Any:
     return SimpleNamespace(config=SimpleNamespace(text=text), device=torch.device("cpu"), dtype=dtype)
 
 
-def prefix_of(length: int) -> Prefix | None:
+def prefix_of(length: int) -> ImagePrefix | None:
     if length == 0:
         return None
     shape = (1, KV_HEADS, length, HEAD_DIM)
-    return Prefix(tuple((torch.randn(shape), torch.randn(shape)) for _ in range(LAYERS)))
+    return ImagePrefix(tuple((torch.randn(shape), torch.randn(shape)) for _ in range(LAYERS)))
 
 
 def plain(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ def plain(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 @dataclass
-class PlainRow:
+class PlainSequence:
     """A row that keeps everything for itself: per layer its keys and values, those of the prefix first."""
 
     keys: list[Tensor]
@@ -54,16 +53,16 @@ class PlainRow:
 
 
 @dataclass
-class PlainContext:
-    prefix: Prefix | None
-    rows: dict[int, PlainRow] = field(default_factory=dict)
+class PlainGroup:
+    prefix: ImagePrefix | None
+    sequences: dict[int, PlainSequence] = field(default_factory=dict)
 
-    def row(self) -> PlainRow:
+    def new_sequence(self) -> PlainSequence:
         if self.prefix is None:
             nothing = [torch.zeros(0, KV_HEADS, HEAD_DIM)] * LAYERS
-            return PlainRow(list(nothing), list(nothing))
+            return PlainSequence(list(nothing), list(nothing))
         layers = [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in self.prefix.layers]
-        return PlainRow([k for k, _ in layers], [v for _, v in layers])
+        return PlainSequence([k for k, _ in layers], [v for _, v in layers])
 
 
 class AgainstPlainAttention(RuleBasedStateMachine):
@@ -72,52 +71,52 @@ class AgainstPlainAttention(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**32),
         length=st.sampled_from((0, 1, 7)),
-        contexts=st.integers(1, 2),
+        num_groups=st.integers(1, 2),
         room=st.integers(0, 9),
     )
-    def start(self, seed: int, length: int, contexts: int, room: int) -> None:
+    def start(self, seed: int, length: int, num_groups: int, room: int) -> None:
         torch.manual_seed(seed)
-        self.cache = SharedCache(network(), length, contexts, room)
-        self.contexts: list[PlainContext] = []
-        self.next_key = 0
+        self.cache = PrefixSharedKVCache(network(), length, num_groups, room)
+        self.groups: list[PlainGroup] = []
+        self.next_id = 0
 
     @rule(rows=st.integers(1, 4))
-    def add_context(self, rows: int) -> None:
-        context = PlainContext(prefix_of(self.cache.prefix_length))
-        assert self.cache.add(context.prefix) == len(self.contexts)
-        self.contexts.append(context)
+    def add_group(self, rows: int) -> None:
+        group = PlainGroup(prefix_of(self.cache.prefix_length))
+        assert self.cache.add_group(group.prefix) == len(self.groups)
+        self.groups.append(group)
         for _ in range(rows):
-            self.add_row(context)
+            self.add_sequence(group)
 
-    def add_row(self, context: PlainContext) -> None:
-        context.rows[self.next_key] = context.row()
-        self.next_key += 1
+    def add_sequence(self, group: PlainGroup) -> None:
+        group.sequences[self.next_id] = group.new_sequence()
+        self.next_id += 1
 
-    @precondition(lambda self: self.contexts)
+    @precondition(lambda self: self.groups)
     @rule(data=st.data())
-    def row_comes(self, data: st.DataObject) -> None:
-        self.add_row(data.draw(st.sampled_from(self.contexts)))
+    def sequence_starts(self, data: st.DataObject) -> None:
+        self.add_sequence(data.draw(st.sampled_from(self.groups)))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
-    def row_ends(self, data: st.DataObject) -> None:
+    def sequence_ends(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(self.live))
-        for context in self.contexts:
-            context.rows.pop(key, None)
+        for group in self.groups:
+            group.sequences.pop(key, None)
 
-    @precondition(lambda self: self.contexts)
+    @precondition(lambda self: self.groups)
     @rule(data=st.data())
-    def remove_context(self, data: st.DataObject) -> None:
-        number = data.draw(st.integers(0, len(self.contexts) - 1))
-        self.cache.remove(number)
-        last = self.contexts.pop()
-        if number < len(self.contexts):
-            self.contexts[number] = last
+    def remove_group(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.groups) - 1))
+        self.cache.remove_group(number)
+        last = self.groups.pop()
+        if number < len(self.groups):
+            self.groups[number] = last
 
-    @rule(contexts=st.integers(0, 5), entries=st.integers(0, 20))
-    def make_room(self, contexts: int, entries: int) -> None:
-        self.cache.make_room(contexts, entries, self.live)
-        assert self.cache.contexts >= contexts
+    @rule(num_groups=st.integers(0, 5), entries=st.integers(0, 20))
+    def reserve(self, num_groups: int, entries: int) -> None:
+        self.cache.reserve(num_groups, entries, self.live)
+        assert self.cache.max_groups >= num_groups
         assert self.cache.capacity >= self.cache.end + entries
 
     @precondition(lambda self: self.live)
@@ -125,51 +124,51 @@ class AgainstPlainAttention(RuleBasedStateMachine):
     def step(self, data: st.DataObject, many: bool, fails: bool) -> None:
         """Feed; a step that fails is done again with other numbers, as if it had never been."""
         fed = {key: data.draw(st.integers(0, 5 if many else 1)) for key in self.live}
-        tokens = [[key for key in context.rows for _ in range(fed[key])] for context in self.contexts]
+        tokens = [[key for key in group.sequences for _ in range(fed[key])] for group in self.groups]
         steps = max(map(len, tokens))
         if steps == 0:
             return
-        owners = torch.tensor([row + [NOBODY] * (steps - len(row)) for row in tokens])
+        seq_ids = torch.tensor([row + [PADDING_ID] * (steps - len(row)) for row in tokens])
         if self.cache.end + steps > self.cache.capacity:
-            self.cache.make_room(self.cache.count, steps, self.live)
+            self.cache.reserve(self.cache.num_groups, steps, self.live)
         causal = any(count > 1 for count in fed.values())
-        inputs = torch.randn(*owners.shape, DIM)
+        inputs = torch.randn(*seq_ids.shape, DIM)
         if fails:
-            self.cache.open(owners, torch.randn_like(inputs), causal)
-            self.cache.attend(0, *self.random(owners))
-        self.cache.open(owners, inputs, causal)
+            self.cache.begin_step(seq_ids, torch.randn_like(inputs), causal)
+            self.cache.attend(0, *self.random(seq_ids))
+        self.cache.begin_step(seq_ids, inputs, causal)
         for layer in range(LAYERS):
-            q, k, v = self.random(owners)
+            q, k, v = self.random(seq_ids)
             out = self.cache.attend(layer, q, k, v)
             assert out.shape == q.shape
-            for number, context in enumerate(self.contexts):
+            for number, group in enumerate(self.groups):
                 for place, key in enumerate(tokens[number]):
-                    row = context.rows[key]
+                    row = group.sequences[key]
                     row.keys[layer] = torch.cat((row.keys[layer], k[number, place][None]))
                     row.values[layer] = torch.cat((row.values[layer], v[number, place][None]))
                     expected = plain(q[number, place], row.keys[layer], row.values[layer])
                     assert torch.allclose(out[number, place], expected, atol=1e-5), (layer, number, place)
         self.cache.commit()
-        for number, context in enumerate(self.contexts):
+        for number, group in enumerate(self.groups):
             for place, key in enumerate(tokens[number]):
-                context.rows[key].fed = torch.cat((context.rows[key].fed, inputs[number, place][None]))
+                group.sequences[key].fed = torch.cat((group.sequences[key].fed, inputs[number, place][None]))
 
     @staticmethod
-    def random(owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = tuple(owners.shape)
+    def random(seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = tuple(seq_ids.shape)
         kv = (*shape, KV_HEADS, HEAD_DIM)
         return 2 * torch.randn(*shape, HEADS, HEAD_DIM), 2 * torch.randn(kv), torch.randn(kv)
 
     @property
     def live(self) -> list[int]:
-        return [key for context in self.contexts for key in context.rows]
+        return [key for group in self.groups for key in group.sequences]
 
     @invariant()
     def gives_back_what_was_fed(self) -> None:
-        assert self.cache.count == len(self.contexts)
-        for number, context in enumerate(self.contexts):
-            for key, row in context.rows.items():
-                assert torch.equal(self.cache.fed(number, key), row.fed)
+        assert self.cache.num_groups == len(self.groups)
+        for number, group in enumerate(self.groups):
+            for key, row in group.sequences.items():
+                assert torch.equal(self.cache.input_embeddings(number, key), row.fed)
 
 
 TestAgainstPlainAttention = AgainstPlainAttention.TestCase
@@ -178,12 +177,12 @@ TestAgainstPlainAttention.settings = settings(
 )
 
 
-def feed(cache: SharedCache, owners: list[list[int]], live: list[int]) -> Tensor:
+def feed(cache: PrefixSharedKVCache, seq_ids: list[list[int]], live: list[int]) -> Tensor:
     """One step of random entries; gives back the [count, T, dim] inputs."""
-    table = torch.tensor(owners)
-    cache.make_room(cache.count, table.shape[1], live)
+    table = torch.tensor(seq_ids)
+    cache.reserve(cache.num_groups, table.shape[1], live)
     inputs = torch.randn(*table.shape, DIM)
-    cache.open(table, inputs, causal=True)
+    cache.begin_step(table, inputs, causal=True)
     for layer in range(LAYERS):
         cache.attend(layer, *(t.to(cache._layers[0].dtype) for t in AgainstPlainAttention.random(table)))
     cache.commit()
@@ -196,23 +195,23 @@ def test_memory_grows_with_entries_and_not_with_rows_times_prefix() -> None:
     entry = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 + DIM * 4 + 8  # keys and values, the input, the owner
 
     def nbytes(rows: int, steps: int) -> int:
-        cache = SharedCache(network(), prefix.length, 1, 0)
-        cache.add(prefix)
+        cache = PrefixSharedKVCache(network(), prefix.length, 1, 0)
+        cache.add_group(prefix)
         for _ in range(steps):
             feed(cache, [list(range(rows))], list(range(rows)))
         return cache.nbytes
 
-    alone = SharedCache(network(), prefix.length, 1, 0).nbytes
+    alone = PrefixSharedKVCache(network(), prefix.length, 1, 0).nbytes
     assert prefix.nbytes <= alone == 200 * entry
     for rows, steps in ((1, 64), (8, 8), (64, 1), (64, 16)):
         grown = nbytes(rows, steps) - alone
         assert rows * steps * entry <= grown <= (1.5 * rows * steps + GROWTH_STEPS * rows) * entry, (rows, steps)
 
 
-def test_rows_that_have_ended_make_room() -> None:
+def test_rows_that_have_ended_reserve() -> None:
     """A cache through which rows pass one after another stays as large as one row."""
-    cache = SharedCache(network(), 0, 1, 20)
-    cache.add(None)
+    cache = PrefixSharedKVCache(network(), 0, 1, 20)
+    cache.add_group(None)
     for key in range(50):
         for _ in range(10):
             feed(cache, [[key]], [key])
@@ -222,16 +221,16 @@ def test_rows_that_have_ended_make_room() -> None:
 @pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan, 65504.0])
 def test_overflow_of_a_row_in_half_precision_does_not_reach_the_others(broken: float) -> None:
     torch.manual_seed(0)
-    cache = SharedCache(network(torch.float16), 0, 2, 64)
-    cache.add(None)
-    cache.add(None)
-    owners = torch.tensor([[0, 1], [2, NOBODY]])
+    cache = PrefixSharedKVCache(network(torch.float16), 0, 2, 64)
+    cache.add_group(None)
+    cache.add_group(None)
+    seq_ids = torch.tensor([[0, 1], [2, PADDING_ID]])
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], 2: []}
     for _ in range(4):
-        q, k, v = (t.half() for t in AgainstPlainAttention.random(owners))
+        q, k, v = (t.half() for t in AgainstPlainAttention.random(seq_ids))
         k[0, 0], v[0, 0] = broken, broken  # of row 0
         k[1, 1], v[1, 1] = broken, broken  # of the gap
-        cache.open(owners, torch.zeros(2, owners.shape[1], DIM), causal=False)
+        cache.begin_step(seq_ids, torch.zeros(2, seq_ids.shape[1], DIM), causal=False)
         out = cache.attend(0, q, k, v)
         cache.commit()
         for key, number, place in ((1, 0, 1), (2, 1, 0)):
@@ -242,24 +241,24 @@ def test_overflow_of_a_row_in_half_precision_does_not_reach_the_others(broken: f
 
 
 def test_a_context_takes_nothing_over_from_the_one_before_it() -> None:
-    """A row that gave no numbers leaves them in its context; the next image there must not see them."""
-    cache = SharedCache(network(), 3, 2, 32)
+    """A row that gave no numbers leaves them in its group; the next image there must not see them."""
+    cache = PrefixSharedKVCache(network(), 3, 2, 32)
     stays, goes = prefix_of(3), prefix_of(3)
-    cache.add(stays)
-    cache.add(goes)
-    owners = torch.tensor([[0], [1]])
+    cache.add_group(stays)
+    cache.add_group(goes)
+    seq_ids = torch.tensor([[0], [1]])
     for _ in range(3):
-        q, k, v = AgainstPlainAttention.random(owners)
+        q, k, v = AgainstPlainAttention.random(seq_ids)
         k[1], v[1] = torch.nan, torch.nan
-        cache.open(owners, torch.zeros(2, owners.shape[1], DIM), causal=False)
+        cache.begin_step(seq_ids, torch.zeros(2, seq_ids.shape[1], DIM), causal=False)
         cache.attend(0, q, k, v)
         cache.commit()
-    cache.remove(1)
+    cache.remove_group(1)
     comes = prefix_of(3)
     assert comes is not None
-    cache.add(comes)
-    q, k, v = AgainstPlainAttention.random(owners)
-    cache.open(torch.tensor([[0], [2]]), torch.zeros(2, 1, DIM), causal=False)
+    cache.add_group(comes)
+    q, k, v = AgainstPlainAttention.random(seq_ids)
+    cache.begin_step(torch.tensor([[0], [2]]), torch.zeros(2, 1, DIM), causal=False)
     out = cache.attend(0, q, k, v)
     keys, values = (torch.cat((t[0].transpose(0, 1), new[1])) for t, new in zip(comes.layers[0], (k, v), strict=True))
     assert torch.allclose(out[1, 0], plain(q[1, 0], keys, values), atol=1e-5)
@@ -285,12 +284,12 @@ class OutOfMemoryAt(TorchFunctionMode):
 def test_what_was_fed_survives_running_out_of_memory_while_making_room() -> None:
     """Whatever allocation fails, `fed` must still tell what a row goes on from."""
 
-    def filled() -> tuple[SharedCache, dict[tuple[int, int], Tensor]]:
+    def filled() -> tuple[PrefixSharedKVCache, dict[tuple[int, int], Tensor]]:
         torch.manual_seed(0)
-        cache = SharedCache(network(), 2, 2, 12)
+        cache = PrefixSharedKVCache(network(), 2, 2, 12)
         prefixes = prefix_of(2), prefix_of(2)
         for prefix in prefixes:
-            cache.add(prefix)
+            cache.add_group(prefix)
         fed: dict[tuple[int, int], list[Tensor]] = {(0, 1): [], (1, 3): []}
         for _ in range(5):
             inputs = feed(cache, [[0, 1], [2, 3]], [0, 1, 2, 3])
@@ -304,10 +303,10 @@ def test_what_was_fed_survives_running_out_of_memory_while_making_room() -> None
         counter = OutOfMemoryAt(number)
         try:
             with counter:
-                cache.make_room(2, 30, [1, 3])  # packs and grows
+                cache.reserve(2, 30, [1, 3])  # packs and grows
         except torch.OutOfMemoryError:
             calls = counter.calls + 1
-        for (context, key), inputs in fed.items():
-            assert torch.equal(cache.fed(context, key), inputs), f"call {number}"
+        for (group, key), inputs in fed.items():
+            assert torch.equal(cache.input_embeddings(group, key), inputs), f"call {number}"
         number += 1
     assert number > 10  # so many calls have failed

@@ -23,7 +23,7 @@ SHORT = Settings(temperature=0, max_tokens=6, max_objects=2)
 @pytest.mark.parametrize("max_crops", [None, 1, 2])
 def test_replies_are_those_of_the_image(model: LocalModel, frame: np.ndarray, max_crops: int | None) -> None:
     settings = Settings(temperature=0, max_tokens=6, max_objects=2, max_crops=max_crops)
-    prepared = model.prepare_image(frame)  # with as many crops as by default: others are cut when they are asked for
+    prepared = model.preprocess_image(frame)  # with as many crops as by default: others are cut when they are asked for
     for ask in (Detect, lambda i, s: Caption(i, "short", s), lambda i, s: Query(i, "What?", settings=s)):
         request = ask(frame, "dog", settings) if ask is Detect else ask(frame, settings)
         same = ask(prepared, "dog", settings) if ask is Detect else ask(prepared, settings)
@@ -31,7 +31,7 @@ def test_replies_are_those_of_the_image(model: LocalModel, frame: np.ndarray, ma
 
 
 def test_what_is_cut_is_what_would_be_cut(model: LocalModel, frame: np.ndarray) -> None:
-    prepared = model.prepare_image(frame, {"max_crops": 2})
+    prepared = model.preprocess_image(frame, {"max_crops": 2})
     rgb = np.ascontiguousarray(frame[..., ::-1])
     for max_crops in (2, 4):
         expected = cut_crops(rgb, model.config.vision, max_crops)
@@ -39,12 +39,12 @@ def test_what_is_cut_is_what_would_be_cut(model: LocalModel, frame: np.ndarray) 
         assert np.array_equal(prepared.crops(max_crops).pixels, expected.pixels)
     assert prepared.size == (320, 240)
     assert prepared.nbytes > rgb.nbytes
-    assert repr(prepared) == "PreparedImage(320x240)"
-    assert model.prepare_image(prepared) is prepared
+    assert repr(prepared) == "PreprocessedImage(320x240)"
+    assert model.preprocess_image(prepared) is prepared
 
 
 def test_works_wherever_an_image_does(model: LocalModel, frame: np.ndarray) -> None:
-    prepared = model.prepare_image(frame)
+    prepared = model.preprocess_image(frame)
     assert model.encode_image(prepared).size == (320, 240)
     encoded = model.encode_image(frame)
     assert model.encode_image(prepared, previous=encoded) is encoded  # nothing has changed
@@ -56,13 +56,13 @@ def test_it_is_found_among_images_that_came_as_something_else(frame: np.ndarray)
     model = random_model()
     model.image_cache = ImageCache(4, 1 << 30)
     model.run([Detect(frame, "dog", SHORT)])
-    model.run([Detect(model.prepare_image(frame.copy()), "dog", SHORT)])
+    model.run([Detect(model.preprocess_image(frame.copy()), "dog", SHORT)])
     assert (model.image_cache.hits, model.image_cache.misses) == (1, 1)
 
 
 def test_the_image_may_change_afterwards(model: LocalModel, frame: np.ndarray) -> None:
     changing = frame.copy()
-    prepared = model.prepare_image(changing)
+    prepared = model.preprocess_image(changing)
     changing[:] = 0
     request = Detect(frame, "dog", SHORT)
     assert_same(model, request, model.run([request])[0], model.run([Detect(prepared, "dog", SHORT)])[0])
@@ -71,7 +71,7 @@ def test_the_image_may_change_afterwards(model: LocalModel, frame: np.ndarray) -
 def test_many_threads_may_prepare(model: LocalModel) -> None:
     pictures = [Image.new("RGB", (50 + 30 * i, 90), (i, 2 * i, 255 - i)) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
-        prepared = list(pool.map(model.prepare_image, pictures))
+        prepared = list(pool.map(model.preprocess_image, pictures))
         assert [one.size for one in prepared] == [picture.size for picture in pictures]
         tilings = list(pool.map(lambda one: one.crops(1).tiling, prepared * 3))
     assert set(tilings) == {(1, 1)}
@@ -79,6 +79,6 @@ def test_many_threads_may_prepare(model: LocalModel) -> None:
 
 def test_what_is_no_image_is_refused(model: LocalModel) -> None:
     with pytest.raises(ImageError):
-        model.prepare_image(b"junk")
+        model.preprocess_image(b"junk")
     with pytest.raises(ValueError, match="max_crops"):
-        model.prepare_image(np.zeros((4, 4, 3), np.uint8), {"max_crops": 0})
+        model.preprocess_image(np.zeros((4, 4, 3), np.uint8), {"max_crops": 0})

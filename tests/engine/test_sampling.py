@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moondream_cv.engine.sampling import choose
+from moondream_cv.engine.sampling import SamplingParams, sample
 
 PROBABILITIES = (0.5, 0.3, 0.15, 0.05)
 LOGITS = torch.log(torch.tensor(PROBABILITIES))
@@ -19,13 +19,14 @@ DRAWS = np.linspace(0, 1, 4001, endpoint=False).tolist()
 
 def tokens(draws: list[float], temperature: float = 1.0, top_p: float = 1.0, banned: tuple[int, ...] = ()) -> list[int]:
     """What each random number chooses."""
-    rows = len(draws)
-    chosen, _ = choose(LOGITS.expand(rows, -1), [temperature] * rows, [top_p] * rows, list(draws), [banned] * rows)
+    chosen, _ = sample(
+        LOGITS.expand(len(draws), -1), [SamplingParams(temperature, top_p, draw, banned) for draw in draws]
+    )
     return chosen.tolist()
 
 
 def test_without_a_random_number_it_is_the_likeliest() -> None:
-    chosen, logprobs = choose(LOGITS[None], [0.0], [0.3], [None], [()])
+    chosen, logprobs = sample(LOGITS[None], [SamplingParams(0.0, 0.3, None)])
     assert chosen.tolist() == [0]
     assert float(logprobs) == pytest.approx(math.log(0.5))
 
@@ -47,7 +48,7 @@ def test_even_random_numbers_choose_in_proportion(temperature: float) -> None:
 
 def test_banned_tokens_are_never_chosen() -> None:
     assert set(tokens(DRAWS, banned=(0, 2))) == {1, 3}
-    chosen, logprobs = choose(LOGITS[None], [0.0], [0.3], [None], [(0,)])
+    chosen, logprobs = sample(LOGITS[None], [SamplingParams(0.0, 0.3, None, (0,))])
     assert chosen.tolist() == [1]
     assert float(logprobs) == pytest.approx(math.log(0.3 / 0.5))  # among what is not banned
 
@@ -70,9 +71,9 @@ def test_a_row_chooses_as_if_it_were_alone(
     rows: list[tuple[float, float, float | None, tuple[int, ...]]], seed: int
 ) -> None:
     logits = 3 * torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed))
-    chosen, logprobs = choose(logits, *(list(column) for column in zip(*rows, strict=True)))
+    chosen, logprobs = sample(logits, [SamplingParams(*row) for row in rows])
     for i, row in enumerate(rows):
-        alone, logprob = choose(logits[i : i + 1], *([value] for value in row))
+        alone, logprob = sample(logits[i : i + 1], [SamplingParams(*row)])
         assert int(alone) == int(chosen[i])
         assert float(logprob) == pytest.approx(float(logprobs[i]), abs=1e-6)
         assert int(alone) not in row[3]

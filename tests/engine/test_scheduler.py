@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moondream_cv import load
-from moondream_cv.engine.admission import GATHER, Job
+from moondream_cv.engine.admission import ADMISSION_INTERVAL
 from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.kv_cache import SharedCache
+from moondream_cv.engine.kv_cache import ImagePrefix, PrefixSharedKVCache
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.engine.prefix import Prefix
 from moondream_cv.engine.scheduler import Limits, Scheduler
+from moondream_cv.engine.sequence_state import Job
 from moondream_cv.errors import CheckpointError, ImageError, MoondreamError, RequestCancelled, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
@@ -105,7 +105,7 @@ def assert_alone(model: LocalModel, jobs: Sequence[Job]) -> None:
 def not_a_number(encoded: EncodedImage) -> EncodedImage:
     """An image on which the model computes nothing but NaN."""
     layers = tuple((k * torch.nan, v * torch.nan) for k, v in encoded.prefix.layers)
-    return dataclasses.replace(encoded, prefix=Prefix(layers))
+    return dataclasses.replace(encoded, prefix=ImagePrefix(layers))
 
 
 # --- The others' results --------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_nothing_to_do(model: LocalModel) -> None:
     assert not scheduler.step()
     assert scheduler.results() == []
     job = scheduler.submit(Caption(FIRST, "short", SHORT))
-    assert (job.done, job.row, job.take()) == (False, None, [])
+    assert (job.done, job.sequence, job.take()) == (False, None, [])
     finish(scheduler)
     assert not scheduler.step()
     assert job.done
@@ -224,12 +224,12 @@ def test_results_come_in_the_order_of_their_ends_and_once(model: LocalModel) -> 
 def test_cancel(model: LocalModel, when: str) -> None:
     scheduler = model.scheduler()
     if when == "waiting":
-        scheduler.limits = Limits(rows=1)
+        scheduler.limits = Limits(max_num_seqs=1)
     other = scheduler.submit(Caption(FIRST, "short", SAMPLED))
     job = scheduler.submit(Caption(FIRST, "long", dataclasses.replace(SHORT, max_tokens=4)))
     if when in ("waiting", "running"):
         scheduler.step()
-        assert (job.row is None) == (when == "waiting")
+        assert (job.sequence is None) == (when == "waiting")
     elif when == "done":
         finish(scheduler)
     scheduler.cancel(job)
@@ -245,13 +245,13 @@ def test_cancel(model: LocalModel, when: str) -> None:
     assert sorted(map(id, scheduler.results())) == sorted((id(job), id(other)))
     assert_alone(model, [other])
     assert scheduler._queue == {}
-    assert scheduler._lanes == {}
+    assert scheduler._running == {}
 
 
 def test_a_cancelled_row_keeps_what_it_has_said(model: LocalModel) -> None:
     scheduler = model.scheduler()
     job = scheduler.submit(Detect(FIRST, "dog", Settings(max_objects=40)))
-    while len(job.row.pieces if job.row else ()) < 3:
+    while len(job.sequence.pieces if job.sequence else ()) < 3:
         scheduler.step()
     scheduler.cancel(job)
     finish(scheduler)
@@ -314,7 +314,7 @@ def crops_of(model: LocalModel, images: Sequence[Any], **settings: Any) -> int:
 
 
 def contexts(scheduler: Scheduler) -> int:
-    return scheduler._lanes[None].batch.images
+    return scheduler._runner.num_images
 
 
 def test_rows_of_an_image_share_a_context(model: LocalModel) -> None:
@@ -341,16 +341,16 @@ def test_jobs_tell_what_they_take_of_the_context(model: LocalModel) -> None:
         Detect(FIRST, "dog " * 10_000, SHORT),
     ]
     jobs = [scheduler.submit(request) for request in requests]
-    assert [(job.prompt_tokens, job.written_tokens) for job in jobs] == [(0, 0)] * 4
+    assert [(job.prompt_tokens, job.completion_tokens) for job in jobs] == [(0, 0)] * 4
     finish(scheduler)
     alone, on_image, detection, too_long = jobs
     # Without an image, its tokens are not there but for the one that text begins with.
     assert on_image.prompt_tokens - alone.prompt_tokens == model.config.prefix_length - 1
-    assert (alone.written_tokens, on_image.written_tokens) == (4, 5)
+    assert (alone.completion_tokens, on_image.completion_tokens) == (4, 5)
     assert isinstance(detection.result, DetectResult)
-    assert detection.written_tokens == 3 * len(detection.result.objects) > 0
+    assert detection.completion_tokens == 3 * len(detection.result.objects) > 0
     assert isinstance(too_long.result, ErrorResult)
-    assert (too_long.prompt_tokens, too_long.written_tokens) == (0, 0)
+    assert (too_long.prompt_tokens, too_long.completion_tokens) == (0, 0)
 
 
 def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
@@ -360,7 +360,7 @@ def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
     scheduler.step()
     frame[:] = blots(9)
     after = scheduler.submit(Caption(frame, "short", SHORT))
-    for _ in range(GATHER):
+    for _ in range(ADMISSION_INTERVAL):
         scheduler.step()
     assert contexts(scheduler) == 2
     finish(scheduler)
@@ -372,7 +372,7 @@ def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
 
 def test_an_array_that_changed_while_others_wait_for_it_is_encoded_anew(model: LocalModel) -> None:
     scheduler = model.scheduler()
-    scheduler.limits = Limits(rows=1)
+    scheduler.limits = Limits(max_num_seqs=1)
     frame = FIRST.copy()
     before = [scheduler.submit(Caption(frame, "short", SHORT)) for _ in range(2)]
     scheduler.step()
@@ -385,7 +385,9 @@ def test_an_array_that_changed_while_others_wait_for_it_is_encoded_anew(model: L
         assert_same(model, request, alone(model, request), job.result)
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(rows=2), Limits(images=1), Limits(rows=3, images=2)], ids=str)
+@pytest.mark.parametrize(
+    "limits", [Limits(), Limits(max_num_seqs=2), Limits(max_images=1), Limits(max_num_seqs=3, max_images=2)], ids=str
+)
 def test_each_image_is_encoded_once(model: LocalModel, limits: Limits, tmp_path: Path) -> None:
     path = tmp_path / "third.png"
     cv2.imwrite(str(path), SMALL)
@@ -493,14 +495,14 @@ def test_limits_change_no_result(model: LocalModel, rows: int, images: int) -> N
     jobs = [scheduler.submit(request) for request in requests]
     while scheduler.step():
         assert scheduler.running <= rows
-        assert sum(lane.batch.images for lane in scheduler._lanes.values()) <= images
+        assert scheduler._runner.num_images <= images
     assert_alone(model, jobs)
 
 
 def test_those_that_came_first_run_first(model: LocalModel) -> None:
     """With room for one row, images are begun in the order of their first requests."""
     scheduler = model.scheduler()
-    scheduler.limits = Limits(rows=1)
+    scheduler.limits = Limits(max_num_seqs=1)
     images = [blots(seed, 100, 80) for seed in range(5)]
     jobs = [scheduler.submit(Caption(image, "short", SHORT)) for image in (*images, *reversed(images))]
     finish(scheduler)
@@ -517,7 +519,7 @@ def test_an_image_that_is_asked_about_all_the_time_does_not_starve_others(
     cv2.imwrite(str(path), FIRST)
     image = {"image": model.encode_image(FIRST), "path": path, "no image": None}[popular]
     scheduler = model.scheduler()
-    scheduler.limits = Limits(rows=2)
+    scheduler.limits = Limits(max_num_seqs=2)
     for _ in range(4):
         scheduler.submit(Query(image, "What?", settings=SHORT))
     other = scheduler.submit(Query(SMALL, "What?", settings=SHORT))
@@ -532,7 +534,7 @@ def test_an_image_that_is_asked_about_all_the_time_does_not_starve_others(
 
 def test_an_image_without_room_waits_for_no_newcomers(model: LocalModel) -> None:
     scheduler = model.scheduler()
-    scheduler.limits = Limits(images=1)
+    scheduler.limits = Limits(max_images=1)
     popular = model.encode_image(FIRST)
     scheduler.submit(Caption(popular, "short", SHORT))
     other = scheduler.submit(Caption(SMALL, "short", SHORT))
@@ -578,12 +580,12 @@ def test_a_bad_request_is_named_in_its_place(model: LocalModel, tmp_path: Path) 
         2: (
             Query(FIRST, "why " * 600),
             ValueError,
-            r"the prompt has \d+ tokens, and 447 of the model's context of 512",
+            r"the prompt must have at most 447 tokens, got \d+; .* context has 512 tokens",
         ),
         3: (Detect(random_model(seed=1).encode_image(FIRST), "dog"), ValueError, "encoded by another model"),
         5: (Caption(FIRST, "short", Settings(variant=missing)), CheckpointError, "missing.pt"),
         6: (Query(None, "What?", settings=Settings(variant=missing)), CheckpointError, "missing.pt"),
-        8: ("not a request", TypeError, "a request is one of Detect, Point, .* not 'not a request'"),
+        8: ("not a request", TypeError, "a request must be a Detect, Point, .* got 'not a request'"),
     }
     good = iter([r for r in mixed() if not isinstance(r, Point)])
     requests: list[Any] = [bad[i][0] if i in bad else next(good) for i in range(12)]
@@ -645,8 +647,8 @@ def test_steps_that_are_too_large_are_taken_with_fewer_rows(
     with failing(model.network.text, more_tokens_than(tokens, model), error) as refused, caplog.at_level("WARNING"):
         results = model.run(requests)
     assert refused
-    assert model.limits.rows < len(requests)
-    assert f"out of memory on cpu: going on with {model.limits.rows} requests" in caplog.text
+    assert model.limits.max_num_seqs < len(requests)
+    assert f"out of memory on cpu: continuing with at most {model.limits.max_num_seqs} sequences" in caplog.text
     for request, expected, result in zip(requests, before, results, strict=True):
         assert not isinstance(result, ErrorResult), result
         assert_same(model, request, expected, result)
@@ -667,13 +669,13 @@ def test_running_out_of_memory_in_the_middle_loses_nothing(model: LocalModel, ca
             for given, job in zip(pieces, jobs, strict=True):
                 given += job.take()
     assert len(refused) == len(calls)
-    assert model.limits.rows < len(requests)
+    assert model.limits.max_num_seqs < len(requests)
     for request, expected, job, given in zip(requests, before, jobs, pieces, strict=True):
         assert job.result is not None
         assert not isinstance(job.result, ErrorResult), job.result
         assert_same(model, request, expected, job.result)
-        assert job.row is not None
-        assert given == job.row.pieces
+        assert job.sequence is not None
+        assert given == job.sequence.pieces
         if isinstance(job.result, DetectResult):
             assert given == list(job.result.objects)
         elif isinstance(job.result, CaptionResult):
@@ -719,8 +721,8 @@ def test_images_that_are_too_many_are_encoded_with_fewer_at_a_time(
     with failing(model.network.vision, lambda crops: len(crops) > 6) as refused, caplog.at_level(logging.WARNING):
         results = model.run(requests)
     assert refused
-    assert model.limits.images < 5
-    assert f"on {model.limits.images} images at a time" in caplog.text
+    assert model.limits.max_images < 5
+    assert f"on {model.limits.max_images} images" in caplog.text
     for request, expected, result in zip(requests, before, results, strict=True):
         assert_same(model, request, expected, result)
 
@@ -801,7 +803,7 @@ def test_an_error_result_holds_no_device_memory(model: LocalModel, error: Failur
 
     def caches() -> int:
         gc.collect()
-        return sum(type(thing) is SharedCache for thing in gc.get_objects())
+        return sum(type(thing) is PrefixSharedKVCache for thing in gc.get_objects())
 
     before = caches()
     with failing(model.network.text, lambda _x: True, error):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moondream_cv import load
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.engine.sampling import choose
+from moondream_cv.engine.sampling import SamplingParams, sample
 from moondream_cv.errors import MoondreamError, RequestCancelled, SchemaError
 from moondream_cv.requests import Detect, ErrorResult, Query, QueryResult, Request, Result, Settings
 
@@ -241,8 +241,8 @@ def test_a_bitmask_constrains_only_its_row(draw: float | None) -> None:
     logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
     bitmask = np.zeros(3, np.int32)
     bitmask[2] = 1 << 4  # token 68
-    free = choose(logits, [1.0] * 3, [0.9] * 3, [draw] * 3, [()] * 3)
-    masked = choose(logits, [1.0] * 3, [0.9] * 3, [draw] * 3, [()] * 3, [None, bitmask, None])
+    free = sample(logits, [SamplingParams(1.0, 0.9, draw)] * 3)
+    masked = sample(logits, [SamplingParams(1.0, 0.9, draw, bitmask=mask) for mask in (None, bitmask, None)])
     assert masked[0].tolist() == [free[0][0], 68, free[0][2]]
     assert masked[1].tolist() == [free[1][0], 0.0, free[1][2]]
 

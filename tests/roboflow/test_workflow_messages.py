@@ -126,9 +126,9 @@ def test_messages_of_refused_models_are_for_users_of_workflows(model: str, advic
 
 
 def test_messages_of_the_engine_are_for_users_of_workflows() -> None:
-    from moondream_cv.engine.sequences import _overflow
+    from moondream_cv.engine.sequences import overflow_error
 
-    message = workflow_message(_overflow())
+    message = workflow_message(overflow_error())
     assert "MOONDREAM_CV_BLOCKS_DEVICE" in message
     assert not PYTHON.search(message)
 

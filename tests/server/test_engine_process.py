@@ -172,7 +172,7 @@ def test_why_a_model_cannot_be_loaded_is_told(load: Any, error: type[Exception],
 
 
 def test_an_image_travels_without_its_pixels(tiny: LocalModel) -> None:
-    prepared = tiny.prepare_image(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    prepared = tiny.preprocess_image(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
     light = pickle.loads(pickle.dumps(prepared.without_pixels(None)))
     assert light.size == (400, 300)
     assert light.digest == prepared.digest

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from moondream_cv.requests import Request, Result
 
 if TYPE_CHECKING:
-    from moondream_cv.engine.admission import Job
     from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.sequence_state import Job
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -96,7 +96,7 @@ class Driver(Generic[Name]):
                 name = self._names.pop(job)
                 del self._jobs[name]
                 assert job.result is not None
-                results[name] = job.result, Usage(job.prompt_tokens, job.written_tokens)
+                results[name] = job.result, Usage(job.prompt_tokens, job.completion_tokens)
         cache, before = self._model.image_cache, self._seen
         self._seen = (0, 0) if cache is None else (cache.hits, cache.misses)
         hits, misses = (after - earlier for after, earlier in zip(self._seen, before, strict=True))

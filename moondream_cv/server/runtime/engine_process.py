@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moondream_cv.engine.preprocessing import PreparedImage
+from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import VisionConfig
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
@@ -121,10 +121,10 @@ class EngineProcess:
         for thread in self._threads:
             thread.start()
 
-    def prepare_array(self, rgb: np.ndarray, settings: Settings) -> PreparedImage:
+    def preprocess_array(self, rgb: np.ndarray, settings: Settings) -> PreprocessedImage:
         """Cut an [H, W, 3] uint8 RGB array as the model takes it."""
         vision = self._described.vision
-        prepared = PreparedImage(rgb, vision, settings.max_crops or vision.max_crops)
+        prepared = PreprocessedImage(rgb, vision, settings.max_crops or vision.max_crops)
         prepared.digest  # noqa: B018 - by which the other process knows the image again
         return prepared
 
@@ -195,7 +195,7 @@ class EngineProcess:
 def _portable(request: Request) -> Request:
     """A request as it travels: the crops of its image alone, unless others are asked for."""
     image = request.image
-    if not isinstance(image, PreparedImage):
+    if not isinstance(image, PreprocessedImage):
         return request
     return replace(request, image=image.without_pixels(request.settings.max_crops))
 
