@@ -12,7 +12,6 @@ import av
 import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that are killed")
-
 FPS = 25
 MOMENTS = 20
 B_FRAMES = 3

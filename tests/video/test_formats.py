@@ -77,7 +77,6 @@ GAP = tuple(index for index in range(FPS * SECONDS) if not 35 <= index < 48)
 VARIABLE = tuple(index for index in range(FPS * SECONDS) if index < 30 or index % 5 == 0)
 SLIDES = tuple(range(0, FPS * SECONDS, 5))
 ANAMORPHIC = Fraction(64, 45)
-
 FORMATS = {
     "mp4": Format(".mp4"),
     "mp4 to mkv": Format(".mp4", output=".mkv"),

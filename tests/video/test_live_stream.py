@@ -9,21 +9,8 @@ import numpy as np
 import pytest
 
 from moondream_cv.video import TrackedFrame, track_streams
-from tests.helpers.clips import (
-    HTTPReply,
-    MovingObject,
-    ScriptedDetector,
-    frame_number,
-    http_server,
-)
-from tests.helpers.streams import (
-    CLASSES,
-    WALKERS,
-    Camera,
-    SteppedCamera,
-    check_contract,
-    track_ids_of,
-)
+from tests.helpers.clips import HTTPReply, MovingObject, ScriptedDetector, frame_number, http_server
+from tests.helpers.streams import CLASSES, WALKERS, Camera, SteppedCamera, check_contract, track_ids_of
 from tests.helpers.waiting import until
 
 

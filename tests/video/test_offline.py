@@ -18,23 +18,9 @@ from moondream_cv.video import TrackedFrame, Tracking, offline, track, track_str
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.sources.opening import open_source
 from moondream_cv.video.tracking import keyframe_detector
-from tests.helpers.clips import (
-    MovingObject,
-    ScriptedDetector,
-    frame_number,
-    http_server,
-    write_clip,
-)
+from tests.helpers.clips import MovingObject, ScriptedDetector, frame_number, http_server, write_clip
 from tests.helpers.color_model import ColorModel
-from tests.helpers.streams import (
-    CLASSES,
-    SIZE,
-    WALKERS,
-    CountingDetector,
-    check_contract,
-    check_frames,
-    track_ids_of,
-)
+from tests.helpers.streams import CLASSES, SIZE, WALKERS, CountingDetector, check_contract, check_frames, track_ids_of
 from tests.helpers.waiting import until
 
 

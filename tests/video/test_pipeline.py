@@ -25,14 +25,7 @@ from moondream_cv.errors import VideoError
 from moondream_cv.scenes.clips import render_clip
 from moondream_cv.video import Summary, Tracking, Zones, annotate_video, track
 from moondream_cv.video.sources.live import LiveReader
-from tests.helpers.clips import (
-    MovingObject,
-    ScriptedDetector,
-    frame_number,
-    numbered_image,
-    truncate,
-    write_clip,
-)
+from tests.helpers.clips import MovingObject, ScriptedDetector, frame_number, numbered_image, truncate, write_clip
 from tests.helpers.color_model import ColorModel
 
 SIZE = (320, 192)

@@ -23,7 +23,6 @@ from tests.video.test_formats import no_objects, video_frames
 
 SYSTEM_PYTHON = "/usr/bin/python3"  # whose python3-gi comes from the system's packages
 FPS = 25
-
 SERVER = """
 import sys
 import gi

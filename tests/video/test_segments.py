@@ -11,22 +11,8 @@ import pytest
 
 from moondream_cv.video import Tracking, track_streams
 from moondream_cv.video.sources.frame import Frame
-from tests.helpers.clips import (
-    MovingObject,
-    ScriptedDetector,
-    frame_number,
-    numbered_image,
-    write_clip,
-)
-from tests.helpers.streams import (
-    CLASSES,
-    SIZE,
-    WALKERS,
-    Camera,
-    check_contract,
-    check_frames,
-    track_ids_of,
-)
+from tests.helpers.clips import MovingObject, ScriptedDetector, frame_number, numbered_image, write_clip
+from tests.helpers.streams import CLASSES, SIZE, WALKERS, Camera, check_contract, check_frames, track_ids_of
 
 
 def corner(image: np.ndarray) -> int:

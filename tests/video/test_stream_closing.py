@@ -16,16 +16,9 @@ import pytest
 from moondream_cv import Detector, load, loading
 from moondream_cv.errors import MoondreamError, VideoError
 from moondream_cv.video import track, track_streams
-from tests.helpers.clips import (
-    ScriptedDetector,
-)
+from tests.helpers.clips import ScriptedDetector
 from tests.helpers.color_model import ColorModel
-from tests.helpers.streams import (
-    CLASSES,
-    WALKERS,
-    Camera,
-    stream_threads,
-)
+from tests.helpers.streams import CLASSES, WALKERS, Camera, stream_threads
 from tests.helpers.waiting import until
 
 

@@ -13,10 +13,7 @@ import supervision as sv
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video import TrackedFrame, track_streams
-from tests.helpers.clips import (
-    ScriptedDetector,
-    frame_number,
-)
+from tests.helpers.clips import ScriptedDetector, frame_number
 from tests.helpers.streams import (
     CLASSES,
     WALKERS,

@@ -11,10 +11,7 @@ import pytest
 from moondream_cv.errors import VideoError
 from moondream_cv.video import TrackedFrame, Tracking, track, track_streams
 from moondream_cv.video.sources.opening import open_source
-from tests.helpers.clips import (
-    ScriptedDetector,
-    frame_number,
-)
+from tests.helpers.clips import ScriptedDetector, frame_number
 from tests.helpers.color_model import ColorModel
 from tests.helpers.streams import (
     CLASSES,
