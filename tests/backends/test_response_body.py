@@ -126,6 +126,7 @@ def call(model: RemoteModel, picture: np.ndarray) -> Any:
     return model.caption(picture) if isinstance(model, OpenAICompatible) else model.detect(picture, "cat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIENTS)
 @pytest.mark.parametrize(("status", "limit"), [(200, "32 MiB"), (500, "1 MiB"), (503, "1 MiB")])
 def test_gzip_bombs_are_not_decompressed_beyond_the_limit(
@@ -164,6 +165,7 @@ def test_content_length_above_the_limit_is_rejected_before_reading(picture: np.n
 EVENTS = "200 OK\r\nContent-Type: text/event-stream\r\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gzipped", [False, True])
 def test_stream_lines_are_limited(picture: np.ndarray, gzipped: bool) -> None:
     pieces = (lambda: iter([bomb(512, b"data: ")])) if gzipped else endless(b"a" * 65536)
@@ -178,6 +180,7 @@ def test_stream_lines_are_limited(picture: np.ndarray, gzipped: bool) -> None:
         assert server.sent < 16 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [b": nothing\n", b"\n", b'data: {"chunk": ""}\n\n'])
 def test_stream_size_is_limited(picture: np.ndarray, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(response_body, "MAX_STREAM_BYTES", 4 * MIB)
