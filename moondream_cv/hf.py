@@ -170,7 +170,7 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         with torch.device("meta"):
             model = cls(config)
         model.model, model.tokenizer = network, tokenizer
-        model.calibration = Calibration.beside(source.folder)
+        model.calibration = Calibration.from_folder(source.folder)
         model.eval()
         info: dict[str, Any] = {k: set() for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
         return (model, info) if output_loading_info else model

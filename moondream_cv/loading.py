@@ -100,7 +100,7 @@ def load(
     tokenizer = source.tokenizer()
     network = load_network(source.weights, source.config, target, chosen)
     lora = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
-    calibration = Calibration.beside(source.folder)
+    calibration = Calibration.from_folder(source.folder)
     model = LocalModel(network, tokenizer, adapter=lora, calibration=calibration, name=os.fspath(name))
     if cache_images:
         model.image_cache = ImageCache(cache_images, cache_bytes)

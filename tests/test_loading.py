@@ -268,7 +268,7 @@ def test_a_calibration_beside_the_weights(folder: Path) -> None:
         expected = [0.25 + score / 2 for score in scores] if kind is Point else scores
         assert [item.confidence for item in getattr(after, list_of)] == pytest.approx(expected)
     (folder / "calibration.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"calibration\.json is no calibration"):
+    with pytest.raises(CheckpointError, match=r"calibration\.json is not a valid calibration"):
         load(folder, device="cpu")
 
 

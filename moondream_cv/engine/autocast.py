@@ -1,4 +1,4 @@
-"""Keep a caller's `torch.autocast` out of the model: its dtype is the one that it was loaded with."""
+"""Protection from a caller's `torch.autocast`: a model computes in the dtype that it was loaded with."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Calibration: monotone maps that turn a score into the share of such objects that are right.
+"""Calibration: monotonic curves that map the score of an object to the probability that it is correct.
 
-A checkpoint may carry one as `calibration.json` beside its weights; `python -m moondream_cv.evaluation.confidence
---write FOLDER` makes it. A map never changes the order of two scores, so that whatever depends on the order alone
-stays as it is. How scores come about is the business of `confidence.py`.
+A checkpoint may contain one as `calibration.json` next to its weights; `python -m moondream_cv.evaluation.confidence
+--write FOLDER` writes it. A curve never changes the order of two scores, so metrics that depend only on the order stay
+the same. `confidence.py` computes the scores.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SKILLS = ("detect", "point")
 
 @dataclass(frozen=True)
 class Curve:
-    """A piecewise linear map of 0..1 into 0..1 that rises everywhere.
+    """A strictly increasing, piecewise linear function from 0..1 to 0..1.
 
     Attributes:
-        scores: Where the pieces meet, from 0 to 1, rising.
-        probabilities: What the map gives there, rising.
+        scores: Scores of the knots, strictly increasing from 0 to 1.
+        probabilities: Probabilities at the knots, strictly increasing.
 
     Raises:
-        ValueError: They are not so.
+        ValueError: The knots are invalid.
     """
 
     scores: tuple[float, ...]
@@ -40,23 +40,24 @@ class Curve:
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.probabilities):
-            raise ValueError(f"{len(self.scores)} scores and {len(self.probabilities)} probabilities; want as many")
+            lengths = f"{len(self.scores)} and {len(self.probabilities)}"
+            raise ValueError(f"scores and probabilities must have the same length, got {lengths}")
         for name, values in (("scores", self.scores), ("probabilities", self.probabilities)):
             if not all(0.0 <= value <= 1.0 for value in values) or any(b <= a for a, b in pairwise(values)):
-                raise ValueError(f"{name} must rise within 0..1, not {list(values)}")
+                raise ValueError(f"{name} must increase strictly within 0..1, got {list(values)}")
         if len(self.scores) < 2 or (self.scores[0], self.scores[-1]) != (0.0, 1.0):
-            raise ValueError(f"scores must reach from 0 to 1, not {list(self.scores)}")
+            raise ValueError(f"scores must start at 0 and end at 1, got {list(self.scores)}")
 
     def __call__(self, score: float) -> float:
-        """Map a score; NaN stays NaN.
+        """Return the probability of a score; NaN stays NaN.
 
         Raises:
-            ValueError: The score is not in 0..1.
+            ValueError: The score is not between 0 and 1.
         """
         if math.isnan(score):
             return score
         if not 0.0 <= score <= 1.0:
-            raise ValueError(f"a score is a number in 0..1, not {score!r}")
+            raise ValueError(f"a score must be between 0 and 1, got {score!r}")
         right = min(bisect_right(self.scores, score), len(self.scores) - 1)
         x0, x1 = self.scores[right - 1 : right + 1]
         y0, y1 = self.probabilities[right - 1 : right + 1]
@@ -65,21 +66,29 @@ class Curve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The curves of a checkpoint, one per skill; a skill without one keeps its scores."""
+    """Calibration of a checkpoint.
+
+    Attributes:
+        curves: One curve per skill; scores of other skills are not changed.
+    """
 
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def apply(self, skill: str, score: float) -> float:
-        """Turn a score of a skill, "detect" or "point", into a probability; NaN stays NaN.
+        """Return the probability of a score; NaN stays NaN.
+
+        Args:
+            skill: "detect" or "point".
+            score: Score between 0 and 1.
 
         Raises:
-            ValueError: The score is not in 0..1.
+            ValueError: The score is not between 0 and 1.
         """
         curve = self.curves.get(skill)
         return score if curve is None else curve(score)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the file."""
+        """Return the calibration as a JSON-compatible dict."""
         skills = {
             skill: {"scores": list(curve.scores), "probabilities": list(curve.probabilities)}
             for skill, curve in self.curves.items()
@@ -87,15 +96,15 @@ class Calibration:
         return {"schema": SCHEMA, "skills": skills}
 
     def write(self, path: Path) -> None:
-        """Write the file."""
+        """Write the calibration as JSON."""
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Calibration:
-        """Read a file that `write` has written.
+        """Read a file written by `write`.
 
         Raises:
-            CheckpointError: It cannot be read, or does not hold what it should; names the file and what is wrong.
+            CheckpointError: The file cannot be read or is invalid; the message names the file and the problem.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,14 +113,14 @@ class Calibration:
         try:
             return cls(_curves(content))
         except ValueError as error:
-            raise CheckpointError(f"{path} is no calibration: {error}") from error
+            raise CheckpointError(f"{path} is not a valid calibration: {error}") from error
 
     @classmethod
-    def beside(cls, folder: Path) -> Calibration | None:
-        """What a checkpoint's folder carries, or None.
+    def from_folder(cls, folder: Path) -> Calibration | None:
+        """Read the calibration of a checkpoint's folder; None if it has none.
 
         Raises:
-            CheckpointError: As `read`.
+            CheckpointError: The file cannot be read or is invalid.
         """
         file = folder / FILE_NAME
         return cls.read(file) if file.is_file() else None
@@ -120,14 +129,14 @@ class Calibration:
 def _curves(content: Any) -> dict[str, Curve]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or isinstance(content["schema"], bool):
         found = content.get("schema") if isinstance(content, dict) else content
-        raise ValueError(f"want an object with schema {SCHEMA}, not {found!r}; another version may have written it")
+        raise ValueError(f"schema must be {SCHEMA}, got {found!r}; another version may have written the file")
     skills = content.get("skills")
     if not isinstance(skills, dict) or not set(skills) <= set(SKILLS):
-        raise ValueError(f"skills must be an object with {' and '.join(SKILLS)}, not {skills!r}")
+        raise ValueError(f"skills must be an object with the keys {' and '.join(SKILLS)}, got {skills!r}")
     curves = {}
     for skill, curve in skills.items():
         if not isinstance(curve, dict):
-            raise ValueError(f"{skill} must be an object, not {curve!r}")
+            raise ValueError(f"{skill} must be an object, got {curve!r}")
         try:
             curves[skill] = Curve(_numbers(curve, "scores"), _numbers(curve, "probabilities"))
         except ValueError as error:
@@ -138,5 +147,5 @@ def _curves(content: Any) -> dict[str, Curve]:
 def _numbers(curve: dict[str, Any], name: str) -> tuple[float, ...]:
     values = curve.get(name)
     if not isinstance(values, Sequence) or any(type(value) not in (int, float) for value in values):
-        raise ValueError(f"{name} must be a list of numbers, not {values!r}")
+        raise ValueError(f"{name} must be a list of numbers, got {values!r}")
     return tuple(map(float, values))

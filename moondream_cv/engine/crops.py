@@ -1,8 +1,8 @@
-"""From an RGB array to the crops that the vision encoder reads.
+"""Crops of an RGB image, the inputs of the vision encoder.
 
-The whole image is one global crop; an image larger than the usable window of a crop is also cut into overlapping local
-crops. Resizing is Pillow's Lanczos, so that crops are equal to the byte to those of the published implementation
-without libvips.
+The global crop shows the whole image. An image larger than the usable window of a crop is also cut into overlapping
+local crops. Resizing uses Pillow's Lanczos filter, so the crops equal those of the published implementation without
+libvips byte for byte.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 
 from moondream_cv.model.config import VisionConfig
 
-WINDOW = 8  # side in pixels of the squares that `largest_differences` averages over: about half a patch
-STEP = 2  # pixels from one such square to the next
-PIXELS_WORTH_A_THREAD = 500_000  # below that, which is about 5 ms of resizing, starting one may take as long
+WINDOW = 8  # side in pixels of the squares that `largest_differences` averages: about half a patch
+STEP = 2  # distance between these squares in pixels
+MIN_PIXELS_FOR_THREADS = 500_000  # about 5 ms of resizing; for less, starting a thread may take as long
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Crops:
     """The crops of one image.
 
     Attributes:
-        pixels: [1 + rows · columns, crop_size, crop_size, 3] uint8 RGB: the global crop, then local ones row by row.
+        pixels: [1 + rows · columns, crop_size, crop_size, 3] uint8 RGB: the global crop, then local crops row by row.
         tiling: (rows, columns) of local crops.
     """
 
@@ -39,16 +39,17 @@ class Crops:
 def cut_all(
     frames: Sequence[np.ndarray], config: VisionConfig, max_crops: int | None = None, threads: int = 1
 ) -> list[Crops]:
-    """Do `cut_crops` on several frames at once.
+    """Cut several frames into crops, in parallel.
 
-    Pillow resizes on one core and lets go of the interpreter's lock meanwhile; for small models that is most of the
-    time that an image takes.
+    Pillow resizes on one core and releases the GIL. For small models, resizing takes most of the time per image.
 
     Args:
         frames: Images of any sizes, each [H, W, 3] uint8 RGB.
-        threads: How many may work at a time; a single frame uses two at the most.
+        config: Sizes of the crops.
+        max_crops: Maximum number of local crops per frame; None: the number the model was trained with.
+        threads: Maximum number of threads; a single frame uses up to two.
     """
-    if threads < 2 or sum(rgb.shape[0] * rgb.shape[1] for rgb in frames) < PIXELS_WORTH_A_THREAD:
+    if threads < 2 or sum(rgb.shape[0] * rgb.shape[1] for rgb in frames) < MIN_PIXELS_FOR_THREADS:
         return [cut_crops(rgb, config, max_crops) for rgb in frames]
     with ThreadPoolExecutor(min(threads, len(frames))) as pool:
         if len(frames) == 1:
@@ -63,16 +64,16 @@ def cut_crops(
 
     Args:
         rgb: [H, W, 3] uint8 RGB.
-        config: Sizes of a crop, of its patches and of the overlap.
-        max_crops: Local crops at the most; None: as many as the model was trained with.
-        pool: Makes the global crop while the calling thread makes the local ones.
+        config: Sizes of a crop, its patches and the overlap.
+        max_crops: Maximum number of local crops; None: the number the model was trained with.
+        pool: Resizes the global crop while the calling thread resizes the local ones.
 
     Raises:
         ValueError: `max_crops` is not positive.
     """
     limit = config.max_crops if max_crops is None else max_crops
     if limit < 1:
-        raise ValueError(f"max_crops must be at least 1, not {max_crops}")
+        raise ValueError(f"max_crops must be at least 1, got {max_crops}")
     size, margin = config.crop_size, 2 * config.overlap_margin * config.enc_patch_size
     window = size - margin
     height, width = rgb.shape[:2]
@@ -80,7 +81,7 @@ def cut_crops(
 
     image = Image.fromarray(rgb)
     pixels = np.empty((1 + rows * columns, size, size, 3), np.uint8)
-    if (rows, columns) == (1, 1):  # the only local crop is as large as the global one: the same resizing twice
+    if (rows, columns) == (1, 1):  # the only local crop equals the global one
         pixels[:] = _resize(image, size, size)
         return Crops(pixels, (1, 1))
     whole = None if pool is None else pool.submit(_resize, image, size, size)
@@ -93,10 +94,20 @@ def cut_crops(
 
 
 def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
-    """Rows and columns of local crops for an area of `height` × `width` pixels beside the margins.
+    """Choose the numbers of rows and columns of local crops.
 
-    One tile when either side fits into a window; otherwise up to `max_crops` tiles of about the image's aspect ratio.
-    Only images some ten times as long as wide get more, in a single file: the published tiling does that, too.
+    If either side fits into a window, there is one tile. Otherwise there are up to `max_crops` tiles in approximately
+    the aspect ratio of the image. Only images about ten times as long as wide get more tiles, in a single row or
+    column, as in the published tiling.
+
+    Args:
+        height: Height of the image without the margins, in pixels.
+        width: Width of the image without the margins, in pixels.
+        window: Side of a crop without the margins, in pixels.
+        max_crops: Maximum number of local crops.
+
+    Returns:
+        (rows, columns).
     """
     if height <= window or width <= window:
         return 1, 1
@@ -115,9 +126,9 @@ def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
 
 
 def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Lanczos along one axis and then along the other, in Pillow 13's order.
+    """Resize with a Lanczos filter along one axis and then the other, in the order of Pillow 13.
 
-    Older Pillow always began with the rows, and rounding between the passes makes that visible in the last bit.
+    Older versions of Pillow always resize the width first, and rounding between the passes changes the last bit.
     """
     fewer_columns, fewer_rows = image.width - width, image.height - height
     columns_first = fewer_rows > 0 and fewer_rows > 2 * fewer_columns
@@ -127,29 +138,29 @@ def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
 
 
 def normalize(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[N, S, S, 3] uint8 → [N, 3, S, S] in −1..1, computed in float32 and then cast."""
+    """Scale pixels to −1..1: [N, S, S, 3] uint8 → [N, 3, S, S], computed in float32 and then cast."""
     scaled = pixels.permute(0, 3, 1, 2).float() / 255
     return ((scaled - 0.5) / 0.5).to(dtype).contiguous()
 
 
 def largest_differences(pixels: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """How much crops differ from other crops of the same place, in a way that noise hardly raises.
+    """Measure how much crops differ from earlier crops of the same region, robustly against noise.
 
-    It is the largest difference that a square of `WINDOW` pixels' side shows in the mean of one channel. Independent
-    noise cancels out within a square: between two exposures whose pixels have a standard deviation of σ, its mean has
-    σ · √2 / 8, and the largest of a crop's ten thousands stays below σ. What moves does not cancel out: a thing that
-    stands out by c grey levels on a pixels of the square gives c · a / 64 wherever in the crop it is, while the mean
-    over a whole crop sees less of a small thing than of faint noise everywhere. The squares overlap, because a thing
-    that moves within one square leaves its mean as it was.
+    The measure is the largest difference between the means of a square with a side of `WINDOW` pixels, over all squares
+    and channels. Independent noise averages out: if pixels have a standard deviation of σ, the difference between the
+    means of two exposures has a standard deviation of σ · √2 / 8, and the maximum over the ten thousand squares of a
+    crop stays below σ. Motion does not average out: an object with a contrast of c gray levels that covers a pixels of
+    a square contributes c · a / 64, anywhere in the crop. The mean over a whole crop would react more to faint noise
+    than to a small object. The squares overlap because motion within one square does not change its mean.
 
     Args:
-        pixels: [N, S, S, 3] uint8.
-        before: [N, S, S, 3] uint8.
+        pixels: [N, S, S, 3] uint8 crops.
+        before: [N, S, S, 3] uint8 earlier crops.
 
     Returns:
-        [N] float64 grey levels, 0 to 255.
+        [N] float64 gray levels, 0 to 255.
     """
-    sums = pixels.astype(np.int16) - before  # a square's sum of 64 differences still fits into 16 bits
+    sums = pixels.astype(np.int16) - before  # the sum of 64 differences fits into 16 bits
     for axis in (1, 2):
         sums = np.moveaxis(sums, axis, 0)
         even = sums[: len(sums) // STEP * STEP]

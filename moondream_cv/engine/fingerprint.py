@@ -1,7 +1,7 @@
 """Identify weights by their content, so that encoded images can move between processes.
 
-The fingerprint covers the name, shape and dtype of every weight, and a sample of its values: a fine-tune has the same
-header as the original. It does not depend on the device.
+The fingerprint covers the name, shape and dtype of every weight, and a sample of its values, since a fine-tuned model
+has the same names and shapes as the original. It does not depend on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 
-SAMPLES = 256  # values of each weight, evenly spaced
+SAMPLES = 256  # evenly spaced values per weight
 _DIGEST_BYTES = 16
 
 

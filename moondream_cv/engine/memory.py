@@ -1,4 +1,4 @@
-"""Running out of a device's memory, and giving it back."""
+"""Detection of out-of-memory errors, and release of the memory that they keep."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or this machine, has no memory left.
+    """Return whether an error means that a device or this machine has run out of memory.
 
-    CUDA has an exception for it; CPU and MPS raise `RuntimeError` with a message.
+    CUDA raises a dedicated exception; CPU and MPS raise a `RuntimeError` with a message.
     """
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
@@ -19,7 +19,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_after(error: BaseException, device: torch.device) -> None:
-    """Give memory back that an error holds on to by the functions that it has left, and that torch keeps for later."""
+    """Free the memory that the stack frames of an error reference, and the device memory that torch caches.
+
+    Args:
+        error: A caught error, with its causes.
+        device: Device whose cached memory is freed.
+    """
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)

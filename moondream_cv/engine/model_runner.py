@@ -258,7 +258,7 @@ class AdapterBatch:
 
     @torch.inference_mode()
     def preempt(self) -> None:
-        """Store in each state what it needs to be admitted again. Afterwards the batch must not be used."""
+        """Store in each state the inputs for admitting it again. The batch cannot be used afterwards."""
         for cache in self._caches.values():
             cache.release()  # before anything else: the rest needs a little memory
         self._embed_prompts()

@@ -77,7 +77,7 @@ class SchedulerContext:
         config: Configuration of the checkpoint.
         tokenizer: Tokenizer of the checkpoint.
         grammar_compiler: Compiles JSON schemas.
-        calibration: Calibrates scores of requests without an adapter of their own; None: scores are not calibrated.
+        calibration: Calibrates the scores of requests that name no adapter; None: scores are not calibrated.
         fingerprint: Returns the fingerprint of the model with an adapter.
         clear_image_cache: Drops all cached images and returns whether there were any.
         check_open: Raises a `MoondreamError` if the model is closed.

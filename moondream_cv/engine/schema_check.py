@@ -1,4 +1,4 @@
-"""A program that compiles a JSON schema from standard input, so that a hostile one exhausts only its own process.
+"""Program that compiles a JSON schema from standard input, so that a hostile schema exhausts only this process.
 
 It prints the compiler's error message, or nothing. `structured_output.py` runs it by its path and imports its limits,
 so it must not import the package.
@@ -13,8 +13,8 @@ from typing import Any
 CPU_SECONDS = 2
 MEMORY_BYTES = 4 * 2**30
 STACK_BYTES = 32 * 2**20  # the compiler recurses along references
-LARGE_STACK_BYTES = 2 * STACK_BYTES  # where a schema that has passed is compiled again
-OPTIONS = {  # the whitespace of `json.dumps`, so that a model cannot fill an answer with blanks
+LARGE_STACK_BYTES = 2 * STACK_BYTES  # for compiling a valid schema again in another process
+OPTIONS = {  # the whitespace of `json.dumps`, so that a model cannot fill an answer with spaces
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -31,7 +31,7 @@ def compile_schema(schema: str, tokenizer: Any) -> Any:
     """
     import llguidance
 
-    # About 4 ms of a decoding step at the most, against 14 ms by default
+    # Up to about 4 ms per decoding step, compared with 14 ms by default
     limits = llguidance.LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, verbose_errors=False)
     grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)  # type: ignore[arg-type]
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)

@@ -1,4 +1,4 @@
-"""Detection of stop strings in text that arrives piece by piece."""
+"""Detection of stop strings in text that is generated piece by piece."""
 
 from __future__ import annotations
 

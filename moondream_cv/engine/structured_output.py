@@ -19,7 +19,7 @@ from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.tokenizer import control_ids
 
 COMPILER_THREADS = 2
-CHECK_SECONDS = 10.0  # of wall-clock time; CPU time is limited to less
+CHECK_SECONDS = 10.0  # wall-clock time limit; the CPU time limit is lower
 CHECKED_SCHEMAS = 256
 
 
@@ -35,7 +35,7 @@ class GrammarMatcher:
 
         Args:
             matcher: An `llguidance.LLMatcher`.
-            selectable: [ceil(vocab_size / 32)] int32 bitmask of the tokens that an answer may have at all.
+            selectable: [ceil(vocab_size / 32)] int32 bitmask of the tokens that any answer may contain.
         """
         self._matcher, self._selectable = matcher, selectable
         self.finished = False
@@ -51,6 +51,9 @@ class GrammarMatcher:
     def accept(self, token: int) -> None:
         """Advance by a token.
 
+        Args:
+            token: ID of the sampled token.
+
         Raises:
             SchemaError: The schema is too complex to continue.
         """
@@ -60,10 +63,15 @@ class GrammarMatcher:
 
 
 class GrammarCompiler:
-    """Compiles JSON schemas for the tokenizer of a model, in threads of its own."""
+    """Compiles JSON schemas for the tokenizer of a model, in background threads."""
 
     def __init__(self, tokenizer: Tokenizer, config: MoondreamConfig) -> None:
-        """Start nothing yet; the tokenizer's table is built when the first schema is compiled."""
+        """Create a compiler. The tokenizer's table is built and threads are started for the first schema.
+
+        Args:
+            tokenizer: Tokenizer of the checkpoint.
+            config: Configuration of the checkpoint.
+        """
         self._tokenizer, self._config = tokenizer, config
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -72,6 +80,9 @@ class GrammarCompiler:
 
     def submit(self, schema: str) -> Future[GrammarMatcher]:
         """Compile a schema in the background.
+
+        Args:
+            schema: JSON schema as text.
 
         Returns:
             A future that raises `SchemaError` for an invalid, unsupported or too complex schema, and `MoondreamError`
@@ -87,7 +98,15 @@ class GrammarCompiler:
                 threading.stack_size(before)
 
     def compile(self, schema: str) -> GrammarMatcher:
-        """Compile a schema in this thread; errors as in `submit`."""
+        """Compile a schema in the calling thread.
+
+        Args:
+            schema: JSON schema as text.
+
+        Raises:
+            SchemaError: The schema is invalid, unsupported or too complex.
+            MoondreamError: llguidance is not installed.
+        """
         tokenizer, selectable = self._tokenizer_table()
         message = self._check(schema)
         if message:
@@ -98,7 +117,7 @@ class GrammarCompiler:
             raise _rejected(str(error)) from error
 
     def close(self) -> None:
-        """Stop the threads once they have finished."""
+        """Stop the background threads after their current schemas."""
         with self._lock:
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
@@ -129,7 +148,7 @@ class GrammarCompiler:
             return self._table
 
     def _check(self, schema: str) -> str:
-        """Compile a schema in a process with limits; return the error message, which is empty if it compiles.
+        """Compile a schema in a process with resource limits and return the error message, empty if it compiles.
 
         Compilation has no time limit: the intersection of a few regular expressions can take minutes.
         """

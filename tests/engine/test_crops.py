@@ -48,7 +48,7 @@ def test_max_crops_overrides_the_config(max_crops: int) -> None:
 
 
 def test_max_crops_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="max_crops must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="max_crops must be at least 1, got 0"):
         cut_crops(np.zeros((10, 10, 3), np.uint8), CONFIG, 0)
 
 

@@ -167,7 +167,7 @@ def test_nbytes_counts_everything(model: LocalModel, frame: np.ndarray) -> None:
 
 
 def test_max_crops_is_checked(model: LocalModel, frame: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="max_crops must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="max_crops must be at least 1, got 0"):
         encode_images(model.network, [frame], **{**SETTINGS, "max_crops": 0})
 
 
@@ -176,7 +176,7 @@ def test_max_crops_is_checked(model: LocalModel, frame: np.ndarray) -> None:
 def test_crops_are_the_same_with_any_number_of_threads(
     threads: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crops_module, "PIXELS_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(crops_module, "MIN_PIXELS_FOR_THREADS", 1)
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (200 - 60 * i, 300, 3), dtype=np.uint8) for i in range(count)]
     cut = cut_all(frames, SMALL, threads=threads)
