@@ -17,7 +17,7 @@ from .output import shown_model
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
-    from moondream_cv.server.runtime.engine_process import EngineProcess
+    from moondream_cv.server.runtime.engine_process import ProcessEngine
     from moondream_cv.vision_model import VisionModel
 
 KEYS_VARIABLE = "MOONDREAM_CV_API_KEYS"
@@ -124,9 +124,9 @@ def serve(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moondream_cv.server.app import create_app
     from moondream_cv.server.logs import set_up_logging
-    from moondream_cv.server.options import MIB, ServerOptions
-    from moondream_cv.server.running import run_server
-    from moondream_cv.server.sites import hosts_of
+    from moondream_cv.server.origin_protection import allowed_hosts_for
+    from moondream_cv.server.settings import MIB, ServerSettings
+    from moondream_cv.server.uvicorn_server import run_server
     from moondream_cv.urls import is_url
 
     loading = ModelOptions(model, device, dtype, adapter)
@@ -137,7 +137,7 @@ def serve(
     for file in (certificate, certificate_key):
         if file is not None and not file.is_file():
             raise ValueError(f"there is no file {str(file)!r}")
-    chosen = ServerOptions(
+    chosen = ServerSettings(
         api_keys=tuple(api_keys or ()),
         queue=queue,
         timeout=timeout,
@@ -146,7 +146,7 @@ def serve(
         max_pixels=max_pixels,
         private_urls=private_urls,
         cors_origins=tuple(cors or ()),
-        allowed_hosts=(*hosts_of(host), *(allowed_hosts or ())),
+        allowed_hosts=(*allowed_hosts_for(host), *(allowed_hosts or ())),
         decode_timeout=decode_timeout,
         page=page,
     )
@@ -156,7 +156,7 @@ def serve(
     app = create_app(
         partial(open_model, loading, cache_images, set_up),
         name=name or public_name(model),
-        options=chosen,
+        settings=chosen,
     )
     scheme = "http" if certificate is None else "https"
     shown_host = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
@@ -186,7 +186,7 @@ def check_installed() -> None:
         raise ValueError(f'serving takes {error.name}; pip install "moondream-cv[server]"') from error
 
 
-def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], None]) -> VisionModel | EngineProcess:
+def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], None]) -> VisionModel | ProcessEngine:
     """Load what is served, in a process of its own, or connect to what answers in its place.
 
     Raises:
@@ -199,9 +199,9 @@ def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], No
         from moondream_cv.backends import connect
 
         return connect(options.name)
-    from moondream_cv.server.runtime.engine_process import EngineProcess
+    from moondream_cv.server.runtime.engine_process import ProcessEngine
 
-    return EngineProcess(partial(load_model, options, cache_images), set_up)
+    return ProcessEngine(partial(load_model, options, cache_images), set_up)
 
 
 def load_model(options: ModelOptions, cache_images: int) -> LocalModel:

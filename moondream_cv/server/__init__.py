@@ -1,1 +1,1 @@
-"""The model over HTTP, in the dialects of the clients that exist for it; `moondream_cv.server.app` puts it together."""
+"""The model over HTTP, with the APIs of Moondream, Roboflow Inference, OpenAI and fal. `app.py` is the entry point."""

@@ -1,4 +1,4 @@
-"""The server put together: one service, four dialects, and what every request goes through."""
+"""The ASGI application: one service, four APIs, the playground and the middleware."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from starlette.middleware.cors import CORSMiddleware
 
 from moondream_cv import __version__
 from moondream_cv.server.apis import batch, moondream, operations, roboflow
-from moondream_cv.server.apis.base import find_dialect
+from moondream_cv.server.apis.base import find_api
 from moondream_cv.server.apis.fal import routes as fal
 from moondream_cv.server.apis.fal import wire as fal_wire
 from moondream_cv.server.apis.openai import routes as openai
-from moondream_cv.server.errors import ClientLeft, ServerError, explain, invalid
-from moondream_cv.server.middleware import Entrance, Gate
-from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error, validation_error
+from moondream_cv.server.middleware import AuthMiddleware, RequestLoggingMiddleware
 from moondream_cv.server.playground import page
 from moondream_cv.server.service import Service
+from moondream_cv.server.settings import ServerSettings
 
 if TYPE_CHECKING:
-    from moondream_cv.server.service import Source
+    from moondream_cv.server.service import ModelSource
 
-EXPOSED = ("X-Request-Id", "Retry-After", fal_wire.REQUEST_ID, fal_wire.ERROR_TYPE, fal_wire.TIMEOUT_TYPE)
-DIALECTS = (openai.DIALECT, roboflow.DIALECT, fal.DIALECT, moondream.DIALECT)
+EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", fal_wire.REQUEST_ID, fal_wire.ERROR_TYPE, fal_wire.TIMEOUT_TYPE)
+APIS = (openai.API, roboflow.API, fal.API, moondream.API)
 
 
-def create_app(model: Source, *, name: str = "moondream2", options: ServerOptions | None = None) -> FastAPI:
-    """Make the ASGI application.
+def create_app(model: ModelSource, *, name: str = "moondream2", settings: ServerSettings | None = None) -> FastAPI:
+    """Return the ASGI application of a server.
 
     Args:
-        model: What answers: a model, or an `EngineProcess`. A function is called when the app starts, in a thread, and
-            what it gives is closed at the end; until it is there, requests are answered with 503.
-        name: What clients know the model as.
-        options: How the server behaves.
+        model: A model, an engine such as `ProcessEngine`, or a function that loads one of them. The function is called
+            in a thread when the application starts, and the application closes the loaded model when it stops. Requests
+            get 503 until the model is loaded.
+        name: Model name that clients use.
+        settings: Settings of the server; None uses the defaults.
     """
-    options = options or ServerOptions()
-    service = Service(model, name, options)
+    settings = settings or ServerSettings()
+    service = Service(model, name, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -53,47 +54,53 @@ def create_app(model: Source, *, name: str = "moondream2", options: ServerOption
         version=__version__,
         summary="Moondream 2 over HTTP, for the clients of Moondream, Roboflow Inference, OpenAI and fal.",
         lifespan=lifespan,
-        docs_url=None,  # the pages that FastAPI makes fetch scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages load scripts from other sites
         redoc_url=None,
     )
     app.state.service = service
+
+    # Routes
     for router in (operations.router, moondream.router, batch.router, openai.router, roboflow.router, fal.router):
         app.include_router(router)
-    if options.page:
+    if settings.page:
         app.include_router(page.router)
-    for kind in (ServerError, ClientLeft, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _answer)
-    app.add_middleware(Gate, service=service, dialects=DIALECTS)  # the one added last sees requests first
-    if options.cors_origins:
+
+    # Error handlers
+    for kind in (ServerError, ClientDisconnected, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _handle_error)
+
+    # Middleware; the last one added runs first
+    app.add_middleware(AuthMiddleware, service=service, apis=APIS)
+    if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(options.cors_origins),
+            allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=list(EXPOSED),
+            expose_headers=list(EXPOSED_HEADERS),
         )
-    app.add_middleware(Entrance, service=service, dialects=DIALECTS)
+    app.add_middleware(RequestLoggingMiddleware, service=service, apis=APIS)
     return app
 
 
-async def _answer(http: Request, error: Exception) -> Response:
-    """What an error is answered with, in the dialect of its path."""
-    dialect = find_dialect(DIALECTS, http.scope["path"])
-    if isinstance(error, ClientLeft):
+async def _handle_error(http: Request, error: Exception) -> Response:
+    """Return the response for an error, in the format of the API that the path belongs to."""
+    api = find_api(APIS, http.scope["path"])
+    if isinstance(error, ClientDisconnected):
         return Response(status_code=499)
     if isinstance(error, RequestValidationError):
-        return dialect.answer(invalid(error.errors(), dialect.invalid_status))
+        return api.error_response(validation_error(error.errors(), api.invalid_status))
     if isinstance(error, HTTPException) and not isinstance(error, ServerError):
-        kept = ServerError(error.status_code, _described(http, error))
-        answer = dialect.answer(kept)
-        answer.headers.update(error.headers or {})
-        return answer
-    return dialect.answer(explain(error))
+        response = api.error_response(ServerError(error.status_code, _message(http, error)))
+        response.headers.update(error.headers or {})
+        return response
+    return api.error_response(to_server_error(error))
 
 
-def _described(http: Request, error: HTTPException) -> str:
+def _message(http: Request, error: HTTPException) -> str:
+    path = http.scope["path"][:200]
     if error.status_code == 404:
-        return f"there is nothing at {http.scope['path'][:200]}"
+        return f"no route at {path}"
     if error.status_code == 405:
-        return f"{http.method} is not what {http.scope['path'][:200]} takes"
+        return f"{http.method} is not allowed for {path}"
     return str(error.detail)

@@ -1,7 +1,7 @@
-"""Checks of request bodies before they are parsed: the content type, the number of JSON values, their nesting.
+"""Checks of request bodies before parsing: the content type, the number of JSON values and their nesting.
 
-Parsing turns a few bytes into objects of a hundred: the number of values is limited before that, whatever the schema of
-the route. Bodies above `LARGE` are checked in a thread.
+A parsed JSON value can take a hundred bytes for two bytes of text. The number of values is therefore limited before
+parsing, for all routes. Bodies above `LARGE` are checked in a thread.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from moondream_cv.server.errors import ServerError
 
 T = TypeVar("T")
 
-LARGE = 2**20  # bytes; smaller bodies are parsed faster than a thread wakes up
-MAX_VALUES = 20_000  # in one JSON document; commas and brackets inside of strings count as well
+LARGE = 2**20  # bytes; parsing a smaller body is faster than starting a thread
+MAX_VALUES = 20_000  # of one JSON document; commas and brackets in strings count as well
 MAX_DEPTH = 64
 JSON_TYPES = re.compile(r"application/(json|jsonl|x-ndjson|ndjson|[a-z0-9.-]+\+json)", re.IGNORECASE)
 MULTIPART = "multipart/form-data"
-LINES_PATHS = frozenset({"/v1/batch"})  # bodies of JSON lines, each of which is checked by itself
-_MAX_QUOTES = 4 * (MAX_VALUES + 1)  # of valid JSON: two for a key and two for a string, for each value
+LINES_PATHS = frozenset({"/v1/batch"})  # bodies of JSON lines, which are checked line by line
+_MAX_QUOTES = 4 * (MAX_VALUES + 1)  # in valid JSON, each value has two for a key and two for a string
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 class ReceiveBudget:
-    """Bytes of bodies that may be received from one client at a time.
+    """Limits the total size of the bodies that each client sends at the same time.
 
-    A body is read only when all of it fits, so that bodies that never end fill no memory and only delay others of the
-    same client.
+    A body is received only when its full size fits the budget. Bodies that never end thus fill no memory and delay only
+    requests of the same client.
     """
 
     def __init__(self, size: int) -> None:
-        """Start with nothing reserved.
+        """Create a budget.
 
         Args:
-            size: Bytes for each client; no body may be larger.
+            size: Bytes for each client; must be at least the maximum size of a body.
         """
         self._size = size
         self._reserved: Counter[str] = Counter()
@@ -50,19 +50,24 @@ class ReceiveBudget:
 
     @asynccontextmanager
     async def reserve(self, client: str, size: int) -> AsyncIterator[None]:
-        """Wait until a body of this size fits, first come, first served; it is returned at the end of the context."""
+        """Reserve bytes for the duration of the context. Waits until they are free, in order of arrival.
+
+        Args:
+            client: Address of the client.
+            size: Size of the body in bytes.
+        """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append((size, turn))
-        self._hand_out(client)
+        self._grant(client)
         try:
             await turn
             yield
         finally:
             if turn.done() and not turn.cancelled():
                 self._reserved[client] -= size
-            self._hand_out(client)
+            self._grant(client)
 
-    def _hand_out(self, client: str) -> None:
+    def _grant(self, client: str) -> None:
         waiting = self._waiting.get(client, deque())
         while waiting:
             size, turn = waiting[0]
@@ -78,7 +83,7 @@ class ReceiveBudget:
 
 
 def check_content_type(scope: Scope, headers: Headers) -> None:
-    """Reject POST requests that a web page could send without asking the server first.
+    """Reject POST requests that a web page can send without a CORS preflight request.
 
     Args:
         scope: ASGI scope of the request.
@@ -99,13 +104,13 @@ def check_content_type(scope: Scope, headers: Headers) -> None:
 
 
 async def check_json(body: bytes) -> None:
-    """Reject JSON that takes long to parse or much memory.
+    """Reject JSON that would take much time or memory to parse.
 
     Args:
-        body: A document; it need not be valid.
+        body: JSON document, which can be invalid.
 
     Raises:
-        ServerError: 413, it has too many values; 400, it is nested too deeply.
+        ServerError: 413, the document has too many values; 400, it is nested too deeply.
     """
     await _in_thread_if_large(_check_json, body)
 
@@ -114,14 +119,14 @@ async def parse_json(text: bytes) -> object:
     """Check and parse a JSON document.
 
     Raises:
-        ServerError: As `check_json`.
-        ValueError: It is not valid JSON.
+        ServerError: The document fails `check_json`.
+        ValueError: The document is not valid JSON.
     """
-    return await _in_thread_if_large(_checked_and_parsed, text)
+    return await _in_thread_if_large(_check_and_parse, text)
 
 
 async def key_in_body(body: bytes) -> list[str]:
-    """Return the API key in `api_key` of a JSON object; an empty list if there is none."""
+    """Return the value of `api_key` in a JSON object; an empty list if there is none."""
     try:
         parsed = await parse_json(body)
     except (ServerError, ValueError):
@@ -134,7 +139,7 @@ async def _in_thread_if_large(work: Callable[[bytes], T], body: bytes) -> T:
     return await asyncio.to_thread(work, body) if len(body) > LARGE else work(body)
 
 
-def _checked_and_parsed(text: bytes) -> object:
+def _check_and_parse(text: bytes) -> object:
     _check_json(text)
     return from_json(text, allow_inf_nan=False)
 
@@ -148,12 +153,12 @@ def _check_json(body: bytes) -> None:
 
 
 def _check_depth(body: bytes) -> None:
-    """Check the nesting, with operations that take the same short time for every body of a size."""
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # without escaped backslashes and quotes
+    """Check the nesting in linear time, whatever the content of the body."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # without escaped characters
     if plain.count(b'"') > _MAX_QUOTES:
         raise ServerError(400, "the body is not valid JSON")
     depth = 0
-    for bracket in b"".join(plain.split(b'"')[::2]).translate(None, _NO_BRACKETS):  # outside of strings
+    for bracket in b"".join(plain.split(b'"')[::2]).translate(None, _NO_BRACKETS):  # outside strings
         depth += 1 if bracket in b"[{" else -1
         if depth > MAX_DEPTH:
             raise ServerError(400, f"the JSON body must be nested at most {MAX_DEPTH} levels deep")

@@ -1,6 +1,6 @@
-"""Limits on connections: the size of a request's head, the time to send a request, connections per client address.
+"""Limits on connections: the size of the headers, the time to send a request, connections per client address.
 
-uvicorn's own protocol has none of these. Requests that are complete are left to the application.
+uvicorn's protocol has none of these limits. Complete requests are passed to the application.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 MAX_HEAD = 64 * 1024  # bytes of headers, trailers and chunk extensions
 MAX_URL = 16 * 1024  # bytes
 REQUEST_SECONDS = 120.0  # from the end of the headers to the end of the body
-HEAD_SECONDS = 20.0  # from the connection, or the first byte of a further request, to the end of the headers
-WRITE_SECONDS = 60.0  # a client that reads nothing of the response for this long is disconnected
-RETRY_SECONDS = 5  # Retry-After of a 503
+HEAD_SECONDS = 20.0  # from the connection, or the first byte of a later request, to the end of the headers
+WRITE_SECONDS = 60.0  # a client that reads none of the response for this long is disconnected
+RETRY_SECONDS = 5  # Retry-After header of a 503 response
 PROBE_PATHS = (b"/health", b"/ready")
 
 _REASONS = {431: "Request Header Fields Too Large", 414: "URI Too Long", 408: "Request Timeout"}
@@ -27,17 +27,17 @@ _REASONS = {431: "Request Header Fields Too Large", 414: "URI Too Long", 408: "R
 class ConnectionTable:
     """The open connections of a server, counted per client address.
 
-    When a limit is reached, the oldest connection without a complete request is closed in favor of the new one, so
-    that silent connections never lock anyone out.
+    When a limit is reached, the oldest connection without a complete request is closed, so that idle connections never
+    lock out other clients.
     """
 
     def __init__(self, total: int, per_address: int) -> None:
         self._total, self._per_address = total, per_address
-        self._open: dict[LimitedProtocol, str] = {}  # in the order of arrival
+        self._open: dict[LimitedProtocol, str] = {}  # in order of arrival
         self._counts: dict[str, int] = {}
 
     def add(self, connection: LimitedProtocol) -> bool:
-        """Add a connection. Return False if there is no room: only health probes are answered on it."""
+        """Add a connection. Return False if the limit is reached; the connection then answers only health probes."""
         address = address_group(connection.client)
         has_room = True
         if self._counts.get(address, 0) >= self._per_address:
@@ -49,7 +49,7 @@ class ConnectionTable:
         return has_room
 
     def remove(self, connection: LimitedProtocol) -> None:
-        """Remove a connection; one that has been removed before is ignored."""
+        """Remove a connection; does nothing if it has been removed before."""
         address = self._open.pop(connection, None)
         if address is not None:
             self._counts[address] -= 1
@@ -57,7 +57,7 @@ class ConnectionTable:
                 del self._counts[address]
 
     def _evict(self, address: str) -> bool:
-        """Close the oldest connection of an address that waits for its client, if there is one."""
+        """Close the oldest connection of an address without a complete request. Return False if there is none."""
         for connection, owner in self._open.items():
             if owner == address and connection.is_waiting_for_client:
                 self.remove(connection)
@@ -67,7 +67,7 @@ class ConnectionTable:
 
 
 def address_group(client: tuple[str, int] | None) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 network of an IPv6 address."""
+    """Return the address that identifies a client: an IPv4 address, or the /64 network of an IPv6 address."""
     if client is None:
         return "unknown"
     with contextlib.suppress(ValueError):
@@ -78,9 +78,9 @@ def address_group(client: tuple[str, int] | None) -> str:
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol with limits on heads, times and connections.
+    """uvicorn's HTTP/1.1 protocol with limits on headers, times and connections.
 
-    `configure` makes the subclass that uvicorn takes as `http=`.
+    `configure` returns a subclass for the `http` argument of `uvicorn.Config`.
     """
 
     table: ConnectionTable
@@ -90,7 +90,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Return a subclass for one server.
 
         Args:
-            table: Counts the connections.
+            table: Connections of the server.
         """
         return type("ConfiguredProtocol", (cls,), {"table": table})
 
@@ -98,8 +98,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._rejection: tuple[int, str] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
-        self._progress = 0  # parser events other than headers
-        self._unparsed = 0  # bytes received since the last of these events
+        self._progress = 0  # parser events, headers excluded
+        self._unparsed = 0  # bytes received since the last event
         self._head_bytes = 0
         self._receiving = self._in_head = False
         super().connection_made(transport)
@@ -144,7 +144,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD:
             self._abort_parsing(431, f"the headers exceed {MAX_HEAD:,} bytes")
-        if self._in_head:  # trailers are no headers: they arrive after the checks
+        if self._in_head:  # trailers arrive after the checks, so they are dropped
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -152,7 +152,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._start_timer(REQUEST_SECONDS)
         is_probe = self.url.split(b"?")[0] in PROBE_PATHS
-        self.app = self.config.loaded_app if self._has_room or is_probe else _answer_busy
+        self.app = self.config.loaded_app if self._has_room or is_probe else _reject_busy_client
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -173,7 +173,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._rejection = status, message
         self._stop_timer()
         if self.cycle is not None and not self.cycle.response_complete and self.cycle.response_started:
-            self.transport.close()  # in the middle of a response: nothing can be added
+            self.transport.close()  # a partial response cannot be followed by an error
             return
         content = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": status}}).encode()
         line = f"HTTP/1.1 {status} {_REASONS[status]}\r\n".encode() if status in _REASONS else STATUS_LINE[status]
@@ -186,7 +186,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.logger.warning("rejected a request: %s", message)
 
     def _abort_parsing(self, status: int, message: str) -> None:
-        """Stop the parser: it turns an exception of a callback into its own error, which is answered."""
+        """Stop the parser. It converts an exception of a callback to a parser error, which gets a 400 response."""
         self._reject(status, message)
         raise ValueError(message)
 
@@ -215,7 +215,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _on_timeout(self) -> None:
-        """Close a connection whose request did not arrive in time; one that has sent nothing gets no response."""
+        """Close a connection whose request did not arrive in time. A connection without any data gets no response."""
         if self.transport.is_closing():
             return
         if not self._receiving:
@@ -225,8 +225,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self.send_400_response("")
 
 
-async def _answer_busy(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request of a client that has too many connections."""
+async def _reject_busy_client(scope: Scope, receive: Receive, send: Send) -> None:
+    """Reject a request of a client that has too many connections."""
     message = "too many connections from this client; close some and try again"
     content = json.dumps({"error": {"message": message, "type": "service_unavailable", "code": 503}}).encode()
     headers = [

@@ -1,7 +1,7 @@
-"""The program of a decoder process: image files in, RGB pixels out, over standard input and output.
+"""The program of a decoder process: it reads image files from standard input and writes RGB pixels to standard output.
 
-It runs apart from the server so that a decoder that hangs, crashes or takes too much memory can be ended alone.
-`decoding` starts it and describes the messages.
+It is separate from the server so that a decoder that hangs, crashes or uses too much memory can be killed alone.
+`decoding.py` starts it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import IO
 from moondream_cv.errors import ImageError
 from moondream_cv.images import readable_formats, to_rgb
 
-REQUEST = struct.Struct(">Q")  # bytes of the file, which follows
-REPLY = struct.Struct(">BII")  # PIXELS, width, height, then [H, W, 3] uint8 RGB; or FAILURE, bytes of the message, 0
+REQUEST = struct.Struct(">Q")  # size of the file in bytes; then the file
+REPLY = struct.Struct(">BII")  # PIXELS, width, height, then [H, W, 3] uint8 RGB; or FAILURE, size of the message, 0
 PIXELS, FAILURE = 0, 1
-READY = b"\x02"  # sent once, when everything is imported
-_BASE_MEMORY = 2 * 2**30  # bytes of address space: interpreter, libraries, and the file itself
-_BYTES_PER_PIXEL = 24  # of address space, while 16-bit samples are converted
+READY = b"\x02"  # sent once, after all imports
+_BASE_MEMORY = 2 * 2**30  # bytes of address space for the interpreter, libraries and the file
+_BYTES_PER_PIXEL = 24  # address space for the conversion of 16-bit samples
 
 
 def main() -> None:
-    """Decode files until standard input ends. The first argument is the maximum number of pixels."""
+    """Decode files until standard input ends. The first command-line argument is the maximum number of pixels."""
     max_pixels = int(sys.argv[1])
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server closes the pipe when it stops
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server closes the pipe
         signal.signal(number, signal.SIG_IGN)
     _limit_memory(_BASE_MEMORY + _BYTES_PER_PIXEL * max_pixels)
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # keep output of libraries out of the replies
     readable_formats()
     replies.write(READY)
     replies.flush()
@@ -40,7 +40,7 @@ def main() -> None:
         if len(file) < size:
             return
         _answer(file, max_pixels, replies)
-        file = b""  # not kept while the process waits for the next one
+        file = b""  # free the memory while the process waits
 
 
 def _answer(file: bytes, max_pixels: int, replies: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Decode images in separate processes, with a time limit, and fairly between clients."""
+"""Decoding of images in separate processes, with a time limit and fair turns between clients."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from moondream_cv.errors import ImageError
 from moondream_cv.server.decoder_process import FAILURE, READY, REPLY, REQUEST
 
 _PIPE_BYTES = 2**20
-_F_SETPIPE_SZ = 1031  # of Linux
+_F_SETPIPE_SZ = 1031  # Linux fcntl command
 
 
 class FairSlots:
-    """A number of slots that clients acquire in turn.
+    """A fixed number of slots that clients acquire in turn.
 
-    With two slots or more, one always stays free of any single client: nobody waits longer than one piece of work of
-    others takes, however much of it one client has queued.
+    With two slots or more, a single client never occupies all of them. Other clients therefore wait for at most one
+    piece of work, however many pieces one client has queued.
     """
 
     def __init__(self, count: int) -> None:
         self._free, self._per_client = count, max(1, count - 1)
         self._held: Counter[str] = Counter()
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # clients in turn
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # next client first
 
     async def acquire(self, client: str) -> None:
-        """Wait for a slot. Call `release` exactly once for each that is acquired."""
+        """Wait for a slot. Call `release` once for each slot."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
-        self._hand_out()
+        self._assign()
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # handed out in the same moment
+            if turn.done() and not turn.cancelled():  # assigned in the same moment
                 self.release(client)
             raise
 
     def release(self, client: str) -> None:
-        """Return a slot."""
+        """Release a slot."""
         self._free += 1
         self._held[client] -= 1
         if not self._held[client]:
             del self._held[client]
-        self._hand_out()
+        self._assign()
 
-    def _hand_out(self) -> None:
+    def _assign(self) -> None:
         for client in list(self._waiting):
             turns = self._waiting[client]
             while turns and turns[0].done():  # cancelled
@@ -66,14 +66,14 @@ class FairSlots:
                 self._waiting.move_to_end(client)
 
 
-class Decoders:
-    """Decoder processes, started when they are first needed. Safe to use from any number of threads."""
+class DecoderPool:
+    """Decoder processes, which are started on demand. Thread-safe."""
 
     def __init__(self, max_pixels: int, timeout: float) -> None:
-        """Start nothing yet.
+        """Create an empty pool.
 
         Args:
-            max_pixels: Maximum width times height of an image.
+            max_pixels: Maximum number of pixels of an image.
             timeout: Time limit for one image, in seconds.
         """
         self._max_pixels, self._timeout = max_pixels, timeout
@@ -82,7 +82,7 @@ class Decoders:
         self._closed = False
 
     def decode(self, file: bytes) -> np.ndarray:
-        """Return the pixels of an image file, [H, W, 3] uint8 RGB, upright.
+        """Return the upright pixels of an image file, [H, W, 3] uint8 RGB.
 
         Raises:
             ImageError: The file is not a supported image, has too many pixels or takes too long to decode.
@@ -98,20 +98,20 @@ class Decoders:
                 if keep:
                     self._idle.append(process)
             if not keep:
-                process.end()
+                process.stop()
         return pixels
 
     def close(self) -> None:
-        """End all processes that are idle; the others end after their image."""
+        """Stop all idle processes; busy ones stop after their image."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
         for process in idle:
-            process.end()
+            process.stop()
 
 
 class _DecoderProcess:
-    """One process; used by one thread at a time."""
+    """One decoder process, used by one thread at a time."""
 
     def __init__(self, max_pixels: int) -> None:
         root = str(Path(__file__).parents[2])
@@ -120,7 +120,7 @@ class _DecoderProcess:
             [sys.executable, "-m", "moondream_cv.server.decoder_process", str(max_pixels)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders print what files contain
+            stderr=subprocess.DEVNULL,  # image libraries print data of the files
             bufsize=0,
             env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
         )
@@ -134,10 +134,20 @@ class _DecoderProcess:
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
         self.alive = True
-        self._read_into(memoryview(bytearray(len(READY))))  # so that no image's time limit includes the start
+        self._read_into(
+            memoryview(bytearray(len(READY)))
+        )  # so that the time limit of the first image excludes the start
 
     def decode(self, file: bytes, timeout: float) -> np.ndarray:
-        """As `Decoders.decode`; after any other error than an image's own, `alive` is False."""
+        """Return the pixels of an image file, like `DecoderPool.decode`. If the process failed, `alive` is False.
+
+        Args:
+            file: Content of the image file.
+            timeout: Time limit in seconds.
+
+        Raises:
+            ImageError: The file cannot be decoded, or decoding took too long.
+        """
         expired = threading.Event()
 
         def expire() -> None:
@@ -148,7 +158,7 @@ class _DecoderProcess:
         timer.daemon = True
         timer.start()
         try:
-            return self._exchange(file)
+            return self._send_and_receive(file)
         except (EOFError, OSError) as error:
             self.alive = False
             if expired.is_set():
@@ -161,8 +171,8 @@ class _DecoderProcess:
             if expired.is_set():
                 self.alive = False
 
-    def end(self) -> None:
-        """End the process and wait for that."""
+    def stop(self) -> None:
+        """Kill the process and wait until it has ended."""
         self.alive = False
         for pipe in (self._requests, self._replies):
             with contextlib.suppress(OSError):
@@ -170,7 +180,7 @@ class _DecoderProcess:
         self._process.kill()
         self._process.wait()
 
-    def _exchange(self, file: bytes) -> np.ndarray:
+    def _send_and_receive(self, file: bytes) -> np.ndarray:
         self._write(REQUEST.pack(len(file)))
         self._write(file)
         header = bytearray(REPLY.size)
@@ -185,9 +195,9 @@ class _DecoderProcess:
         return pixels
 
     def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[self._requests.write(left) :]
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[self._requests.write(remaining) :]
 
     def _read_into(self, buffer: memoryview) -> None:
         while buffer:

@@ -1,4 +1,4 @@
-"""What a server answers when it does not answer: a status, a sentence, and nothing of its insides."""
+"""Errors of the server and their conversion to HTTP responses, which never contain internal details."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ KINDS = {
 
 
 class ServerError(HTTPException):
-    """An answer other than the one that was asked for.
+    """An error response.
 
-    An `HTTPException`, because FastAPI lets no other error pass that comes up while a body is read.
+    This is an `HTTPException`, because FastAPI converts other errors that are raised while it reads a body.
 
     Attributes:
-        status: Of the HTTP response.
-        message: For the person who reads it.
-        kind: In one word, for the program that does.
-        param: The field of the request that is to blame, where it is one.
-        retry_after: Seconds after which another try makes sense.
+        status: HTTP status code.
+        message: Message for people.
+        kind: Error type for programs, one word.
+        param: Name of the invalid field of the request, if there is one.
+        retry_after: Time in seconds after which the client can try again.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class ServerError(HTTPException):
         self.kind = kind or KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
-class ClientLeft(Exception):
-    """Nobody waits for this answer any more."""
+class ClientDisconnected(Exception):
+    """The client disconnected before it received the response."""
 
 
-def explain(error: BaseException) -> ServerError:
-    """Return the error that the client gets for any error that came up on the way.
+def to_server_error(error: BaseException) -> ServerError:
+    """Return the error response for an error that was raised while a request was processed.
 
-    The traceback of `error` is dropped: its frames refer to what the client sent, and often back to the error.
+    The traceback of `error` is dropped: its frames refer to data of the client, and often back to the error.
     """
     try:
-        return _explained(error)
+        return _convert(error)
     finally:
         _drop_traceback(error)
 
@@ -80,7 +80,7 @@ def _drop_traceback(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _explained(error: BaseException) -> ServerError:
+def _convert(error: BaseException) -> ServerError:
     if isinstance(error, ServerError):
         return error
     if isinstance(error, UnsupportedSkill):
@@ -95,25 +95,26 @@ def _explained(error: BaseException) -> ServerError:
         return ServerError(503, "the server is shutting down; try again", retry_after=5)
     if isinstance(error, BackendError):
         logger.warning("the remote model failed: %s", error)
-        return ServerError(503, "the model that this server passes requests on to failed; try again", retry_after=5)
+        return ServerError(503, "the remote model behind this server failed; try again", retry_after=5)
     if isinstance(error, MoondreamError):
         logger.warning("the model failed: %s", error)
         return ServerError(503, str(error), retry_after=5)
-    logger.error("a request failed for a reason that nobody foresaw", exc_info=error)
-    return ServerError(500, "the server failed on this request; its log says more under the request's id")
+    logger.error("unexpected error while handling a request", exc_info=error)
+    return ServerError(500, "internal server error; see the server log for the request ID")
 
 
-def invalid(errors: Sequence[Any], status: int) -> ServerError:
-    """An error about a body that is not what the schema says.
+def validation_error(errors: Sequence[Any], status: int) -> ServerError:
+    """Return the error response for a body that does not match the schema.
 
     Args:
-        errors: As pydantic lists them.
-        status: To answer with.
+        errors: Errors as pydantic lists them; the message has the first three.
+        status: Status of the response.
     """
-    said = []
+    messages = []
     for error in errors[:3]:
         place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]
-        said.append(f"{place}: {error['msg']}" if place else str(error["msg"]))
+        messages.append(f"{place}: {error['msg']}" if place else str(error["msg"]))
     first = [str(part) for part in errors[0]["loc"] if part != "body"] if errors else []
     more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
-    return ServerError(status, ("; ".join(said) or "invalid request") + more, param=first[0][:200] if first else None)
+    message = ("; ".join(messages) or "invalid request") + more
+    return ServerError(status, message, param=first[0][:200] if first else None)

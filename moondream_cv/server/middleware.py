@@ -1,4 +1,4 @@
-"""What happens to every request before a route sees it, as plain ASGI: paths, ids, logs, counts, keys, sizes."""
+"""ASGI middleware: request IDs, logs and metrics; API keys, origins, content types and sizes of requests."""
 
 from __future__ import annotations
 
@@ -13,39 +13,45 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moondream_cv.server.apis.base import Dialect, find_dialect
+from moondream_cv.server.apis.base import ApiSpec, find_api
 from moondream_cv.server.bodies import LARGE, LINES_PATHS, ReceiveBudget, check_content_type, check_json, key_in_body
 from moondream_cv.server.connections import address_group
-from moondream_cv.server.errors import ClientLeft, ServerError, explain
+from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error
 from moondream_cv.server.logs import client_address, request_id
-from moondream_cv.server.memory import MemoryTrimmer
+from moondream_cv.server.memory_trimming import MemoryTrimmer
+from moondream_cv.server.origin_protection import check_origin
 from moondream_cv.server.service import Service
-from moondream_cv.server.sites import check_site
 
 logger = logging.getLogger(__name__)
 
 PROBE_PATHS = frozenset({"/health", "/ready"})
-OPEN_PATHS = PROBE_PATHS | {"/", "/openapi.json", "/favicon.ico", "/info"}
-BODY_SECONDS = 30  # between two parts of a body
+OPEN_PATHS = PROBE_PATHS | {"/", "/openapi.json", "/favicon.ico", "/info"}  # no API key required
+BODY_SECONDS = 30  # maximum time between two parts of a body
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")
 
 
-class Entrance:
-    """Mends doubled slashes, gives every request an id, and logs and counts its answer."""
+class RequestLoggingMiddleware:
+    """Assigns an ID to each request and records its response in the log and the metrics.
 
-    def __init__(self, app: ASGIApp, service: Service, dialects: Sequence[Dialect]) -> None:
-        self._app, self._service, self._dialects = app, service, dialects
+    It also replaces repeated slashes in paths by single ones.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, apis: Sequence[ApiSpec]) -> None:
+        self._app, self._service, self._apis = app, service, apis
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI event stream; everything but HTTP passes through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        # Assign the ID
         scope = {**scope, "path": _SLASHES.sub("/", scope["path"])}
-        given = Headers(scope=scope).get("x-request-id", "")
-        own = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = own
-        token = request_id.set(own)
+        received_id = Headers(scope=scope).get("x-request-id", "")
+        own_id = received_id if _ID.fullmatch(received_id) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = own_id
+        token = request_id.set(own_id)
         client_address.set(address_group(scope.get("client")))
         started, status = time.perf_counter(), 0
 
@@ -54,10 +60,11 @@ class Entrance:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers.setdefault("X-Request-Id", own)
+                headers.setdefault("X-Request-Id", own_id)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
+        # Process the request and record its response
         try:
             await self._app(scope, receive, send_with_id)
         finally:
@@ -65,92 +72,94 @@ class Entrance:
             request_id.reset(token)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """Log and count a request; 499 is one whose client left before there was an answer."""
+        """Log and count a request; the status is 499 if the client disconnected before the response."""
+        status = status or 499
         route = getattr(scope.get("route"), "path", "other")
-        dialect = find_dialect(self._dialects, scope["path"]).name
-        meters = self._service.meters
-        meters.requests.labels(dialect, route, str(status or 499)).inc()
-        meters.seconds.labels(dialect, route).observe(seconds)
+        api = find_api(self._apis, scope["path"]).name
+        metrics = self._service.metrics
+        metrics.requests.labels(api, route, str(status)).inc()
+        metrics.seconds.labels(api, route).observe(seconds)
         level = logging.DEBUG if scope["path"] in OPEN_PATHS | {"/metrics"} else logging.INFO
         logger.log(
             level,
             "%s %s %d",
             scope["method"],
             route if route != "other" else scope["path"][:200],
-            status or 499,
-            extra={"dialect": dialect, "status": status or 499, "milliseconds": round(seconds * 1000, 1)},
+            status,
+            extra={"dialect": api, "status": status, "milliseconds": round(seconds * 1000, 1)},
         )
 
 
-class Gate:
-    """Rejects what no route should see, and answers what routes raise, each in the path's dialect.
+class AuthMiddleware:
+    """Rejects unauthenticated, cross-origin and oversized requests, and converts errors to responses.
 
-    In this order: requests for other hosts or from other sites, without a valid key, with bodies of another type, too
-    large, or not worth parsing. Bodies are read completely before a route sees the request.
+    The checks are, in this order: host and origin, API key, content type, size, complexity of the JSON. Bodies are
+    received completely before a route is called. Errors have the format of the API that the path belongs to.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, dialects: Sequence[Dialect]) -> None:
-        self._app, self._service, self._dialects = app, service, dialects
-        self._receiving = ReceiveBudget(2 * service.options.max_body)
-        self._memory = MemoryTrimmer()
+    def __init__(self, app: ASGIApp, service: Service, apis: Sequence[ApiSpec]) -> None:
+        self._app, self._service, self._apis = app, service, apis
+        self._budget = ReceiveBudget(2 * service.settings.max_body)
+        self._trimmer = MemoryTrimmer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI event stream; everything but HTTP passes through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        dialect = find_dialect(self._dialects, scope["path"])
-        begun = False
+        api = find_api(self._apis, scope["path"])
+        started = False
 
-        async def send_noting(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_note_start(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
         try:
-            checked = await self._check(scope, receive, dialect)
-            await self._app(scope, checked, send_noting)
+            checked = await self._check(scope, receive, api)
+            await self._app(scope, checked, send_and_note_start)
         except Exception as error:
-            if begun:  # the answer breaks off, which is all that can still be said
+            if started:  # the status is already sent, so the response can only be aborted
                 raise
-            await dialect.answer(explain(error))(scope, receive, send)
+            await api.error_response(to_server_error(error))(scope, receive, send)
         finally:
             if declared_size(Headers(scope=scope), 0) > LARGE:
-                self._memory.trim()
+                self._trimmer.trim()
 
-    async def _check(self, scope: Scope, receive: Receive, dialect: Dialect) -> Receive:
-        """Return what the routes read the request from.
+    async def _check(self, scope: Scope, receive: Receive, api: ApiSpec) -> Receive:
+        """Check a request and return the channel from which routes read it.
 
         Raises:
             ServerError: The request is rejected.
-            ClientLeft: The client disconnected before its request was complete.
+            ClientDisconnected: The client disconnected before its request was complete.
         """
         # Checks that need only the head
-        options, headers = self._service.options, Headers(scope=scope)
-        if not options.api_keys and scope["path"] not in PROBE_PATHS:
-            check_site(scope, headers, options)
-        has_key = self._service.check_key(list(keys_of(scope)))
+        settings, headers = self._service.settings, Headers(scope=scope)
+        if not settings.api_keys and scope["path"] not in PROBE_PATHS:
+            check_origin(scope, headers, settings)
+        has_key = self._service.is_valid_key(list(keys_of(scope)))
         needs_key = not has_key and scope["path"] not in OPEN_PATHS
-        if needs_key and not (dialect.key_in_body and scope["method"] == "POST"):
-            raise no_key()
+        if needs_key and not (api.key_in_body and scope["method"] == "POST"):
+            raise invalid_key_error()
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return receive
         check_content_type(scope, headers)
-        size = declared_size(headers, options.max_body)
-        if size > options.max_body:
-            raise _too_large(options.max_body)
+        size = declared_size(headers, settings.max_body)
+        if size > settings.max_body:
+            raise _too_large(settings.max_body)
 
         # Checks that need the body
-        async with self._receiving.reserve(client_address.get(), size):
-            body = await _read_body(receive, options.max_body)
-        if needs_key and not self._service.check_key(await key_in_body(body)):
-            raise no_key()
+        async with self._budget.reserve(client_address.get(), size):
+            body = await _read_body(receive, settings.max_body)
+        if needs_key and not self._service.is_valid_key(await key_in_body(body)):
+            raise invalid_key_error()
         if scope["path"] not in LINES_PATHS:
             await check_json(body)
         return _Replay(body, receive)
 
 
 class _Replay:
-    """Gives a body that has been read already, then whatever comes after it."""
+    """ASGI `receive` channel that returns a body that has been received, then continues with the original channel."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -164,11 +173,11 @@ class _Replay:
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes:
-    """Read a body completely.
+    """Receive a complete body.
 
     Raises:
-        ServerError: It is larger than `limit` bytes, or does not arrive in time.
-        ClientLeft: The client disconnected.
+        ServerError: 413, the body is larger than `limit` bytes; 408, it did not arrive in time.
+        ClientDisconnected: The client disconnected.
     """
     parts, size = [], 0
     while True:
@@ -177,7 +186,7 @@ async def _read_body(receive: Receive, limit: int) -> bytes:
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise ServerError(408, f"no part of the request body arrived for {BODY_SECONDS} seconds") from error
         if message["type"] == "http.disconnect":
-            raise ClientLeft
+            raise ClientDisconnected
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         if size > limit:
@@ -193,7 +202,7 @@ def declared_size(headers: Headers, unknown: int) -> int:
 
 
 def keys_of(scope: Scope) -> Iterator[str]:
-    """The API keys that a request carries, wherever the clients of the four dialects put them but for the body."""
+    """Yield the API keys in the headers and the query of a request."""
     headers = Headers(scope=scope)
     for name in ("x-moondream-auth", "x-api-key"):
         if headers.get(name):
@@ -206,10 +215,10 @@ def keys_of(scope: Scope) -> Iterator[str]:
             yield value
 
 
-def no_key() -> ServerError:
-    """What somebody without a key is told."""
-    return ServerError(401, "this server asks for an API key, and the request has none or a wrong one")
+def invalid_key_error() -> ServerError:
+    """Return the error response for a request without a valid API key."""
+    return ServerError(401, "missing or invalid API key")
 
 
 def _too_large(limit: int) -> ServerError:
-    return ServerError(413, f"the request's body is larger than {limit:,} bytes; send a smaller image")
+    return ServerError(413, f"the request body exceeds {limit:,} bytes; send a smaller image")

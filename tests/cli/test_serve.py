@@ -47,7 +47,7 @@ def test_serves_logs_in_json_and_ends_well_with_sigterm(uri: str) -> None:
     assert "Serving tiny at http://localhost:" in log
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert {"time", "level", "logger", "message"} <= lines[0].keys()
-    (answered,) = (line for line in lines if line.get("request_id") == "one" and line["logger"].endswith(".gate"))
+    (answered,) = (line for line in lines if line.get("request_id") == "one" and line["logger"].endswith(".middleware"))
     assert (answered["message"], answered["status"]) == ("POST /v1/detect 200", 200)
     assert KEY not in log
     assert lines[-1]["message"].startswith("Finished server process")
@@ -71,7 +71,7 @@ def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri
         thread.join()
     assert answers[0].status_code == 200
     assert answers[0].json()["truncated"]
-    assert "shutting down: 1 requests" in log
+    assert "shutting down: waiting for 1 requests" in log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
 
@@ -107,10 +107,10 @@ def test_ctrl_c_ends_it_as_well() -> None:
         (["--model", "tiny", "--device", "cuda:9"], 2, "there is no device 'cuda:9'"),
         (["--model", "tiny", "--tls-cert", "cert.pem"], 2, "--tls-cert and --tls-key go together"),
         (["--model", "tiny", "--tls-cert", "no.pem", "--tls-key", "no.pem"], 2, "there is no file 'no.pem'"),
-        (["--model", "tiny", "--api-key", " "], 2, "an API key must"),
+        (["--model", "tiny", "--api-key", " "], 2, "API keys must"),
         (["--model", "tiny", "--queue", "0"], 2, "--queue"),
         (["--model", "tiny", "--log-level", "loud"], 2, "--log-level"),
-        (["--model", "tiny", "--host", "256.1.1.1"], 1, "cannot listen at 256.1.1.1"),
+        (["--model", "tiny", "--host", "256.1.1.1"], 1, "cannot listen on 256.1.1.1"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(arguments: list[str], status: int, said: str) -> None:
@@ -131,7 +131,7 @@ def test_a_port_that_is_taken_is_said() -> None:
             timeout=240,
         )
     assert process.returncode == 1
-    assert "Address already in use; name another --host or --port" in process.stderr
+    assert "Address already in use; choose another --host or --port" in process.stderr
     assert "Serving" not in process.stderr
     assert "Traceback" not in process.stderr
 

@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from moondream_cv.server.app import create_app
-from moondream_cv.server.options import ServerOptions
-from moondream_cv.server.running import server_config
 from moondream_cv.server.service import Service
+from moondream_cv.server.settings import ServerSettings
+from moondream_cv.server.uvicorn_server import server_config
 
 
 @dataclass
@@ -56,11 +56,11 @@ def served(
         name: What clients know it as.
         wrap: Makes the ASGI application that is really run.
         tls: Certificate and key, both paths of PEM files.
-        **options: Of `ServerOptions`.
+        **options: Of `ServerSettings`.
     """
-    app = create_app(model, name=name, options=ServerOptions(**{"drain": 240.0, **options}))
+    app = create_app(model, name=name, settings=ServerSettings(**{"drain": 240.0, **options}))
     secure = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
-    config = server_config(wrap(app), app.state.service.options, host="127.0.0.1", port=0, **secure)
+    config = server_config(wrap(app), app.state.service.settings, host="127.0.0.1", port=0, **secure)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server under test", daemon=True)
     thread.start()

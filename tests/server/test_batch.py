@@ -20,10 +20,10 @@ from PIL import Image
 from moondream_cv import scenes
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import Caption, Detect, Point, Query
-from moondream_cv.server.apis.batch import IN_FLIGHT, MAX_LINES, Batch
-from moondream_cv.server.apis.moondream import described
-from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.apis.batch import MAX_IN_FLIGHT, MAX_LINES, Batch
+from moondream_cv.server.apis.moondream import result_body
 from moondream_cv.server.service import Service
+from moondream_cv.server.settings import ServerSettings
 from tests.helpers.models import endless_model
 from tests.helpers.served import Served, data_uri, served
 from tests.helpers.waiting import until
@@ -39,7 +39,7 @@ def talker() -> LocalModel:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    """Pictures that differ, in content and size."""
+    """ImageLoader that differ, in content and size."""
     sizes = [(320, 240), (240, 320), (200, 200)]
     return [
         Image.fromarray(scenes.render_scene(seed, resolution_wh=size, names=("red circle", "cat"), style="plain").image)
@@ -90,7 +90,7 @@ def test_all_skills_on_several_images(server: Served, tiny: LocalModel, pictures
         ]
     for answer, expected in zip(post(server, lines), tiny.run(asked), strict=True):
         assert answer.keys() == {"index", "custom_id", "result"}
-        assert_alike(answer["result"], json.loads(json.dumps(described(expected))))
+        assert_alike(answer["result"], json.loads(json.dumps(result_body(expected))))
 
 
 def assert_alike(found: Any, expected: Any) -> None:
@@ -112,12 +112,12 @@ def test_more_lines_than_are_in_flight_keep_their_order(server: Served, pictures
     lines = [
         {"custom_id": f"line {i}", **caption(uris[i % 3], 1 + i % 5)} if i % 2 else
         {"custom_id": f"line {i}", "skill": "point", "object": "cat", "image_url": uris[i % 3]}
-        for i in range(3 * IN_FLIGHT)
+        for i in range(3 * MAX_IN_FLIGHT)
     ]  # fmt: skip
     answers = post(server, lines)
     assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
     assert ["caption" in answer["result"] for answer in answers] == [bool(i % 2) for i in range(len(lines))]
-    until(lambda: server.service.taken == 0)
+    until(lambda: server.service.in_flight == 0)
 
 
 WRONG: list[tuple[Any, int, str]] = [
@@ -127,9 +127,9 @@ WRONG: list[tuple[Any, int, str]] = [
     (b'{"skill": "query", "question": "What?", "settings": {"temperature": NaN}}', 400, "not JSON"),
     (b"[" * 10_000, 400, "at most 64 levels"),
     (b'{"a":' * 100_000, 413, "at most 20,000 values"),
-    (b'[{"skill": "caption"}]', 400, "JSON object, not list"),
-    (b"null", 400, "JSON object, not NoneType"),
-    ({}, 400, "skill must be one of caption, query, detect, point, gaze, not None"),
+    (b'[{"skill": "caption"}]', 400, "JSON object, got list"),
+    (b"null", 400, "JSON object, got NoneType"),
+    ({}, 400, "skill must be one of caption, query, detect, point, gaze, got None"),
     ({"skill": "segment", "object": "cat"}, 400, "'segment'"),
     ({"skill": ["detect"]}, 400, "skill"),
     ({"skill": "detect", "object": "cat"}, 422, "image_url"),
@@ -189,13 +189,17 @@ def test_what_lines_are(server: Served, change: Callable[[list[bytes]], bytes], 
 
 @pytest.mark.parametrize(
     ("body", "status", "said"),
-    [(b"", 400, "empty"), (b"\n \r\n", 400, "empty"), (b"{}\n" * (MAX_LINES + 1), 413, "10,001 lines.*10,000")],
+    [
+        (b"", 400, "empty"),
+        (b"\n \r\n", 400, "empty"),
+        (b"{}\n" * (MAX_LINES + 1), 413, "at most 10,000 lines, got 10,001"),
+    ],
 )
 def test_batches_that_are_refused(server: Served, body: bytes, status: int, said: str) -> None:
     answer = server.client.post("/v1/batch", content=body)
     assert answer.status_code == status
     assert re.search(said, answer.json()["error"]["message"])
-    until(lambda: server.service.taken == 0)
+    until(lambda: server.service.in_flight == 0)
 
 
 def test_as_many_lines_as_are_allowed(server: Served) -> None:
@@ -220,7 +224,7 @@ def test_an_image_is_opened_and_encoded_once(
         assert tiny.image_cache is not None
         tiny.image_cache.clear()
         misses = tiny.image_cache.misses
-        lines = [{"skill": "detect", "object": "cat", "image_url": uris[i % 3]} for i in range(4 * IN_FLIGHT)]
+        lines = [{"skill": "detect", "object": "cat", "image_url": uris[i % 3]} for i in range(4 * MAX_IN_FLIGHT)]
         assert all("result" in answer for answer in post(running, lines))
         assert opened == dict.fromkeys(uris, 1)
         assert tiny.image_cache.misses - misses == 3
@@ -229,22 +233,22 @@ def test_an_image_is_opened_and_encoded_once(
 def counting(service: Service, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each image is opened from now on."""
     opened: Counter[str] = Counter()
-    really = service.pictures.open
+    really = service.images.open
 
     async def open_and_count(value: str) -> Image.Image:
         opened[value] += 1
         return await really(value)
 
-    monkeypatch.setattr(service.pictures, "open", open_and_count)
+    monkeypatch.setattr(service.images, "open", open_and_count)
     return opened
 
 
 def test_one_place_is_enough(tiny: LocalModel, uri: str) -> None:
     with served(tiny, queue=1) as running:
-        lines = [caption(uri, 3) if i % 3 else b"wrong" for i in range(2 * IN_FLIGHT)]
+        lines = [caption(uri, 3) if i % 3 else b"wrong" for i in range(2 * MAX_IN_FLIGHT)]
         answers = post(running, lines)
         assert ["result" in answer for answer in answers] == [bool(i % 3) for i in range(len(lines))]
-        until(lambda: running.service.taken == 0)
+        until(lambda: running.service.in_flight == 0)
 
 
 def test_half_of_the_places_are_left_to_others(talker: LocalModel, uri: str) -> None:
@@ -252,11 +256,11 @@ def test_half_of_the_places_are_left_to_others(talker: LocalModel, uri: str) -> 
         body = written([caption(uri, ENDLESS)] * 16)
         with running.client.stream("POST", "/v1/batch", content=body) as answer:
             assert answer.status_code == 200
-            until(lambda: running.service.taken == 4)
+            until(lambda: running.service.in_flight == 4)
             detected = running.post("/v1/detect", {"image_url": uri, "object": "cat", "settings": {"max_objects": 1}})
             assert detected.status_code == 200
-            until(lambda: running.service.taken == 4)
-        until(lambda: running.service.taken == 0)
+            until(lambda: running.service.in_flight == 4)
+        until(lambda: running.service.in_flight == 0)
 
 
 def test_a_full_queue_takes_no_batch(talker: LocalModel, uri: str) -> None:
@@ -270,13 +274,13 @@ def test_a_full_queue_takes_no_batch(talker: LocalModel, uri: str) -> None:
 def test_answers_come_as_they_are_ready_and_whoever_leaves_ends_it(talker: LocalModel, uri: str) -> None:
     lines = [caption(uri, 2), b"wrong", *[caption(uri, ENDLESS)] * 100]
     with served(talker) as running:
-        engine: Any = running.service._engine
+        engine: Any = running.service.engine
         with running.client.stream("POST", "/v1/batch", content=written(lines)) as answer:
             received = answer.iter_lines()
             assert "caption" in json.loads(next(received))["result"]
             assert json.loads(next(received))["error"]["code"] == 400
-            until(lambda: running.service.taken == len(engine._driver.names) == IN_FLIGHT)
-        until(lambda: running.service.taken == len(engine._driver.names) == 0)
+            until(lambda: running.service.in_flight == len(engine._loop.request_ids) == MAX_IN_FLIGHT)
+        until(lambda: running.service.in_flight == len(engine._loop.request_ids) == 0)
         assert 'skill="caption",outcome="cancelled"' in running.client.get("/metrics").text.replace(
             'outcome="cancelled",skill="caption"', 'skill="caption",outcome="cancelled"'
         )
@@ -292,7 +296,7 @@ def test_a_client_that_leaves_while_it_sends(tiny: LocalModel) -> None:
         with pytest.raises(httpx.WriteError):
             running.client.post("/v1/batch", content=half())
         assert post(running, [{"skill": "query", "question": "What?"}])[0]["result"]
-        until(lambda: running.service.taken == 0)
+        until(lambda: running.service.in_flight == 0)
 
 
 def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> None:
@@ -301,7 +305,7 @@ def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> No
         # One at a time: together they take longer than the limit.
         with served(talker, queue=1, timeout=limit) as running:
             answers = post(running, lines)
-            assert not running.service._engine._driver.names
+            assert not running.service.engine._loop.request_ids
         if "result" in answers[0] and "result" in answers[-1]:
             break
     assert ["result" in answer for answer in answers] == [True, False, False, True]
@@ -312,21 +316,21 @@ def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> No
 def test_a_client_that_does_not_read_holds_up_the_rest(tiny: LocalModel, uri: str) -> None:
     async def run() -> float:
         service = await started(tiny)
-        batch = Batch(iter([json.dumps(caption(uri, 1)).encode()] * 10 * IN_FLIGHT), service)
+        batch = Batch(iter([json.dumps(caption(uri, 1)).encode()] * 10 * MAX_IN_FLIGHT), service)
         answers = batch.answers()
         await anext(answers)
-        while not all(task.done() for task in batch._flight):
+        while not all(task.done() for task in batch._in_flight):
             await asyncio.sleep(0.005)
-        done: float = service.meters.skills.labels("caption", "ok")._value.get()
+        done: float = service.metrics.skills.labels("caption", "ok")._value.get()
         batch.close()
         await ended(service)
         return done
 
-    assert asyncio.run(run()) == IN_FLIGHT
+    assert asyncio.run(run()) == MAX_IN_FLIGHT
 
 
 def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 8 * IN_FLIGHT
+    count = 8 * MAX_IN_FLIGHT
     uris = [data_uri(Image.new("RGB", (40 + i, 40), (i, 2 * i % 256, 0))) for i in range(count)]
     seen: list[weakref.ref[Image.Image]] = []
     most = 0
@@ -334,14 +338,14 @@ def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.Monkey
     async def run() -> None:
         nonlocal most
         service = await started(tiny)
-        really = service.pictures.open
+        really = service.images.open
 
         async def open_and_watch(value: str) -> Image.Image:
             picture = await really(value)
             seen.append(weakref.ref(picture))
             return picture
 
-        monkeypatch.setattr(service.pictures, "open", open_and_watch)
+        monkeypatch.setattr(service.images, "open", open_and_watch)
         batch = Batch((json.dumps(caption(uri, 1)).encode() for uri in uris), service)
         async for answer in batch.answers():
             assert b'"result"' in answer
@@ -351,19 +355,19 @@ def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.Monkey
 
     asyncio.run(run())
     assert len(seen) == count
-    assert 0 < most <= 3 * IN_FLIGHT
+    assert 0 < most <= 3 * MAX_IN_FLIGHT
 
 
 async def started(model: LocalModel) -> Service:
     """A service in this event loop that keeps no pictures, one place of which is taken."""
-    service = Service(model, "tiny", ServerOptions(keep=1))
+    service = Service(model, "tiny", ServerSettings(keep=1))
     await service.start()
-    service.take_place()
+    service.acquire_slot()
     return service
 
 
 async def ended(service: Service) -> None:
-    service.give_place_back()
+    service.release_slot()
     await service.stop()
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import ImageError
-from moondream_cv.server.decoding import Decoders, FairSlots
+from moondream_cv.server.decoding import DecoderPool, FairSlots
 from tests.helpers.served import data_uri, served
 from tests.helpers.waiting import until
 
@@ -32,7 +32,7 @@ def png(size: tuple[int, int]) -> bytes:
 
 @pytest.fixture
 def decoders():
-    made = Decoders(50_000_000, timeout=240)
+    made = DecoderPool(50_000_000, timeout=240)
     yield made
     made.close()
 
@@ -41,7 +41,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "decoder_process" in " ".join(child.cmdline())]
 
 
-def test_pixels_arrive_as_they_are(decoders: Decoders) -> None:
+def test_pixels_arrive_as_they_are(decoders: DecoderPool) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (33, 77, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -53,7 +53,7 @@ def test_pixels_arrive_as_they_are(decoders: Decoders) -> None:
     assert len(children()) == before
 
 
-def test_errors_of_images_keep_their_message(decoders: Decoders) -> None:
+def test_errors_of_images_keep_their_message(decoders: DecoderPool) -> None:
     with pytest.raises(ImageError, match="is not an image in a supported format"):
         decoders.decode(b"hello")
     with pytest.raises(ImageError, match="too large: 8000x7000 pixels"):
@@ -62,7 +62,7 @@ def test_errors_of_images_keep_their_message(decoders: Decoders) -> None:
 
 
 def test_an_image_that_takes_too_long_ends_its_process() -> None:
-    decoders = Decoders(50_000_000, timeout=0.01)
+    decoders = DecoderPool(50_000_000, timeout=0.01)
     with pytest.raises(ImageError, match=r"took longer than 0\.01 s to decode"):
         decoders.decode(png(LARGE))
     decoders._timeout = 240
@@ -70,7 +70,7 @@ def test_an_image_that_takes_too_long_ends_its_process() -> None:
     decoders.close()
 
 
-def test_a_decoder_that_crashes_is_replaced(decoders: Decoders) -> None:
+def test_a_decoder_that_crashes_is_replaced(decoders: DecoderPool) -> None:
     decoders.decode(png((4, 4)))
     decoders._idle[0]._process.kill()
     with pytest.raises(ImageError, match="cannot be decoded"):
@@ -123,7 +123,7 @@ def test_images_of_one_client_do_not_delay_those_of_another(tiny: LocalModel) ->
         url = server.url.replace("localhost", "127.0.0.1")
         with httpx.Client(transport=other, base_url=url, timeout=240) as client:
             answers = [pool.submit(server.post, "/v1/detect", slow) for _ in range(4)]
-            until(lambda: server.service.taken == 4)
+            until(lambda: server.service.in_flight == 4)
             assert client.post("/v1/detect", json=small).status_code == 200
             assert not all(answer.done() for answer in answers)
             assert {answer.result().status_code for answer in answers} == {200}

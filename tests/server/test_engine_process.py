@@ -21,7 +21,7 @@ from moondream_cv.cli.models import ModelOptions
 from moondream_cv.cli.serve import load_model
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
-from moondream_cv.server.runtime.engine_process import EngineProcess
+from moondream_cv.server.runtime.engine_process import ProcessEngine
 from tests.helpers.models import endless_model
 from tests.helpers.served import Served, served
 from tests.helpers.waiting import until
@@ -32,16 +32,16 @@ FIRM = {"temperature": 0}
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Served]:
     """The tiny model, with room for encoded images."""
-    engine = EngineProcess(partial(load_model, ModelOptions("tiny", "cpu"), 4))
+    engine = ProcessEngine(partial(load_model, ModelOptions("tiny", "cpu"), 4))
     with served(engine) as running:
         yield running
     engine.close()
 
 
 @pytest.fixture
-def talking() -> Iterator[tuple[EngineProcess, Served]]:
+def talking() -> Iterator[tuple[ProcessEngine, Served]]:
     """A model whose texts go on for seconds."""
-    engine = EngineProcess(endless_model)
+    engine = ProcessEngine(endless_model)
     with served(engine) as running:
         yield engine, running
     engine.close()
@@ -107,15 +107,15 @@ def test_many_at_once_are_not_mixed_up(apart: Served, uri: str) -> None:
     assert [len(answer.json()["objects"]) for answer in answers] == [counts[name] for name in asked]
 
 
-def test_a_client_that_leaves_frees_its_place(talking: tuple[EngineProcess, Served], uri: str) -> None:
+def test_a_client_that_leaves_frees_its_place(talking: tuple[ProcessEngine, Served], uri: str) -> None:
     engine, running = talking
     with running.client.stream("POST", "/v1/caption", json=long_caption(uri, stream=True)) as answer:
         next(answer.iter_lines())
         assert len(engine._calls) == 1
-    until(lambda: not engine._calls and running.service.taken == 0)
+    until(lambda: not engine._calls and running.service.in_flight == 0)
 
 
-def test_a_process_that_dies_is_noticed(talking: tuple[EngineProcess, Served], uri: str) -> None:
+def test_a_process_that_dies_is_noticed(talking: tuple[ProcessEngine, Served], uri: str) -> None:
     engine, running = talking
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(running.post, "/v1/caption", long_caption(uri))
@@ -124,14 +124,14 @@ def test_a_process_that_dies_is_noticed(talking: tuple[EngineProcess, Served], u
         os.kill(engine._process.pid, signal.SIGKILL)
         answer = waiting.result()
     assert answer.status_code == 503
-    assert "started again" in answer.json()["error"]["message"]
+    assert "restart the server" in answer.json()["error"]["message"]
     until(lambda: running.client.get("/ready").status_code == 503)
     assert running.client.get("/health").status_code == 200
     assert running.post("/v1/caption", long_caption(uri)).status_code == 503
 
 
 def test_a_shutdown_finishes_what_is_running(uri: str) -> None:
-    engine = EngineProcess(endless_model)
+    engine = ProcessEngine(endless_model)
     with ThreadPoolExecutor() as pool, served(engine) as running:
         answer = pool.submit(running.post, "/v1/caption", long_caption(uri, max_tokens=600))
         until(lambda: len(engine._calls) == 1)
@@ -168,7 +168,7 @@ def raise_what_does_not_travel() -> LocalModel:
 )
 def test_why_a_model_cannot_be_loaded_is_told(load: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        EngineProcess(load)
+        ProcessEngine(load)
 
 
 def test_an_image_travels_without_its_pixels(tiny: LocalModel) -> None:

@@ -120,6 +120,6 @@ show({ cancelled, late });
 """
     with held_server(queue=1) as (_, running):
         found = run_node(code, running, uri)
-        assert running.service.taken == 0
+        assert running.service.in_flight == 0
     assert found["cancelled"]["body"]["error_type"] == "cancelled"
     assert (found["late"]["status"], found["late"]["body"]["error_type"]) == (504, "request_timeout")

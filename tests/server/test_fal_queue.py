@@ -15,8 +15,9 @@ from PIL import Image
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.server.apis.fal.queue import QueuedRequest, RequestQueue
 from moondream_cv.server.errors import ServerError
-from moondream_cv.server.options import ServerOptions
-from moondream_cv.server.service import Exchange, Service
+from moondream_cv.server.request_context import RequestContext
+from moondream_cv.server.service import Service
+from moondream_cv.server.settings import ServerSettings
 from tests.helpers.certificates import Certificates, make_certificates
 from tests.helpers.fal_clients import run_python
 from tests.helpers.held_server import HeldModel, held_server
@@ -100,7 +101,7 @@ def test_cancelling_gives_the_place_back(holding: tuple[HeldModel, Served], uri:
     submitted = submit(server, uri)
     cancelled = server.client.put(submitted["cancel_url"])
     assert (cancelled.status_code, cancelled.json()["status"]) == (202, "CANCELLATION_REQUESTED")
-    assert server.service.taken == 0
+    assert server.service.in_flight == 0
     status = server.client.get(submitted["status_url"]).json()
     assert (status["status"], status["error_type"]) == ("COMPLETED", "cancelled")
     result = server.client.get(submitted["response_url"])
@@ -218,7 +219,7 @@ show([state, failure(handle.get)])
 """
     with held_server(tls=(certificates.certificate, certificates.key), queue=1) as (_, secure):
         state, error = run_python(code, secure, certificates, uri)
-        assert secure.service.taken == 0
+        assert secure.service.in_flight == 0
     assert state == "InProgress"
     assert (error["status"], error["error_type"], error["message"]) == (400, "cancelled", "the request was cancelled")
 
@@ -230,7 +231,7 @@ def in_a_queue(model: LocalModel, test: Callable[[RequestQueue], Coroutine[Any, 
     """Run a test with the queue of a service."""
 
     async def run() -> None:
-        service = Service(model, "tiny", ServerOptions())
+        service = Service(model, "tiny", ServerSettings())
         await service.start()
         try:
             await test(RequestQueue(service, **options))
@@ -243,7 +244,7 @@ def in_a_queue(model: LocalModel, test: Callable[[RequestQueue], Coroutine[Any, 
 async def finished(queue: RequestQueue, count: int) -> list[QueuedRequest]:
     """Requests that were submitted and have ended, one after the other."""
 
-    async def work(exchange: Exchange, started: Callable[[], None]) -> dict[str, Any]:
+    async def work(context: RequestContext, started: Callable[[], None]) -> dict[str, Any]:
         started()
         return {"output": ""}
 
@@ -280,7 +281,7 @@ def test_what_runs_is_not_forgotten(tiny: LocalModel) -> None:
     async def test(queue: RequestQueue) -> None:
         release = asyncio.Event()
 
-        async def work(exchange: Exchange, started: Callable[[], None]) -> dict[str, Any]:
+        async def work(context: RequestContext, started: Callable[[], None]) -> dict[str, Any]:
             await release.wait()
             started()
             return {}

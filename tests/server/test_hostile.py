@@ -242,7 +242,7 @@ def test_hostile_images_are_refused(target: Served, sender: str) -> None:
         assert changed or answer.status_code >= 400, (name, answer.text[:300])
         refused += answer.status_code >= 400
     assert refused >= 150
-    assert target.service.taken == 0
+    assert target.service.in_flight == 0
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -256,7 +256,7 @@ def test_hostile_bodies_are_refused(target: Served, path: str) -> None:
         )  # which say only afterwards what is wrong with an image
         if not later:
             assert answer.status_code >= 400, (name, answer.text[:300])
-    until(lambda: target.service.taken == 0)
+    until(lambda: target.service.in_flight == 0)
 
 
 def test_a_hostile_line_spoils_no_batch(target: Served) -> None:
@@ -296,4 +296,4 @@ def test_nothing_is_left_behind(target: Served) -> None:
     all_once()
     assert process.memory_info().rss - before < 40 * MIB
     assert process.num_threads() <= threads + 2
-    assert target.service.taken == 0
+    assert target.service.in_flight == 0

@@ -138,7 +138,7 @@ def ask_all(running: Served, tiny: LocalModel, count: int) -> None:
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         list(pool.map(one, range(count)))
-    assert running.service.taken == 0
+    assert running.service.in_flight == 0
 
 
 def test_nothing_is_lost_or_swapped(tiny: LocalModel) -> None:

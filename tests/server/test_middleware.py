@@ -15,7 +15,7 @@ import pytest
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.server import logs, middleware
-from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.settings import ServerSettings
 from tests.helpers.served import Served, served
 
 KEY = "correct horse"
@@ -89,7 +89,7 @@ def test_keys_are_neither_logged_nor_shown(locked: Served, uri: str, caplog: pyt
     for secret in (KEY, "battery", "guess-of-mine"):
         assert secret not in ours
         assert secret not in wrong.text
-        assert secret not in repr(locked.service.options)
+        assert secret not in repr(locked.service.settings)
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(locked: Served) -> None:
@@ -195,12 +195,12 @@ def test_other_pages_may_call_only_where_they_are_named(server: Served, tiny: Lo
 @pytest.mark.parametrize(
     ("method", "path", "status", "said"),
     [
-        ("GET", "/nothing", 404, "nothing at /nothing"),
-        ("GET", "/v1/detect", 405, "GET is not what /v1/detect takes"),
+        ("GET", "/nothing", 404, "no route at /nothing"),
+        ("GET", "/v1/detect", 405, "GET is not allowed for /v1/detect"),
         ("DELETE", "/v1/caption", 405, "DELETE"),
         ("GET", "/docs", 404, "/docs"),  # their scripts would come from elsewhere
         ("GET", "/redoc", 404, "/redoc"),
-        ("GET", "/../../etc/passwd", 404, "nothing at"),
+        ("GET", "/../../etc/passwd", 404, "no route at"),
     ],
 )
 def test_what_is_not_there_is_said_in_json(server: Served, method: str, path: str, status: int, said: str) -> None:
@@ -239,7 +239,7 @@ def test_a_body_that_is_none_is_the_client_s_mistake(server: Served, body: bytes
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"seed": -1}, "seed"),
-        ({"variant": "../../adapter.pt"}, "no variants"),
+        ({"variant": "../../adapter.pt"}, "no adapters"),
     ],
 )
 def test_settings_out_of_range_are_refused(server: Served, uri: str, settings: dict[str, object], said: str) -> None:
@@ -269,4 +269,4 @@ def test_settings_that_are_unknown_null_or_huge_do_no_harm(server: Served, uri: 
 )  # fmt: skip
 def test_options_out_of_range_are_refused(given: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=NAMES.get(next(iter(given)), next(iter(given)))):
-        ServerOptions(**given)  # type: ignore[arg-type]
+        ServerSettings(**given)  # type: ignore[arg-type]

@@ -336,10 +336,10 @@ def test_an_image_by_its_url(tiny: LocalModel, picture: Image.Image, uri: str) -
 def test_a_server_that_cannot_answer_now(tiny: LocalModel, lossless: Any) -> None:
     with served(tiny, queue=1) as running:
         client = md.vl(endpoint=f"{running.url}/v1")
-        running.service.take_place()
+        running.service.acquire_slot()
         code, error = refusal(lambda: client.detect(lossless, "cat"))
         assert (code, error["type"]) == (429, "rate_limit_error")
-        running.service.give_place_back()
+        running.service.release_slot()
         assert client.detect(lossless, "cat")["objects"]
         running.service.draining = True
         code, error = refusal(lambda: list(client.caption(lossless, stream=True)["caption"]))

@@ -348,20 +348,20 @@ def printed(out: str, recipe: str) -> list[list[float]]:
 
 
 class Stuck:
-    """A model that only detects, gives no scores, and takes until it is let go."""
+    """A model that only detects, returns no scores, and takes until it is let go."""
 
     skills = frozenset({"detect"})
     has_scores = False
 
     def __init__(self) -> None:
-        self.asked, self.let_go = threading.Event(), threading.Event()
+        self.asked, self.release_call = threading.Event(), threading.Event()
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         return [DetectResult(tuple(self.stream(request))) for request in requests]
 
     def stream(self, request: Request) -> Iterator[DetectedObject]:
         self.asked.set()
-        assert self.let_go.wait(240)
+        assert self.release_call.wait(240)
         yield DetectedObject(0.25, 0.25, 0.5, 0.5)
 
     def close(self) -> None:
@@ -390,7 +390,7 @@ def test_what_runs_can_be_cancelled_and_what_is_not_there_cannot_be_chosen(visit
             assert page.locator("#status").inner_text() == "Cancelled"
             assert page.locator("#error").is_hidden()
         finally:
-            model.let_go.set()
+            model.release_call.set()
         page.locator("#prompt").press("Enter")
         page.locator("#status", has_text="2 objects").wait_for()
         assert page.locator(".tag").all_inner_texts() == ["dog", "cat"]

@@ -266,12 +266,12 @@ def test_errors_as_the_asynchronous_client_shows_them(client: Any, uri: str) -> 
 def test_the_client_tries_again_when_the_queue_was_full(tiny: LocalModel, uri: str) -> None:
     with served(tiny, queue=1) as running, ThreadPoolExecutor(1) as pool:
         client = InferenceHTTPClient(api_url=running.url)
-        running.service.take_place()
+        running.service.acquire_slot()
         answer = pool.submit(client.infer_lmm, uri, NAME, prompt="cat")
         while "moondream_cv_refused_total 0.0" in running.client.get("/metrics").text:
             assert not answer.done()
             time.sleep(0.01)
-        running.service.give_place_back()
+        running.service.release_slot()
         assert len(answer.result(timeout=240)["predictions"]) == 1
 
 
@@ -373,7 +373,7 @@ def test_keys_elsewhere_and_none(tiny: LocalModel, uri: str) -> None:
             assert answer.status_code == 401
             assert KEY not in answer.text
         assert running.post("/infer/lmm", {"api_key": KEY}).status_code == 422
-        assert running.service.taken == 0
+        assert running.service.in_flight == 0
 
 
 def test_what_the_server_says_it_is(tiny: LocalModel) -> None:

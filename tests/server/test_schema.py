@@ -213,7 +213,7 @@ def fuzz_all(target: Served, published: Any, ended: str, subtests: pytest.Subtes
             with subtests.test(f"{operation.label}, {mode}"):
                 fuzz(operation, GenerationMode(mode), ended, examples, seen)
     assert seen.keys() >= {200, 400, 404, 422}, seen
-    until(lambda: target.service.taken == 0, 60)
+    until(lambda: target.service.in_flight == 0, 60)
     assert target.post("/v1/detect", DETECT).status_code == 200
 
 
@@ -314,7 +314,7 @@ def test_what_every_route_can_answer(
 ) -> None:
     with served(no_model if status == 503 else tiny, **SITUATIONS[status]) as server:
         if status == 429:
-            server.service.take_place()
+            server.service.acquire_slot()
         for name, (path, body) in GOOD.items():
             if status == 504 and path.startswith(LATER):
                 continue
@@ -323,7 +323,7 @@ def test_what_every_route_can_answer(
                 assert answer.status_code == status, answer.text
                 check(published, document, answer)
         if status == 429:
-            server.service.give_place_back()
+            server.service.release_slot()
 
 
 @pytest.mark.parametrize("status", [401, 503])

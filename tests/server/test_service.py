@@ -21,10 +21,11 @@ import pytest
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
 from moondream_cv.requests import CaptionResult, Query, Request, Result
-from moondream_cv.server.options import ServerOptions
-from moondream_cv.server.runtime.engines import Call, LocalEngine
-from moondream_cv.server.runtime.metrics import Meters
-from moondream_cv.server.service import Exchange, Service
+from moondream_cv.server.request_context import RequestContext, run_in_background
+from moondream_cv.server.runtime.engines import Call, ThreadEngine
+from moondream_cv.server.runtime.metrics import Metrics
+from moondream_cv.server.service import Service
+from moondream_cv.server.settings import ServerSettings
 from moondream_cv.vision_model import PublishedMethods
 from tests.helpers.held_server import held_server
 from tests.helpers.models import endless_model, random_model
@@ -48,8 +49,8 @@ def talking(talker: LocalModel) -> Iterator[Served]:
 
 def rows(running: Served) -> int:
     """Requests that the engine decodes, or that wait for it."""
-    engine: Any = running.service._engine
-    return len(engine._driver.names)
+    engine: Any = running.service.engine
+    return len(engine._loop.request_ids)
 
 
 def caption(uri: str, max_tokens: int = ENDLESS) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def caption(uri: str, max_tokens: int = ENDLESS) -> dict[str, Any]:
 def test_a_full_queue_is_answered_with_429_and_a_time_to_wait(talker: LocalModel, uri: str) -> None:
     with served(talker, queue=2) as running, ThreadPoolExecutor() as pool:
         busy = [pool.submit(running.post, "/v1/caption", caption(uri, LONG)) for _ in range(2)]
-        until(lambda: running.service.taken == 2)
+        until(lambda: running.service.in_flight == 2)
         refused = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
@@ -76,7 +77,7 @@ def test_of_many_at_once_each_is_answered_or_refused(tiny: LocalModel, uri: str)
         codes = {answer.status_code for answer in answers}
         assert codes == {200, 429}
         assert len({answer.text for answer in answers if answer.status_code == 200}) >= 1
-        assert running.service.taken == 0
+        assert running.service.in_flight == 0
 
 
 def test_a_request_that_takes_too_long_is_answered_with_504_and_leaves_the_engine(talker: LocalModel, uri: str) -> None:
@@ -85,7 +86,7 @@ def test_a_request_that_takes_too_long_is_answered_with_504_and_leaves_the_engin
         assert late.status_code == 504
         assert "0.3 seconds" in late.json()["error"]["message"]
         until(lambda: rows(running) == 0)
-        assert running.service.taken == 0
+        assert running.service.in_flight == 0
 
 
 def test_a_stream_that_takes_too_long_says_so_and_ends(talker: LocalModel, uri: str) -> None:
@@ -111,7 +112,7 @@ def test_streaming_begins_long_before_the_end(uri: str) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_frees_its_place(talking: Served, uri: str, streamed: bool) -> None:
-    before = talking.service.taken
+    before = talking.service.in_flight
     body = json.dumps(caption(uri) | {"stream": streamed}).encode()
     host, port = talking.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
@@ -119,8 +120,8 @@ def test_a_client_that_leaves_frees_its_place(talking: Served, uri: str, streame
         head += f"Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         until(lambda: rows(talking) == 1)
-        assert talking.service.taken == before + 1
-    until(lambda: rows(talking) == 0 and talking.service.taken == before)
+        assert talking.service.in_flight == before + 1
+    until(lambda: rows(talking) == 0 and talking.service.in_flight == before)
 
 
 def test_a_client_that_leaves_while_it_sends_costs_nothing(talking: Served) -> None:
@@ -128,7 +129,7 @@ def test_a_client_that_leaves_while_it_sends_costs_nothing(talking: Served) -> N
     with socket.create_connection((host, int(port))) as client:
         client.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
     assert talking.client.get("/health").status_code == 200
-    until(lambda: talking.service.taken == 0)
+    until(lambda: talking.service.in_flight == 0)
 
 
 def test_requests_that_arrive_together_decode_together(talking: Served, uri: str) -> None:
@@ -170,9 +171,9 @@ def test_until_the_model_is_loaded_requests_are_told_to_wait(tiny: LocalModel, u
         released.set()
         until(lambda: running.client.get("/ready").status_code == 200)
         assert running.post("/v1/detect", {"image_url": uri, "object": "dog"}).status_code == 200
-        model: Any = running.service.model
+        engine: Any = running.service.engine
     with pytest.raises(MoondreamError, match="closed"):  # the server has loaded it, so the server closes it
-        model.check_open()
+        engine._model.check_open()
 
 
 def test_a_model_that_cannot_be_loaded_is_a_failure_of_the_service() -> None:
@@ -212,7 +213,7 @@ def test_an_engine_that_breaks_answers_everyone_and_is_not_ready(
         until(lambda: running.client.get("/ready").status_code == 503)
         after = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
         assert after.status_code == 503
-        assert "started again" in after.json()["error"]["message"]
+        assert "restart the server" in after.json()["error"]["message"]
 
 
 class Elsewhere(PublishedMethods):
@@ -254,7 +255,8 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(uri: str, caplog: pytes
 
 def test_an_engine_that_stops_takes_nothing_more(talker: LocalModel) -> None:
     async def go() -> Result:
-        engine = LocalEngine(talker, Meters())
+        engine = ThreadEngine(talker)
+        engine.start(Metrics())
         await asyncio.to_thread(engine.stop)
         call = Call(Query(None, "Why?"))
         engine.submit(call)
@@ -266,15 +268,15 @@ def test_an_engine_that_stops_takes_nothing_more(talker: LocalModel) -> None:
 
 def test_cancelling_at_once_gives_the_place_back(tiny: LocalModel) -> None:
     async def run() -> int:
-        service = Service(tiny, "tiny", ServerOptions())
+        service = Service(tiny, "tiny", ServerSettings())
         await service.start()
         try:
-            task = service.background(lambda exchange: asyncio.sleep(0))
+            task = run_in_background(service, lambda context: asyncio.sleep(0))
             task.cancel()
             await asyncio.wait([task])
-            taken = service.taken
-            while service.taken:
-                service.give_place_back()
+            taken = service.in_flight
+            while service.in_flight:
+                service.release_slot()
             return taken
         finally:
             await service.stop()
@@ -284,13 +286,13 @@ def test_cancelling_at_once_gives_the_place_back(tiny: LocalModel) -> None:
 
 def test_a_stream_may_be_closed_after_its_exchange(tiny: LocalModel) -> None:
     async def run() -> None:
-        service = Service(tiny, "tiny", ServerOptions())
+        service = Service(tiny, "tiny", ServerSettings())
         await service.start()
         try:
-            exchange = Exchange(service, None)
-            pieces = (await exchange.stream(Query(None, "What is in the image?"))).__aiter__()
+            context = RequestContext(service, None)
+            pieces = (await context.stream(Query(None, "What is in the image?"))).__aiter__()
             await pieces.__anext__()
-            exchange.close()
+            context.close()
             await pieces.aclose()  # type: ignore[attr-defined]
         finally:
             await service.stop()
@@ -307,6 +309,6 @@ def test_an_image_that_nobody_waits_for_is_let_go(tiny: LocalModel, caplog: pyte
                 headers={"X-Fal-Request-Timeout": "1e-9"},
             )
             assert answer.status_code == 504
-        until(lambda: server.service.taken == 0)
+        until(lambda: server.service.in_flight == 0)
     gc.collect()
     assert not [record for record in caplog.records if record.name == "asyncio"]

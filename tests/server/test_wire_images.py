@@ -14,15 +14,15 @@ from PIL import Image
 
 from moondream_cv.errors import ImageError
 from moondream_cv.server.fetching import Fetcher
-from moondream_cv.server.images import Pictures
+from moondream_cv.server.images import ImageLoader
 from tests.helpers.served import data_uri
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[Pictures]:
-    opened = Pictures(Fetcher(max_bytes=1_000_000), max_pixels=10_000)
+def pictures() -> Iterator[ImageLoader]:
+    opened = ImageLoader(Fetcher(max_bytes=1_000_000), max_pixels=10_000)
     yield opened
     asyncio.run(opened.close())
 
@@ -50,11 +50,11 @@ PNG = base64.b64encode(encoded()).decode()
         base64.urlsafe_b64encode(encoded()).decode(),
     ],
 )
-def test_a_data_uri_and_base64_give_the_pixels(pictures: Pictures, value: str) -> None:
+def test_a_data_uri_and_base64_give_the_pixels(pictures: ImageLoader, value: str) -> None:
     assert np.array_equal(np.asarray(asyncio.run(pictures.open(value))), COLOURS)
 
 
-def test_a_photograph_is_turned_upright(pictures: Pictures) -> None:
+def test_a_photograph_is_turned_upright(pictures: ImageLoader) -> None:
     lying = Image.fromarray(COLOURS)
     exif = lying.getexif()
     exif[0x0112] = 6
@@ -85,13 +85,13 @@ def test_a_photograph_is_turned_upright(pictures: Pictures) -> None:
         (data_uri(Image.new("RGB", (60_000, 60_000 // 200))), "too large"),
     ],
 )
-def test_everything_else_is_refused(pictures: Pictures, value: str, said: str) -> None:
+def test_everything_else_is_refused(pictures: ImageLoader, value: str, said: str) -> None:
     with pytest.raises(ImageError, match=said) as caught:
         asyncio.run(pictures.open(value))
     assert len(str(caught.value)) < 500
 
 
-def test_a_path_of_this_machine_is_never_opened(pictures: Pictures, tmp_path: Path) -> None:
+def test_a_path_of_this_machine_is_never_opened(pictures: ImageLoader, tmp_path: Path) -> None:
     file = tmp_path / "abcd"
     file.write_bytes(encoded())
     for value in (str(file), file.as_uri(), f"file:{file}", f"file://localhost{file}"):
@@ -111,7 +111,7 @@ def test_the_same_file_is_decoded_once_as_long_as_there_is_room() -> None:
         return data_uri(Image.new("RGB", (width, 10)))
 
     async def run() -> None:
-        pictures = Pictures(Fetcher(max_bytes=1), 10_000, prepare, keep=3 * 10 * 35)
+        pictures = ImageLoader(Fetcher(max_bytes=1), 10_000, prepare, keep=3 * 10 * 35)
         first = await pictures.open(uri_of(10))
         assert await pictures.open(uri_of(10)) is first
         await pictures.open(uri_of(20))

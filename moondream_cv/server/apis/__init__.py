@@ -1,1 +1,1 @@
-"""HTTP routes, one module or package per API."""
+"""The HTTP APIs, one module or package per API."""

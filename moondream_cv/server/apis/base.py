@@ -1,4 +1,4 @@
-"""What sets one dialect apart where requests are judged before any of its routes sees them."""
+"""`ApiSpec`: the paths and the error format of one API, for middleware and error handlers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from moondream_cv.server.errors import ServerError
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """A family of routes.
+class ApiSpec:
+    """The paths and the error format of one API.
 
     Attributes:
-        name: For logs and metrics.
-        prefixes: What the paths of its routes start with.
-        error_body: What an error looks like in it.
-        invalid_status: What a body that does not fit the schema is answered with.
-        key_in_body: Whether clients may send their API key as `api_key` of the body; then the route itself asks for it.
+        name: Name for logs and metrics.
+        prefixes: Prefixes of the paths of its routes.
+        error_body: Returns the JSON body of an error.
+        invalid_status: Status of a response to a body that does not match the schema.
+        key_in_body: Whether clients can send their API key as `api_key` of the body.
     """
 
     name: str
@@ -29,13 +29,15 @@ class Dialect:
     invalid_status: int = 422
     key_in_body: bool = False
 
-    def owns(self, path: str) -> bool:
+    def matches(self, path: str) -> bool:
+        """Return whether a path belongs to this API."""
         return any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in self.prefixes)
 
-    def answer(self, error: ServerError) -> JSONResponse:
+    def error_response(self, error: ServerError) -> JSONResponse:
+        """Return the response for an error."""
         return JSONResponse(self.error_body(error), error.status, dict(error.headers or {}))
 
 
-def find_dialect(dialects: Sequence[Dialect], path: str) -> Dialect:
-    """The dialect that a path belongs to; the last one where it belongs to none."""
-    return next((dialect for dialect in dialects if dialect.owns(path)), dialects[-1])
+def find_api(apis: Sequence[ApiSpec], path: str) -> ApiSpec:
+    """Return the API that a path belongs to; the last one if the path belongs to none."""
+    return next((api for api in apis if api.matches(path)), apis[-1])

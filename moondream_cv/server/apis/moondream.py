@@ -1,7 +1,7 @@
-"""Moondream's own dialect: what its Python and npm clients, its cloud and Moondream Station speak.
+"""Moondream's API, for its Python and npm clients and clients of its cloud and of Moondream Station.
 
-Segmentation and finetunes belong to other models than Moondream 2 and are refused by name. Chat completions are left to
-`openai.py`, many requests in one body to `batch.py`, which takes its lines from the bodies here.
+Moondream 2 has no segmentation and this server has no finetunes, so both are rejected with a clear error. Chat
+completions are in `openai/`. `batch.py` accepts the bodies of this module as JSON lines.
 """
 
 from __future__ import annotations
@@ -27,38 +27,40 @@ from moondream_cv.requests import (
     Reasoning,
     Request,
 )
-from moondream_cv.server.apis.base import Dialect
-from moondream_cv.server.apis.error_responses import OF_A_SKILL, refusals
+from moondream_cv.server.apis.base import ApiSpec
+from moondream_cv.server.apis.error_responses import SKILL_ERRORS, error_responses
+from moondream_cv.server.apis.request_settings import parse_settings
 from moondream_cv.server.apis.sse import event, event_stream
 from moondream_cv.server.errors import ServerError
-from moondream_cv.server.service import Exchange, Service, Stream, open_exchange, wire_settings
+from moondream_cv.server.request_context import RequestContext, Stream, open_request_context
+from moondream_cv.server.service import Service
 
 MAX_SPATIAL_REFS = 64
-_FINETUNE = re.compile(r"/[^/@]+@\d+$")  # model/finetune@step; a release such as moondream2@2025-06-21 is none
+_FINETUNE = re.compile(r"/[^/@]+@\d+$")  # model/finetune@step; a release such as moondream2@2025-06-21 does not match
 
-Open = Annotated[Exchange, Depends(open_exchange)]
+Context = Annotated[RequestContext, Depends(open_request_context)]
 SpatialRef = Annotated[list[float], Field(min_length=2, max_length=4)]
 SpatialRefs = Annotated[list[SpatialRef], Field(max_length=MAX_SPATIAL_REFS)]
 CaptionLength = Annotated[str, Field(json_schema_extra={"enum": list(CAPTION_LENGTHS)})]
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
-    """An error in this dialect."""
+    """Return the JSON body of an error in this API."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.status}}
 
 
-DIALECT = Dialect("moondream", ("/v1",), error_body)
+API = ApiSpec("moondream", ("/v1",), error_body)
 
 
 class Body(BaseModel):
-    """What every request may have; `null` is the same as nothing, and keys that are not known are ignored.
+    """Fields of all requests. `null` has the same effect as a missing field, and unknown fields are ignored.
 
     Attributes:
         image_url: A data URI, base64 text, or an http(s) URL.
-        settings: temperature, top_p, max_tokens, max_objects, max_crops, seed; others are ignored.
-        model: The served name, or any name of Moondream.
-        variant: A finetune, of which this server has none.
-        stream: Answer in server-sent events.
+        settings: temperature, top_p, max_tokens, max_objects, max_crops, seed; unknown settings are ignored.
+        model: The model name of this server, or any name that contains "moondream".
+        variant: A finetune. This server has none, so the request is rejected.
+        stream: Whether to respond with server-sent events.
     """
 
     model_config = ConfigDict(strict=True)
@@ -70,60 +72,71 @@ class Body(BaseModel):
     stream: bool | None = None
 
     def request(self, image: Any) -> Request:
-        """What is put to the model.
+        """Return the request to the model.
 
         Args:
-            image: What `image_url` leads to; None without one.
+            image: The image at `image_url`; None if there is no URL.
 
         Raises:
             ValueError: A value is out of range.
-            ServerError: Likewise, or Moondream 2 cannot do that.
+            ServerError: A value is out of range, or Moondream 2 does not support the request.
         """
         raise NotImplementedError
 
 
 class CaptionBody(Body):
+    """A request for a caption."""
+
     image_url: str
     length: CaptionLength | None = None
 
     def request(self, image: Any) -> Caption:
-        return Caption(image, self.length or "normal", wire_settings(self.settings))
+        return Caption(image, self.length or "normal", parse_settings(self.settings))
 
 
 class QueryBody(Body):
+    """A question, with or without an image."""
+
     question: str
     reasoning: bool | None = None
     spatial_refs: SpatialRefs | None = None
 
     def request(self, image: Any) -> Query:
         refs = tuple(tuple(ref) for ref in self.spatial_refs or ())
-        return Query(image, self.question, bool(self.reasoning), refs, wire_settings(self.settings))
+        return Query(image, self.question, bool(self.reasoning), refs, parse_settings(self.settings))
 
 
 class DetectBody(Body):
+    """A request for the boxes of objects."""
+
     image_url: str
     object: str = Field(validation_alias=AliasChoices("object", "obj"))
 
     def request(self, image: Any) -> Request:
-        return Detect(image, self.object, wire_settings(self.settings))
+        return Detect(image, self.object, parse_settings(self.settings))
 
 
 class PointBody(DetectBody):
+    """A request for points on objects."""
+
     spatial_refs: SpatialRefs | None = None
 
     def request(self, image: Any) -> Request:
         if self.spatial_refs:
-            said = f"in Moondream 2, spatial_refs are for /v1/query: leave out {self.spatial_refs!r:.60}"
-            raise ServerError(400, said, kind="unsupported_skill", param="spatial_refs")
-        return Point(image, self.object, wire_settings(self.settings))
+            message = (
+                "Moondream 2 supports spatial_refs only for /v1/query;"
+                f" leave spatial_refs out, got {self.spatial_refs!r:.60}"
+            )
+            raise ServerError(400, message, kind="unsupported_skill", param="spatial_refs")
+        return Point(image, self.object, parse_settings(self.settings))
 
 
 class GazeBody(Body):
-    """A request for a gaze.
+    """A request for the target of a gaze.
 
     Attributes:
-        eye: (x, y) between the eyes, as fractions of the image.
-        force_detect: Return a point even if the model sees no target in the image.
+        eye: Point (x, y) between the eyes, as fractions of the image.
+        force_detect: Whether to return a point even if the model finds no target in the image.
     """
 
     image_url: str
@@ -131,15 +144,15 @@ class GazeBody(Body):
     force_detect: bool | None = None
 
     def request(self, image: Any) -> Request:
-        return Gaze(image, (self.eye[0], self.eye[1]), bool(self.force_detect), wire_settings(self.settings))
+        return Gaze(image, (self.eye[0], self.eye[1]), bool(self.force_detect), parse_settings(self.settings))
 
 
 class Answer(BaseModel):
-    """What every answer has.
+    """Fields of all responses.
 
     Attributes:
-        request_id: What the X-Request-Id header says.
-        truncated: A limit of the settings ended the reply.
+        request_id: ID of the request, as in the X-Request-Id header.
+        truncated: Whether a limit of the settings ended the reply.
     """
 
     request_id: str
@@ -147,7 +160,7 @@ class Answer(BaseModel):
 
 
 class FoundObject(BaseModel):
-    """A box as the model gave it, in fractions of the image: not clipped."""
+    """A box in fractions of the image. It is not clipped to the image."""
 
     x_min: float
     y_min: float
@@ -157,40 +170,52 @@ class FoundObject(BaseModel):
 
 
 class FoundPoint(BaseModel):
+    """A point in fractions of the image."""
+
     x: float
     y: float
     confidence: float
 
 
 class Grounding(BaseModel):
-    """Points that the characters from `start_idx` to `end_idx` of the thoughts speak of."""
+    """Points that the reasoning refers to in the characters from `start_idx` to `end_idx`."""
 
     start_idx: int
     end_idx: int
     points: list[tuple[float, float]]
 
 
-class Thoughts(BaseModel):
+class ReasoningOutput(BaseModel):
+    """Reasoning that precedes an answer."""
+
     text: str
     grounding: list[Grounding]
 
 
 class CaptionAnswer(Answer):
+    """A caption, and its mean log-probability per token if the model returns one."""
+
     caption: str
     logprob: float | None = None
 
 
 class QueryAnswer(Answer):
+    """An answer, and its mean log-probability per token if the model returns one."""
+
     answer: str
-    reasoning: Thoughts | None = None
+    reasoning: ReasoningOutput | None = None
     logprob: float | None = None
 
 
 class DetectAnswer(Answer):
+    """The boxes of an image."""
+
     objects: list[FoundObject]
 
 
 class PointAnswer(Answer):
+    """The points of an image."""
+
     points: list[FoundPoint]
     count: int
 
@@ -203,13 +228,15 @@ class GazePoint(BaseModel):
 
 
 class GazeAnswer(BaseModel):
-    """The target of a gaze; None if the model sees none in the image."""
+    """The target of a gaze; null if the model finds no target in the image."""
 
     request_id: str
     gaze: GazePoint | None
 
 
 class ErrorDetail(BaseModel):
+    """An error."""
+
     message: str
     type: str
     param: str | None
@@ -217,13 +244,15 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
+    """An error response."""
+
     error: ErrorDetail
 
 
-ERRORS = refusals(ErrorAnswer, *OF_A_SKILL)
+ERRORS = error_responses(ErrorAnswer, *SKILL_ERRORS)
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The reply; with `stream`, its pieces as they come, and `completed` at the end.",
+        "description": "The reply; with `stream`, its pieces as they are generated, then `completed`.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
@@ -234,96 +263,100 @@ router = APIRouter(prefix="/v1", tags=["moondream"], responses=ERRORS)
 @router.post(
     "/caption", summary="Describe", response_model=CaptionAnswer, response_model_exclude_none=True, responses=_STREAMED
 )
-async def caption(body: CaptionBody, http: HttpRequest, exchange: Open) -> Any:
+async def caption(body: CaptionBody, http: HttpRequest, context: Context) -> Any:
     """Describe an image. Events: `{"chunk": "..."}`, `{"completed": true}`."""
-    return await _reply(body, http, exchange)
+    return await _respond(body, http, context)
 
 
 @router.post("/query", summary="Ask", response_model=QueryAnswer, response_model_exclude_none=True, responses=_STREAMED)
-async def query(body: QueryBody, http: HttpRequest, exchange: Open) -> Any:
-    """Answer a question, about an image or without one. Events: as of a caption, `{"reasoning": {...}}` first."""
-    return await _reply(body, http, exchange)
+async def query(body: QueryBody, http: HttpRequest, context: Context) -> Any:
+    """Answer a question, with or without an image. Events: as for captions; `{"reasoning": {...}}` comes first."""
+    return await _respond(body, http, context)
 
 
 @router.post("/detect", summary="Detect", response_model=DetectAnswer, responses=_STREAMED)
-async def detect(body: DetectBody, http: HttpRequest, exchange: Open) -> Any:
-    """Find boxes of everything that a name means. Events: `{"object": {...}}`, `{"completed": true}`."""
-    return await _reply(body, http, exchange)
+async def detect(body: DetectBody, http: HttpRequest, context: Context) -> Any:
+    """Return the boxes of all objects that match a name. Events: `{"object": {...}}`, `{"completed": true}`."""
+    return await _respond(body, http, context)
 
 
 @router.post("/point", summary="Point", response_model=PointAnswer, responses=_STREAMED)
-async def point(body: PointBody, http: HttpRequest, exchange: Open) -> Any:
-    """Find points on everything that a name means. Events: `{"point": {...}}`, `{"completed": true}`."""
-    return await _reply(body, http, exchange)
+async def point(body: PointBody, http: HttpRequest, context: Context) -> Any:
+    """Return points on all objects that match a name. Events: `{"point": {...}}`, `{"completed": true}`."""
+    return await _respond(body, http, context)
 
 
 @router.post("/gaze", summary="Gaze", response_model=GazeAnswer, responses=_STREAMED)
-async def gaze(body: GazeBody, http: HttpRequest, exchange: Open) -> Any:
-    """Find the point that a person looks at. Events: `{"gaze": {...}}`, `{"completed": true}`."""
-    reply = await _reply(body.model_copy(update={"stream": None}), http, exchange)
-    return event_stream(_whole({"gaze": reply["gaze"]})) if body.stream else reply
+async def gaze(body: GazeBody, http: HttpRequest, context: Context) -> Any:
+    """Return the target of a person's gaze. Events: `{"gaze": {...}}`, `{"completed": true}`."""
+    reply = await _respond(body.model_copy(update={"stream": None}), http, context)
+    return event_stream(_single_event({"gaze": reply["gaze"]})) if body.stream else reply
 
 
-@router.post("/segment", summary="Not in Moondream 2", status_code=400, response_model=ErrorAnswer)
+@router.post("/segment", summary="Not supported by Moondream 2", status_code=400, response_model=ErrorAnswer)
 async def segment() -> NoReturn:
-    """Say that Moondream 2 has no segmentation."""
-    said = "Moondream 2 does not segment; /v1/detect gives boxes, and /v1/point gives points"
-    raise ServerError(400, said, kind="unsupported_skill")
+    """Return an error, because Moondream 2 has no segmentation."""
+    message = "Moondream 2 does not support segmentation; use /v1/detect for boxes or /v1/point for points"
+    raise ServerError(400, message, kind="unsupported_skill")
 
 
-async def _reply(body: Body, http: HttpRequest, exchange: Exchange) -> Any:
-    check_model(body, exchange.service)
-    image = None if body.image_url is None else await exchange.picture(body.image_url)
+async def _respond(body: Body, http: HttpRequest, context: RequestContext) -> Any:
+    check_model(body, context.service)
+    image = None if body.image_url is None else await context.open_image(body.image_url)
     request = body.request(image)
     if body.stream:
-        return event_stream(_events(await exchange.stream(request)))
-    return {"request_id": http.state.request_id, **described(await exchange.result(request))}
+        return event_stream(_events(await context.stream(request)))
+    return {"request_id": http.state.request_id, **result_body(await context.result(request))}
 
 
 def is_served(name: str, service: Service) -> bool:
-    """Whether a name that a client gave means the model of this server: its own name, or any of Moondream."""
+    """Return whether a model name means the model of this server: its own name, or any name with "moondream"."""
     return name == service.name or "moondream" in name.lower()
 
 
 def check_model(body: Body, service: Service) -> None:
-    """Refuse a request for another model.
+    """Reject a request for another model.
 
     Raises:
-        ServerError: 404; it is for a model that is not here, or for a finetune.
+        ServerError: 404; the request names a finetune or a model that this server does not have.
     """
-    own = f"leave it out, or give {service.name!r}"
+    advice = f"leave model out or use {service.name!r}"
     if body.variant:
-        raise ServerError(404, f"this server has no finetunes, and variant is {body.variant!r:.200}", param="variant")
+        raise ServerError(
+            404, f"this server has no finetunes; leave variant out, got {body.variant!r:.200}", param="variant"
+        )
     if not body.model or body.model == service.name:
         return
     if _FINETUNE.search(body.model[-200:]):
-        raise ServerError(404, f"this server has no finetunes, and model is {body.model!r:.200}; {own}", param="model")
+        raise ServerError(
+            404, f"this server has no finetunes, got the model {body.model!r:.200}; {advice}", param="model"
+        )
     if not is_served(body.model, service):
-        raise ServerError(404, f"this server does not have the model {body.model!r:.200}; {own}", param="model")
+        raise ServerError(404, f"this server does not have the model {body.model!r:.200}; {advice}", param="model")
 
 
-def described(result: Any) -> dict[str, Any]:
-    """A result, which is no error, as this dialect has it."""
+def result_body(result: Any) -> dict[str, Any]:
+    """Return the JSON body of a successful result in this API, without the request ID."""
     return result.to_dict() | ({"count": len(result.points)} if isinstance(result, PointResult) else {})
 
 
-async def _whole(reply: dict[str, Any]) -> AsyncIterator[bytes]:
-    """A stream of a reply that has no pieces."""
+async def _single_event(reply: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Yield the events of a reply that is not generated in pieces."""
     yield event(reply)
     yield event({"completed": True})
 
 
 async def _events(stream: Stream) -> AsyncIterator[bytes]:
-    """What Moondream's clients read of a stream is `chunk` and `completed`; they pass over the rest."""
+    """Yield the events of a stream. Moondream's clients read `chunk` and `completed` and ignore the rest."""
     try:
         async for piece in stream:
-            yield event(_piece(piece))
+            yield event(_piece_body(piece))
         yield event({"completed": True})
     except ServerError as error:
         yield event(error_body(error))
 
 
-def _piece(piece: Any) -> dict[str, Any]:
+def _piece_body(piece: Any) -> dict[str, Any]:
     if isinstance(piece, Reasoning):
         return {"reasoning": piece.to_dict()}
     if isinstance(piece, DetectedObject):

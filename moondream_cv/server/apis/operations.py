@@ -1,4 +1,4 @@
-"""What operators ask a server: whether it lives, whether it can answer, which model it has, what it has counted."""
+"""Routes for operators: liveness, readiness, the list of models and metrics."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pydantic import BaseModel
 
 from moondream_cv import __version__
 from moondream_cv.server.apis.moondream import ERRORS
-from moondream_cv.server.apis.openai.schema import ModelList, refusals
-from moondream_cv.server.service import Service, service_of
+from moondream_cv.server.apis.openai.schema import ModelList, openai_error_responses
+from moondream_cv.server.service import get_service
 
 router = APIRouter(tags=["operations"])
 _STARTED = int(time.time())
 
 
 class Readiness(BaseModel):
-    """Whether requests to the model will be answered, and how many are being answered."""
+    """Whether the server accepts requests to the model, and the number of requests in flight."""
 
     status: Literal["ready", "not ready", "shutting down"]
     requests: int
@@ -27,10 +27,10 @@ class Readiness(BaseModel):
 
 _READY: dict[int | str, dict[str, Any]] = {
     200: {"model": Readiness},
-    503: {"model": Readiness, "description": "Loading, shutting down or broken."},
+    503: {"model": Readiness, "description": "The model is loading or has failed, or the server is shutting down."},
 }
 _METRICS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Prometheus's text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
     401: ERRORS[401],
 }
 
@@ -38,23 +38,23 @@ _METRICS: dict[int | str, dict[str, Any]] = {
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Liveness")
 async def health() -> dict[str, str]:
-    """Answer as long as the process lives; `/ready` says whether it can answer requests."""
+    """Return 200 while the process is running. `/ready` returns whether it accepts requests."""
     return {"status": "ok", "server": "moondream-cv", "version": __version__}
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Readiness", responses=_READY)
 async def ready(http: Request) -> JSONResponse:
-    """Say whether requests to the model will be answered now."""
-    service = service_of(http)
+    """Return whether the server accepts requests to the model."""
+    service = get_service(http)
     status = "ready" if service.ready else "shutting down" if service.draining else "not ready"
-    return JSONResponse({"status": status, "requests": service.taken}, 200 if service.ready else 503)
+    return JSONResponse({"status": status, "requests": service.in_flight}, 200 if service.ready else 503)
 
 
-@router.get("/v1/models", summary="Models", response_model=ModelList, responses={401: refusals(401)[401]})
-def models(http: Request) -> dict[str, Any]:  # in a thread: a remote model may have to ask for `has_scores`
-    """List the model: `data` for OpenAI's clients, `models` for Moondream's."""
-    service = service_of(http)
+@router.get("/v1/models", summary="Models", response_model=ModelList, responses={401: openai_error_responses(401)[401]})
+def models(http: Request) -> dict[str, Any]:  # in a thread, because `has_scores` of a remote model can send a request
+    """List the model: `data` is for OpenAI clients, `models` for Moondream clients."""
+    service = get_service(http)
     return {
         "object": "list",
         "data": [{"id": service.name, "object": "model", "created": _STARTED, "owned_by": "moondream-cv"}],
@@ -64,8 +64,8 @@ def models(http: Request) -> dict[str, Any]:  # in a thread: a remote model may 
                 "name": service.name,
                 "description": "Moondream 2, served by moondream-cv",
                 "version": __version__,
-                "skills": _skills(service),
-                "has_scores": service.model is not None and service.model.has_scores,
+                "skills": [] if service.engine is None else sorted(service.engine.skills),
+                "has_scores": service.engine is not None and service.engine.has_scores,
             }
         ],
     }
@@ -73,9 +73,5 @@ def models(http: Request) -> dict[str, Any]:  # in a thread: a remote model may 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=_METRICS)
 async def metrics(http: Request) -> Response:
-    """Everything that the server has counted, in Prometheus's text format."""
-    return Response(service_of(http).meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _skills(service: Service) -> list[str]:
-    return [] if service.model is None else sorted(service.model.skills)
+    """Return the metrics of the server in the Prometheus text format."""
+    return Response(get_service(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

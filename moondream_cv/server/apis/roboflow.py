@@ -1,11 +1,12 @@
-"""The dialect of Roboflow Inference, as far as Moondream 2 goes there: `/infer/lmm`, which detects, and `/info`.
+"""Roboflow Inference's API for Moondream 2: `/infer/lmm`, which detects objects, and `/info`.
 
-As on Roboflow's server, the prompt is one class, and boxes are centre and size in pixels. Unlike there, confidences are
-the model's own, nothing is rounded, and a list of images is answered with a list. Boxes are clipped to the image, since
-what consumes them (crops, zones, `sv.Detections.from_inference`) takes that for granted; one that lies wholly outside
-of it is kept, without an area. NumPy images, which travel as pickles, are refused, for unpickling runs what is in them.
+As on Roboflow's server, the prompt is one class, and boxes are centers and sizes in pixels. There are three
+differences: confidences are those of the model, coordinates are not rounded, and a list of images gets a list of
+responses. Boxes are clipped to the image, which consumers such as crops, zones and `sv.Detections.from_inference`
+expect; a box completely outside the image is kept, with no area. NumPy images are pickles and are rejected, because
+unpickling runs code.
 
-Answering, questions and points are left to the other dialects, and so is everything else of Roboflow's API.
+Other skills are available through the other APIs.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moondream_cv import __version__
 from moondream_cv.requests import Detect, DetectedObject, DetectResult, ErrorResult
-from moondream_cv.server.apis.base import Dialect
-from moondream_cv.server.apis.error_responses import OF_A_SKILL, refusals
+from moondream_cv.server.apis.base import ApiSpec
+from moondream_cv.server.apis.error_responses import SKILL_ERRORS, error_responses
 from moondream_cv.server.apis.moondream import is_served
-from moondream_cv.server.errors import ClientLeft, ServerError, explain
-from moondream_cv.server.service import Exchange, Service, open_exchange, service_of
+from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error
+from moondream_cv.server.request_context import RequestContext, open_request_context
+from moondream_cv.server.service import Service, get_service
 
-MAX_IMAGES = 16  # of one request; all of them are in memory at a time
+MAX_IMAGES = 16  # per request; all of them are in memory at the same time
 IMAGE_TYPES = ("base64", "url")
 
-Open = Annotated[Exchange, Depends(open_exchange)]
+Context = Annotated[RequestContext, Depends(open_request_context)]
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
-    """An error in this dialect, of which inference-sdk shows the message."""
+    """Return the JSON body of an error in this API. inference-sdk shows the message."""
     return {"message": error.message, "error_type": error.kind}
 
 
-DIALECT = Dialect("roboflow", ("/infer", "/info"), error_body, key_in_body=True)
+API = ApiSpec("roboflow", ("/infer", "/info"), error_body, key_in_body=True)
 
 
 class ImageBody(BaseModel):
@@ -48,7 +50,7 @@ class ImageBody(BaseModel):
 
     Attributes:
         type: "base64" or "url".
-        value: Base64 text, with the head of a data URI or without; or an http(s) URL.
+        value: Base64 text, a data URI, or an http(s) URL.
     """
 
     model_config = ConfigDict(strict=True)
@@ -58,13 +60,13 @@ class ImageBody(BaseModel):
 
 
 class LmmBody(BaseModel):
-    """A request. Further keys, such as `max_new_tokens` and `enable_thinking`, mean nothing to detection.
+    """A request. Other fields, such as `max_new_tokens` and `enable_thinking`, do not apply to detection.
 
     Attributes:
-        image: One image, or a list of them.
-        prompt: The class to look for: one name.
-        model_id: The served name, or any name of Moondream; may be in the path instead.
-        api_key: Where it is not in the `Authorization` header.
+        image: One image, or a list of images.
+        prompt: Class name to detect.
+        model_id: The model name of this server, or any name that contains "moondream"; can be in the path instead.
+        api_key: API key, if it is not in the `Authorization` header.
     """
 
     model_config = ConfigDict(strict=True, protected_namespaces=())
@@ -76,14 +78,14 @@ class LmmBody(BaseModel):
 
 
 class Resolution(BaseModel):
-    """Of the image, in pixels."""
+    """Size of an image in pixels."""
 
     width: int
     height: int
 
 
 class Prediction(BaseModel):
-    """A box in pixels: `x` and `y` are its centre."""
+    """A box in pixels; `x` and `y` are the center."""
 
     x: float
     y: float
@@ -96,11 +98,11 @@ class Prediction(BaseModel):
 
 
 class LmmAnswer(BaseModel):
-    """What one image has on it.
+    """The detections of one image.
 
     Attributes:
-        time: Seconds, of the whole request.
-        truncated: There may be more: the list is as long as lists get here. Roboflow's server does not have this key.
+        time: Duration of the whole request in seconds.
+        truncated: Whether the list reached the maximum number of objects. Roboflow's server does not have this field.
     """
 
     inference_id: str
@@ -111,10 +113,10 @@ class LmmAnswer(BaseModel):
 
 
 class Info(BaseModel):
-    """A server.
+    """Description of the server.
 
     Attributes:
-        uuid: Of this process.
+        uuid: Random ID of the process.
         has_scores: Whether confidences are real; otherwise they are 1.0.
     """
 
@@ -124,7 +126,9 @@ class Info(BaseModel):
     has_scores: bool
 
 
-class Refused(BaseModel):
+class RoboflowError(BaseModel):
+    """An error response."""
+
     message: str
     error_type: str
 
@@ -132,105 +136,111 @@ class Refused(BaseModel):
 router = APIRouter(tags=["roboflow"])
 
 
-@router.get("/info", summary="What this server is")
-def info(http: HttpRequest) -> Info:
-    """Say what this server is. Clients send no key here, so it asks for none."""
-    model = service_of(http).model  # whose has_scores may ask another server: not on the event loop
-    scores = model is not None and model.has_scores
-    return Info(name="moondream-cv", version=__version__, uuid=_own_uuid(), has_scores=scores)
+@router.get("/info", summary="Server information")
+def info(http: HttpRequest) -> Info:  # in a thread, because `has_scores` of a remote model can send a request
+    """Return information about the server. No API key is required, because clients send none here."""
+    engine = get_service(http).engine
+    scores = engine is not None and engine.has_scores
+    return Info(name="moondream-cv", version=__version__, uuid=_process_uuid(), has_scores=scores)
 
 
 _LMM: dict[str, Any] = {
     "summary": "Detect",
     "response_model": LmmAnswer | list[LmmAnswer],
-    "responses": refusals(Refused, *OF_A_SKILL),
+    "responses": error_responses(RoboflowError, *SKILL_ERRORS),
 }
 
 
 @router.post("/infer/lmm", **_LMM)
-async def infer_lmm(body: LmmBody, exchange: Open) -> Any:
-    """Find boxes of everything that the prompt means, on one image or on each of a list.
+async def infer_lmm(body: LmmBody, context: Context) -> Any:
+    """Return the boxes of all objects that match the prompt, for one image or each image of a list.
 
-    An image of a list that cannot be read makes the whole request fail, and the message says which one it is.
+    If an image of a list cannot be read, the whole request fails, and the message has the index of the image.
     """
-    return await _infer(body, body.model_id, exchange)
+    return await _infer(body, body.model_id, context)
 
 
 @router.post("/infer/lmm/{model_id:path}", **_LMM)
-async def infer_lmm_of(model_id: str, body: LmmBody, exchange: Open) -> Any:
-    """The same, with the model's name in the path."""
+async def infer_lmm_of(model_id: str, body: LmmBody, context: Context) -> Any:
+    """Return boxes like `/infer/lmm`, with the model name in the path."""
     if body.model_id and body.model_id != model_id:
-        raise ServerError(400, f"the path says model {model_id!r:.200}, and the body {body.model_id!r:.200}; send one")
-    return await _infer(body, model_id, exchange)
+        raise ServerError(
+            400, f"the path has the model {model_id!r:.200} and the body has {body.model_id!r:.200}; send one of them"
+        )
+    return await _infer(body, model_id, context)
 
 
-async def _infer(body: LmmBody, model_id: str | None, exchange: Exchange) -> Any:
+async def _infer(body: LmmBody, model_id: str | None, context: RequestContext) -> Any:
     started = time.perf_counter()
-    _check_model(model_id, exchange.service)
+
+    # Check the request
+    _check_model(model_id, context.service)
     if body.prompt is None or not body.prompt.strip():
-        raise ServerError(400, f"prompt must name the class to look for, not {body.prompt!r:.100}", param="prompt")
-    several = isinstance(body.image, list)
-    images = await _pictures(body.image if isinstance(body.image, list) else [body.image], exchange)
-    results = await exchange.results([Detect(image, body.prompt) for image in images])
+        raise ServerError(400, f"prompt must be the class name to detect, got {body.prompt!r:.100}", param="prompt")
+    is_list = isinstance(body.image, list)
+
+    # Run the model
+    images = await _open_images(body.image if isinstance(body.image, list) else [body.image], context)
+    results = await context.results([Detect(image, body.prompt) for image in images])
     seconds = time.perf_counter() - started
+
+    # Convert the results
     answers = []
     for index, (image, result) in enumerate(zip(images, results, strict=True)):
         if isinstance(result, ErrorResult):
-            raise _of_image(index, explain(result.error)) if several else result.error
+            raise _image_error(index, to_server_error(result.error)) if is_list else result.error
         assert isinstance(result, DetectResult)
         answers.append(_answer(result, body.prompt, image.size, seconds))
-    return answers if several else answers[0]
+    return answers if is_list else answers[0]
 
 
 def _check_model(model_id: str | None, service: Service) -> None:
     if not model_id:
-        raise ServerError(
-            400, f"model_id must be given, in the path or in the body: {service.name!r}", param="model_id"
-        )
+        raise ServerError(400, f"model_id must be in the path or in the body; use {service.name!r}", param="model_id")
     if not is_served(model_id, service):
-        said = f"this server does not have the model {model_id!r:.200}; ask for {service.name!r}"
-        raise ServerError(404, said, param="model_id")
+        message = f"this server does not have the model {model_id!r:.200}; use {service.name!r}"
+        raise ServerError(404, message, param="model_id")
 
 
-async def _pictures(sent: Sequence[ImageBody], exchange: Exchange) -> list[Any]:
-    """Open the images of a request together.
+async def _open_images(sent: Sequence[ImageBody], context: RequestContext) -> list[Any]:
+    """Open the images of a request concurrently.
 
     Raises:
-        ServerError: One of several cannot be opened; the message says which.
-        ImageError: The only one cannot be opened.
+        ServerError: One of several images cannot be opened; the message has its index.
+        ImageError: The only image cannot be opened.
     """
     for image in sent:
         _check_image(image)
     if len(sent) == 1:
-        return [await exchange.picture(sent[0].value)]
-    opened = await asyncio.gather(*(exchange.picture(image.value) for image in sent), return_exceptions=True)
-    pictures = []
-    for index, picture in enumerate(opened):
-        if isinstance(picture, ClientLeft):
-            raise picture
-        if isinstance(picture, BaseException):
-            raise _of_image(index, explain(picture)) from picture
-        pictures.append(picture)
-    return pictures
+        return [await context.open_image(sent[0].value)]
+    opened = await asyncio.gather(*(context.open_image(image.value) for image in sent), return_exceptions=True)
+    images = []
+    for index, result in enumerate(opened):
+        if isinstance(result, ClientDisconnected):
+            raise result
+        if isinstance(result, BaseException):
+            raise _image_error(index, to_server_error(result)) from result
+        images.append(result)
+    return images
 
 
 def _check_image(image: ImageBody) -> None:
     if image.type == "numpy":
-        said = (
-            "images of the type 'numpy' are pickles, which can run code; send the type 'base64', as inference-sdk does"
+        message = (
+            "images of type 'numpy' are pickles, which can run code; send type 'base64', the default of inference-sdk"
         )
-        raise ServerError(400, said, kind="invalid_image", param="image")
+        raise ServerError(400, message, kind="invalid_image", param="image")
     if image.type not in IMAGE_TYPES:
-        said = f"an image's type must be {' or '.join(map(repr, IMAGE_TYPES))}, not {image.type!r:.100}"
-        raise ServerError(400, said, kind="invalid_image", param="image")
+        message = f"the type of an image must be {' or '.join(map(repr, IMAGE_TYPES))}, got {image.type!r:.100}"
+        raise ServerError(400, message, kind="invalid_image", param="image")
     if not isinstance(image.value, str):
-        said = f"an image's value must be base64 text or a URL, not {type(image.value).__name__}"
-        raise ServerError(400, said, kind="invalid_image", param="image")
+        message = f"the value of an image must be base64 text or a URL, got {type(image.value).__name__}"
+        raise ServerError(400, message, kind="invalid_image", param="image")
 
 
-def _of_image(index: int, error: ServerError) -> ServerError:
-    said = f"image {index}: {error.message}"
-    return ServerError(error.status, said, kind=error.kind, param=error.param, retry_after=error.retry_after)
+def _image_error(index: int, error: ServerError) -> ServerError:
+    message = f"image {index}: {error.message}"
+    return ServerError(error.status, message, kind=error.kind, param=error.param, retry_after=error.retry_after)
 
 
 def _answer(result: DetectResult, class_name: str, resolution_wh: tuple[int, int], seconds: float) -> dict[str, Any]:
@@ -260,5 +270,5 @@ def _prediction(found: DetectedObject, class_name: str, width: int, height: int)
 
 
 @cache
-def _own_uuid() -> str:
+def _process_uuid() -> str:
     return str(uuid.uuid4())

@@ -10,16 +10,16 @@ from fastapi.responses import StreamingResponse
 
 
 def event(data: dict[str, Any] | str) -> bytes:
-    """One event; a dict is sent as JSON.
+    """Return one event; a dict is encoded as JSON.
 
-    In ASCII alone: some clients decode each part that the network hands them by itself, and some take U+2028 for the
-    end of a line. The space behind the colon is one that Moondream's clients insist on.
+    JSON is encoded in ASCII, because some clients decode each network packet separately and some treat U+2028 as a line
+    break. Moondream's clients require the space after the colon.
     """
     text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
     return f"data: {text}\n\n".encode()
 
 
 def event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:
-    """A response that sends events as they come, and that no proxy on the way holds back."""
+    """Return a response that sends events as they are generated and disables buffering in proxies."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(events, media_type="text/event-stream", headers=headers)

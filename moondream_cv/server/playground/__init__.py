@@ -1,1 +1,1 @@
-"""The playground: one page at `/`."""
+"""The playground: a page in the browser to try the model."""

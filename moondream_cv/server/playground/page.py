@@ -1,7 +1,7 @@
-"""The playground: one page at `/` that needs nothing but this server.
+"""The playground: one page at `/`, which needs only this server.
 
-Its parts lie in `playground/` and are joined when the page is first asked for; what it does there runs in the browser,
-over the routes of `moondream.py` and `/v1/models`. Nothing of it comes from elsewhere, which the headers enforce.
+The parts of the page are the files of this folder; they are joined on the first request. The page uses the routes of
+Moondream's API and `/v1/models`. It loads nothing from other sites, which its headers enforce.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from importlib import resources
 
 from fastapi import APIRouter, Request, Response
 
-from moondream_cv.server.service import service_of
+from moondream_cv.server.service import get_service
 
-SCRIPTS = ("recipes.js", "api.js", "image.js", "view.js", "run.js", "main.js")  # one module, in this order
+SCRIPTS = ("recipes.js", "api.js", "image.js", "view.js", "run.js", "main.js")  # joined into one module, in this order
 
 router = APIRouter(include_in_schema=False)
 
 
 @dataclass(frozen=True)
 class Page:
-    """The page, ready to be sent.
+    """The page and its headers.
 
     Attributes:
-        html: In UTF-8.
-        headers: What goes with it.
+        html: HTML in UTF-8.
+        headers: HTTP headers of the response.
     """
 
     html: bytes
@@ -36,8 +36,8 @@ class Page:
 
 @router.get("/")
 async def playground(http: Request) -> Response:
-    """The page; 304 for a browser that has it already."""
-    page = build_page(service_of(http).options.max_body)
+    """Return the page; 304 if the browser has the current version."""
+    page = build_page(get_service(http).settings.max_body)
     if http.headers.get("if-none-match") == page.headers["ETag"]:
         return Response(status_code=304, headers=page.headers)
     return Response(page.html, media_type="text/html", headers=page.headers)
@@ -45,7 +45,7 @@ async def playground(http: Request) -> Response:
 
 @router.get("/favicon.ico")
 async def favicon() -> Response:
-    """The icon, for browsers and programs that ask for it without having read the page."""
+    """Return the icon, for clients that request it without reading the page."""
     headers = {"Cache-Control": "max-age=86400"}
     return Response(_part("icon.svg"), media_type="image/svg+xml", headers=headers)
 
@@ -55,7 +55,7 @@ def build_page(max_body: int) -> Page:
     """Join the parts of the page.
 
     Args:
-        max_body: Bytes of a request's body that the server takes; what is larger, the page scales down.
+        max_body: Maximum size of a request body in bytes; the page scales down larger images.
     """
     style, script = _part("style.css"), "\n".join(map(_part, SCRIPTS))
     icon = f"data:image/svg+xml;base64,{_base64(_part('icon.svg').encode())}"
@@ -74,7 +74,7 @@ def build_page(max_body: int) -> Page:
 
 
 def _policy(style: str, script: str) -> str:
-    """A policy under which nothing runs but this style and this script, and no HTML is made from text."""
+    """Return a content security policy that allows only this style and this script, and no HTML from text."""
     rules = {
         "default-src": "'none'",
         "script-src": _hash(script),

@@ -1,1 +1,1 @@
-"""Engines that run the requests of all clients: in a thread, in a process, or on another server."""
+"""Engines of the server: they run requests on a model and report results to the event loop."""

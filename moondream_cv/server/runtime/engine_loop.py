@@ -1,6 +1,6 @@
-"""A scheduler driven for callers that know their requests by names of their own.
+"""A scheduler loop for callers that identify their requests by IDs they choose.
 
-Which thread or process that happens in, and how callers hear of it, is left to `engines.py` and `engine_process.py`.
+`engines.py` runs this loop in a thread, and `engine_process.py` runs it in a separate process.
 """
 
 from __future__ import annotations
@@ -16,88 +16,103 @@ if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
     from moondream_cv.engine.sequence_state import Job
 
-Name = TypeVar("Name", bound=Hashable)
+RequestId = TypeVar("RequestId", bound=Hashable)
 
 
 class Usage(NamedTuple):
-    """Positions of the context that a request took: image and prompt, and the reply."""
+    """Token counts of one request.
+
+    Attributes:
+        prompt_tokens: Positions of the image and the prompt in the context.
+        completion_tokens: Positions of the reply in the context.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class News(Generic[Name]):
-    """What one step has brought.
+class StepOutput(Generic[RequestId]):
+    """Output of one engine step.
 
     Attributes:
-        pieces: Of requests that are streamed.
-        results: Of requests that have ended, and what they took of the context.
-        rows: Requests that decode.
-        waiting: Requests that wait for room.
-        hits: How often an image was found among those that are kept, since the last step.
-        misses: How often it was not.
+        pieces: New pieces of streamed requests, by request ID.
+        results: Results and token counts of finished requests, by request ID.
+        num_running: Number of requests that decode.
+        num_waiting: Number of requests that wait for admission.
+        cache_hits: Hits of the image cache since the previous step.
+        cache_misses: Misses of the image cache since the previous step.
     """
 
-    pieces: dict[Name, list[Any]]
-    results: dict[Name, tuple[Result, Usage]]
-    rows: int
-    waiting: int
-    hits: int
-    misses: int
+    pieces: dict[RequestId, list[Any]]
+    results: dict[RequestId, tuple[Result, Usage]]
+    num_running: int
+    num_waiting: int
+    cache_hits: int
+    cache_misses: int
 
 
-class Driver(Generic[Name]):
-    """Steps a scheduler in one thread; `submit` and `cancel` may be called from any."""
+class EngineLoop(Generic[RequestId]):
+    """Steps the scheduler of a model in one thread. `submit` and `cancel` are thread-safe."""
 
     def __init__(self, model: LocalModel) -> None:
         self._model, self._scheduler = model, model.scheduler()
-        self._jobs: dict[Name, tuple[Job, bool]] = {}
-        self._names: dict[Job, Name] = {}
+        self._jobs: dict[RequestId, tuple[Job, bool]] = {}
+        self._ids: dict[Job, RequestId] = {}
         self._lock = threading.Lock()
-        self._seen = (0, 0)
+        self._cache_counts = (0, 0)
 
     @property
-    def names(self) -> list[Name]:
-        """Those of the requests that have not ended."""
+    def request_ids(self) -> list[RequestId]:
+        """IDs of the unfinished requests."""
         with self._lock:
             return list(self._jobs)
 
-    def submit(self, name: Name, request: Request, streamed: bool) -> None:
-        """Take a request.
+    def submit(self, request_id: RequestId, request: Request, streamed: bool) -> None:
+        """Add a request.
 
         Args:
-            name: Which no other request has that has not ended.
-            streamed: Whether its pieces are wanted as they come.
+            request_id: ID that no unfinished request has.
+            request: The request.
+            streamed: Whether to return the pieces of the reply as they are generated.
         """
         with self._lock:
             job = self._scheduler.submit(request)
-            self._jobs[name], self._names[job] = (job, streamed), name
+            self._jobs[request_id], self._ids[job] = (job, streamed), request_id
 
-    def cancel(self, name: Name) -> None:
-        """Let go of a request, if it has not ended."""
+    def cancel(self, request_id: RequestId) -> None:
+        """Cancel a request; does nothing if it has finished."""
         with self._lock:
-            job, _ = self._jobs.get(name, (None, False))
+            job, _ = self._jobs.get(request_id, (None, False))
         if job is not None:
             self._scheduler.cancel(job)
 
-    def step(self) -> tuple[bool, News[Name]]:
-        """Go on by one step; say whether anything is left to do, and what has come of it.
+    def step(self) -> tuple[bool, StepOutput[RequestId]]:
+        """Run one step of the scheduler.
+
+        Returns:
+            Whether any work is left, and the output of the step.
 
         Raises:
-            Exception: The engine itself has failed.
+            Exception: The engine itself has failed. Errors of single requests are results.
         """
-        going_on = self._scheduler.step()
+        has_work = self._scheduler.step()
+
+        # Collect new pieces and finished requests
         with self._lock:
-            streams = [(name, job) for name, (job, streamed) in self._jobs.items() if streamed]
-            pieces = {name: new for name, job in streams if (new := job.take())}
-            results: dict[Name, tuple[Result, Usage]] = {}
+            streams = [(request_id, job) for request_id, (job, streamed) in self._jobs.items() if streamed]
+            pieces = {request_id: new for request_id, job in streams if (new := job.take())}
+            results: dict[RequestId, tuple[Result, Usage]] = {}
             for job in self._scheduler.results():
-                name = self._names.pop(job)
-                del self._jobs[name]
+                request_id = self._ids.pop(job)
+                del self._jobs[request_id]
                 assert job.result is not None
-                results[name] = job.result, Usage(job.prompt_tokens, job.completion_tokens)
-        cache, before = self._model.image_cache, self._seen
-        self._seen = (0, 0) if cache is None else (cache.hits, cache.misses)
-        hits, misses = (after - earlier for after, earlier in zip(self._seen, before, strict=True))
-        return going_on, News(pieces, results, self._scheduler.running, self._scheduler.waiting, hits, misses)
+                results[request_id] = job.result, Usage(job.prompt_tokens, job.completion_tokens)
+
+        # Count cache lookups since the previous step
+        cache, before = self._model.image_cache, self._cache_counts
+        self._cache_counts = (0, 0) if cache is None else (cache.hits, cache.misses)
+        hits, misses = (now - earlier for now, earlier in zip(self._cache_counts, before, strict=True))
+        return has_work, StepOutput(
+            pieces, results, self._scheduler.running, self._scheduler.waiting, cache_hits=hits, cache_misses=misses
+        )

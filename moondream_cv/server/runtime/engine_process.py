@@ -1,8 +1,9 @@
-"""A local model in a process of its own, so that HTTP, images and JSON take nothing from the thread that runs it.
+"""An engine that runs a local model in a separate process.
 
-Python runs one thread at a time, and a decoding step is hundreds of short calls: each would wait for whatever else the
-server is doing. The server's process reads and cuts images; crops and questions go to the engine's process over a pipe,
-pieces and results come back. The engine ends with the server, and the server knows when it has ended.
+Python runs one thread at a time, and a decoding step makes hundreds of short calls. In a shared process, each of them
+would wait for HTTP, image and JSON work. The server process decodes images and cuts crops, sends crops and prompts over
+a pipe, and receives pieces and results. The engine process ends with the server, and the server detects when the engine
+process has ended.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ import numpy as np
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import VisionConfig
-from moondream_cv.requests import ErrorResult, Request, Result, Settings
-from moondream_cv.server.runtime.engine_loop import Driver, News, Usage
-from moondream_cv.server.runtime.engines import Call, broken, report
-from moondream_cv.server.runtime.metrics import Meters
+from moondream_cv.requests import ErrorResult, Request, Result
+from moondream_cv.server.runtime.engine_loop import EngineLoop, StepOutput, Usage
+from moondream_cv.server.runtime.engines import Call, Engine, engine_failure, report
+from moondream_cv.server.runtime.metrics import Metrics
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
 
 logger = logging.getLogger(__name__)
 
-STOP = None  # what the engine is sent at the end
+STOP = None  # message that stops the engine process
 
 
 @dataclass(frozen=True)
-class Described:
-    """What the server has to know of a model.
+class ModelInfo:
+    """Description of a loaded model, sent to the server process.
 
     Attributes:
-        text: For the log.
-        skills: What it can do.
-        vision: Sizes of its crops.
+        text: `repr` of the model, for the log.
+        skills: Skills of the model.
+        vision: Sizes of the crops.
     """
 
     text: str
@@ -52,96 +53,74 @@ class Described:
     vision: VisionConfig
 
 
-class EngineProcess:
-    """A model in a process of its own: what a server takes for its model, and its engine.
-
-    Attributes:
-        skills: What the model can do.
-        has_scores: True, as of every local model.
-    """
-
-    has_scores = True
+class ProcessEngine(Engine):
+    """Runs a local model in a separate process."""
 
     def __init__(self, load: Callable[[], LocalModel], set_up: Callable[[], None] | None = None) -> None:
-        """Start the process, and wait until it has loaded the model.
+        """Start the process and wait until it has loaded the model.
 
         Args:
-            load: Loads it; called in that process, so it has to be picklable.
-            set_up: Called there first, likewise; for logging.
+            load: Loads the model. It is called in the engine process, so it must be picklable.
+            set_up: Called first in the engine process, for example to set up logging. It must be picklable.
 
         Raises:
-            Exception: Whatever `load` raises.
-            MoondreamError: The process has ended before that.
+            MoondreamError: The process ended before the model was loaded.
+            Exception: Any error that `load` raises.
         """
+        # Start the process
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-        self._connection, other = context.Pipe()
+        self._connection, child_connection = context.Pipe()
         self._process = context.Process(
-            target=_run, args=(other, load, set_up), name="moondream-cv engine", daemon=True
+            target=_run, args=(child_connection, load, set_up), name="moondream-cv engine", daemon=True
         )
         self._process.start()
-        # The process ignores SIGTERM, with which multiprocessing would end it at exit before it waits for it.
+        # multiprocessing sends SIGTERM at exit and waits, but the process ignores SIGTERM.
         Finalize(self, self._process.kill, exitpriority=10)
-        other.close()
+        child_connection.close()
+
+        # Wait for the model
         try:
-            found = self._connection.recv()
+            reply = self._connection.recv()
         except EOFError as error:
             self._process.join()
-            raise MoondreamError("the engine's process ended while it loaded the model") from error
-        if isinstance(found, Exception):
+            raise MoondreamError("the engine process ended while it loaded the model") from error
+        if isinstance(reply, Exception):
             self._process.join()
-            raise found
-        self._described: Described = found
-        self.skills = found.skills
-        self._meters: Meters | None = None
+            raise reply
+
+        # Prepare the threads that use the pipe
+        self._info: ModelInfo = reply
+        self._metrics: Metrics | None = None
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
-        self._numbers: dict[Call, int] = {}
-        self._next = 0
+        self._ids: dict[Call, int] = {}
+        self._next_id = 0
         self._lock = threading.Lock()
         self._ended = False
         self._threads = [
-            threading.Thread(target=work, name=f"moondream-cv {name}", daemon=True)
-            for name, work in (("asking", self._send), ("hearing", self._hear))
+            threading.Thread(target=work, name=f"moondream-cv engine {name}", daemon=True)
+            for name, work in (("sender", self._send_messages), ("receiver", self._receive_outputs))
         ]
 
     def __repr__(self) -> str:
-        return f"EngineProcess({self._described.text}, process {self._process.pid})"
+        return f"ProcessEngine({self._info.text}, process {self._process.pid})"
+
+    @property
+    def skills(self) -> frozenset[str]:
+        return self._info.skills
+
+    @property
+    def has_scores(self) -> bool:
+        return True
 
     @property
     def alive(self) -> bool:
         return not self._ended and self._process.is_alive()
 
-    def start(self, meters: Meters) -> None:
-        """Begin to take calls.
-
-        Args:
-            meters: What is counted.
-        """
-        self._meters = meters
+    def start(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         for thread in self._threads:
             thread.start()
-
-    def preprocess_array(self, rgb: np.ndarray, settings: Settings) -> PreprocessedImage:
-        """Cut an [H, W, 3] uint8 RGB array as the model takes it."""
-        vision = self._described.vision
-        prepared = PreprocessedImage(rgb, vision, settings.max_crops or vision.max_crops)
-        prepared.digest  # noqa: B018 - by which the other process knows the image again
-        return prepared
-
-    def submit(self, call: Call) -> None:
-        with self._lock:
-            if not self._ended:
-                number, self._next = self._next, self._next + 1
-                self._calls[number], self._numbers[call] = call, number
-                self._outgoing.put((number, _portable(call.request), call.streamed))
-                return
-        call.finish(ErrorResult(broken()), Usage())
-
-    def cancel(self, call: Call) -> None:
-        with self._lock:
-            number = self._numbers.get(call)
-        if number is not None:
-            self._outgoing.put(number)
 
     def stop(self) -> None:
         self._outgoing.put(STOP)
@@ -151,49 +130,70 @@ class EngineProcess:
                 thread.join()
 
     def close(self) -> None:
-        """End the process; what is running there is finished."""
+        """End the process, after it has finished the running calls."""
         if self._process.is_alive():
             self.stop()
         self._connection.close()
 
-    def _send(self) -> None:
-        """Pass on what is asked: writing to a full pipe would hold up the event loop."""
+    def preprocess(self, rgb: np.ndarray) -> PreprocessedImage:
+        vision = self._info.vision
+        image = PreprocessedImage(rgb, vision, vision.max_crops)
+        image.digest  # noqa: B018 - computed here, because it is the cache key in the engine process
+        return image
+
+    def submit(self, call: Call) -> None:
+        with self._lock:
+            if not self._ended:
+                request_id, self._next_id = self._next_id, self._next_id + 1
+                self._calls[request_id], self._ids[call] = call, request_id
+                self._outgoing.put((request_id, _without_pixels(call.request), call.streamed))
+                return
+        call.finish(ErrorResult(engine_failure()), Usage())
+
+    def cancel(self, call: Call) -> None:
+        with self._lock:
+            request_id = self._ids.get(call)
+        if request_id is not None:
+            self._outgoing.put(request_id)
+
+    def _send_messages(self) -> None:
+        """Write messages to the pipe. This has a thread because writing to a full pipe would block the event loop."""
         while True:
             message = self._outgoing.get()
             try:
                 self._connection.send(message)
-            except (OSError, ValueError):  # the process has ended, which `_hear` tells everyone
+            except (OSError, ValueError):  # the process has ended; `_receive_outputs` reports that
                 return
             if message is STOP:
                 return
 
-    def _hear(self) -> None:
-        """Tell the event loops what comes back, until the process ends."""
+    def _receive_outputs(self) -> None:
+        """Report step outputs until the process ends. Calls that are left then fail."""
         try:
             while True:
-                self._tell(self._connection.recv())
+                self._report_output(self._connection.recv())
         except (EOFError, OSError):
             pass
         with self._lock:
             self._ended = True
-            calls, self._calls, self._numbers = list(self._calls.values()), {}, {}
+            calls, self._calls, self._ids = list(self._calls.values()), {}, {}
         if calls:
-            logger.error("the engine's process has ended with %d requests", len(calls))
-        report({}, dict.fromkeys(calls, (ErrorResult(broken()), Usage())))
+            logger.error("the engine process has ended with %d unfinished requests", len(calls))
+        report({}, dict.fromkeys(calls, (ErrorResult(engine_failure()), Usage())))
 
-    def _tell(self, news: News[int]) -> None:
-        assert self._meters is not None
-        self._meters.count(news)
+    def _report_output(self, output: StepOutput[int]) -> None:
+        assert self._metrics is not None
+        self._metrics.record_step(output)
         with self._lock:
-            pieces = {self._calls[number]: new for number, new in news.pieces.items()}
-            results = {self._calls.pop(number): ended for number, ended in news.results.items()}
+            pieces = {self._calls[request_id]: new for request_id, new in output.pieces.items()}
+            results = {self._calls.pop(request_id): result for request_id, result in output.results.items()}
             for call in results:
-                del self._numbers[call]
+                del self._ids[call]
         report(pieces, results)
 
 
-def _portable(request: Request) -> Request:
-    """A request as it travels: the crops of its image alone, unless others are asked for."""
+def _without_pixels(request: Request) -> Request:
+    """Return a request whose image has only the crops, unless the request needs other crops."""
     image = request.image
     if not isinstance(image, PreprocessedImage):
         return request
@@ -201,8 +201,8 @@ def _portable(request: Request) -> Request:
 
 
 def _run(connection: Connection, load: Callable[[], LocalModel], set_up: Callable[[], None] | None) -> None:
-    """The engine's process: requests in, pieces and results out, until it is told to stop or the server is gone."""
-    for sig in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the server says when to stop
+    """Run the engine process until it receives STOP or the server ends."""
+    for sig in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the server sends STOP instead
         signal.signal(sig, signal.SIG_IGN)
     if set_up is not None:
         set_up()
@@ -211,37 +211,43 @@ def _run(connection: Connection, load: Callable[[], LocalModel], set_up: Callabl
     except Exception as error:
         connection.send(_picklable(error))
         return
-    connection.send(Described(repr(model), model.skills, model.config.vision))
+    connection.send(ModelInfo(repr(model), model.skills, model.config.vision))
     try:
-        _serve(model, connection)
+        _process_messages(model, connection)
     except (EOFError, OSError):
-        logger.warning("the server has ended; so does its engine")
+        logger.warning("the server has ended; the engine process ends as well")
 
 
-def _serve(model: LocalModel, connection: Connection) -> None:
-    driver: Driver[int] = Driver(model)
-    going_on, stopping = False, False
-    while not stopping or going_on:
-        while not stopping and (not going_on or connection.poll()):
+def _process_messages(model: LocalModel, connection: Connection) -> None:
+    """Run requests from the pipe and send the output of each step."""
+    loop: EngineLoop[int] = EngineLoop(model)
+    has_work, stopping = False, False
+    while not stopping or has_work:
+        # Receive all messages that have arrived; wait if there is no work
+        while not stopping and (not has_work or connection.poll()):
             message = connection.recv()
             if message is STOP:
                 stopping = True
             elif isinstance(message, int):
-                driver.cancel(message)
+                loop.cancel(message)
             else:
-                driver.submit(*message)
-            going_on = True
-        going_on, news = driver.step()
-        connection.send(replace(news, results={number: _portable_end(*end) for number, end in news.results.items()}))
+                loop.submit(*message)
+            has_work = True
+
+        # Run one step
+        has_work, output = loop.step()
+        results = {
+            request_id: (_picklable_result(result), usage) for request_id, (result, usage) in output.results.items()
+        }
+        connection.send(replace(output, results=results))
 
 
-def _portable_end(result: Result, usage: Usage) -> tuple[Result, Usage]:
-    """A result as it travels: an error may hold what does not."""
-    return ErrorResult(_picklable(result.error)) if isinstance(result, ErrorResult) else result, usage
+def _picklable_result(result: Result) -> Result:
+    return ErrorResult(_picklable(result.error)) if isinstance(result, ErrorResult) else result
 
 
 def _picklable(error: Exception) -> Exception:
-    """An error that arrives as it was, or as one that says the same."""
+    """Return the error itself if it survives pickling, otherwise a `MoondreamError` with its type and message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

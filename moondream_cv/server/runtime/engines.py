@@ -1,7 +1,7 @@
-"""Where the requests of a server are computed: one thread around a local model's scheduler, or threads around a remote
-one.
+"""Engines run requests on a model. They are independent of HTTP and report results to the event loop.
 
-Both take calls and report to the event loop. They know nothing of HTTP.
+`create_engine` selects the engine for a model: `ThreadEngine` for a local model, `RemoteEngine` for a remote one.
+`ProcessEngine`, in `engine_process.py`, runs a local model in a separate process.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+from PIL import Image
 
 from moondream_cv.errors import MoondreamError, RequestCancelled, UnsupportedSkill
 from moondream_cv.requests import (
@@ -24,13 +28,15 @@ from moondream_cv.requests import (
     Reasoning,
     Request,
     Result,
+    Settings,
     pieces_of,
 )
-from moondream_cv.server.runtime.engine_loop import Driver, Usage
-from moondream_cv.server.runtime.metrics import Meters
+from moondream_cv.server.runtime.engine_loop import EngineLoop, Usage
+from moondream_cv.server.runtime.metrics import Metrics
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
+    from moondream_cv.vision_model import VisionModel
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +44,14 @@ REMOTE_THREADS = 32
 
 
 class Call:
-    """A request in an engine, as an event loop sees it.
+    """A request in an engine, as seen from the event loop that submitted it.
 
     Attributes:
-        request: What was asked.
-        streamed: Whether its pieces are wanted as they come.
-        done: Its result, once it is there.
-        pieces: Objects, points and text as they come, where wanted; None is the end.
-        usage: Complete when the result is.
+        request: The request.
+        streamed: Whether the engine reports the pieces of the reply as they are generated.
+        done: Future of the result.
+        pieces: Queue of the pieces of a streamed reply: objects, points and text; None marks the end.
+        usage: Token counts; complete when `done` is.
     """
 
     def __init__(self, request: Request, streamed: bool = False) -> None:
@@ -56,61 +62,132 @@ class Call:
         self.usage = Usage()
 
     def add(self, pieces: list[Any]) -> None:
+        """Add pieces of the reply. Call this in the event loop."""
         for piece in pieces:
             self.pieces.put_nowait(piece)
 
     def finish(self, result: Result, usage: Usage) -> None:
+        """Set the result. Call this in the event loop; later calls are ignored."""
         if not self.done.done():
             self.usage = usage
             self.done.set_result(result)
             self.pieces.put_nowait(None)
 
 
-class Engine(Protocol):
-    """What a server puts its calls to, from its event loop."""
-
-    def submit(self, call: Call) -> None:
-        """Take a call; it reports from now on."""
-
-    def cancel(self, call: Call) -> None:
-        """Let go of a call that nobody waits for."""
-
-    def stop(self) -> None:
-        """Finish what is running, and end. Blocks."""
+class Engine(ABC):
+    """Runs the calls of a server."""
 
     @property
+    @abstractmethod
+    def skills(self) -> frozenset[str]:
+        """Skills of the model. May block: a remote model can ask its server."""
+
+    @property
+    @abstractmethod
+    def has_scores(self) -> bool:
+        """Whether confidences are real; otherwise they are 1.0. May block: a remote model can ask its server."""
+
+    @property
+    @abstractmethod
     def alive(self) -> bool:
-        """Whether calls have any prospect of an answer."""
+        """Whether the engine can answer calls."""
+
+    @abstractmethod
+    def start(self, metrics: Metrics) -> None:
+        """Start to process calls.
+
+        Args:
+            metrics: Receives the counts of each step.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Finish the running calls and stop. Blocks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model. Call `stop` first."""
+
+    @abstractmethod
+    def preprocess(self, rgb: np.ndarray) -> Any:
+        """Return an image in the form that requests of this engine use. Thread-safe.
+
+        Args:
+            rgb: Image, [H, W, 3] uint8 RGB.
+
+        Returns:
+            An image with `size`, (width, height) in pixels.
+        """
+
+    @abstractmethod
+    def submit(self, call: Call) -> None:
+        """Run a call and report its pieces and its result."""
+
+    @abstractmethod
+    def cancel(self, call: Call) -> None:
+        """Cancel a call; does nothing if it has finished."""
 
 
-class LocalEngine:
-    """Drives the scheduler of a model on this machine, so that calls that arrive together decode together."""
+@runtime_checkable
+class HasScheduler(Protocol):
+    """A local model: it runs many requests together on a scheduler."""
 
-    def __init__(self, model: LocalModel, meters: Meters) -> None:
-        self._driver: Driver[Call] = Driver(model)
-        self._meters = meters
+    def scheduler(self) -> Any:
+        """Return a new scheduler of the model."""
+
+
+@runtime_checkable
+class HasStream(Protocol):
+    """A model that can stream replies."""
+
+    def stream(self, request: Request) -> Iterator[Any]:
+        """Yield the pieces of a reply."""
+
+
+def create_engine(model: VisionModel | Engine) -> Engine:
+    """Return the engine for a model; an engine is returned as it is.
+
+    Args:
+        model: Local or remote model, or an engine such as `ProcessEngine`.
+    """
+    if isinstance(model, Engine):
+        return model
+    if isinstance(model, HasScheduler):
+        return ThreadEngine(cast("LocalModel", model))
+    return RemoteEngine(model)
+
+
+class ThreadEngine(Engine):
+    """Runs the scheduler of a local model in a thread, so that concurrent calls decode in one batch."""
+
+    def __init__(self, model: LocalModel) -> None:
+        self._model = model
+        self._loop: EngineLoop[Call] = EngineLoop(model)
+        self._metrics: Metrics | None = None
         self._lock = threading.Lock()
         self._work = threading.Event()
         self._stopping = False
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="moondream-cv engine", daemon=True)
-        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"ThreadEngine({self._model!r})"
+
+    @property
+    def skills(self) -> frozenset[str]:
+        return self._model.skills
+
+    @property
+    def has_scores(self) -> bool:
+        return True
 
     @property
     def alive(self) -> bool:
         return self._failure is None and self._thread.is_alive()
 
-    def submit(self, call: Call) -> None:
-        with self._lock:
-            if self._failure is not None or self._stopping:
-                call.finish(ErrorResult(self._failure or RequestCancelled("the engine is stopping")), Usage())
-                return
-            self._driver.submit(call, call.request, call.streamed)
-        self._work.set()
-
-    def cancel(self, call: Call) -> None:
-        self._driver.cancel(call)
-        self._work.set()
+    def start(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._thread.start()
 
     def stop(self) -> None:
         with self._lock:
@@ -118,40 +195,84 @@ class LocalEngine:
         self._work.set()
         self._thread.join()
 
+    def close(self) -> None:
+        self._model.close()
+
+    def preprocess(self, rgb: np.ndarray) -> Any:
+        return self._model.preprocess_array(rgb, Settings())
+
+    def submit(self, call: Call) -> None:
+        with self._lock:
+            if self._failure is not None or self._stopping:
+                call.finish(ErrorResult(self._failure or RequestCancelled("the engine is stopping")), Usage())
+                return
+            self._loop.submit(call, call.request, call.streamed)
+        self._work.set()
+
+    def cancel(self, call: Call) -> None:
+        self._loop.cancel(call)
+        self._work.set()
+
     def _run(self) -> None:
-        last = False
-        while not last:
+        assert self._metrics is not None
+        is_last = False
+        while not is_last:
             self._work.wait()
             self._work.clear()
-            last = self._stopping  # read before the steps: nothing is submitted once it is set
-            going_on = True
-            while going_on:
+            is_last = self._stopping  # read before the steps, because no call is submitted once it is set
+            has_work = True
+            while has_work:
                 try:
-                    going_on, news = self._driver.step()
-                except Exception as error:  # of the engine itself; a request's own errors are its results
-                    logger.exception("the engine has failed, and answers nothing any more")
+                    has_work, output = self._loop.step()
+                except Exception as error:
+                    logger.exception("the engine has failed and no longer answers requests")
                     self._fail(error)
                     return
-                self._meters.count(news)
-                report(news.pieces, news.results)
+                self._metrics.record_step(output)
+                report(output.pieces, output.results)
 
     def _fail(self, error: Exception) -> None:
-        failure = broken()
+        failure = engine_failure()
         failure.__cause__ = error
         with self._lock:
             self._failure = failure
-        report({}, dict.fromkeys(self._driver.names, (ErrorResult(failure), Usage())))
+        report({}, dict.fromkeys(self._loop.request_ids, (ErrorResult(failure), Usage())))
 
 
-class RemoteEngine:
-    """Passes calls on to a model that is elsewhere, each in a thread of its own."""
+class RemoteEngine(Engine):
+    """Forwards each call to a remote model in a thread."""
 
-    alive = True
-
-    def __init__(self, model: Any, meters: Meters) -> None:
-        self._model, self._meters = model, meters
+    def __init__(self, model: VisionModel) -> None:
+        self._model = model
         self._pool = ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="moondream-cv remote")
         self._cancelled: set[Call] = set()
+
+    def __repr__(self) -> str:
+        return f"RemoteEngine({self._model!r})"
+
+    @property
+    def skills(self) -> frozenset[str]:
+        return self._model.skills
+
+    @property
+    def has_scores(self) -> bool:
+        return self._model.has_scores
+
+    @property
+    def alive(self) -> bool:
+        return True
+
+    def start(self, metrics: Metrics) -> None:
+        """Do nothing: a remote model has no steps to count, and the pool starts its threads on demand."""
+
+    def stop(self) -> None:
+        self._pool.shutdown()
+
+    def close(self) -> None:
+        self._model.close()
+
+    def preprocess(self, rgb: np.ndarray) -> Image.Image:
+        return Image.fromarray(rgb)
 
     def submit(self, call: Call) -> None:
         self._pool.submit(self._run, call)
@@ -159,9 +280,6 @@ class RemoteEngine:
     def cancel(self, call: Call) -> None:
         if not call.done.done():
             self._cancelled.add(call)
-
-    def stop(self) -> None:
-        self._pool.shutdown()
 
     def _run(self, call: Call) -> None:
         try:
@@ -175,18 +293,17 @@ class RemoteEngine:
         report({}, {call: (result, Usage())})
 
     def _stream(self, call: Call) -> Result:
-        """Pass on the pieces of a reply; of a model that does not stream, all of them at the end."""
-        stream = getattr(self._model, "stream", None)
+        """Report the pieces of a reply. A model that cannot stream reports all of them at the end."""
         try:
-            if stream is None:
-                raise UnsupportedSkill("it does not stream")
-            given = stream(call.request)
+            if not isinstance(self._model, HasStream):
+                raise UnsupportedSkill("the model cannot stream")
+            stream = self._model.stream(call.request)
         except UnsupportedSkill:
             result = self._model.run([call.request])[0]
             report({call: pieces_of(result)}, {})
             return result
         pieces = []
-        for piece in given:
+        for piece in stream:
             if call in self._cancelled:
                 return ErrorResult(RequestCancelled("the request was cancelled"))
             pieces.append(piece)
@@ -195,7 +312,7 @@ class RemoteEngine:
 
 
 def _assemble(request: Request, pieces: list[Any]) -> Result:
-    """The result that a stream amounts to."""
+    """Return the result that the pieces of a stream add up to."""
     if request.skill == "detect":
         return DetectResult(tuple(pieces))
     if request.skill == "point":
@@ -205,25 +322,25 @@ def _assemble(request: Request, pieces: list[Any]) -> Result:
     return CaptionResult(text) if request.skill == "caption" else QueryResult(text, reasoning)
 
 
-def broken() -> MoondreamError:
-    """What callers are told once an engine has failed."""
-    return MoondreamError("the engine has failed; the server must be started again")
+def engine_failure() -> MoondreamError:
+    """Return the error of all calls after the engine has failed."""
+    return MoondreamError("the engine has failed; restart the server")
 
 
 def report(pieces: Mapping[Call, list[Any]], results: Mapping[Call, tuple[Result, Usage]]) -> None:
-    """Tell event loops what calls have come to, from another thread; one that is closed has nobody left who waits."""
-    news: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+    """Deliver pieces and results of calls to their event loops. Thread-safe; closed event loops are skipped."""
+    updates: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
     for call, new in pieces.items():
-        news.setdefault(call.loop, []).append(partial(call.add, new))
+        updates.setdefault(call.loop, []).append(partial(call.add, new))
     for call, (result, usage) in results.items():
-        news.setdefault(call.loop, []).append(partial(call.finish, result, usage))
-    for loop, steps in news.items():
+        updates.setdefault(call.loop, []).append(partial(call.finish, result, usage))
+    for loop, steps in updates.items():
         try:
-            loop.call_soon_threadsafe(_do_all, steps)
+            loop.call_soon_threadsafe(_run_all, steps)
         except RuntimeError:
-            logger.debug("an answer came after its event loop was closed")
+            logger.debug("a result arrived after its event loop was closed")
 
 
-def _do_all(steps: list[Callable[[], None]]) -> None:
+def _run_all(steps: list[Callable[[], None]]) -> None:
     for step in steps:
         step()

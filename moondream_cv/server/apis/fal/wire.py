@@ -1,11 +1,10 @@
-"""fal's dialect on the wire: what requests, answers and errors look like, whichever way they travel.
+"""Bodies of requests, responses and errors in fal's API, for synchronous, streamed and queued requests.
 
-Coordinates are fractions of the image, as everywhere in this project. `image` is fal's name for an annotated picture in
-its storage; nothing is drawn here, and `image` tells the size that the fractions are of. `truncated`, `logprob`,
-`settings` and `length` are keys that fal does not have.
+Coordinates are fractions of the image. In fal's API, `image` is an annotated image in fal's storage; this server does
+not draw, and `image` has the size of the image in pixels. `truncated`, `logprob`, `settings` and `length` do not exist
+in fal's API.
 
-Streams repeat what there is so far: fal's clients take the last event of a stream for its result, so that one has to
-hold everything.
+Each event of a stream has the reply so far, because fal's clients use the last event as the result.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse
 
 from moondream_cv.requests import Caption, Detect, DetectResult, Point, PointResult, Query, QueryResult, Request
-from moondream_cv.server.apis.base import Dialect
-from moondream_cv.server.apis.error_responses import refusals as documented
+from moondream_cv.server.apis.base import ApiSpec
+from moondream_cv.server.apis.error_responses import error_responses
 from moondream_cv.server.apis.moondream import FoundObject, FoundPoint
+from moondream_cv.server.apis.request_settings import parse_settings
 from moondream_cv.server.apis.sse import event
 from moondream_cv.server.errors import ServerError
 from moondream_cv.server.logs import request_id
-from moondream_cv.server.service import Exchange, Stream, wire_settings
+from moondream_cv.server.request_context import RequestContext, Stream
 
 T = TypeVar("T")
 APP = "/fal-ai/moondream2"
@@ -35,66 +35,79 @@ USER_TIMEOUT = "request_timeout"
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
-    """fal's, which is FastAPI's: a list of places where the body does not fit the schema, else a sentence."""
+    """Return the JSON body of an error in this API. As in FastAPI, `detail` is a list for status 422, else a string."""
     if error.status != 422:
         return {"detail": error.message, "error_type": error.kind}
     place = ["body"] if error.param is None else ["body", error.param]
     return {"detail": [{"loc": place, "msg": error.message, "type": "value_error"}], "error_type": error.kind}
 
 
-class FalDialect(Dialect):
-    """A dialect whose errors have an id, and say whether it was the client's own time limit that ended a request."""
+class FalApiSpec(ApiSpec):
+    """fal's API: error responses have a request ID, and a header if the time limit of the client has expired."""
 
-    def answer(self, error: ServerError) -> JSONResponse:
-        answer = super().answer(error)
-        answer.headers[REQUEST_ID] = request_id.get() or ""
-        answer.headers[ERROR_TYPE] = error.kind
+    def error_response(self, error: ServerError) -> JSONResponse:
+        """Return the response for an error."""
+        response = super().error_response(error)
+        response.headers[REQUEST_ID] = request_id.get() or ""
+        response.headers[ERROR_TYPE] = error.kind
         if error.kind == USER_TIMEOUT:
-            answer.headers[TIMEOUT_TYPE] = "user"  # or the clients would try again
-        return answer
+            response.headers[TIMEOUT_TYPE] = "user"  # keeps clients from retrying
+        return response
 
 
-DIALECT = FalDialect("fal", ("/fal-ai", "/run", "/queue"), error_body)
+API = FalApiSpec("fal", ("/fal-ai", "/run", "/queue"), error_body)
 
 
 class CaptionArguments(BaseModel):
+    """A request for a caption."""
+
     image_url: str = Field(description="A data URI, base64 text, or an http or https URL.")
     length: str = "normal"
     settings: dict[str, Any] | None = None
 
     def request(self, image: Any) -> Request:
-        return Caption(image, self.length, wire_settings(self.settings))
+        """Return the request to the model."""
+        return Caption(image, self.length, parse_settings(self.settings))
 
 
 class QueryArguments(BaseModel):
+    """A question about an image."""
+
     image_url: str
     prompt: str
     settings: dict[str, Any] | None = None
 
     def request(self, image: Any) -> Request:
-        return Query(image, self.prompt, settings=wire_settings(self.settings))
+        """Return the request to the model."""
+        return Query(image, self.prompt, settings=parse_settings(self.settings))
 
 
 class DetectArguments(BaseModel):
+    """A request for the boxes of objects."""
+
     image_url: str
     object: str
     settings: dict[str, Any] | None = None
 
     def request(self, image: Any) -> Request:
-        return Detect(image, self.object, wire_settings(self.settings))
+        """Return the request to the model."""
+        return Detect(image, self.object, parse_settings(self.settings))
 
 
 class PointArguments(BaseModel):
+    """A request for points on objects."""
+
     image_url: str
     object: str
     settings: dict[str, Any] | None = None
 
     def request(self, image: Any) -> Request:
-        return Point(image, self.object, wire_settings(self.settings))
+        """Return the request to the model."""
+        return Point(image, self.object, parse_settings(self.settings))
 
 
 class TextOutput(BaseModel):
-    """A caption, or an answer; `logprob` where the model gives one."""
+    """A caption or an answer, and its mean log-probability per token if the model returns one."""
 
     output: str
     truncated: bool
@@ -102,26 +115,30 @@ class TextOutput(BaseModel):
 
 
 class Resolution(BaseModel):
-    """Of the image, in pixels."""
+    """Size of an image in pixels."""
 
     width: int
     height: int
 
 
 class ObjectsOutput(BaseModel):
+    """The boxes of an image."""
+
     objects: list[FoundObject]
     truncated: bool
     image: Resolution
 
 
 class PointsOutput(BaseModel):
+    """The points of an image."""
+
     objects: list[FoundPoint]
     truncated: bool
     image: Resolution
 
 
 class FalErrorPlace(BaseModel):
-    """Where the body does not fit the schema."""
+    """A field of the body that does not match the schema."""
 
     loc: list[str]
     msg: str
@@ -129,59 +146,69 @@ class FalErrorPlace(BaseModel):
 
 
 class FalError(BaseModel):
-    """What is wrong: places of the body with status 422, else a sentence."""
+    """An error response: `detail` is a list of fields for status 422, else a string."""
 
     detail: str | list[FalErrorPlace]
     error_type: str
 
 
-HEADERS: dict[str, Any] = {REQUEST_ID: {"schema": {"type": "string"}}}  # of all answers, for the published schema
+HEADERS: dict[str, Any] = {REQUEST_ID: {"schema": {"type": "string"}}}  # headers of all responses
 _HEADERS: dict[str, Any] = {
     **HEADERS,
     ERROR_TYPE: {"description": "The body's `error_type`.", "schema": {"type": "string"}},
 }
-_MEANINGS: dict[int | str, str] = {
-    404: "There is no such request, or none any more.",
-    "default": "The error that ended the request, with the status that it has without the queue.",
+_DESCRIPTIONS: dict[int | str, str] = {
+    404: "The request does not exist or has been dropped.",
+    "default": "The error of the request, with the same status as a synchronous request.",
 }
 
 
-def refusals(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
-    """What a route answers beside its success, as FastAPI's `responses`.
+def fal_error_responses(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """Return the error responses of a route of fal's API, for the `responses` argument of FastAPI.
 
     Args:
-        *statuses: Those that it can answer.
+        *statuses: Statuses of the route.
     """
-    return documented(FalError, *statuses, headers=_HEADERS, meanings=_MEANINGS)
+    return error_responses(FalError, *statuses, headers=_HEADERS, descriptions=_DESCRIPTIONS)
 
 
 Arguments = CaptionArguments | QueryArguments | DetectArguments | PointArguments
 
 
-async def run(body: Arguments, exchange: Exchange, started: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """The answer to a body.
+async def run(body: Arguments, context: RequestContext, started: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run a request and return the body of its response.
 
     Args:
-        started: Called when the image is there and the model has the request.
+        body: The request body.
+        context: The request context.
+        started: Called when the image is loaded, before the request is submitted to the model.
 
     Raises:
-        Exception: Whatever is wrong with the image or the request.
+        Exception: The error of the image or the request.
     """
-    image = await exchange.picture(body.image_url)
+    image = await context.open_image(body.image_url)
     request = body.request(image)
     started()
-    return _answer(await exchange.result(request), image)
+    return _answer(await context.result(request), image)
 
 
-async def open_stream(body: Arguments, exchange: Exchange) -> AsyncIterator[bytes]:
-    """The events of a streamed answer. Waits for its first piece; errors as in `run`."""
-    image = await exchange.picture(body.image_url)
+async def open_stream(body: Arguments, context: RequestContext) -> AsyncIterator[bytes]:
+    """Return the events of a streamed response, after waiting for its first piece.
+
+    Args:
+        body: The request body.
+        context: The request context.
+
+    Raises:
+        Exception: The error of the image or the request.
+    """
+    image = await context.open_image(body.image_url)
     request = body.request(image)
-    return _events(await exchange.stream(request), image)
+    return _events(await context.stream(request), image)
 
 
 async def _events(stream: Stream, image: Any) -> AsyncIterator[bytes]:
-    """What there is so far, again and again, and at last all of it, with `partial` false, or the error."""
+    """Yield the reply so far after each piece, then the complete reply with `partial` false, or the error."""
     text = ""
     items: list[dict[str, float]] = []
     try:
@@ -190,7 +217,7 @@ async def _events(stream: Stream, image: Any) -> AsyncIterator[bytes]:
                 text += piece
             else:
                 items.append(piece.to_dict())
-            so_far = _list_of(items, False, image) if items else {"output": text, "truncated": False}
+            so_far = _list_body(items, False, image) if items else {"output": text, "truncated": False}
             yield event({**so_far, "partial": True})
         yield event({**_answer(stream.result, image), "partial": False})
     except ServerError as error:
@@ -198,23 +225,27 @@ async def _events(stream: Stream, image: Any) -> AsyncIterator[bytes]:
 
 
 def _answer(result: Any, image: Any) -> dict[str, Any]:
-    """A whole answer."""
+    """Return the body of a complete reply."""
     if isinstance(result, DetectResult | PointResult):
         items = result.objects if isinstance(result, DetectResult) else result.points
-        return _list_of([item.to_dict() for item in items], result.truncated, image)
-    found = result.to_dict()
-    return {"output": found.pop("answer" if isinstance(result, QueryResult) else "caption"), **found}
+        return _list_body([item.to_dict() for item in items], result.truncated, image)
+    values = result.to_dict()
+    return {"output": values.pop("answer" if isinstance(result, QueryResult) else "caption"), **values}
 
 
-def _list_of(items: list[dict[str, float]], truncated: bool, image: Any) -> dict[str, Any]:
+def _list_body(items: list[dict[str, float]], truncated: bool, image: Any) -> dict[str, Any]:
     return {"objects": items, "truncated": truncated, "image": dict(zip(("width", "height"), image.size, strict=True))}
 
 
 async def within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
-    """Do something, for no longer than the client says; None: as long as the server allows.
+    """Await a coroutine, with the time limit of the client.
+
+    Args:
+        seconds: Time limit in seconds; None applies only the limit of the server.
+        work: The coroutine.
 
     Raises:
-        ServerError: 504.
+        ServerError: 504; the time limit of the client has expired.
     """
     if seconds is None:
         return await work

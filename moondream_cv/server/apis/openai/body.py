@@ -1,18 +1,16 @@
-"""What the body of a chat completion asks of Moondream 2: one question, or one object's name, about one image.
+"""Conversion of a chat completion to one request to Moondream 2.
 
-Moondream 2 answers single questions, and was not trained on dialogues. So of a conversation
+Moondream 2 answers single questions and was not trained on dialogues. A conversation is converted as follows:
 
-- the text of the last user message is the question;
-- system and developer messages stand above it, each on its own lines, because that is where applications put what the
-  answer should be like; those that say nothing about the answer are better left out;
-- the one image may be in any message, since clients send it once and go on asking;
-- earlier questions and answers are not passed on: the model would take them for part of the question.
+- The text of the last user message is the question.
+- System and developer messages precede it on separate lines, because applications use them to describe the expected
+  answer. Leave out messages that do not describe the answer.
+- The image can be in any message, because clients send it once and then ask further questions.
+- Earlier questions and answers are dropped. Otherwise, the model would treat them as part of the question.
 
-`response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points instead. The
-text is then the object's name, and system messages do not matter. Any other JSON schema constrains the answer; the
-prompt stays as it is. So do the parameters of a function that `tool_choice` forces the model to call.
-
-It knows nothing of how answers look: that is `openai`.
+`response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points. The text
+is then the class name, and system messages are ignored. Any other JSON schema constrains the answer and does not change
+the prompt. The same applies to the parameters of a function that `tool_choice` forces the model to call.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moondream_cv.requests import Detect, Point, Query, Settings
+from moondream_cv.server.apis.request_settings import parse_settings
 from moondream_cv.server.errors import ServerError
-from moondream_cv.server.service import wire_settings
 
 STRUCTURED: dict[str, type[Detect] | type[Point]] = {"moondream_detect": Detect, "moondream_point": Point}
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # parameters that are rejected → values that change nothing; so does null
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # rejected parameters → values without effect, in addition to null
     "n": (1,),
     "best_of": (1,),
     "tools": ([],),
@@ -86,31 +84,39 @@ EXCLUDING_KEYWORDS = {
 }
 
 
-MAX_ITEMS = 1_000  # of lists: an error message for each of many thousands would take seconds to make
+MAX_ITEMS = 1_000  # per list; validation errors for many thousands of items would take seconds
 
 
 class ImageUrl(BaseModel):
+    """An image: a data URI, base64 text, or an http(s) URL."""
+
     url: str
-    detail: str | None = Field(None, description="Accepted and ignored: every image is looked at closely.")
+    detail: str | None = Field(None, description="Accepted and ignored; every image is processed at full detail.")
 
 
 class Part(BaseModel):
+    """A part of a message: text or an image."""
+
     type: str
     text: str | None = None
     image_url: ImageUrl | str | None = None
 
 
 class Message(BaseModel):
+    """A message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(max_length=MAX_ITEMS)] | None = None
 
 
 class StreamOptions(BaseModel):
+    """Options of a stream."""
+
     include_usage: bool | None = None
 
 
 class ChatBody(BaseModel):
-    """As OpenAI's clients send it.
+    """A chat completion request.
 
     Parameters of OpenAI and vLLM that would change the answer are rejected unless they have a neutral value. Other
     keys, such as `user`, `metadata` and `service_tier`, are ignored.
@@ -126,24 +132,26 @@ class ChatBody(BaseModel):
     top_p: float | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    max_objects: int | None = Field(None, description="Of boxes or points, at the most.")
-    max_crops: int | None = Field(None, description="Local crops of the image, at the most; fewer are faster.")
+    max_objects: int | None = Field(None, description="Maximum number of boxes or points.")
+    max_crops: int | None = Field(None, description="Maximum number of local crops of the image; fewer are faster.")
     seed: int | None = None
-    reasoning: bool | dict[str, Any] | None = Field(None, description="true: think first; other values are ignored.")
+    reasoning: bool | dict[str, Any] | None = Field(
+        None, description="true generates reasoning first; other values are ignored."
+    )
     response_format: dict[str, Any] | None = Field(
         None,
         description="`json_schema`: JSON that conforms to a schema, or boxes or points with the schema name"
         " `moondream_detect` or `moondream_point`. `json_object`: any JSON object.",
     )
     stop: str | Annotated[list[str], Field(max_length=MAX_ITEMS)] | None = Field(
-        None, description="Up to 4 strings; the answer ends before the first of them."
+        None, description="Up to 4 strings; the answer ends before the first one that occurs."
     )
     presence_penalty: float | None = Field(None, description="Only 0 is supported.")
     frequency_penalty: float | None = Field(None, description="Only 0 is supported.")
     logit_bias: dict[str, Any] | None = Field(None, description="Only an empty object is supported.")
     n: int | None = None
     tools: list[Any] | None = Field(
-        None, description="Functions, one of which `tool_choice` must force; JSON that conforms to its parameters."
+        None, description="Functions, one of which `tool_choice` must force; the answer conforms to its parameters."
     )
     tool_choice: Any = Field(
         None,
@@ -173,17 +181,18 @@ class ForcedCall:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a body asks.
+class ParsedChat:
+    """A chat completion, converted to one request.
 
     Attributes:
         kind: `Query`, `Detect` or `Point`.
-        text: The question, or the object's name.
-        image_url: None: the question is asked without an image.
-        reasoning: Whether to think first.
+        text: Question or class name.
+        image_url: Image of the request; None for a question without an image.
+        reasoning: Whether to generate reasoning first.
+        settings: Sampling settings.
         stop: Strings that end an answer.
-        json_schema: JSON schema that an answer conforms to.
-        call: The function call that the answer is the arguments of; None for an answer in `content`.
+        json_schema: JSON schema of the answer.
+        call: Function call whose arguments are the answer; None for an answer in `content`.
     """
 
     kind: type[Query] | type[Detect] | type[Point]
@@ -196,39 +205,47 @@ class Asked:
     call: ForcedCall | None = None
 
     def request(self, image: Any) -> Query | Detect | Point:
-        """The request to the model.
+        """Return the request to the model.
+
+        Args:
+            image: The image at `image_url`; None if there is no URL.
 
         Raises:
-            ValueError: The text says nothing, or an image is needed and is None.
+            ValueError: The text is blank, or the image is None and the skill needs one.
         """
         if self.kind is Query:
             return Query(image, self.text, self.reasoning, (), self.settings, self.stop, self.json_schema)
         return self.kind(image, self.text, settings=self.settings)
 
 
-def read_body(body: ChatBody) -> Asked:
-    """What a body asks.
+def parse_chat(body: ChatBody) -> ParsedChat:
+    """Convert a chat completion to one request.
 
     Raises:
-        ServerError: It asks for something that Moondream 2 cannot do, or says nothing.
+        ServerError: Moondream 2 does not support the request, or it has no question.
     """
+    # Find out which skill and which constraints are requested
     call = _forced_call(body)
-    _refuse_unsupported(body, () if call is None else ("tools", "tool_choice"))
+    _reject_unsupported(body, () if call is None else ("tools", "tool_choice"))
     skill, json_schema = _structured(body.response_format) if call is None else (None, call.json_schema)
+
+    # Build the prompt
     users = [message for message in body.messages if message.role == "user"]
     if not users:
-        raise ServerError(400, 'messages: none has the role "user", so nothing is asked', param="messages")
+        raise ServerError(400, 'messages: at least one message must have the role "user"', param="messages")
     question = _text_of(users[-1])
     if not question.strip():
-        raise ServerError(400, "messages: the last user message has no text, so nothing is asked", param="messages")
+        raise ServerError(400, "messages: the last user message must have text", param="messages")
     system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
-    text = question if skill else "\n".join([said for said in system if said.strip()] + [question])
+    text = question if skill else "\n".join([line for line in system if line.strip()] + [question])
+
+    # Convert the other parameters
     settings, stop = _settings(body), _stop_of(body, skill)
     url, reasoning = _image_url(body.messages), body.reasoning is True
-    return Asked(skill or Query, text, url, reasoning, settings, stop, json_schema, call)
+    return ParsedChat(skill or Query, text, url, reasoning, settings, stop, json_schema, call)
 
 
-def _refuse_unsupported(body: ChatBody, supported: Collection[str]) -> None:
+def _reject_unsupported(body: ChatBody, supported: Collection[str]) -> None:
     """Reject parameters that change the answer and are not supported, instead of ignoring them.
 
     Args:
@@ -245,7 +262,7 @@ def _refuse_unsupported(body: ChatBody, supported: Collection[str]) -> None:
             or_force = ", or force the call of one function with tool_choice" if name == "tools" else ""
             raise ServerError(
                 400,
-                f"{name} is not supported here and was {value!r:.100}: Moondream 2 gives one answer in text;"
+                f"{name} is not supported, got {value!r:.100}: Moondream 2 returns one answer as text;"
                 f" leave {name} out{or_force}",
                 kind="unsupported_parameter",
                 param=name,
@@ -414,13 +431,13 @@ def _text_of(message: Message) -> str:
 
 
 def _image_url(messages: list[Message]) -> str | None:
-    """The image that a conversation is about; one that is sent again with every message counts once."""
+    """Return the image of a conversation, or None. An image that is repeated in several messages counts once."""
     urls = list(dict.fromkeys(url for message in messages for url in _image_urls(message)))
     if len(urls) > 1:
         raise ServerError(
             400,
-            f"the messages hold {len(urls)} images, and Moondream 2 looks at one at a time; send one, and leave the"
-            " images of earlier messages out",
+            f"messages: Moondream 2 supports one image per request, got {len(urls)}; leave out the images of earlier"
+            " messages",
             kind="multiple_images_not_supported",
             param="messages",
         )
@@ -445,10 +462,10 @@ def _image_urls(message: Message) -> Iterator[str]:
 
 
 def _stop_of(body: ChatBody, skill: type[Detect] | type[Point] | None) -> tuple[str, ...]:
-    """The stop strings of a body.
+    """Return the stop strings of a body.
 
     Raises:
-        ServerError: They are invalid, or the answer is a list of boxes or points.
+        ServerError: The stop strings are invalid, or the answer is a list of boxes or points.
     """
     if body.stop is None or body.stop == []:
         return ()
@@ -476,4 +493,4 @@ def _settings(body: ChatBody) -> Settings:
             Settings.of({} if value is None else {name: value})
         except ValueError as error:
             raise ServerError(400, str(error), param=name) from error
-    return wire_settings(given)
+    return parse_settings(given)

@@ -1,6 +1,6 @@
-"""What answers look like in OpenAI's dialect, for the published schema.
+"""Schemas of responses in OpenAI's API.
 
-These models describe; they are not what makes the answers, which is left to `openai` and `operations`.
+These models only document responses; `routes.py` and `operations.py` build the responses.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from moondream_cv.server.apis.error_responses import refusals as documented
-from moondream_cv.server.apis.moondream import Thoughts
+from moondream_cv.server.apis.error_responses import error_responses
+from moondream_cv.server.apis.moondream import ReasoningOutput
 
 
 class ToolCallFunction(BaseModel):
@@ -21,6 +21,8 @@ class ToolCallFunction(BaseModel):
 
 
 class ToolCall(BaseModel):
+    """A function call."""
+
     id: str
     type: Literal["function"]
     function: ToolCallFunction
@@ -35,12 +37,12 @@ class ChatAnswer(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning: Thoughts | None = None
+    reasoning: ReasoningOutput | None = None
     tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
-    """The one answer.
+    """The answer.
 
     `finish_reason` is "length" if a limit truncated the answer, and "tool_calls" for `tool_choice` "required".
     """
@@ -52,7 +54,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatUsage(BaseModel):
-    """Positions of the model's context; those of the prompt include the image's."""
+    """Token counts; `prompt_tokens` includes the positions of the image."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -60,7 +62,7 @@ class ChatUsage(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """A whole answer. `usage` is null where a remote model does not tell it; `created` is in seconds of Unix time."""
+    """A complete answer. `usage` is null if a remote model does not report it; `created` is in seconds of Unix time."""
 
     id: str
     object: Literal["chat.completion"]
@@ -71,7 +73,7 @@ class ChatCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The model, for OpenAI's clients; `created` is when this process started, in seconds of Unix time."""
+    """The model, for OpenAI clients; `created` is the start of this process in seconds of Unix time."""
 
     id: str
     object: Literal["model"]
@@ -80,7 +82,7 @@ class ModelCard(BaseModel):
 
 
 class ModelDescription(BaseModel):
-    """The model, for Moondream's clients; `has_scores`: whether confidences are real, otherwise they are 1.0."""
+    """The model, for Moondream clients. If `has_scores` is false, all confidences are 1.0."""
 
     id: str
     name: str
@@ -91,13 +93,15 @@ class ModelDescription(BaseModel):
 
 
 class ModelList(BaseModel):
+    """The list of models."""
+
     object: Literal["list"]
     data: list[ModelCard]
     models: list[ModelDescription]
 
 
 class OpenAIErrorDetail(BaseModel):
-    """`type` is the class of an error, `code` what it is exactly, where there is a word for that."""
+    """An error: `type` is its class, and `code` identifies it within the class, if possible."""
 
     message: str
     type: str
@@ -106,13 +110,15 @@ class OpenAIErrorDetail(BaseModel):
 
 
 class OpenAIError(BaseModel):
+    """An error response."""
+
     error: OpenAIErrorDetail
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers beside its success, as FastAPI's `responses`.
+def openai_error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the error responses of a route of OpenAI's API, for the `responses` argument of FastAPI.
 
     Args:
-        *statuses: Those that it can answer.
+        *statuses: Statuses of the route.
     """
-    return documented(OpenAIError, *statuses, "4XX")
+    return error_responses(OpenAIError, *statuses, "4XX")

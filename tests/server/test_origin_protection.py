@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from moondream_cv.engine.local import LocalModel
-from moondream_cv.server.sites import host_name, hosts_of
+from moondream_cv.server.origin_protection import allowed_hosts_for, host_name
 from tests.helpers.served import Served, served
 
 DETECTION = {"image_url": "https://example.com/a.png", "object": ""}  # rejected by the route, with status 400
@@ -66,9 +66,9 @@ def test_servers_with_keys_accept_any_host_and_origin(tiny: LocalModel) -> None:
     ("listening", "names"), [("127.0.0.1", ()), ("localhost", ()), ("gpu.example", ("gpu.example",))]
 )
 def test_hosts_of_an_address(listening: str, names: tuple[str, ...]) -> None:
-    assert hosts_of(listening) == names
-    assert "ip" in hosts_of("0.0.0.0")
-    assert "ip" in hosts_of("::")
+    assert allowed_hosts_for(listening) == names
+    assert "ip" in allowed_hosts_for("0.0.0.0")
+    assert "ip" in allowed_hosts_for("::")
 
 
 def test_cross_site_requests_are_rejected(server: Served, tiny: LocalModel) -> None:

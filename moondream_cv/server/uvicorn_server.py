@@ -1,4 +1,4 @@
-"""Runs the application with uvicorn until a signal ends it."""
+"""Runs the application with uvicorn until a signal stops it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from fastapi import FastAPI
 
 from moondream_cv.errors import MoondreamError
 from moondream_cv.server.connections import ConnectionTable, LimitedProtocol
-from moondream_cv.server.memory import release_large_blocks
-from moondream_cv.server.options import ServerOptions
+from moondream_cv.server.memory_trimming import release_large_blocks
 from moondream_cv.server.service import Service
+from moondream_cv.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-KEEP_ALIVE = 75  # seconds; longer than clients keep a connection for another request, so that none runs into its end
-CONNECTIONS = 1024  # beyond those that hold a place: each may hold a request's body in memory
-FILES = 65_536  # connections of which TLS is still being negotiated are not counted, and one address has fewer ports
+KEEP_ALIVE = 75  # seconds; longer than clients reuse idle connections, so the server never closes one in use
+CONNECTIONS = 1024  # in addition to those with a queue slot; each can hold a request body in memory
+FILES = 65_536  # open files; connections in a TLS handshake are not limited, and one address has fewer ports
 
 
 class _Server(uvicorn.Server):
-    """Tells the service when a signal has come, and gives up when there is no model, or no engine any more."""
+    """uvicorn server that reports signals to the service, and stops if the model or the engine has failed."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -37,19 +37,18 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._service.draining:
-            # A signal comes in the middle of whatever is going on: what is said here belongs to no request.
-            taken = self._service.taken
-            contextvars.Context().run(logger.info, "shutting down: %d requests are being finished", taken)
+            # A signal can interrupt a request; an empty context keeps its ID out of this log line.
+            contextvars.Context().run(logger.info, "shutting down: waiting for %d requests", self._service.in_flight)
         self._service.draining = True
         super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._failed()
+        return await super().on_tick(counter) or self._has_failed()
 
-    def _failed(self) -> bool:
-        """Whether there is no model, or no engine any more: whoever supervises the server can start it again."""
-        if self._service.broken:
-            self._service.failure = MoondreamError("the engine has failed; its log says why")
+    def _has_failed(self) -> bool:
+        """Return whether the server has to exit, so that a supervisor can restart it."""
+        if self._service.engine_failed:
+            self._service.failure = MoondreamError("the engine has failed; see the log for the reason")
         return self._service.failure is not None
 
 
@@ -62,64 +61,64 @@ def run_server(
     certificate: str | None = None,
     certificate_key: str | None = None,
 ) -> None:
-    """Serve an application made by `create_app` until SIGTERM or SIGINT; requests in progress are finished first.
+    """Serve an application made by `create_app` until SIGTERM or SIGINT; running requests are finished first.
 
-    Returns after SIGTERM, so that the process ends with status 0. After SIGINT, `KeyboardInterrupt` is raised.
+    The function returns after SIGTERM, so that the process exits with status 0. After SIGINT, it raises
+    `KeyboardInterrupt`.
 
     Args:
         app: The application.
-        host: Address to listen on.
+        host: Host name or IP address to listen on.
         port: Port to listen on.
-        announce: Called when the address is known to be free.
-        certificate: PEM file, for https.
-        certificate_key: PEM file of its private key.
+        announce: Called when the server has bound the address.
+        certificate: Path of a PEM certificate for https.
+        certificate_key: Path of the PEM private key of the certificate.
 
     Raises:
-        MoondreamError: The address is taken, or is none of this machine's.
-        MoondreamError: The engine has failed.
-        Exception: Whatever kept the model from being loaded.
+        MoondreamError: The address is in use or does not belong to this machine, or the engine has failed.
+        Exception: The error that prevented the model from loading.
     """
-    listening = listen(host, port)  # before the model is loaded, so that a taken address is known at once
+    listening = listen(host, port)  # before the model is loaded, so that an address in use is reported at once
     service: Service = app.state.service
     config = server_config(
-        app, service.options, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
+        app, service.settings, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
     )
     raise_file_limit(FILES)
     release_large_blocks()
     announce()
     server = _Server(config, service)
     if threading.current_thread() is threading.main_thread():
-        # uvicorn sends the process the signal once more after the shutdown; by default that ends it with status 143.
+        # uvicorn raises the signal again after the shutdown; by default, that exits with status 143.
         signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=listening)
     if service.failure is not None:
         raise service.failure
 
 
-def server_config(app: Any, options: ServerOptions, **settings: Any) -> uvicorn.Config:
+def server_config(app: Any, settings: ServerSettings, **options: Any) -> uvicorn.Config:
     """Return uvicorn's configuration with the limits of this server.
 
     Args:
         app: The ASGI application.
-        options: How the server behaves.
-        **settings: Further settings of `uvicorn.Config`, such as host and port.
+        settings: Settings of the server.
+        **options: Further options of `uvicorn.Config`, such as host and port.
     """
-    table = ConnectionTable(options.queue + CONNECTIONS, options.connections_per_client)
+    table = ConnectionTable(settings.queue + CONNECTIONS, settings.connections_per_client)
     return uvicorn.Config(
         app,
         http=LimitedProtocol.configure(table),
         ws="none",
-        access_log=False,  # ours has the request's id and its time
+        access_log=False,  # RequestLoggingMiddleware logs requests, with ID and duration
         log_config=None,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(options.drain) + 1,
-        **settings,
+        timeout_graceful_shutdown=int(settings.drain) + 1,
+        **options,
     )
 
 
 def raise_file_limit(count: int) -> None:
-    """Raise the soft limit on open files as far as the system allows: each connection is one."""
+    """Raise the soft limit on open files to `count`, or as far as the system allows. Each connection is a file."""
     if os.name != "posix":
         return
     import resource
@@ -131,18 +130,18 @@ def raise_file_limit(count: int) -> None:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets at every address that a host name stands for.
+    """Return sockets that are bound to all addresses of a host name.
 
     Raises:
-        MoondreamError: An address is taken, or is none of this machine's.
+        MoondreamError: An address is in use or does not belong to this machine.
     """
     listening: list[socket.socket] = []
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         ):
-            # With the protocol's number in it: asyncio turns Nagle's algorithm off only where it sees that, and with it
-            # on, an answer of two parts waits 40 ms for its second one.
+            # asyncio disables Nagle's algorithm only for sockets with an explicit protocol number. With the algorithm,
+            # a response in two parts is delayed by 40 ms.
             opened = socket.socket(family, kind, protocol)
             listening.append(opened)
             if os.name == "posix":
@@ -154,6 +153,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
         for opened in listening:
             opened.close()
         raise MoondreamError(
-            f"cannot listen at {host}, port {port}: {error.strerror}; name another --host or --port"
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --host or --port"
         ) from error
     return listening

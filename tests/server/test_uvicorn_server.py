@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from moondream_cv.errors import MoondreamError
-from moondream_cv.server.running import listen
+from moondream_cv.server.uvicorn_server import listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
@@ -40,9 +40,9 @@ def test_an_address_that_is_taken_or_elsewhere_is_refused() -> None:
     with holder:
         holder.listen()
         port = holder.getsockname()[1]
-        with pytest.raises(MoondreamError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use"):
+        with pytest.raises(MoondreamError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
             listen("127.0.0.1", port)
-    with pytest.raises(MoondreamError, match="cannot listen at 203"):
+    with pytest.raises(MoondreamError, match="cannot listen on 203"):
         listen("203.0.113.1", 0)
-    with pytest.raises(MoondreamError, match="cannot listen at no"):
+    with pytest.raises(MoondreamError, match="cannot listen on no"):
         listen("no.such.host.invalid", 0)

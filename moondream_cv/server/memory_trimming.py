@@ -1,4 +1,4 @@
-"""Memory that glibc keeps after large requests: it is returned to the system."""
+"""Returns memory that glibc keeps after large requests to the operating system."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 from functools import lru_cache
 from typing import Any
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_M_MMAP_THRESHOLD = -3  # from malloc.h of glibc
 _LARGE_BLOCK = 2**20  # bytes
-_TRIM_SECONDS = 1.0  # between two times
+_TRIM_SECONDS = 1.0  # minimum time between two calls of malloc_trim
 
 
 def release_large_blocks() -> None:
@@ -21,13 +21,13 @@ def release_large_blocks() -> None:
 
 
 class MemoryTrimmer:
-    """Returns what small blocks leave free, at most once per second."""
+    """Returns free memory between small blocks to the system, at most once per second."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
     def trim(self) -> None:
-        """Return free memory to the system; takes some milliseconds."""
+        """Return free memory to the system. This takes a few milliseconds."""
         if time.monotonic() - self._last >= _TRIM_SECONDS:
             with contextlib.suppress(AttributeError):
                 _libc().malloc_trim(0)
