@@ -13,7 +13,7 @@ import supervision as sv
 
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.stream_context import RedactionWarnings, StreamContext, TrackedFrame, resolution_of
-from moondream_cv.video.threads import in_threads
+from moondream_cv.video.threads import iterate_in_threads
 from moondream_cv.video.tracking.interpolation import (
     UNKNOWN_INTERVAL,
     interpolate_boxes,
@@ -43,7 +43,7 @@ def track_offline(context: StreamContext) -> Generator[TrackedFrame, None, None]
     warnings = RedactionWarnings(context)
     segment = Segment(context, context.tracking.create_tracker(), schedule, context.create_redactor(), warnings)
     source = context.source
-    frames = iter(in_threads([source], [source.name], PREFETCHED) if source.ahead else source)
+    frames = iter(iterate_in_threads([source], [source.name], PREFETCHED) if source.can_prefetch else source)
 
     # Add frames, and yield those that are complete
     source_error: Exception | None = None
@@ -93,11 +93,15 @@ class Segment:
         self.redactor, self._warnings = redactor, warnings
         self._frames: deque[Frame] = deque()  # without boxes
         self._unredacted: deque[tuple[TrackedFrame, float]] = deque()  # with boxes, and the keyframe interval there
-        self._held_bytes = 0  # of both
-        self._pending: deque[tuple[Frame, DetectionFuture]] = deque()  # keyframes that wait for detections
-        self._completed: deque[int] = deque(maxlen=KEYFRAMES_AHEAD)  # latest keyframes that do not, including failed
+        self._held_bytes = 0  # memory of all waiting frames
+        self._pending: deque[tuple[Frame, DetectionFuture]] = deque()  # keyframes in detection
+        self._completed: deque[int] = deque(
+            maxlen=KEYFRAMES_AHEAD
+        )  # latest keyframes after detection, including failed ones
         self._keyframes: deque[tuple[Frame, sv.Detections]] = deque()  # with detections, from the first frame on
-        self._tracks: dict[int, Track] = {}  # of the waiting frames, including those that the tracker has dropped
+        self._tracks: dict[
+            int, Track
+        ] = {}  # tracks on the waiting frames, including tracks that the tracker has dropped
         self._known_until = -math.inf  # time of the latest keyframe in `_completed`
         self._wall_time = time.perf_counter()
 

@@ -65,9 +65,9 @@ class OnlineTracker:
         self._boundaries = SegmentBoundaries(self._tracking.scene_change)
         self._tracker = self._tracking.create_tracker()
         self._redactor = self._create_redactor()
-        self._index = -1  # of the latest frame
-        self._segment_start = 0  # index
-        self._time = -math.inf  # of the latest frame
+        self._index = -1  # index of the latest frame
+        self._segment_start = 0  # index of the first frame of the segment
+        self._time = -math.inf  # time of the latest frame
         self._delay = 0.0  # seconds by which the latest detections arrived late
         self._checked: tuple[float, bool] | None = None  # the next frame's time, and whether it is a keyframe
         self.redaction: sv.Detections | None = None

@@ -24,7 +24,7 @@ from moondream_cv.video.offline import track_offline
 from moondream_cv.video.online import track_online
 from moondream_cv.video.sources.opening import Source, open_source
 from moondream_cv.video.stream_context import StreamContext, TrackedFrame
-from moondream_cv.video.threads import in_threads
+from moondream_cv.video.threads import iterate_in_threads
 from moondream_cv.video.tracking.keyframe_detector import DetectorFunction, KeyframeDetector
 from moondream_cv.video.tracking.schedule import Every, check_every
 from moondream_cv.video.tracking.settings import Tracking
@@ -32,7 +32,7 @@ from moondream_cv.video.tracking.settings import Tracking
 logger = logging.getLogger(__name__)
 
 MAX_HELD_BYTES = 2**30
-"""Memory limit for frames that wait for keyframes. Frames beyond it are returned with what is known."""
+"""Memory limit in bytes for frames that wait for keyframes. Beyond it, frames are returned earlier."""
 
 
 def track(
@@ -176,7 +176,9 @@ class FrameStream:
             context = StreamContext(source, index, classes, self.keyframe_detector, every, tracking, max_held_bytes)
             streams.append(track_online(context) if source.live else track_offline(context))
         names = [source.name for source in self.sources]
-        self._frames = streams[0] if len(streams) == 1 else in_threads(streams, names, 2 * len(streams), _log_error)
+        self._frames = (
+            streams[0] if len(streams) == 1 else iterate_in_threads(streams, names, 2 * len(streams), _log_error)
+        )
 
     def __iter__(self) -> FrameStream:
         return self

@@ -1,4 +1,4 @@
-"""Iterators that run in threads of their own, and come out as one."""
+"""Iterate over several iterables in background threads."""
 
 from __future__ import annotations
 
@@ -10,38 +10,41 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_POLL_SECONDS = 0.2
+
 
 class _End:
-    """Stands behind the last item of an iterator, with the error that ended it."""
+    """End of an iterable, with the error that ended it."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
-def in_threads(
-    items: Sequence[Iterable[T]],
+def iterate_in_threads(
+    iterables: Sequence[Iterable[T]],
     names: Sequence[str],
-    room: int,
+    max_waiting: int,
     on_error: Callable[[str, BaseException], None] | None = None,
 ) -> Generator[T, None, None]:
-    """Give what several iterables give, as it comes.
+    """Yield the items of several iterables in order of arrival, each iterable in its own thread.
 
-    One that fails does not stop the others; the first error is raised at the end. A cancelled future ends its iterable
-    like any other end.
+    If one iterable fails, the others continue, and the first error is raised at the end. `CancelledError` ends an
+    iterable without an error.
 
     Args:
-        names: Of the iterables, for their threads and for `on_error`.
-        room: Items that wait to be taken at the most.
-        on_error: Told of each error when it happens, in the thread where it does.
+        iterables: Iterables to run.
+        names: Name of each iterable, for its thread and for `on_error`.
+        max_waiting: Maximum number of items that wait to be consumed.
+        on_error: Function that is called with the name and the error, in the thread of the iterable.
     """
-    waiting: queue.Queue[Any] = queue.Queue(room)
+    waiting: queue.Queue[Any] = queue.Queue(max_waiting)
     stopped = threading.Event()
 
     def put(item: Any) -> None:
-        """Put an item where there is room for it, unless nobody takes any more."""
+        """Put an item into the queue, unless the consumer has stopped."""
         while not stopped.is_set():
             try:
-                waiting.put(item, timeout=0.2)
+                waiting.put(item, timeout=_POLL_SECONDS)
                 return
             except queue.Full:
                 continue
@@ -64,17 +67,20 @@ def in_threads(
                 iterable.close()
         put(end)
 
-    for iterable, name in zip(items, names, strict=True):
+    # Start the threads
+    for iterable, name in zip(iterables, names, strict=True):
         threading.Thread(target=run, args=(iterable, name), name=f"moondream_cv {name}", daemon=True).start()
-    running, failed = len(items), None
+
+    # Yield items until all iterables have ended
+    running, first_error = len(iterables), None
     try:
         while running:
             item = waiting.get()
             if isinstance(item, _End):
-                running, failed = running - 1, failed or item.error
+                running, first_error = running - 1, first_error or item.error
             else:
                 yield item
-        if failed is not None:
-            raise failed
+        if first_error is not None:
+            raise first_error
     finally:
         stopped.set()

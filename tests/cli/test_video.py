@@ -1,4 +1,4 @@
-"""`moondream-cv video`, on pictures in a folder with exact patches, and on clips. Run with `pytest tests/cli`."""
+"""`moondream-cv video`, on folders of color patches and on clips."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ZONES = {
 
 @pytest.fixture
 def frames(folder: Path) -> Path:
-    """A folder of 10 pictures: red goes from left to right; green is there twice in the last four of them."""
+    """Return a folder of 10 images: red moves from left to right; the last four have two green patches."""
     (folder / "frames").mkdir()
     for number in range(10):
         green = [("green", (2, 2, 12, 12)), ("green", (66, 2, 76, 12))] if number >= 6 else []
@@ -50,20 +50,20 @@ def frames(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video that the tiny model knows."""
+    """Return a video with objects that the tiny model detects."""
     scene = render_clip(1, num_frames=FRAMES, names=("red circle", "dog", "car"), resolution_wh=(320, 180))
     images = [np.ascontiguousarray(image[..., ::-1]) for image, _ in scene]
     return write_clip(tmp_path_factory.mktemp("clip") / "in.mp4", images)
 
 
-def pictures_of(path: Path | str) -> list[tuple[int, int]]:
-    """Width and height of every picture of a video, all of which are decoded."""
+def frame_sizes(path: Path | str) -> list[tuple[int, int]]:
+    """Decode a video, and return the width and height of every frame."""
     with av.open(str(path)) as container:
         return [(frame.width, frame.height) for frame in container.decode(video=0)]
 
 
 def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
+    """Start the command line in a separate process."""
     kept = {k: v for k, v in os.environ.items() if k not in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS")}
     environment = {
         **kept, "COLUMNS": "100", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(moondream_cv.__file__).parents[1]),
@@ -73,8 +73,8 @@ def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def ending() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that are ended with the test, however that ends."""
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Return a list of processes that are killed after the test."""
     running: list[subprocess.Popen[str]] = []
     yield running
     for each in running:
@@ -89,18 +89,18 @@ def wait_for_lines(path: Path, count: int, seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
-# What is written
+# --- output ---
 
 
-def test_a_video_and_what_is_on_it(clip: Path, tmp_path: Path) -> None:
+def test_video_json_and_tracks_are_written(clip: Path, tmp_path: Path) -> None:
     target, lines, tracks = (tmp_path / name for name in ("out.mp4", "out.jsonl", "tracks.txt"))
     result = CliRunner().invoke(
         app,
         ["video", str(clip), "dog", "red circle", *TINY, "-o", str(target), "--json", str(lines), "--mot", str(tracks),
-         "--every", "4", "--panel", "--annotate", "box,label,trace", "--colour-by", "id"],
+         "--every", "4", "--panel", "--annotate", "box,label,trace", "--color-by", "id"],
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    sizes = pictures_of(target)
+    sizes = frame_sizes(target)
     assert len(sizes) == FRAMES
     assert sizes[0][0] > 320
     assert sizes[0][1] == 180
@@ -116,10 +116,10 @@ def test_a_video_and_what_is_on_it(clip: Path, tmp_path: Path) -> None:
     assert last.startswith(f"{FRAMES} frames in ")
     assert ", detector ran on 6 " in last
     assert last.endswith(f"; saved {target}, {lines}, {tracks}")
-    assert "━" not in result.stderr  # no bar where there is no terminal
+    assert "━" not in result.stderr  # no progress bar without a terminal
 
 
-def test_lines_alone_on_standard_output(clip: Path) -> None:
+def test_json_dash_prints_only_json_lines(clip: Path) -> None:
     result = CliRunner().invoke(app, ["video", str(clip), "dog", *TINY, "--json", "-"])
     assert result.exit_code == 0, result.stderr
     assert [json.loads(line)["frame"] for line in result.stdout.splitlines()] == list(range(FRAMES))
@@ -127,13 +127,13 @@ def test_lines_alone_on_standard_output(clip: Path) -> None:
     assert "saved" not in result.stderr
 
 
-def test_the_summary_is_exact(run: Run, frames: Path) -> None:
+def test_summary_counts_objects_lines_and_zones(run: Run, frames: Path) -> None:
     result = run("video", "frames", "red", "green,blue", "--every", 1, "--zone", "zones.json", "-o", "out.mp4")
     assert result.exit_code == 0, result.stderr
     *counts, last = result.stdout.splitlines()
     assert counts == [
-        "red          1 object, on 10 frames, 1 at a time at the most, mean confidence 1.00",
-        "green        2 objects, on 4 frames, 2 at a time at the most, mean confidence 1.00",
+        "red          1 object, on 10 frames, at most 1 at a time, mean confidence 1.00",
+        "green        2 objects, on 4 frames, at most 2 at a time, mean confidence 1.00",
         "blue         nothing found",
         "door (line)  0 in, 1 out (1 red)",
         "left (zone)  2 so far, 1 at the end (1 green)",
@@ -141,27 +141,27 @@ def test_the_summary_is_exact(run: Run, frames: Path) -> None:
     assert last.startswith("10 frames in ")
     assert ", detector ran on 10 " in last
     assert last.endswith("; saved out.mp4")
-    assert pictures_of("out.mp4") == [(80, 60)] * 10
+    assert frame_sizes("out.mp4") == [(80, 60)] * 10
     assert result.stderr == ""
 
 
-def test_a_glob_and_classes_as_options(run: Run, frames: Path) -> None:
+def test_glob_and_class_options(run: Run, frames: Path) -> None:
     result = run("video", "frames/*.png", "red", "-c", "green,blue", "--mot", "-")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0].startswith("1,1,2.00,20.00,20.00,20.00,1.0000,")
     assert [line.split()[0] for line in result.stderr.splitlines()[:3]] == ["red", "green", "blue"]
 
 
-def test_a_model_without_scores(run: Run, frames: Path, model: ColorModel) -> None:
+def test_summary_without_scores_has_no_confidence(run: Run, frames: Path, model: ColorModel) -> None:
     model.has_scores = False
     result = run("video", "frames", "red", "--json", "out.jsonl")
-    assert result.stdout.splitlines()[0] == "red  1 object, on 10 frames, 1 at a time at the most"
+    assert result.stdout.splitlines()[0] == "red  1 object, on 10 frames, at most 1 at a time"
 
 
 def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(moondream_cv.video, "annotate_video", lambda *_, **options: asked.update(options))
-    options = "--annotate blur --panel --colour-by id --no-audio --scene-change --tracker ocsort --confidence 0.5"
+    options = "--annotate blur --panel --color-by id --no-audio --scene-change --tracker ocsort --confidence 0.5"
     assert run("video", "frames", "red", "-o", "out.mp4", *options.split(), "--bridge", "1.5").exit_code == 0
     assert {name: asked[name] for name in ("annotate", "panel", "color_by", "audio", "show", "every")} == {
         "annotate": "blur",
@@ -177,16 +177,16 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
     assert asked["model"].confidence == 0.5
 
 
-# What goes wrong
+# --- errors ---
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ("frames -o out.mp4", 2, "no class names are given; add them after the source"),
-        ("frames red", 2, "nothing to write; add -o out.mp4"),
+        ("frames -o out.mp4", 2, "class names are missing; add them after the source"),
+        ("frames red", 2, "an output is missing; add -o out.mp4"),
         ("frames red red -o out.mp4", 2, "class names must be unique; duplicates"),
-        ("one.png two.jpg red -o out.mp4", 2, "'two.jpg' is a file"),
+        ("one.png two.jpg red -o out.mp4", 2, "class names must not be files, got 'two.jpg'"),
         ("missing.mp4 red -o out.mp4", 1, "'missing.mp4': no such file or folder"),
         ("broken.mp4 red -o out.mp4", 1, "broken.mp4"),
         ("frames red -o out.mp4 --annotate boks", 2, "'boks' is unknown; known are box, label"),
@@ -194,17 +194,17 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         ("frames red -o out.mp4 --every 0", 2, "an integer of at least 1, got 0"),
         ("frames red -o out.mp4 --every often", 2, "got 'often'"),
         ("frames red -o out.mp4 --tracker magic", 2, "got 'magic'"),
-        ("frames red -o out.mp4 --colour-by size", 2, "got 'size'"),
+        ("frames red -o out.mp4 --color-by size", 2, "got 'size'"),
         ("frames red -o nowhere/out.mp4", 1, "nowhere/out.mp4 cannot be written: there is no folder"),
         ("frames red -o out.avi", 1, "name it out.mp4"),
         ("frames red -o .", 1, ". is a folder"),
         ("frames red --json nowhere/out.jsonl", 1, "nowhere/out.jsonl cannot be written: there is no folder"),
         ("frames red --mot frames", 1, "frames is a folder"),
-        ("frames red --json=", 2, "--json needs the name of a file"),
-        ("frames red --json - --mot -", 2, "--json writes to - already"),
+        ("frames red --json=", 2, "--json must not be empty; name a file"),
+        ("frames red --json - --mot -", 2, "--mot and --json both write to -"),
         ("frames red --json out --mot ./out", 2, "choose another file for --mot"),
-        ("one.png red --json one.png", 2, "--json one.png would overwrite the original"),
-        ("frames red --mot zones.json --zone zones.json", 2, "zones.json would overwrite the original"),
+        ("one.png red --json one.png", 2, "--json one.png would replace an input file"),
+        ("frames red --mot zones.json --zone zones.json", 2, "zones.json would replace an input file"),
         ("frames red -o out.mp4 --zone broken.json", 1, "broken.json is not JSON"),
         ("frames red -o out.mp4 --zone empty.json", 2, 'empty.json names neither "lines" nor "zones"'),
         (
@@ -221,12 +221,12 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         ("nowhere/%d.png red -o out.mp4", 1, "'nowhere/%d.png' matches no file; there is no folder 'nowhere'"),
         ("frames red -o out.mp4 --fps 0", 2, "fps must be between 0.001 and 1000, got 0"),
         ("frames red -o out.mp4 --fps nan", 2, "fps must be between 0.001 and 1000, got nan"),
-        ("anim.webp red -o out.mp4 --fps 5", 2, "'anim.webp' has frame times, so leave fps out"),
+        ("anim.webp red -o out.mp4 --fps 5", 2, "'anim.webp' has frame times, so omit fps"),
         ("frames red -o out.mp4 --model other", 1, "there is no model 'other'"),
         ("frames red -o out.mp4 --device tpu", 2, "there is no device 'tpu'"),
     ],
 )
-def test_what_is_wrong_ends_with_one_line_before_anything_is_written(
+def test_errors_print_one_line_before_files_are_written(
     arguments: str, status: int, message: str, run: Run, frames: Path, model: ColorModel
 ) -> None:
     for name in ("broken.mp4", "broken.json"):
@@ -247,7 +247,7 @@ def test_what_is_wrong_ends_with_one_line_before_anything_is_written(
 
 
 def _animation(path: str) -> None:
-    """The pictures of the folder, for 40 ms each and the last one for a second."""
+    """Write the images of the folder as an animation: 40 ms per frame, the last one for a second."""
     images = [Image.open(f"frames/{number}.png") for number in range(10)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=[40] * 9 + [1000], lossless=True)
 
@@ -266,11 +266,11 @@ def test_fps_is_the_frame_rate_of_images(run: Run, frames: Path, source: str) ->
 
 
 @pytest.mark.parametrize("name", ["anim.webp", "anim.png", "anim.gif"])
-def test_an_animation_is_a_video_and_a_still_image(run: Run, frames: Path, name: str) -> None:
+def test_animation_works_as_video_and_as_image(run: Run, frames: Path, name: str) -> None:
     _animation(name)
     assert run("video", name, "red", "--every", 1, "--json", "out.jsonl", "-o", "out.mp4").exit_code == 0
     assert times_of("out.jsonl") == pytest.approx([number / 25 for number in range(10)])
-    assert len(pictures_of("out.mp4")) == 10
+    assert len(frame_sizes("out.mp4")) == 10
     found = run("detect", name, "-c", "red", "--json")
     assert found.exit_code == 0
     assert json.loads(found.stdout)["images"][0]["objects"][0]["xyxy"] == pytest.approx(
@@ -278,7 +278,7 @@ def test_an_animation_is_a_video_and_a_still_image(run: Run, frames: Path, name:
     )  # first frame
 
 
-def test_gaps_in_a_pattern_are_told_once(run: Run, frames: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_gaps_in_a_pattern_are_logged_once(run: Run, frames: Path, caplog: pytest.LogCaptureFixture) -> None:
     (frames / "4.png").unlink()
     assert run("video", "frames/%d.png", "red", "--json", "out.jsonl").exit_code == 0
     assert [record.message for record in caplog.records if "gaps in the numbers" in record.message] == [
@@ -287,7 +287,7 @@ def test_gaps_in_a_pattern_are_told_once(run: Run, frames: Path, caplog: pytest.
     ]
 
 
-def test_options_of_the_detector_apply(run: Run, frames: Path) -> None:
+def test_detector_options_apply(run: Run, frames: Path) -> None:
     def tracks(*options: object) -> set[str]:
         result = run("video", frames, "red,green", "--json", "-", "--every", 1, *options)
         assert result.exit_code == 0, result.stderr
@@ -299,7 +299,7 @@ def test_options_of_the_detector_apply(run: Run, frames: Path) -> None:
     assert tracks("--max-objects", 1, "--nms", 0.5) == {"red", "green"}
 
 
-def test_classes_come_from_a_file_too(run: Run, frames: Path) -> None:
+def test_classes_file_adds_class_names(run: Run, frames: Path) -> None:
     Path("names.txt").write_text("red\n")
     assert run("video", frames, "--classes-file", "names.txt", "--json", "tracks.jsonl").exit_code == 0
     assert "red" in Path("tracks.jsonl").read_text()
@@ -318,7 +318,7 @@ def test_existing_files_are_replaced_only_on_request(run: Run, frames: Path, opt
     assert target.read_bytes() != b"mine"
 
 
-def test_quiet_shows_neither_progress_nor_notices(run: Run, frames: Path) -> None:
+def test_quiet_prints_neither_progress_nor_notices(run: Run, frames: Path) -> None:
     assert run("video", frames, "red", "--json", "-", "-q").stderr == ""
 
 
@@ -331,15 +331,15 @@ def test_help_shows_a_zone_file_that_is_valid(run: Run) -> None:
     assert "docs/zones.md" in text
 
 
-def test_a_video_is_not_written_over(run: Run, clip: Path) -> None:
+def test_input_video_is_never_replaced(run: Run, clip: Path) -> None:
     content = clip.read_bytes()
     result = run("video", clip, "red", "-o", clip)
     assert result.exit_code == 2
-    assert f"--output {clip} would overwrite the original" in result.stderr
+    assert f"--output {clip} would replace an input file" in result.stderr
     assert clip.read_bytes() == content
 
 
-def test_a_zone_outside_the_frames(run: Run, frames: Path) -> None:
+def test_zone_outside_the_frame_is_rejected(run: Run, frames: Path) -> None:
     zones = {"lines": [{"name": "far", "start": [500, 0], "end": [500, 9]}]}
     Path("zones.json").write_text(json.dumps(zones))
     result = run("video", "frames", "red", "--zone", "zones.json", "-o", "out.mp4")
@@ -348,15 +348,15 @@ def test_a_zone_outside_the_frames(run: Run, frames: Path) -> None:
     assert not Path("out.mp4").exists()
 
 
-def test_frames_that_cannot_be_read_are_told(run: Run, frames: Path) -> None:
+def test_undecodable_frames_are_reported(run: Run, frames: Path) -> None:
     (frames / "5.png").write_bytes(b"junk")
     result = run("video", "frames", "red", "--json", "-")
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) == 9
-    assert "Warning: 1 frame could not be decoded and was left out" in result.stderr
+    assert "Warning: 1 frame could not be decoded and was skipped" in result.stderr
 
 
-def test_frames_on_which_the_model_fails_are_told(run: Run, frames: Path) -> None:
+def test_frames_with_model_errors_are_reported(run: Run, frames: Path) -> None:
     cv2.imwrite("frames/5.png", picture(("magenta", (0, 0, 80, 60))))
     result = run("video", "frames", "red", "--every", 1, "--json", "out.jsonl")
     assert result.exit_code == 0
@@ -364,7 +364,7 @@ def test_frames_on_which_the_model_fails_are_told(run: Run, frames: Path) -> Non
     assert len(Path("out.jsonl").read_text().splitlines()) == 10
 
 
-def test_a_model_that_fails_on_every_frame(run: Run, frames: Path) -> None:
+def test_model_error_on_every_frame_exits_with_1(run: Run, frames: Path) -> None:
     for path in frames.iterdir():
         cv2.imwrite(str(path), picture(("magenta", (0, 0, 80, 60))))
     result = run("video", "frames", "red", "--every", 1, "--json", "out.jsonl")
@@ -373,7 +373,7 @@ def test_a_model_that_fails_on_every_frame(run: Run, frames: Path) -> None:
     assert "Warning: the model failed on every frame" in result.stderr
 
 
-# In a process of its own
+# --- separate processes ---
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -389,13 +389,13 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupting_leaves_what_was_written(
-    tmp_path: Path, ending: list[subprocess.Popen[str]], number: signal.Signals, status: int
+def test_interrupted_command_completes_its_files(
+    tmp_path: Path, processes: list[subprocess.Popen[str]], number: signal.Signals, status: int
 ) -> None:
     write_clip(tmp_path / "long.mp4", [np.full((96, 160, 3), number % 250, np.uint8) for number in range(3000)])
     arguments = ("long.mp4", "dog", *TINY, "-o", "out.mp4", "--json", "out.jsonl", "--every", "1")
     running = process(*arguments, cwd=tmp_path)
-    ending.append(running)
+    processes.append(running)
     wait_for_lines(tmp_path / "out.jsonl", 20)
     running.send_signal(number)
     stdout, stderr = running.communicate(timeout=240)
@@ -405,9 +405,9 @@ def test_interrupting_leaves_what_was_written(
     assert stdout.splitlines()[1].startswith("Stopped after ")
     assert "saved out.mp4, out.jsonl" in stdout
     frames = int(stdout.splitlines()[1].split()[2])
-    # What was written when the signal came may not have been counted any more.
+    # A frame written when the signal arrived may not be counted.
     assert 19 <= frames < 3000
-    assert 0 <= len(pictures_of(tmp_path / "out.mp4")) - frames <= 1
+    assert 0 <= len(frame_sizes(tmp_path / "out.mp4")) - frames <= 1
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert 0 <= len(lines) - frames <= 1
     assert [json.loads(line)["frame"] for line in lines] == list(range(len(lines)))
@@ -415,8 +415,8 @@ def test_interrupting_leaves_what_was_written(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
-def test_a_full_disk_is_reported_with_the_frames_that_are_in_the_file(
-    tmp_path: Path, ending: list[subprocess.Popen[str]]
+def test_full_disk_is_reported_with_the_number_of_saved_frames(
+    tmp_path: Path, processes: list[subprocess.Popen[str]]
 ) -> None:
     import resource
 
@@ -427,9 +427,9 @@ def test_a_full_disk_is_reported_with_the_frames_that_are_in_the_file(
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
     running = process("long.mp4", "dog", *TINY, "-o", "out.mp4", "--every", "100", cwd=tmp_path, preexec_fn=limit)
-    ending.append(running)
+    processes.append(running)
     stdout, stderr = running.communicate(timeout=240)
-    saved = len(pictures_of(tmp_path / "out.mp4"))
+    saved = len(frame_sizes(tmp_path / "out.mp4"))
     assert running.returncode == 1, stderr
     assert "out.mp4 cannot be written on: File too large; look for a full disk" in stderr
     frames = int(stdout.splitlines()[1].split()[2])
@@ -437,9 +437,11 @@ def test_a_full_disk_is_reported_with_the_frames_that_are_in_the_file(
     assert f"saved out.mp4 ({saved} of {frames} frames)" in stdout
 
 
-def test_whoever_reads_along_may_stop(tmp_path: Path, clip: Path, ending: list[subprocess.Popen[str]]) -> None:
+def test_closed_pipe_ends_the_command_silently(
+    tmp_path: Path, clip: Path, processes: list[subprocess.Popen[str]]
+) -> None:
     running = process(str(clip), "dog", *TINY, "--every", "1", "--json", "-")
-    ending.append(running)
+    processes.append(running)
     assert running.stdout is not None
     assert json.loads(running.stdout.readline())["frame"] == 0
     running.stdout.close()
@@ -452,19 +454,21 @@ def test_whoever_reads_along_may_stop(tmp_path: Path, clip: Path, ending: list[s
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
-def test_a_terminal_gets_a_bar(tmp_path: Path, clip: Path, ending: list[subprocess.Popen[str]]) -> None:
+def test_progress_bar_is_shown_on_a_terminal(
+    tmp_path: Path, clip: Path, processes: list[subprocess.Popen[str]]
+) -> None:
     import pty
 
     master, slave = pty.openpty()
     running = process(str(clip), "dog", *TINY, "--json", "-", stderr=slave)
-    ending.append(running)
+    processes.append(running)
     os.close(slave)
     stdout = running.communicate(timeout=240)[0]
     seen = b""
     while True:
         try:
             piece = os.read(master, 65536)
-        except OSError:  # Linux's way of saying that the other end is closed
+        except OSError:  # Linux reports a closed terminal this way
             break
         if not piece:
             break

@@ -21,7 +21,7 @@ HARNESS = """
 import json, os, random, signal, sys
 import numpy as np
 import supervision as sv
-from moondream_cv.cli.stopping import Terminated, stop_on_signals
+from moondream_cv.cli.signals import Terminated, stop_on_signals
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.writers.video_file import VideoWriter
 

@@ -233,10 +233,10 @@ def test_files_are_decoded_ahead(clip: Path) -> None:
     tracking = Tracking(bridge_seconds=0.0)
     with track_streams([clip], CLASSES, model=ScriptedDetector(*WALKERS), every=1, tracking=tracking) as stream:
         next(stream)
-        position = stream.sources[0]._given  # type: ignore[attr-defined]
-        until(lambda: stream.sources[0]._given > position)  # type: ignore[attr-defined]
+        position = stream.sources[0]._count  # type: ignore[attr-defined]
+        until(lambda: stream.sources[0]._count > position)  # type: ignore[attr-defined]
         time.sleep(0.3)
-        assert stream.sources[0]._given < 20  # type: ignore[attr-defined]
+        assert stream.sources[0]._count < 20  # type: ignore[attr-defined]
 
 
 def test_rendered_clip_reaches_minimum_hota() -> None:

@@ -90,19 +90,22 @@ def _bad_image(folder: Path) -> Path:
         (lambda folder: folder / "cam%d" / "%04d.png", r"has several numbers; use one %d, or a glob"),
         (lambda folder: folder / "100%done.mp4", r"100%done\.mp4': no such file or folder"),
         (lambda folder: folder / "%f.png", r"%f\.png': no such file or folder"),
-        (_text, r"notes\.txt' is text, not a video"),
-        (_disguised_text, r"notes\.mp4' cannot be opened as a video: .*is it a video\?"),
+        (_text, r"notes\.txt' is a text file, not a video"),
+        (_disguised_text, r"notes\.mp4' cannot be opened as a video: .*check that it is a video"),
         (_empty, r"empty\.mp4' cannot be opened as a video: .*the file is empty"),
         (_no_frames, r"none\.mp4' has no frames"),
         (_undecodable, r"none\.avi' has no frames; 1 could not be decoded"),
         (_sound, r"sound\.wav' holds no video, only audio"),
         (_music_with_cover, r"song\.mp3' holds no video, only audio"),
         (_bad_image, r"bad\.png' has no frames that can be read: .*not an image"),
-        (lambda folder: "", "the path of the video is empty"),
+        (lambda folder: "", "the path of the video must not be empty"),
         (lambda folder: "a\0b.mp4", "is not a path|no such file"),
         (lambda folder: "/dev/null", "is not a regular file"),
-        (lambda folder: "file:///a.mp4", r"file:///a\.mp4 cannot be read; of URLs, http, .* can\. Pass files as paths"),
-        (lambda folder: "s3://me:word@bucket/a.mp4", r"^s3://bucket/a\.mp4 cannot be read"),
+        (
+            lambda folder: "file:///a.mp4",
+            r"file:///a\.mp4 has an unsupported scheme; use one of http, .*, or the path of a file",
+        ),
+        (lambda folder: "s3://me:word@bucket/a.mp4", r"^s3://bucket/a\.mp4 has an unsupported scheme"),
         (lambda folder: [], "the list of frames has no frames"),
         (lambda folder: ["a.png", None], r"no frames that can be read: 'a\.png'"),
     ],
@@ -115,11 +118,11 @@ def test_sources_without_frames_are_rejected(tmp_path: Path, make: Any, message:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (-1, "a webcam's index is 0 or more, not -1"),
-        (True, "not bool"),
-        (None, "not NoneType"),
-        (b"clip.mp4", "not bytes"),
-        ({"a": 1}, "not dict"),
+        (-1, "a webcam index must be 0 or more, got -1"),
+        (True, "got bool: True"),
+        (None, "got NoneType: None"),
+        (b"clip.mp4", "got bytes: "),
+        ({"a": 1}, "got dict: "),
         (IMAGES[0], r"array of shape \(64, 128, 3\) is not a sequence of frames"),
     ],
 )
@@ -149,16 +152,16 @@ def _animated(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: write_clip(folder / "clip.mp4", IMAGES[:2]), r"clip\.mp4' has frame times, so leave fps out"),
+        (lambda folder: write_clip(folder / "clip.mp4", IMAGES[:2]), r"clip\.mp4' has frame times, so omit fps"),
         (_animated, r"a\.gif' has frame times"),
         (lambda folder: 0, "webcam 0 is live"),
         (lambda folder: "1", "webcam 1 is live"),
         (lambda folder: "rtsp://me:secret@cam/live", "rtsp://cam/live has frame times"),
-        (lambda folder: open_source(IMAGES), "list of frames is open already"),
+        (lambda folder: open_source(IMAGES), "list of frames is already open"),
     ],
 )
 def test_fps_is_rejected_for_sources_with_frame_times(tmp_path: Path, make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^fps=10 is for images and iterables, which have no clock; .*{message}"):
+    with pytest.raises(ValueError, match=f"^fps=10 is for images and iterables without times; .*{message}"):
         open_source(make(tmp_path), fps=10)
 
 

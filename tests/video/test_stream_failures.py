@@ -141,7 +141,7 @@ def test_lost_live_source_raises_after_its_last_frame(images: list[np.ndarray]) 
     before = stream_threads()
     found: list[TrackedFrame] = []
     stream = track_streams([Camera(images, count=15).open()], CLASSES, model=ScriptedDetector(*WALKERS))
-    with pytest.raises(VideoError, match="the camera at the door is gone"):
+    with pytest.raises(VideoError, match="the camera at the door is lost"):
         found.extend(stream)
     assert frame_number(found[-1].frame.image) == 14
     assert list(stream) == []
@@ -164,13 +164,13 @@ def test_live_source_continues_when_the_detector_raises(
 def test_failing_source_does_not_stop_the_others(
     images: list[np.ndarray], clip: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sources = [clip, broken(images[:20], VideoError("the second one broke off")), images[:60]]
+    sources = [clip, broken(images[:20], VideoError("the second source failed")), images[:60]]
     found: list[TrackedFrame] = []
     stream = track_streams(sources, CLASSES, model=ScriptedDetector(*WALKERS), every=5)
-    with pytest.raises(VideoError, match="the second one broke off"):
+    with pytest.raises(VideoError, match="the second source failed"):
         found.extend(stream)
     assert [len(each) for each in by_source(found, 3)][::2] == [48, 60]
-    assert "the second one broke off" in caplog.text
+    assert "the second source failed" in caplog.text
     assert list(stream) == []
 
 

@@ -59,7 +59,7 @@ def test_several_sources_share_one_detector_call(names: str) -> None:
 def test_live_source_among_files(images: list[np.ndarray], clip: Path) -> None:
     found: list[TrackedFrame] = []
     sources = [Camera(images, count=20).open(), clip]
-    with pytest.raises(VideoError, match="the camera at the door is gone"):
+    with pytest.raises(VideoError, match="the camera at the door is lost"):
         found.extend(track_streams(sources, CLASSES, model=ScriptedDetector(*WALKERS), every=5))
     live, file = by_source(found, 2)
     check_frames(file, range(48))
@@ -93,8 +93,8 @@ def test_track_yields_images_and_detections(clip: Path) -> None:
         ({"model": 5}, "model must be a name"),
         ({"model": ColorModel}, "model must be a name"),
         ({"model": ColorModel(), "confidence": 2.0}, "confidence must be"),
-        ({"source": 3.5}, "frames come from a path"),
-        ({"source": -1}, "webcam's index"),
+        ({"source": 3.5}, "source must be a path"),
+        ({"source": -1}, "webcam index"),
         ({"model": ScriptedDetector(), "confidence": 2.0}, "confidence"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Image files with several frames: animations with their durations, and the pages of a TIFF or HEIF file.
+"""Image files with several frames: animations with durations, and the pages of TIFF and HEIF files.
 
-Pillow decodes them one frame at a time, under the limits of `images`. FFmpeg reads no animated WebP, and only the first
-frame of an animated AVIF. Still images are left to `images_folder`.
+Pillow decodes them one frame at a time, with the size limits of `images`. FFmpeg cannot read animated WebP, and reads
+only the first frame of an animated AVIF. `image_folder` reads still images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moondream_cv.video.sources.base import FiniteSource, Source, TimedImage, to
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 _PAGED = ("TIFF", "HEIF")
 
-_SHORTEST_DURATION = 0.01  # seconds; browsers show frames of at most this for _REPLACEMENT_DURATION
+_SHORTEST_DURATION = 0.01  # seconds; browsers replace durations up to this by _REPLACEMENT_DURATION
 _REPLACEMENT_DURATION = 0.1
 _REDUCED_OR_MASK = 0b101  # bits of a TIFF page's NewSubfileType: a thumbnail, or a transparency mask
 _NEW_SUBFILE_TYPE = 254
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 class FrameInfo(NamedTuple):
-    """The frames of an image file, as its headers describe them.
+    """Frames of an image file according to its headers.
 
     Attributes:
         format: Pillow's name of the format.
-        frames: Numbers of the first two frames of the sequence. The first is not always 0: browsers do not show the
-            default image of an APNG that is not a part of the animation.
-        total: Number of frames, thumbnails among the pages of a TIFF included.
+        frames: Indices of the first two frames. The first one is not always 0: an APNG may have a default image that is
+            not part of the animation.
+        total: Number of frames, including thumbnails among the pages of a TIFF.
     """
 
     format: str
@@ -55,15 +55,15 @@ class FrameInfo(NamedTuple):
 
 
 def image_format(path: Path) -> str | None:
-    """Return Pillow's name of a file's format if it is one that may hold several frames; None for others.
+    """Return Pillow's name of the format of a file that may have several frames; None for other files.
 
-    It is recognized by the file's first bytes, whatever its name is; a TIFF also by its suffix, since the raw files of
-    cameras begin with the same bytes. A file that cannot be read has no format.
+    The format is recognized by the first bytes of the file. A TIFF must also have its suffix, since raw camera files
+    start with the same bytes. The result is None for a file that cannot be read.
     """
     try:
         with path.open("rb") as file:
             head = file.read(64)
-    except OSError:  # opening it as a video reports it
+    except OSError:  # reported when the file is opened as a video
         return None
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
@@ -83,31 +83,31 @@ def image_format(path: Path) -> str | None:
 
 
 def frame_info(path: Path) -> FrameInfo | None:
-    """Return the description of an image file's frames; None if it has only one or is not readable as an image."""
+    """Return the frames of an image file; None if it has one frame or is not a readable image."""
     try:
         kind = image_format(path)
         if kind not in readable_formats():
             return None
-        with path.open("rb") as file, opened_image(file, repr(str(path))) as picture:
+        with path.open("rb") as file, opened_image(file, repr(str(path))) as image_file:
             if kind == "GIF":
-                total = len(_durations(path, kind))  # Pillow's own count fails if the file is cut off
+                total = len(_durations(path, kind))  # Pillow cannot count the frames of a truncated file
             else:
-                total = _page_count(picture) if kind == "TIFF" else int(getattr(picture, "n_frames", 1))
-            frames = tuple(itertools.islice(_numbers(picture, total), 2)) if total > 1 else (0,)
+                total = _page_count(image_file) if kind == "TIFF" else int(getattr(image_file, "n_frames", 1))
+            frames = tuple(itertools.islice(_numbers(image_file, total), 2)) if total > 1 else (0,)
     except (ImageError, OSError):
-        return None  # reading the first frame reports it
+        return None  # reported when the first frame is read
     return FrameInfo(str(kind), frames, total) if len(frames) > 1 else None
 
 
 def open_animation(path: Path, info: FrameInfo, name: str, fps: float | None = None) -> FiniteSource:
     """Return a source of all frames of an image file, decoded one at a time.
 
-    Animations have the times of their durations; 10 ms or less count as 100 ms, as in browsers. Transparent ones are
-    shown on white. Pages have no times, and are shown like separate images.
+    The times of an animation follow from its durations; durations up to 10 ms become 100 ms, as in browsers.
+    Transparent frames get a white background. Pages have no times, like separate images.
 
     Args:
-        path: The file.
-        info: From `frame_info`.
+        path: Path of the file.
+        info: Result of `frame_info`.
         name: Name of the source in messages.
         fps: Frames per second of pages; ignored for animations.
 
@@ -128,69 +128,69 @@ def open_animation(path: Path, info: FrameInfo, name: str, fps: float | None = N
 
 
 def _animation(path: Path, total: int, source: Source) -> Generator[TimedImage, None, None]:
-    seconds, given = 0.0, 0
+    seconds, count = 0.0, 0
     try:
-        with path.open("rb") as file, opened_image(file, source.name) as picture:
-            for number in _numbers(picture, total):
-                picture.seek(number)
-                image = _on_white(upright_image(picture, source.name))
-                duration = _shown_for(picture.info.get("duration"), picture.format)
+        with path.open("rb") as file, opened_image(file, source.name) as image_file:
+            for number in _numbers(image_file, total):
+                image_file.seek(number)
+                image = _on_white(upright_image(image_file, source.name))
+                duration = _shown_for(image_file.info.get("duration"), image_file.format)
                 yield TimedImage(to_bgr(image), seconds, duration)
-                seconds, given = seconds + duration, given + 1
+                seconds, count = seconds + duration, count + 1
     except (ImageError, OSError) as error:
-        if not given:
+        if not count:
             raise VideoError(f"{source.name} has no frames that can be read: {error}") from error
-        source.problems += 1  # later frames are drawn on the earlier ones, so there is no going on
-        logger.warning("%s ends after %d of %s frames: %s", source.name, given, source.frame_count, error)
+        source.problems += 1  # later frames build on earlier ones, so reading ends here
+        logger.warning("%s ends after %d of %s frames: %s", source.name, count, source.frame_count, error)
 
 
 def _pages(path: Path, total: int, source: Source) -> Generator[TimedImage, None, None]:
     first_error: Exception | None = None
-    given = False
-    with path.open("rb") as file, opened_image(file, source.name) as picture:
-        for number in _numbers(picture, total):
+    has_page = False
+    with path.open("rb") as file, opened_image(file, source.name) as image_file:
+        for number in _numbers(image_file, total):
             try:
                 with decoding_errors(f"page {number + 1} of {source.name}"):
-                    picture.seek(number)
-                    image = to_bgr(upright_image(picture, f"page {number + 1} of {source.name}"))
+                    image_file.seek(number)
+                    image = to_bgr(upright_image(image_file, f"page {number + 1} of {source.name}"))
             except ImageError as error:
                 first_error = first_error or error
-                source.note_problem(error)
+                source.record_problem(error)
                 continue
-            given = True
+            has_page = True
             yield TimedImage(image)
-    if not given:
+    if not has_page:
         raise VideoError(f"{source.name} has no frames that can be read: {first_error}") from first_error
 
 
-def _numbers(picture: Image.Image, total: int) -> Iterator[int]:
-    """Yield the numbers of the frames that belong to the sequence, among all in the file."""
-    for number in range(1 if getattr(picture, "default_image", False) else 0, total):
-        if picture.format != "TIFF" or not _is_reduced_or_mask(picture, number):
+def _numbers(image_file: Image.Image, total: int) -> Iterator[int]:
+    """Yield the indices of the frames that belong to the sequence."""
+    for number in range(1 if getattr(image_file, "default_image", False) else 0, total):
+        if image_file.format != "TIFF" or not _is_reduced_or_mask(image_file, number):
             yield number
 
 
-def _is_reduced_or_mask(picture: Image.Image, number: int) -> bool:
+def _is_reduced_or_mask(image_file: Image.Image, number: int) -> bool:
     try:
-        picture.seek(number)
-    except Exception:  # of a damaged page, whose reading reports it
+        image_file.seek(number)
+    except Exception:  # a damaged page, reported when it is read
         return False
-    kind = getattr(picture, "tag_v2", {}).get(_NEW_SUBFILE_TYPE, 0)
+    kind = getattr(image_file, "tag_v2", {}).get(_NEW_SUBFILE_TYPE, 0)
     return isinstance(kind, int) and bool(kind & _REDUCED_OR_MASK)
 
 
-def _page_count(picture: Image.Image) -> int:
-    """Return the number of pages of a TIFF up to the first damaged one, which is included."""
+def _page_count(image_file: Image.Image) -> int:
+    """Return the number of pages of a TIFF, up to and including the first damaged one."""
     for count in itertools.count(1):
         try:
-            picture.seek(count)
+            image_file.seek(count)
         except EOFError:
             return count
-        except Image.DecompressionBombError:  # too large, and reported when it is read; the directory is intact
+        except Image.DecompressionBombError:  # too large, reported when it is read; the directory is intact
             continue
-        except Exception:  # whatever a damaged directory makes Pillow raise
+        except Exception:  # a damaged directory makes Pillow raise various errors
             return count + 1
-    raise AssertionError("counting has no end")
+    raise AssertionError("unreachable")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -204,12 +204,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _shown_for(milliseconds: float | None, kind: str | None) -> float:
-    """Return the seconds for which browsers show a frame of this duration. In AVIF, any duration above 0 is kept."""
+    """Return the duration in seconds that browsers use. In AVIF, they keep all durations above 0."""
     seconds = float(milliseconds or 0) / 1000
     return seconds if seconds > (0 if kind == "AVIF" else _SHORTEST_DURATION) else _REPLACEMENT_DURATION
 
 
-# Durations before decoding, for the average frame rate: Pillow reads a frame's duration when it decodes the frame.
+# The average frame rate is needed before decoding, and Pillow reads durations while decoding. So parse the file.
 
 
 def _average_fps(path: Path, kind: str) -> float | None:
@@ -220,7 +220,7 @@ def _average_fps(path: Path, kind: str) -> float | None:
 
 
 def _durations(path: Path, kind: str) -> list[float]:
-    """Return the milliseconds of each frame as its container has them, as far as it is intact; empty for AVIF."""
+    """Return the duration of each frame in milliseconds, up to the first damage; empty for AVIF."""
     scan = {"GIF": _gif_durations, "PNG": _png_durations, "WEBP": _webp_durations}.get(kind)
     durations: list[float] = []
     if scan is not None:
@@ -270,7 +270,7 @@ def _gif_durations(file: IO[bytes]) -> Iterator[float]:
 
 
 def _skip_blocks(file: IO[bytes]) -> bytes:
-    """Skip the blocks of a GIF's extension or image, and return the first one."""
+    """Skip the blocks of an extension or an image of a GIF, and return the first block."""
     first = file.read(file.read(1)[0])
     if first:
         while size := file.read(1)[0]:

@@ -1,7 +1,4 @@
-"""`Source`: what every source of frames offers, and the ones that end by themselves.
-
-Where the frames come from is left to the modules beside this one; `sources.open_source` chooses among them.
-"""
+"""`Source`: the interface of all sources of frames, and `FiniteSource`, the base of sources with an end."""
 
 from __future__ import annotations
 
@@ -31,12 +28,12 @@ Image: TypeAlias = npt.NDArray[np.uint8]
 
 
 class TimedImage(NamedTuple):
-    """An image with the times that its source gives.
+    """An image with its times in the source.
 
     Attributes:
         image: [H, W, 3] uint8 BGR.
-        seconds: When it is shown, on the source's own clock; None if there is none.
-        duration: Seconds for which it is shown; None if the source does not say.
+        seconds: Presentation time on the clock of the source; None without a clock.
+        duration: Duration in seconds; None if unknown.
     """
 
     image: Image
@@ -45,11 +42,11 @@ class TimedImage(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """One of the recordings that a file consists of; most files have one.
+    """One of the concatenated recordings of a file; most files have one.
 
     Attributes:
-        time: Seconds from the first frame of the file to the first frame of the recording.
-        seconds: Time of that frame on the file's clock.
+        time: Time of the recording's first frame, in seconds since the first frame of the file.
+        seconds: Time of that frame on the clock of the file.
     """
 
     time: float
@@ -60,43 +57,44 @@ MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 0.01, 100
 """Limits of plausible sample aspect ratios; a file with any other is damaged."""
 
 ASSUMED_FPS = 30.0
-"""Frames per second of what has no clock of its own: folders of images and iterables."""
+"""Frames per second of folders of images and iterables, which have no clock."""
 
-LARGEST_CLOCK_ERROR = 2.5
-"""Frames by which a source's clock may fall back before another recording is assumed to begin there."""
+MAX_CLOCK_ERROR = 2.5
+"""Frames by which the clock of a source may step back without starting another recording."""
 
 CLOSING_SECONDS = 2.0
-"""How long `close` waits for a read that is under way in another thread; that thread then cleans up by itself."""
+"""Seconds that `close` waits for a read in another thread. After that, the other thread cleans up."""
 
 logger = logging.getLogger(__name__)
 
 
 class Source(ABC):
-    """Frames, one after another. A source is gone through once; it is its own iterator.
+    """Iterator of frames, which can be used once.
 
         with open_source("clip.mp4") as source:
             for frame in source:
                 ...
 
     Attributes:
-        name: What messages call it; of a URL without user, password and keys.
-        live: Whether frames come when they come, and those that nobody fetched in time are dropped.
-        fps: Average frames per second; None where that is unknown.
-        frame_count: Estimate of the container, which may be wrong; None where there is none.
+        name: Name in messages. Names of URLs contain no user, password or keys.
+        live: Whether frames arrive in real time. A live source drops frames that are not fetched in time.
+        fps: Average frames per second; None if unknown.
+        frame_count: Estimated number of frames according to the container; None if unknown.
         resolution_wh: Width and height of the first frame, upright. Later frames may differ.
         sample_aspect_ratio: Width of a pixel divided by its height, upright; None if unknown, which means square.
-        colorspace: Matrix of the source's colors, "bt601" or "bt709"; None if they are not stored as YUV or unknown.
-        start_time: Seconds of the first frame on the source's own clock, which its sound shares; None without a clock.
-        recordings: The recordings read so far, which begin where the source's clock falls back. Empty without a clock.
-        problems: Frames that could not be decoded and were skipped.
-        ahead: Whether frames may be fetched ahead in another thread: not those of an iterable, which is its owner's.
+        colorspace: Color matrix, "bt601" or "bt709"; None if unknown or not stored as YUV.
+        start_time: Time of the first frame in seconds on the clock of the source, which audio shares; None without a
+            clock.
+        recordings: Recordings read so far. Another one starts when the clock steps back. Empty without a clock.
+        problems: Number of frames that could not be decoded and were skipped.
+        can_prefetch: Whether another thread may fetch frames ahead. False for iterables, which belong to the caller.
     """
 
     live = False
-    ahead = True
+    can_prefetch = True
 
     def __init__(self, name: str) -> None:
-        """Start with nothing known but the name."""
+        """Start with a name and no other properties."""
         self.name = name
         self.fps: float | None = None
         self.frame_count: int | None = None
@@ -113,7 +111,7 @@ class Source(ABC):
         return f"{type(self).__name__}({self.name}, {size}, fps={self.fps}, live={self.live})"
 
     def __iter__(self) -> Self:
-        """Return itself: a second loop goes on where the first stopped."""
+        """Return itself. A second loop continues after the first one."""
         return self
 
     @abstractmethod
@@ -121,13 +119,13 @@ class Source(ABC):
         """Return the next frame.
 
         Raises:
-            StopIteration: There are no more, or the source was closed.
-            VideoError: The source broke off.
+            StopIteration: There are no more frames, or the source is closed.
+            VideoError: The source failed.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End the iteration, also one in another thread, and let go of file or camera. May be called repeatedly."""
+        """End the iteration, also in another thread, and release the file or camera. May be called repeatedly."""
 
     def __enter__(self) -> Self:
         return self
@@ -137,38 +135,42 @@ class Source(ABC):
     ) -> None:
         self.close()
 
-    def note_problem(self, reason: object) -> None:
-        """Count a frame that could not be decoded; of the first, warn."""
+    def record_problem(self, reason: object) -> None:
+        """Count a frame that could not be decoded, and log a warning for the first one.
+
+        Args:
+            reason: Reason in the warning.
+        """
         self.problems += 1
         if not self._warned:
             self._warned = True
-            logger.warning("%s: a frame was skipped, since %s; further ones are only counted", self.name, reason)
+            logger.warning("%s: a frame was skipped: %s; further skipped frames are only counted", self.name, reason)
 
 
 class FiniteSource(Source):
-    """Frames in their order, none dropped, until there are no more.
+    """Source with an end, which yields every frame in order.
 
-    Times are counted from the first frame. If the source's own clock falls back by more than `LARGEST_CLOCK_ERROR`
-    frames, as in a file made of two recordings, they go on from there.
+    Times start at the first frame. They continue if the clock of the source steps back by more than `MAX_CLOCK_ERROR`
+    frames, as in a file that consists of two recordings.
     """
 
     def __init__(self, read: Callable[[Source], Generator[TimedImage, None, None]], *, name: str) -> None:
         """Read the first frame.
 
         Args:
-            read: Given this source, which it may tell `fps`, `frame_count` and problems, gives the images. It is
-                closed when the source is.
-            name: What messages call the source.
+            read: Function that gets this source, sets its `fps` and `frame_count`, records problems, and returns a
+                generator of the images. The generator is closed with the source.
+            name: Name of the source in messages.
 
         Raises:
-            VideoError: There is no frame.
+            VideoError: The source has no frames.
         """
         super().__init__(name)
         self._images = read(self)
         self._closed = False
-        self._stepping = threading.Lock()  # a generator that runs cannot be closed from another thread
-        self._given = 0
-        self._start: float | None = None  # on the source's own clock
+        self._stepping = threading.Lock()  # a running generator cannot be closed from another thread
+        self._count = 0  # frames returned so far
+        self._start: float | None = None  # on the clock of the source
         self._time = 0.0
         self._first: TimedImage | None = next(self._images, None)
         if self._first is None:
@@ -189,8 +191,8 @@ class FiniteSource(Source):
                 self._closed = True
                 self._images.close()
                 raise StopIteration
-            frame = Frame(timed.image, self._given, self._time_of(timed.seconds), timed.duration)
-            self._given, self._time = self._given + 1, frame.time
+            frame = Frame(timed.image, self._count, self._time_of(timed.seconds), timed.duration)
+            self._count, self._time = self._count + 1, frame.time
             return frame
 
     def close(self) -> None:
@@ -203,23 +205,23 @@ class FiniteSource(Source):
                 self._stepping.release()
 
     def _time_of(self, seconds: float | None) -> float:
-        """Return seconds since the first frame, given those on the source's own clock."""
+        """Return the seconds since the first frame for a time on the clock of the source."""
         step = 1 / (self.fps or ASSUMED_FPS)
-        expected = self._time + step if self._given else 0.0
+        expected = self._time + step if self._count else 0.0
         if seconds is None:
             return expected
-        if self._start is None or seconds - self._start < self._time - LARGEST_CLOCK_ERROR * step:
+        if self._start is None or seconds - self._start < self._time - MAX_CLOCK_ERROR * step:
             self._start = seconds - expected
-            if self._given:
+            if self._count:
                 self.recordings.append(Recording(expected, seconds))
-        return max(seconds - self._start, self._time)  # max, since subtracting twice may lose the last bit
+        return max(seconds - self._start, self._time)  # max: subtracting twice may lose the last bit
 
 
 def to_bgr(image: ImageInput) -> Image:
-    """Return an image of any kind that `images.to_rgb` takes as BGR pixels of its own.
+    """Return an image of any type that `images.to_rgb` accepts as a BGR array that shares no memory with it.
 
     Raises:
-        ImageError: It is not an image.
+        ImageError: The value is not an image.
     """
     if (
         isinstance(image, np.ndarray)
@@ -228,5 +230,5 @@ def to_bgr(image: ImageInput) -> Image:
         and image.shape[2] == 3
         and image.size
     ):
-        return np.array(image, order="C")  # a copy: cameras and decoders write into the same array again
+        return np.array(image, order="C")  # a copy: cameras and decoders reuse their arrays
     return np.ascontiguousarray(to_rgb(image)[..., ::-1])

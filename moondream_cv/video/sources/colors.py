@@ -1,4 +1,4 @@
-"""Decoded video frames → 8-bit BGR images in BT.709 (SDR), whatever color space the video uses."""
+"""Convert decoded video frames of any color space to 8-bit BGR images in BT.709 (SDR)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 ACCURATE = 0x2 | 0x2000 | 0x4000 | 0x40000
-"""swscale's flags for bilinear chroma and exact rounding, without which each conversion darkens by up to 3 levels."""
+"""swscale flags for bilinear chroma and exact rounding. Without them, each conversion darkens by up to 3 levels."""
 
-# Matrix coefficients → swscale's number of the same matrix.
+# swscale's index for each matrix of H.273.
 _SWSCALE_MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 _SWSCALE_BT601 = 5
 
 
 class BGRConverter:
-    """Converts the frames of one video. It keeps the conversion tables between frames."""
+    """Converts the frames of one video, and reuses its conversion tables."""
 
     def __init__(self, stream: VideoStream, name: str) -> None:
         """Create a converter.
 
         Args:
-            stream: Stream that the frames come from.
+            stream: Stream of the frames.
             name: Name of the source in error messages.
         """
         from av.video.reformatter import VideoReformatter
@@ -46,17 +46,20 @@ class BGRConverter:
     def __call__(self, frame: VideoFrame) -> Image:
         """Convert a frame.
 
-        YUV without a tag is read as BT.709 from 1280 columns or 720 lines up, and as BT.601 below, as players do. HDR
-        (PQ, HLG) and BT.2020 are mapped to BT.709 by FFmpeg's perceptual tone mapping.
+        As in video players, untagged YUV is BT.709 from 1280 columns or 720 rows, and BT.601 below. FFmpeg's perceptual
+        tone mapping converts HDR (PQ, HLG) and BT.2020 to BT.709.
+
+        Args:
+            frame: Decoded frame.
 
         Returns:
-            [H, W, 3] uint8 BGR, full range, in the orientation in which the frame is stored.
+            [H, W, 3] uint8 BGR, full range, in the stored orientation.
 
         Raises:
-            VideoError: The video is HDR, and the FFmpeg of this PyAV cannot map it to SDR.
+            VideoError: The video is HDR, and FFmpeg in this PyAV cannot convert it to SDR.
             FFmpegError, ValueError: The pixels cannot be converted.
         """
-        primaries = getattr(frame, "color_primaries", self._context.color_primaries)  # PyAV 14 has it there
+        primaries = getattr(frame, "color_primaries", self._context.color_primaries)  # in PyAV 14 only on the context
         if self._hdr_transfer(frame) is not None or primaries == _BT2020:
             mapped = self._tone_mapped(frame)
             if mapped is not None:
@@ -78,11 +81,11 @@ class BGRConverter:
 
     @staticmethod
     def colorspace(frame: VideoFrame) -> Colorspace:
-        """Return the matrix with which a frame is read."""
+        """Return the color matrix of a frame."""
         return "bt709" if _swscale_matrix(frame) in (_BT709, _BT2020) else "bt601"
 
     def _tone_mapped(self, frame: VideoFrame) -> Image | None:
-        """Return a frame mapped to BT.709; None if it is SDR and this FFmpeg cannot map colors."""
+        """Return a frame mapped to BT.709; None if it is SDR and this FFmpeg has no tone mapping."""
         import av
 
         transfer = self._hdr_transfer(frame)
@@ -108,12 +111,12 @@ class BGRConverter:
 
 
 def usual_colorspace(width: int, height: int) -> Colorspace:
-    """Return the matrix that players assume for a video of this size without a tag."""
+    """Return the color matrix that players assume for an untagged video of this size."""
     return "bt709" if width >= 1280 or height >= 720 else "bt601"
 
 
 def _pulled(graph: Graph) -> Any:
-    return graph.pull()  # of a video graph a video frame; the stubs allow audio frames too
+    return graph.pull()  # a video frame; the stubs also allow audio frames
 
 
 def _swscale_matrix(frame: VideoFrame) -> int:
@@ -124,10 +127,10 @@ def _swscale_matrix(frame: VideoFrame) -> int:
 
 
 def _tone_mapping_graph(frame: VideoFrame) -> Graph:
-    """Return a filter graph that maps frames like this one to 8-bit BGR in BT.709.
+    """Return a filter graph that converts frames of this format to 8-bit BGR in BT.709.
 
     Raises:
-        OptionNotFoundError: FFmpeg's scale filter does not know transfer functions (before FFmpeg 8).
+        OptionNotFoundError: The scale filter has no transfer functions (FFmpeg before 8).
     """
     import av
 

@@ -1,6 +1,6 @@
-"""Video files and streams through PyAV: packets → upright BGR images.
+"""Video files and streams, decoded by PyAV into upright BGR images.
 
-PyAV is imported when a video is opened: on macOS it and OpenCV clash when both are loaded without need.
+PyAV is imported when a video is opened, because it conflicts with OpenCV on macOS.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-_TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})  # FFmpeg draws any text file as a video of letters
+_TEXT_ART = frozenset({"adf", "bin", "idf", "tty", "xbin"})  # FFmpeg renders text files as videos
 MAX_PLAUSIBLE_FPS = 1000
 _MEASURED_PACKETS = 64
-_ERRORS_IN_A_ROW = 8  # of the container, after which reading on is pointless
+_MAX_CONSECUTIVE_ERRORS = 8  # demuxing errors after which reading stops
 
 logger = logging.getLogger(__name__)
 
@@ -52,24 +52,24 @@ def open_container(
     """Open a file or a stream.
 
     Args:
-        target: An absolute path, or a URL.
-        name: What messages call it.
-        timeout: Seconds to wait at the most for the opening, and for each packet.
-        options: FFmpeg's options for container and protocol.
+        target: Absolute path or URL.
+        name: Name in messages.
+        timeout: Maximum seconds for opening, and for reading a packet; None for no limit.
+        options: FFmpeg options for the container and the protocol.
 
     Raises:
-        VideoError: It cannot be opened or holds no video.
+        VideoError: The target cannot be opened, or has no video stream.
     """
     import av
 
     try:
         container = av.open(target, mode="r", timeout=timeout, options=options or {}, metadata_errors="replace")
     except (av.error.FFmpegError, ValueError) as error:
-        # From None: the original names the URL with its password.
+        # From None: the original message contains the URL with its password.
         raise VideoError(f"{name} cannot be opened as a video: {reason(error)}{_advice(target)}") from None
     try:
         if container.format.name in _TEXT_ART:
-            raise VideoError(f"{name} is text, not a video")
+            raise VideoError(f"{name} is a text file, not a video")
         video_stream(container, name)
     except BaseException:
         container.close()
@@ -78,21 +78,21 @@ def open_container(
 
 
 def video_stream(container: InputContainer, name: str) -> VideoStream:
-    """Return the stream of moving pictures; a music file's cover is none.
+    """Return the video stream of a container. The cover image of an audio file is not a video stream.
 
     Raises:
-        VideoError: There is none, or PyAV has no decoder for it.
+        VideoError: There is no video stream, or PyAV has no decoder for it.
     """
     stream = container.streams.best("video")
     disposition: Any = getattr(stream, "disposition", 0)
     attached_picture = 0x400
     if stream is None or getattr(disposition, "value", disposition) & attached_picture:
         kinds = ", ".join(sorted({str(other.type) for other in container.streams if other is not stream}))
-        what = f"holds no video, only {kinds}" if kinds else "has no frames"
-        raise VideoError(f"{name} {what}; pass a file with a video in it")
+        content = f"holds no video, only {kinds}" if kinds else "has no frames"
+        raise VideoError(f"{name} {content}; pass a file with a video stream")
     if stream.codec_context is None:
-        raise VideoError(f"{name} is coded in a way that this PyAV cannot decode; convert it to H.264 first")
-    return stream  # type: ignore[return-value]  # the stubs know only that it is a stream
+        raise VideoError(f"{name} has a codec that this PyAV cannot decode; convert the video to H.264 first")
+    return stream  # type: ignore[return-value]  # the stubs return the base class
 
 
 def demux(container: InputContainer, *streams: Any) -> Iterator[Packet[Any]]:
@@ -113,7 +113,7 @@ def open_file(path: Path, name: str) -> FiniteSource:
     Raises:
         VideoError: The file is not a video, or none of its frames can be decoded.
     """
-    target = os.path.abspath(path)  # a relative one might look like a protocol to FFmpeg: "12:30.mp4"
+    target = os.path.abspath(path)  # FFmpeg would take "12:30.mp4" for a URL
 
     def reopen() -> InputContainer:
         return open_container(target, name=name)
@@ -124,14 +124,14 @@ def open_file(path: Path, name: str) -> FiniteSource:
 def open_finite(
     container: InputContainer, reopen: Callable[[], InputContainer], *, name: str, is_file: bool
 ) -> FiniteSource:
-    """Return a source of all frames of an open container, which it closes in the end.
+    """Return a source of all frames of an open container.
 
     Args:
-        container: Of which nothing has been read.
-        reopen: Opens the same again, should the last frames need a second try.
-        name: What messages call it.
-        is_file: Whether an error of reading is for good, so that the end is taken for the end with a warning. Of a
-            remote file, it is raised.
+        container: Container from which nothing has been read. The source closes it.
+        reopen: Function that opens the same video again, to decode the last frames a second time.
+        name: Name of the source in messages.
+        is_file: Whether the video is a local file. Read errors of a file end it with a warning; those of a remote video
+            are raised.
 
     Raises:
         VideoError: None of the frames can be decoded.
@@ -140,7 +140,7 @@ def open_finite(
 
 
 def reason(error: Exception) -> str:
-    """Return why FFmpeg failed, without the URL that its own message names."""
+    """Return the reason of an FFmpeg error, without the URL in its message."""
     import av
 
     if isinstance(error, av.error.ExitError):
@@ -151,7 +151,7 @@ def reason(error: Exception) -> str:
 def average_rate(stream: VideoStream) -> float | None:
     """Return the average frames per second; None if the container gives no plausible rate."""
     rate = stream.average_rate
-    if rate and rate > MAX_PLAUSIBLE_FPS:  # some containers give the unit of their clock instead
+    if rate and rate > MAX_PLAUSIBLE_FPS:  # some containers report the unit of their clock instead
         rate = stream.frames / (stream.duration * _unit(stream)) if stream.frames and stream.duration else None
     return float(rate) if rate else None
 
@@ -160,9 +160,9 @@ class FrameDecoder:
     """Decodes the packets of one stream into upright BGR images with their times.
 
     Attributes:
-        newest: Latest timestamp of a frame, in ticks of the stream; None before the first frame.
+        newest: Latest timestamp of a frame in ticks of the stream; None before the first frame.
         newest_packet: Latest timestamp of a packet.
-        timestamps: The times of the stream's packets.
+        timestamps: Timestamps of the stream.
     """
 
     def __init__(self, container: InputContainer, source: Source) -> None:
@@ -170,7 +170,7 @@ class FrameDecoder:
 
         Args:
             container: An open container.
-            source: Gets the problems and the shape of the pixels.
+            source: Source whose problems, sample aspect ratio and colorspace are set.
         """
         self.stream = video_stream(container, source.name)
         self._source = source
@@ -181,7 +181,7 @@ class FrameDecoder:
         self.newest_packet: int | None = None
 
     def frames(self, packet: Packet[Any] | None) -> Iterator[tuple[VideoFrame, int | None]]:
-        """Decode a packet into frames with their timestamps; note a problem if it cannot be decoded."""
+        """Yield the frames of a packet with their timestamps. Record a problem if decoding fails."""
         if packet is not None:
             stamp = self.timestamps.add_packet(packet)
             if stamp is not None:
@@ -196,14 +196,14 @@ class FrameDecoder:
             yield frame, stamp
 
     def image(self, frame: VideoFrame, stamp: int | None) -> TimedImage | None:
-        """Convert a frame to an upright image; None, with a problem noted, if its pixels cannot be converted."""
+        """Return a frame as an upright image; record a problem and return None if its pixels cannot be converted."""
         import av
 
         try:
             pixels = self._to_bgr(frame)
             side_data: Any = frame.side_data.get("DISPLAYMATRIX")
         except (av.error.FFmpegError, ValueError) as error:
-            self._source.note_problem(f"its pixels cannot be converted: {reason(error)}")
+            self._source.record_problem(f"its pixels cannot be converted: {reason(error)}")
             return None
         pixels, is_turned = _upright(pixels, side_data)
         ratio = self.stream.sample_aspect_ratio
@@ -215,7 +215,7 @@ class FrameDecoder:
         return TimedImage(np.ascontiguousarray(pixels), seconds)
 
     def images(self, packet: Packet[Any] | None) -> Iterator[TimedImage]:
-        """Decode a packet into images."""
+        """Yield the images of a packet."""
         for frame, stamp in self.frames(packet):
             image = self.image(frame, stamp)
             if image is not None:
@@ -224,21 +224,21 @@ class FrameDecoder:
     def _decoded(self, packet: Packet[Any] | None) -> list[VideoFrame]:
         import av
 
-        if packet is not None and not packet.size and packet.dts is not None:  # the last frame is shown for longer
+        if packet is not None and not packet.size and packet.dts is not None:  # extends the duration of the last frame
             return []
         try:
             return self.stream.codec_context.decode(packet)
-        except av.error.EOFError:  # emptied twice
+        except av.error.EOFError:  # flushed twice
             return []
         except av.error.FFmpegError as error:
-            self._source.note_problem(f"it cannot be decoded: {reason(error)}")
+            self._source.record_problem(f"it cannot be decoded: {reason(error)}")
             return []
 
 
 def _read(
     container: InputContainer, reopen: Callable[[], InputContainer], source: Source, is_file: bool
 ) -> Generator[TimedImage, None, None]:
-    """Give all images of a container, with the seconds at which and for which they are shown."""
+    """Yield all images of a container with their times and durations."""
     try:
         decoder = FrameDecoder(container, source)
         stream = decoder.stream
@@ -251,7 +251,7 @@ def _read(
                 if held is not None:
                     yield held._replace(duration=_difference(image.seconds, held.seconds))
                 held = image
-        except VideoError:  # what came before it is shown first
+        except VideoError:  # yield the last image before the failure first
             if held is not None:
                 yield held
             raise
@@ -263,7 +263,7 @@ def _read(
 
 
 def _difference(later: float | None, earlier: float | None) -> float | None:
-    """Return the seconds from one time to a later one; None if one is unknown or it is not later."""
+    """Return the seconds between two times; None if a time is unknown or the second one is not later."""
     if later is None or earlier is None or later <= earlier:
         return None
     return later - earlier
@@ -276,8 +276,8 @@ def _images(
     source: Source,
     is_file: bool,
 ) -> Iterator[TimedImage]:
-    """Give all images of a container, with the seconds at which they are shown."""
-    problems = 0  # those noted before the newest frame
+    """Yield all images of a container with their times."""
+    problems = 0  # recorded before the newest frame
     for packet in _packets(container, decoder.stream, source, is_file):
         for frame, stamp in decoder.frames(packet):
             problems = source.problems
@@ -293,10 +293,10 @@ def _images(
 def _last_frames(
     reopen: Callable[[], InputContainer], after: int | None, source: Source
 ) -> Generator[TimedImage, None, None]:
-    """Give the images shown after a timestamp.
+    """Yield the images after a timestamp, decoded again without threads.
 
-    When the decoder is emptied at the end, several threads' frames come at once, and PyAV loses those beside a damaged
-    one. Decoded again without threads, they come one by one.
+    Flushing a decoder with threads returns the frames of all threads at once, and PyAV loses all of them if one is
+    damaged. A decoder without threads returns them one by one.
     """
     container = reopen()
     try:
@@ -305,15 +305,15 @@ def _last_frames(
         if after is not None:
             container.seek(after, stream=decoder.stream)
         for packet in _packets(container, decoder.stream, source, True):
-            late = after is None or packet.pts is None or packet.pts > after
-            already = source.problems
+            is_late = after is None or packet.pts is None or packet.pts > after
+            problems = source.problems
             for frame, stamp in decoder.frames(packet):
                 is_new = after is None or (stamp is not None and stamp > after)
                 image = decoder.image(frame, stamp) if is_new else None
                 if image is not None:
                     yield image
-            if not late:
-                source.problems = already  # seen and counted the first time
+            if not is_late:
+                source.problems = problems  # counted the first time
     finally:
         container.close()
 
@@ -335,7 +335,7 @@ def _measured_rate(reopen: Callable[[], InputContainer], name: str) -> float | N
 
 
 def _packets(container: InputContainer, stream: VideoStream, source: Source, is_file: bool) -> Iterator[Packet[Any]]:
-    """Give the packets of a stream, at the end the empty one that empties the decoder."""
+    """Yield the packets of a stream, and at the end an empty one that flushes the decoder."""
     import av
 
     errors = 0
@@ -345,18 +345,20 @@ def _packets(container: InputContainer, stream: VideoStream, source: Source, is_
                 errors = 0
                 yield packet
             return
-        except av.error.FFmpegError as error:  # of demux, since consumers catch those of decoding
+        except av.error.FFmpegError as error:  # from demuxing; consumers catch decoding errors
             if not is_file and not isinstance(error, av.error.InvalidDataError):
-                raise VideoError(f"{source.name} broke off: {reason(error)}; try again, or download it first") from None
+                raise VideoError(
+                    f"{source.name} failed: {reason(error)}; try again, or download the file first"
+                ) from None
             errors += 1
-            if errors >= _ERRORS_IN_A_ROW:
-                logger.warning("%s is damaged (%s); what lies behind is lost", source.name, reason(error))
+            if errors >= _MAX_CONSECUTIVE_ERRORS:
+                logger.warning("%s is damaged (%s); the rest of the file is skipped", source.name, reason(error))
                 yield av.Packet(0)
                 return
 
 
 def _upright(image: Image, display_matrix: Any) -> tuple[Image, bool]:
-    """Return pixels turned and mirrored as a display matrix says, and whether rows became columns."""
+    """Return pixels rotated and mirrored by a display matrix, and whether rows became columns."""
     if display_matrix is None:
         return image, False
     # [[a, b, u], [c, d, v], [x, y, w]]: a pixel (p, q) is shown at (a p + c q, b p + d q), up to scale.
@@ -375,10 +377,10 @@ def _unit(stream: VideoStream) -> Fraction:
 
 
 def _duration(container: InputContainer, stream: VideoStream) -> float | None:
-    """Return the seconds that the video claims to last."""
+    """Return the duration in seconds according to the container; None if unknown."""
     if stream.duration:
         return float(stream.duration * _unit(stream))
-    if container.duration and len(container.streams) == 1:  # otherwise the sound may be what lasts as long
+    if container.duration and len(container.streams) == 1:  # otherwise the audio may determine the duration
         return container.duration / 1_000_000
     return None
 
@@ -397,18 +399,18 @@ def _warn_if_short(container: InputContainer, decoder: FrameDecoder, source: Sou
         return
     lasted = float((end - start) * _unit(decoder.stream))
     if lasted + 3 / (source.fps or ASSUMED_FPS) < claimed:
-        logger.warning("%s is cut off: it ends after %.2f s of %.2f", source.name, lasted, claimed)
+        logger.warning("%s is truncated: it ends after %.2f s of %.2f s", source.name, lasted, claimed)
 
 
 def _advice(target: str) -> str:
-    """Return what can be said about a file that FFmpeg does not open."""
+    """Return an explanation for a file that FFmpeg cannot open."""
     try:
         with open(target, "rb") as file:
             head = file.read(12)
-    except OSError:  # a URL, or not ours to read
+    except OSError:  # a URL, or not readable
         return ""
     if not head:
         return "; the file is empty"
     if head[4:8] == b"ftyp":
-        return "; its index is missing, so it was cut off while it was written or copied"
-    return "; is it a video?"
+        return "; its index is missing: the file was truncated while it was written or copied"
+    return "; check that it is a video"

@@ -1,4 +1,4 @@
-"""`Frame`: one picture of a source, and when it was taken."""
+"""`Frame`: an image of a source with its index and time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture of a source.
+    """An image of a source.
 
     Attributes:
         image: [H, W, 3] uint8 BGR.
-        index: Its number among the frames that the source gave, from 0.
-        time: Seconds since the source's first frame; it never falls.
-        duration: Seconds for which the source shows the image; None if it does not say.
+        index: Index among the frames that the source returned, from 0.
+        time: Seconds since the first frame of the source. Times never decrease.
+        duration: Seconds for which the source shows the image; None if unknown.
     """
 
     image: npt.NDArray[np.uint8]

@@ -28,16 +28,16 @@ def images_of(path: Path) -> list[Path] | None:
     """Return the images of a folder or a pattern, in natural order: img2 before img10.
 
     Args:
-        path: A folder, without its subfolders; a glob like frames/*.jpg, in which `**` stands for any folders; or a
-            pattern with the frame number like frames/%04d.png, as in FFmpeg and OpenCV: `%d` for a number without
-            leading zeros, `%04d` for one with at least four digits, `%%` for a percent sign. The numbers may start
-            anywhere; a warning is logged if some are missing in between.
+        path: Folder, without its subfolders; glob like frames/*.jpg, in which `**` matches any folders; or pattern with
+            the frame number like frames/%04d.png, as in FFmpeg and OpenCV. `%d` is a number without leading zeros,
+            `%04d` a number with at least four digits, and `%%` a percent sign. The first number is arbitrary. A warning
+            is logged if numbers are missing in between.
 
     Returns:
-        The images; None if the path is neither a folder nor a pattern.
+        The paths of the images; None if the path is neither a folder nor a pattern.
 
     Raises:
-        VideoError: There are none.
+        VideoError: There are no images.
     """
     if path.is_dir():
         found = [file for file in path.iterdir() if _is_image(file) and not file.name.startswith(".")]
@@ -64,8 +64,8 @@ def _images_only(pattern: Path, matches: Sequence[Path]) -> list[Path]:
     if found:
         return found
     if matches:
-        what = f"{len(matches)} files, none of which ends in {_suffixes()}; videos are read one at a time"
-        raise VideoError(f"the pattern {str(pattern)!r} matches {what}")
+        content = f"{len(matches)} files, none of which ends in {_suffixes()}; pass one video at a time"
+        raise VideoError(f"the pattern {str(pattern)!r} matches {content}")
     folder = pattern.parent
     if has_magic(str(folder)) or "%" in str(folder):
         raise VideoError(f"the pattern {str(pattern)!r} matches no file")
@@ -77,7 +77,7 @@ def _images_only(pattern: Path, matches: Sequence[Path]) -> list[Path]:
 
 
 def _numbered_files(pattern: Path) -> list[Path]:
-    """Return the files that a pattern with a frame number matches, by number.
+    """Return the files that match a pattern with a frame number, sorted by number.
 
     Raises:
         VideoError: The pattern has several numbers.
@@ -104,7 +104,7 @@ def _numbered_files(pattern: Path) -> list[Path]:
 
 
 def _regex(part: str) -> re.Pattern[str]:
-    """Return an expression for the names that a part of a pattern stands for; its group is the number."""
+    """Return a regular expression for a component of a pattern, whose group is the number."""
     pieces = []
     for piece in _CONVERSION.split(part):
         conversion = _CONVERSION.fullmatch(piece)
@@ -120,13 +120,13 @@ def _warn_of_gaps(pattern: Path, numbers: list[int]) -> None:
     if len(numbers) < 2:
         return
     steps = [after - before for before, after in pairwise(numbers)]
-    step = gcd(*steps)  # of every tenth frame, none is missing
+    step = gcd(*steps)  # a step of ten has no gaps
     missing = (numbers[-1] - numbers[0]) // step + 1 - len(numbers)
     if missing:
         first = numbers[next(i for i, length in enumerate(steps) if length > step)] + step
         logger.warning(
-            "%r: gaps in the numbers from %d to %d, %d missing, the first is %d; the frames around a gap follow each "
-            "other without a pause",
+            "%r: gaps in the numbers from %d to %d, %d missing, the first is %d; the frames around a gap are "
+            "consecutive",
             str(pattern), numbers[0], numbers[-1], missing, first,
         )  # fmt: skip
 
@@ -136,23 +136,23 @@ def _without_percent_signs(text: str) -> str:
 
 
 def natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
-    """Return what to sort a path by so that numbers in it count as numbers."""
+    """Return a sort key for a path that compares its numbers by value."""
     parts = re.split(r"([0-9]+)", path.as_posix().casefold())
     return [(0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part) for part in parts], str(path)
 
 
 def open_images(files: list[Path], name: str, fps: float | None = None) -> FiniteSource:
-    """Return a source of image files, one frame each. One that cannot be read counts as a problem and is skipped.
+    """Return a source of image files, one frame each. Files that cannot be read are skipped and counted as problems.
 
-    Only the first frame of an animation or of a multi-page TIFF is read, with a warning.
+    Only the first frame of an animation or a TIFF with several pages is read, and a warning is logged.
 
     Args:
-        files: The images, in order.
+        files: Paths of the images, in order.
         name: Name of the source in messages.
-        fps: Frames per second; None for `ASSUMED_FPS`.
+        fps: Frames per second; default: `ASSUMED_FPS`.
 
     Raises:
-        VideoError: None of them can be read.
+        VideoError: No image can be read.
     """
     source = FiniteSource(lambda source: _converted(files, source, fps), name=name)
     source.frame_count = len(files)
@@ -160,19 +160,19 @@ def open_images(files: list[Path], name: str, fps: float | None = None) -> Finit
 
 
 def open_iterable(frames: Iterable[Any], fps: float | None = None) -> FiniteSource:
-    """Return a source of an iterable's images of any kind, or of its `Frame`s, whose times are kept.
+    """Return a source of the images or `Frame`s of an iterable. `Frame`s keep their times.
 
-    Items that are not images count as problems and are skipped; errors of the iterable itself are passed on.
+    Items that are not images are skipped and counted as problems. Errors of the iterable itself propagate.
 
     Args:
-        frames: The images.
-        fps: Frames per second of images without times; None for `ASSUMED_FPS`.
+        frames: Images or `Frame`s.
+        fps: Frames per second of images without times; default: `ASSUMED_FPS`.
 
     Raises:
-        VideoError: There is no image among them.
+        VideoError: The iterable has no images.
     """
     source = FiniteSource(lambda source: _converted(frames, source, fps), name=f"the {type(frames).__name__} of frames")
-    source.ahead = False
+    source.can_prefetch = False
     if isinstance(frames, (list, tuple)):
         source.frame_count = len(frames)
     return source
@@ -180,7 +180,7 @@ def open_iterable(frames: Iterable[Any], fps: float | None = None) -> FiniteSour
 
 def _converted(items: Iterable[Any], source: Source, fps: float | None) -> Generator[TimedImage, None, None]:
     first_error = None
-    given = warned = False
+    has_image = warned = False
     source.fps = fps
     for item in items:
         timed = TimedImage(item.image, item.time, item.duration) if isinstance(item, Frame) else TimedImage(item)
@@ -188,17 +188,17 @@ def _converted(items: Iterable[Any], source: Source, fps: float | None) -> Gener
             bgr = to_bgr(timed.image)
         except ImageError as error:
             first_error = first_error or error
-            source.note_problem(error)
+            source.record_problem(error)
             continue
         if not warned and isinstance(item, (str, os.PathLike)) and (info := frame_info(Path(item).expanduser())):
             warned = True
             logger.warning(
-                "%s: only the first of %d frames of %s is read; pass that file itself to read all of them",
+                "%s: only the first of %d frames of %s is read; pass the file itself to read all of them",
                 source.name, info.total, item,
             )  # fmt: skip
-        given = True
+        has_image = True
         yield timed._replace(image=bgr)
-    if first_error and not given:
+    if first_error and not has_image:
         raise VideoError(f"{source.name} has no frames that can be read: {first_error}") from first_error
 
 

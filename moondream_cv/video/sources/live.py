@@ -1,4 +1,4 @@
-"""Sources that do not wait: webcams and streams, read in a thread of their own, of which the newest frame counts."""
+"""Live sources: webcams and network streams, read in a background thread that keeps the newest frame."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from moondream_cv.arguments import check_not_negative, check_positive
 from moondream_cv.errors import VideoError
 from moondream_cv.video.sources.base import CLOSING_SECONDS, Image, Source, TimedImage, to_bgr
 from moondream_cv.video.sources.container import FrameDecoder, average_rate, demux, open_container, reason
@@ -17,27 +18,27 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 FIRST_PAUSE = 0.5
-"""Seconds before the first attempt to connect again; they double up to LONGEST_PAUSE."""
+"""Seconds before the first reconnection attempt. The pause doubles up to `MAX_PAUSE`."""
 
-LONGEST_PAUSE = 8.0
+MAX_PAUSE = 8.0
 
 MAX_CLOCK_DRIFT = 10.0
-"""Seconds by which a stream's own clock may differ from the clock of arrival before it is no longer trusted."""
+"""Seconds by which the clock of a stream may differ from arrival times before it is ignored."""
 
-_UNTIMED = frozenset({"mjpeg", "mpjpeg"})  # pictures without a clock, of which FFmpeg says 25 per second
+_UNTIMED = frozenset({"mjpeg", "mpjpeg"})  # images without times, for which FFmpeg reports 25 frames per second
 
 logger = logging.getLogger(__name__)
 
 
 class LiveReader(Source):
-    """The newest frame of a source that does not wait.
+    """Live source that returns the newest frame.
 
-    A daemon thread reads; at most one frame waits, and a newer one replaces it. When the source ends or fails, it is
-    opened again and again, with pauses of 0.5 s that double up to 8 s. The times of frames are those of the stream's
-    own clock; if it has none, and after a loss, those at which they arrived.
+    A daemon thread reads frames. At most one frame waits, and a newer one replaces it. If the source ends or fails, the
+    thread reconnects, with pauses that double from 0.5 s to 8 s. Frame times are those of the stream; without a clock,
+    and after a reconnection, they are arrival times.
 
     Attributes:
-        dropped: Frames that were replaced before anyone fetched them.
+        dropped: Number of frames that were replaced before they were fetched.
     """
 
     live = True
@@ -54,33 +55,33 @@ class LiveReader(Source):
         """Open the source and wait for its first frame.
 
         Args:
-            open_frames: Opens the source and returns an iterator of its images, [H, W, 3] uint8 BGR, with or without
-                their times; called in the thread, and again after each loss. It gets this reader, whose `fps`,
-                `sample_aspect_ratio` and problems it may set. It observes the time-outs itself as far as it can, and
-                raises VideoError to say why it failed. If the iterator has `close`, that is called in the end.
-            name: What messages call the source.
-            open_timeout: Seconds that opening may take.
-            read_timeout: Seconds that may pass without a frame before the source counts as lost.
-            reconnect_for: Seconds, counted from a loss, in which to try to connect again; 0 for not at all.
+            open_frames: Function that opens the source and returns an iterator of [H, W, 3] uint8 BGR images, with or
+                without times. The thread calls it at the start and for each reconnection. It gets this reader, and may
+                set its `fps`, `sample_aspect_ratio` and problems. It should respect the timeouts, and raise VideoError
+                with the reason of a failure. If the iterator has `close`, that is called at the end.
+            name: Name of the source in messages.
+            open_timeout: Maximum seconds for opening the source.
+            read_timeout: Maximum seconds without a frame before the connection counts as lost.
+            reconnect_for: Seconds after a loss in which to reconnect; 0 never reconnects.
 
         Raises:
-            VideoError: There is no frame within open_timeout and read_timeout together, or the source cannot be opened;
-                the first attempt is not repeated.
-            ValueError: A time-out is not above 0, or `reconnect_for` is below.
+            VideoError: The source cannot be opened, or returns no frame within `open_timeout` plus `read_timeout`. The
+                first connection is not retried.
+            ValueError: A timeout is not positive, or `reconnect_for` is negative.
         """
         check_times(open_timeout, read_timeout, reconnect_for)
         super().__init__(name)
         self.dropped = 0
         self._open_frames = open_frames
         self._reconnect_for = reconnect_for
-        self._longest_silence = read_timeout + reconnect_for + 1.0  # ends the wait for a thread that hangs
+        self._max_silence = read_timeout + reconnect_for + 1.0  # limits the wait for a thread that hangs
         self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._newest: tuple[Image, float] | None = None  # an image and its time
+        self._newest: tuple[Image, float] | None = None  # image and time
         self._clock = _LiveClock()
         self._error: VideoError | None = None
-        self._arrived = 0.0  # when the newest came, fetched or not
-        self._received = self._given = 0
+        self._arrived = 0.0  # arrival time of the latest frame
+        self._received = self._count = 0  # frames that arrived, and frames returned
         self._start = 0.0
         self._thread = threading.Thread(target=self._run, name=f"frames of {name}", daemon=True)
         self._thread.start()
@@ -89,33 +90,33 @@ class LiveReader(Source):
             newest, error = self._newest, self._error
         if newest is None:
             self.close()
-            raise error or VideoError(f"{name} gave no frame within {open_timeout + read_timeout:g} s")
+            raise error or VideoError(f"{name} sent no frame within {open_timeout + read_timeout:g} s")
         height, width = newest[0].shape[:2]
         self.resolution_wh = (width, height)
 
     @property
     def waiting(self) -> int:
-        """Frames that have arrived and are not fetched yet: 0 or 1."""
+        """Number of frames that have arrived and are not fetched yet, 0 or 1."""
         return int(self._newest is not None)
 
     def __next__(self) -> Frame:
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closing.is_set() or self._newest or self._error,
-                max(0.0, self._arrived + self._longest_silence - time.monotonic()),
+                max(0.0, self._arrived + self._max_silence - time.monotonic()),
             )
             if self._closing.is_set():
                 raise StopIteration
             if self._newest is not None:
                 (image, seconds), self._newest = self._newest, None
-                self._start = self._start if self._given else seconds
-                frame = Frame(image, self._given, seconds - self._start)
-                self._given += 1
+                self._start = self._start if self._count else seconds
+                frame = Frame(image, self._count, seconds - self._start)
+                self._count += 1
                 return frame
             self._closing.set()
             if self._error is not None:
                 raise self._error
-        raise VideoError(f"{self.name} is gone: no frame for {self._longest_silence:g} s")
+        raise VideoError(f"{self.name} is lost: no frame for {self._max_silence:g} s")
 
     def close(self) -> None:
         self._closing.set()
@@ -123,18 +124,18 @@ class LiveReader(Source):
             self._newest = None
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
-            self._thread.join(CLOSING_SECONDS)  # a read cannot be interrupted, only outlast its time-out
+            self._thread.join(CLOSING_SECONDS)  # a read cannot be interrupted, and ends with its timeout
 
     def _run(self) -> None:
         try:
-            self._read_on()
+            self._read_frames()
         except VideoError as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _read_on(self) -> None:
-        """Read, and connect again after each loss, until the source is closed or gone for good."""
+    def _read_frames(self) -> None:
+        """Read frames, and reconnect after each loss, until the source is closed or lost for good."""
         lost_at, pause = None, FIRST_PAUSE
         while not self._closing.is_set():
             received = self._received
@@ -147,16 +148,16 @@ class LiveReader(Source):
             if lost_at is None or self._received > received:
                 lost_at, pause = now, FIRST_PAUSE
                 if self._reconnect_for:
-                    logger.warning("%s was lost (%s); trying to connect again", self.name, failure)
+                    logger.warning("%s was lost (%s); reconnecting", self.name, failure)
             left = lost_at + self._reconnect_for - now
             if left <= 0:
-                tried = f", although it was tried again for {self._reconnect_for:g} s" if self._reconnect_for else ""
-                raise VideoError(f"{self.name} is gone{tried}: {failure}") from failure
+                retried = f" after reconnecting for {self._reconnect_for:g} s" if self._reconnect_for else ""
+                raise VideoError(f"{self.name} is lost{retried}: {failure}") from failure
             self._closing.wait(min(pause, left))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, MAX_PAUSE)
 
     def _read_once(self) -> VideoError:
-        """Open the source, take what it gives, and return why it ended."""
+        """Open the source, read its frames, and return the reason for its end."""
         frames = None
         try:
             frames = self._open_frames(self)
@@ -168,7 +169,7 @@ class LiveReader(Source):
             return VideoError(f"{self.name} ended")
         except VideoError as error:
             return error
-        except Exception as error:  # cameras' drivers raise what they like, and a thread must not die in silence
+        except Exception as error:  # drivers may raise anything, and the reader must report it
             failure = VideoError(f"{self.name} failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             return failure
@@ -187,31 +188,31 @@ class LiveReader(Source):
 
 
 class _LiveClock:
-    """Times of frames, in seconds, from a stream's own clock and from that of arrival."""
+    """Computes frame times in seconds from the clock of a stream and from arrival times."""
 
     def __init__(self) -> None:
-        self._time = 0.0  # of the last frame
-        self._seconds: float | None = None  # the same on the stream's own clock
-        self._arrived: float | None = None  # the same on the clock of arrival
-        self._lead = 0.0  # seconds by which frames are ahead of their arrival, since the first one
+        self._time = 0.0  # time of the last frame
+        self._seconds: float | None = None  # the same on the clock of the stream
+        self._arrived: float | None = None  # its arrival time
+        self._lead = 0.0  # seconds by which times are ahead of arrival times, relative to the first frame
 
     def restart(self) -> None:
-        """Forget the stream's own clock: after a loss it may start again from anywhere."""
+        """Forget the clock of the stream, which may restart anywhere after a reconnection."""
         self._seconds = None
 
     def time(self, seconds: float | None, arrived: float) -> float:
-        """Return the time of the next frame, which never falls.
+        """Return the time of the next frame. Times never decrease.
 
         Args:
-            seconds: Of the frame on the stream's own clock; None if it has none.
-            arrived: When the frame arrived, in seconds of a clock that never falls.
+            seconds: Time of the frame on the clock of the stream; None without a clock.
+            arrived: Arrival time of the frame in seconds of a monotonic clock.
         """
         waited = arrived - self._arrived if self._arrived is not None else 0.0
         step = waited
         if seconds is not None and self._seconds is not None and seconds > self._seconds:
-            own_step = seconds - self._seconds
-            if abs(self._lead + own_step - waited) <= MAX_CLOCK_DRIFT:
-                step = own_step
+            stream_step = seconds - self._seconds
+            if abs(self._lead + stream_step - waited) <= MAX_CLOCK_DRIFT:
+                step = stream_step
         self._lead += step - waited
         self._time += step
         self._seconds, self._arrived = seconds, arrived
@@ -219,16 +220,18 @@ class _LiveClock:
 
 
 def check_times(open_timeout: float, read_timeout: float, reconnect_for: float) -> None:
-    """Raise ValueError unless the time-outs are above 0, and `reconnect_for` is not below."""
-    for name, value in (("open_timeout", open_timeout), ("read_timeout", read_timeout)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be a number of seconds above 0, not {value}")
-    if not 0 <= reconnect_for < float("inf"):
-        raise ValueError(f"reconnect_for must be a number of seconds, 0 or more, not {reconnect_for}")
+    """Check the timeouts of a live source.
+
+    Raises:
+        ValueError: A timeout is not positive, or `reconnect_for` is negative.
+    """
+    check_positive("open_timeout", open_timeout, "seconds")
+    check_positive("read_timeout", read_timeout, "seconds")
+    check_not_negative("reconnect_for", reconnect_for, "seconds")
 
 
 def webcam_frames(index: int) -> Callable[[LiveReader], Iterator[Image | TimedImage]]:
-    """Return what opens a webcam through OpenCV for a `LiveReader`."""
+    """Return a function that opens a webcam with OpenCV, for a `LiveReader`."""
 
     def frames(reader: LiveReader) -> Iterator[Image | TimedImage]:
         import cv2
@@ -237,15 +240,15 @@ def webcam_frames(index: int) -> Callable[[LiveReader], Iterator[Image | TimedIm
         try:
             if not capture.isOpened():
                 raise VideoError(
-                    f"webcam {index} cannot be opened; is it plugged in, free, and is this program allowed to use it? "
-                    "The first webcam is 0"
+                    f"webcam {index} cannot be opened; check that it is connected, not in use, and that this program "
+                    "may use it. The first webcam is 0"
                 )
             rate = capture.get(cv2.CAP_PROP_FPS)
             reader.fps = rate if 0 < rate < 1000 else None
             while True:
                 is_read, image = capture.read()
                 if not is_read or image is None:
-                    raise VideoError(f"webcam {index} gives no frames; is it still plugged in and free?")
+                    raise VideoError(f"webcam {index} returns no frames; check that it is connected and not in use")
                 yield to_bgr(image)
         finally:
             capture.release()
@@ -256,13 +259,13 @@ def webcam_frames(index: int) -> Callable[[LiveReader], Iterator[Image | TimedIm
 def stream_frames(
     url: str, *, name: str, timeout: tuple[float, float], opened: InputContainer | None = None
 ) -> Callable[[LiveReader], Iterator[Image | TimedImage]]:
-    """Return what opens a stream through PyAV for a `LiveReader`.
+    """Return a function that opens a network stream with PyAV, for a `LiveReader`.
 
     Args:
-        url: Of the stream.
-        name: What messages call it.
-        timeout: Seconds to wait at the most for the opening, and for each packet.
-        opened: The stream, already open, for the first time; it is closed like one opened here.
+        url: URL of the stream.
+        name: Name in messages.
+        timeout: Maximum seconds for opening, and for reading a packet.
+        opened: Open container to use for the first connection. It is closed like the others.
     """
     ready = [opened] if opened is not None else []
 
@@ -272,14 +275,14 @@ def stream_frames(
         container = ready.pop() if ready else open_stream(url, name=name, timeout=timeout)
         try:
             decoder = FrameDecoder(container, reader)
-            decoder.stream.thread_type = "SLICE"  # threads that each hold a frame would delay all of them
+            decoder.stream.thread_type = "SLICE"  # frame threads would delay each frame
             is_untimed = container.format.name in _UNTIMED
             reader.fps = None if is_untimed else average_rate(decoder.stream)
             for packet in demux(container, decoder.stream):
                 for timed in decoder.images(packet):
                     yield timed.image if is_untimed else timed
         except av.error.FFmpegError as error:
-            raise VideoError(f"{name} broke off: {reason(error)}") from None
+            raise VideoError(f"{name} failed: {reason(error)}") from None
         finally:
             container.close()
 
@@ -289,13 +292,18 @@ def stream_frames(
 def open_stream(url: str, *, name: str, timeout: tuple[float, float]) -> InputContainer:
     """Open a URL.
 
+    Args:
+        url: URL of a stream or a video.
+        name: Name in messages.
+        timeout: Maximum seconds for opening, and for reading a packet.
+
     Raises:
-        VideoError: It cannot be opened or holds no video.
+        VideoError: The URL cannot be opened, or has no video stream.
     """
     scheme = url.partition(":")[0].lower()
     options = {}
     if scheme in ("rtsp", "rtsps"):
-        options = {"rtsp_flags": "prefer_tcp"}  # UDP loses packets, but some cameras have nothing else
+        options = {"rtsp_flags": "prefer_tcp"}  # UDP loses packets, but some cameras support nothing else
     elif scheme in ("http", "https"):
-        options = {"reconnect": "1", "reconnect_delay_max": "4"}  # in the middle of a file, where the server allows
+        options = {"reconnect": "1", "reconnect_delay_max": "4"}  # within a file, if the server supports ranges
     return open_container(url, name=name, timeout=timeout, options=options)

@@ -1,7 +1,7 @@
-"""`open_source`: any source of frames → one kind of object that gives them one after another.
+"""`open_source`: open a video file, images, a webcam, a stream or an iterable as a `Source`.
 
-Reading is left to `container` (video files), `animations` (image files with several frames), `images_folder` (images,
-iterables) and `live` (webcams, streams).
+The sources are implemented in `container` (video files), `animations` (image files with several frames),
+`image_folder` (images and iterables) and `live` (webcams and streams).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from moondream_cv.arguments import check_range
 from moondream_cv.errors import VideoError
 from moondream_cv.images import IMAGE_SUFFIXES, readable_formats
 from moondream_cv.video.sources.animations import MIN_FPS, frame_info, image_format, open_animation
@@ -28,16 +28,16 @@ from moondream_cv.video.sources.live import LiveReader, check_times, open_stream
 __all__ = ["ASSUMED_FPS", "Source", "SourceInput", "open_source", "url_name"]
 
 SourceInput: TypeAlias = str | os.PathLike[str] | int | Iterable[Any] | Source
-"""A path, a glob, a URL, the index of a webcam, an iterable of images, or a source that is open already."""
+"""Path, glob, URL, webcam index, iterable of images, or open source."""
 
 MAX_FPS = 1000.0
 """Highest frame rate of images and iterables."""
 
 logger = logging.getLogger(__name__)
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # two letters at least, since "C://" is a drive
+_URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)  # at least two letters: "C://" is a drive
 _STREAMS = ("http", "https", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
-_CONTAINERS = {".avif", ".gif", ".heic", ".heif", ".hif"}  # FFmpeg reads those that Pillow cannot; some .gif are MP4
+_CONTAINERS = {".avif", ".gif", ".heic", ".heif", ".hif"}  # FFmpeg reads them if Pillow cannot; some .gif files are MP4
 _WEBCAM = re.compile(r"(?:/dev/video)?([0-9]+)", re.ASCII)
 _SECRET = re.compile(r"((?:^|&)[^=&]*(?:auth|key|login|pass|pw|secret|sig|token|user)[^=&]*)=[^&]*", re.IGNORECASE)
 
@@ -50,11 +50,11 @@ def open_source(
     read_timeout: float = 10.0,
     reconnect_for: float = 30.0,
 ) -> Source:
-    """Open whatever has frames, and read the first one.
+    """Open a source of frames, and read the first frame.
 
-    Files, images and iterables give every frame. Webcams and streams are live: frames that nobody fetched in time are
-    dropped, and a source that is lost is opened again for a while. A video of known length behind an HTTP(S) URL is
-    read like a file.
+    Files, images and iterables yield every frame. Webcams and streams are live: frames that are not fetched in time are
+    dropped, and a lost connection is retried for `reconnect_for` seconds. A video of known length behind an HTTP(S) URL
+    is read like a file.
 
     Args:
         source: One of
@@ -65,31 +65,32 @@ def open_source(
             a pattern with the frame number like "frames/%04d.png", as in FFmpeg and OpenCV;
             the index of a webcam, also as digits or as "/dev/video0";
             the URL of a stream: RTSP, RTMP, HTTP(S), SRT, UDP, TCP or RTP;
-            an iterable of images of any kind that `moondream_cv.images.to_rgb` takes (arrays are BGR), or of `Frame`s;
-            an open `Source`, which is returned as it is.
-        fps: Frames per second of images and iterables, which have no clock; None for `ASSUMED_FPS`. `Frame`s of
-            an iterable keep their times.
-        open_timeout: Seconds that opening a live source or a URL may take.
-        read_timeout: Seconds that may pass without a frame before it counts as lost.
-        reconnect_for: Seconds in which a lost live source is opened again and again; 0 for not at all.
+            an iterable of images of any type that `moondream_cv.images.to_rgb` accepts (arrays are BGR), or of
+            `Frame`s;
+            an open `Source`, which is returned unchanged.
+        fps: Frames per second of images and iterables, which have no times; default: `ASSUMED_FPS`. `Frame`s of an
+            iterable keep their times.
+        open_timeout: Maximum seconds for opening a live source or a URL.
+        read_timeout: Maximum seconds without a frame before a live source counts as lost.
+        reconnect_for: Seconds in which a lost live source is retried; 0 never retries.
 
     Returns:
-        The source, to be closed by the caller; best with `with`.
+        The open source. Close it with `close` or a `with` block.
 
     Raises:
-        VideoError: There is no such thing, it cannot be opened, or has no frames.
-        ValueError: `source` is of another kind, a number of seconds or `fps` is out of range, or `fps` is given for a
+        VideoError: The source does not exist, cannot be opened, or has no frames.
+        ValueError: `source` has another type, a number of seconds or `fps` is out of range, or `fps` is set for a
             source that has frame times.
     """
     check_fps(fps)
     check_times(open_timeout, read_timeout, reconnect_for)
     live = partial(LiveReader, open_timeout=open_timeout, read_timeout=read_timeout, reconnect_for=reconnect_for)
     if isinstance(source, Source):
-        _reject_fps(fps, f"{source.name} is open already")
+        _reject_fps(fps, f"{source.name} is already open")
         return source
     if isinstance(source, (int, np.integer)) and not isinstance(source, bool):
         if source < 0:
-            raise ValueError(f"a webcam's index is 0 or more, not {source}")
+            raise ValueError(f"a webcam index must be 0 or more, got {source}")
         _reject_fps(fps, f"webcam {source} is live")
         return live(webcam_frames(int(source)), name=f"webcam {source}")
     if isinstance(source, str) and (webcam := _WEBCAM.fullmatch(source.strip())):
@@ -99,35 +100,34 @@ def open_source(
     if isinstance(source, str) and (url := _URL.match(source)):
         if url[1].lower() not in _STREAMS:
             raise VideoError(
-                f"{url_name(source)} cannot be read; of URLs, {', '.join(_STREAMS)} can. Pass files as paths"
+                f"{url_name(source)} has an unsupported scheme; use one of {', '.join(_STREAMS)}, or the path of a file"
             )
         _reject_fps(fps, f"{url_name(source)} has frame times")
         return _open_url(source, live, (open_timeout, read_timeout))
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), fps)
     if isinstance(source, np.ndarray) and source.ndim < 4:
-        raise ValueError(f"the array of shape {source.shape} is not a sequence of frames; pass a list of images")
+        raise ValueError(f"an array of shape {source.shape} is not a sequence of frames; pass a list of images")
     if isinstance(source, (bytes, bytearray, memoryview, Mapping)) or not isinstance(source, Iterable):
         raise ValueError(
-            f"frames come from a path, a URL, a webcam's index or an iterable of images, not {type(source).__name__}"
+            "source must be a path, a URL, a webcam index or an iterable of images, "
+            f"got {type(source).__name__}: {source!r:.100}"
         )
     return open_iterable(source, fps)
 
 
 def check_fps(fps: float | None) -> None:
-    """Check a frame rate.
+    """Check a frame rate; None is valid.
 
     Raises:
-        ValueError: It is not a number from `MIN_FPS` to `MAX_FPS`.
+        ValueError: The frame rate is not a number from `MIN_FPS` to `MAX_FPS`.
     """
-    if fps is None:
-        return
-    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= fps <= MAX_FPS:  # NaN is not
-        raise ValueError(f"fps must be between {MIN_FPS:g} and {MAX_FPS:g}, got {fps!r}")
+    if fps is not None:
+        check_range("fps", fps, MIN_FPS, MAX_FPS)
 
 
 def url_name(url: str) -> str:
-    """Return a URL as messages may show it: without user and password, and with the values of keys masked."""
+    """Return a URL without its user and password, and with the values of secret parameters masked."""
     scheme, _, rest = url.partition("://")
     rest, _, query = rest.partition("?")
     host, slash, path = rest.partition("/")
@@ -152,12 +152,12 @@ def _open_url(url: str, live: partial[LiveReader], timeout: tuple[float, float])
 
 def _reject_fps(fps: float | None, why: str) -> None:
     if fps is not None:
-        raise ValueError(f"fps={fps:g} is for images and iterables, which have no clock; {why}, so leave fps out")
+        raise ValueError(f"fps={fps:g} is for images and iterables without times; {why}, so omit fps")
 
 
 def _open_path(text: str, fps: float | None) -> Source:
     if not text:
-        raise VideoError("the path of the video is empty")
+        raise VideoError("the path of the video must not be empty")
     try:
         path = Path(text).expanduser()
         exists = path.exists()
@@ -168,8 +168,8 @@ def _open_path(text: str, fps: float | None) -> Source:
         return open_images(files, repr(text), fps)
     if not exists:
         raise VideoError(f"{text!r}: no such file or folder")
-    if not path.is_file():  # opening a pipe or a device could block for ever
-        raise VideoError(f"{text!r} is not a regular file; of a webcam, pass its index")
+    if not path.is_file():  # opening a pipe or a device could block forever
+        raise VideoError(f"{text!r} is not a regular file; for a webcam, pass its index")
     if info := frame_info(path):
         if info.is_timed:
             _reject_fps(fps, f"{text!r} has frame times")
@@ -178,6 +178,6 @@ def _open_path(text: str, fps: float | None) -> Source:
     if kind in readable_formats() or path.suffix.lower() in IMAGE_SUFFIXES - _CONTAINERS:
         return open_images([path], repr(text), fps)
     if kind is not None:
-        logger.warning("%r is read by FFmpeg, without an animation it may hold: this Pillow reads no %s", text, kind)
+        logger.warning("%r is read by FFmpeg as a still image, because this Pillow cannot read %s", text, kind)
     _reject_fps(fps, f"{text!r} has frame times")
     return open_file(path, repr(text))

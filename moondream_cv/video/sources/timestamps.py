@@ -1,4 +1,4 @@
-"""Presentation times of decoded frames: the containers' own, repaired where they are missing or wrong."""
+"""Presentation times of decoded frames: those of the container, repaired if they are missing or wrong."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _WITHOUT_DURATIONS = "mov"
 class FrameTimestamps:
     """Assigns a presentation timestamp to each frame of one stream, in ticks of its time base.
 
-    Most containers store presentation timestamps (pts). If those fall more often than the decoding timestamps (dts), as
-    in old files with B-frames, the dts are taken instead, which is FFmpeg's rule, too.
+    Most containers store presentation timestamps (pts). If those decrease more often than the decoding timestamps
+    (dts), as in old files with B-frames, the dts are used instead. FFmpeg has the same rule.
 
-    AVI stores neither: packet n has slot n, and what FFmpeg derives from that is wrong for B-frames. Frames leave the
-    decoder in presentation order, so that the nth frame gets the nth slot.
+    AVI stores neither: packet n has slot n, and the timestamps that FFmpeg derives are wrong for B-frames. Frames leave
+    the decoder in presentation order, so the nth frame gets the nth slot.
     """
 
     def __init__(self, container_format: str) -> None:
@@ -41,16 +41,16 @@ class FrameTimestamps:
         self._first_pts: int | None = None
         self._first_dts: int | None = None
         self._last_stamp: int | None = None
-        self._end: int | None = None  # of the packet with that timestamp
-        self._last_duration = 0  # of the packet that is stored last
-        self._decoding_end: int | None = None  # of the packets, in the order in which they are stored
+        self._end: int | None = None  # end of the packet with that timestamp
+        self._last_duration = 0  # duration of the last stored packet
+        self._decoding_end: int | None = None  # end of the last stored packet
 
     def add_packet(self, packet: Packet[Any]) -> int | None:
-        """Take note of a packet before it is decoded, and return its own timestamp, None if it has none."""
+        """Record a packet before it is decoded, and return its timestamp; None if it has none."""
         stamp = packet.pts if self._slots is None else packet.dts
         if stamp is None:
             return None
-        if not packet.size:  # repeats the frame before it
+        if not packet.size:  # repeats the previous frame
             self._extend(packet, stamp)
             return None
         if self._slots is not None:
@@ -58,12 +58,12 @@ class FrameTimestamps:
         self._first_pts = stamp if self._first_pts is None else min(self._first_pts, stamp)
         if packet.dts is not None:
             self._first_dts = packet.dts if self._first_dts is None else self._first_dts
-        if not getattr(packet, "is_discard", False):  # outside the part that an edit list shows
+        if not getattr(packet, "is_discard", False):  # discarded packets are outside the edit list
             self._extend(packet, stamp)
         return stamp
 
     def _extend(self, packet: Packet[Any], stamp: int) -> None:
-        """Move the end of the last frame to the end of a packet, if that is later."""
+        """Move the end of the last frame to the end of a packet if that is later."""
         if self._last_stamp is None or stamp >= self._last_stamp:
             self._last_stamp, self._end = stamp, stamp + (packet.duration or 0)
         if packet.dts is not None:
@@ -81,11 +81,11 @@ class FrameTimestamps:
         if self._last_stamp is None or self._has_durations or self._decoding_end is None:
             return self._end
         end = self._decoding_end + (self._first_pts or 0) - (self._first_dts or 0)
-        # Some files sum up to less than their last timestamp. Only the last packet's duration is then to be trusted.
+        # In some files the durations add up to less than the last timestamp. Then use the duration of the last packet.
         return end if end > self._last_stamp else self._last_stamp + self._last_duration
 
     def skip_damaged(self, released_at: int | None) -> None:
-        """Drop the slots of packets that gave no frame.
+        """Drop the slots of packets that produced no frame.
 
         Args:
             released_at: Decoding timestamp of the first frame after the damage.
@@ -96,7 +96,7 @@ class FrameTimestamps:
             heapq.heappop(self._slots)
 
     def of(self, frame: VideoFrame) -> int | None:
-        """Return the timestamp of the next frame in presentation order; None if there is nothing to derive it from."""
+        """Return the timestamp of the next frame in presentation order; None if it cannot be derived."""
         if self._slots is not None:
             slot = heapq.heappop(self._slots) if self._slots else None
             if slot is not None and frame.dts is not None:

@@ -1,10 +1,10 @@
-"""Duplicates and contradictions among the detections of a keyframe, found before they become tracks.
+"""Resolve duplicates and contradicting classes among the detections of a keyframe, before tracking.
 
-A detector may return an object twice, or with two classes. Only the box with the higher score is tracked. Two classes
-that often coincide, such as "car" and "vehicle", do not contradict each other; how often they do is counted. Where an
-object is detected with another class for once, its track continues.
+A detector may return an object twice, or with two classes. Only the box with the higher confidence is tracked. Two
+classes that often coincide, such as "car" and "vehicle", do not contradict each other. If an object is detected once
+with another class, its track continues.
 
-Scores that do not differ decide nothing: without them, every detection is tracked with its own class.
+If all confidences are equal, every detection is tracked with its own class.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import supervision as sv
 
 from moondream_cv.video.tracking.tracks import Track
 
-SAME_OBJECT = 0.6  # IoU from which two detections are of the same object
-COINCIDE = 0.5  # share of a class's detections that coincide with another class if both may be true
-CONTINUES = 0.4  # IoU of a detection and a track's predicted box from which it may continue a track of another class
-OCCUPIED = 0.3  # the same for a track of the detection's class, which it continues more likely
-MIN_OBSERVATIONS = 2  # of a track that can be continued by another class
-MAX_AGE = 0.7  # seconds since the last observation of such a track
+SAME_OBJECT_IOU = 0.6  # minimum IoU of two detections of the same object
+MIN_COINCIDENCE = 0.5  # share of a class's detections that coincide with a compatible class
+CONTINUE_IOU = 0.4  # minimum IoU of a detection and a track of another class that it may continue
+SAME_CLASS_IOU = 0.3  # the same for a track in the same class, which is more likely
+MIN_TRACK_OBSERVATIONS = 2  # for a track that another class may continue
+MAX_TRACK_AGE = 0.7  # seconds since the last observation of such a track
 
 
 class ClassConflicts:
-    """Counts how often classes coincide in a stream, and decides which detections to track as which class."""
+    """Selects the detections to track and their classes, and counts how often classes coincide in a stream."""
 
     def __init__(self) -> None:
         """Start without counts."""
@@ -47,10 +47,10 @@ class ClassConflicts:
 
         Args:
             xyxy: [N, 4] boxes in pixels.
-            confidence: [N] scores.
+            confidence: [N] confidences.
             class_ids: [N] class IDs.
-            tracks: The tracks before this keyframe.
-            time: Seconds since the first frame.
+            tracks: Tracks before this keyframe.
+            time: Time of the keyframe in seconds.
 
         Returns:
             [N] whether to track the detection, and [N] the class ID to track it as.
@@ -61,7 +61,7 @@ class ClassConflicts:
         recent = [
             track
             for track in tracks
-            if time - track.last.time <= MAX_AGE and len(track.observations) >= MIN_OBSERVATIONS
+            if time - track.last.time <= MAX_TRACK_AGE and len(track.observations) >= MIN_TRACK_OBSERVATIONS
         ]
         predicted = np.array([track.extrapolate(time) for track in recent]).reshape(-1, 4)
         ious = np.asarray(sv.box_iou_batch(xyxy, predicted), np.float64) if recent else np.zeros((len(xyxy), 0))
@@ -79,12 +79,12 @@ class ClassConflicts:
         ious: npt.NDArray[np.float64],
         track_classes: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.bool_]:
-        """Return which detections have no counterpart with a higher score, [N].
+        """Return a mask of the detections that no duplicate with a higher confidence replaces, [N].
 
-        Two boxes of a class are no duplicates if two tracks of that class meet there.
+        Two boxes of a class are not duplicates if two tracks of that class meet there.
         """
         self._detections.update(class_ids.tolist())
-        overlaps = np.argwhere(np.triu(sv.box_iou_batch(xyxy, xyxy) >= SAME_OBJECT, 1)).tolist()
+        overlaps = np.argwhere(np.triu(sv.box_iou_batch(xyxy, xyxy) >= SAME_OBJECT_IOU, 1)).tolist()
         for i, j in overlaps:
             if class_ids[i] != class_ids[j]:
                 self._coincidences[_pair(class_ids[i], class_ids[j])] += 1
@@ -93,7 +93,7 @@ class ClassConflicts:
             if not (kept[i] and kept[j]) or confidence[i] == confidence[j]:
                 continue
             if class_ids[i] == class_ids[j]:
-                near = (track_classes == class_ids[i]) & (ious[[i, j]].max(0, initial=0) >= OCCUPIED)
+                near = (track_classes == class_ids[i]) & (ious[[i, j]].max(0, initial=0) >= SAME_CLASS_IOU)
                 duplicate = near.sum() < 2
             else:
                 duplicate = self._exclude(class_ids[i], class_ids[j])
@@ -108,17 +108,17 @@ class ClassConflicts:
         ious: npt.NDArray[np.float64],
         track_classes: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.int64]:
-        """Return the class of the track that each detection continues, or its own, [N]."""
+        """Return the class of the track that each detection continues, or its own class, [N]."""
         chosen = class_ids.copy()
-        own = (class_ids[:, None] == track_classes) & (ious >= OCCUPIED)
+        own = (class_ids[:, None] == track_classes) & (ious >= SAME_CLASS_IOU)
         free = ~own.any(0)
-        # A detection of the track's class that only touches it is more likely the object if its score is higher.
+        # A detection of the track's class that only touches it is preferred if its confidence is higher.
         touching = (class_ids[:, None] == track_classes) & (ious > 0)
         rival = np.where(touching, confidence[:, None], 0.0).max(0, initial=0.0)
         for row in np.argsort(-confidence).tolist():
             if own[row].any():
                 continue
-            allowed = free & (ious[row] >= CONTINUES) & (rival < confidence[row])
+            allowed = free & (ious[row] >= CONTINUE_IOU) & (rival < confidence[row])
             allowed &= np.array([self._exclude(class_id, class_ids[row]) for class_id in track_classes], bool)
             if allowed.any():
                 best = int(np.where(allowed, ious[row], -1).argmax())
@@ -126,10 +126,10 @@ class ClassConflicts:
         return chosen
 
     def _exclude(self, first: int, second: int) -> bool:
-        """Return whether an object has one of two classes at most, as far as the detections show."""
+        """Return whether two classes exclude each other, according to the detections so far."""
         pair = _pair(first, second)
         rarer = min(self._detections[pair[0]], self._detections[pair[1]])
-        return first != second and self._coincidences[pair] < COINCIDE * rarer
+        return first != second and self._coincidences[pair] < MIN_COINCIDENCE * rarer
 
 
 def _pair(first: int, second: int) -> tuple[int, int]:

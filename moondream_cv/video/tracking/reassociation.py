@@ -17,7 +17,7 @@ from moondream_cv.video.tracking.tracks import Box, Track, box_center
 MAX_OCCLUSION = 3.0  # seconds for which an object inside the frame can be occluded
 DRIFT = 0.08  # frame diagonals per second by which an object may deviate from its path, in addition to its own speed
 MAX_EXTRAPOLATION = 1.0  # seconds for which a lost track is extrapolated
-MAX_EDGE_SHIFT = 0.5  # of the edge's length: distance along the edge between leaving and returning
+MAX_EDGE_SHIFT = 0.5  # maximum distance between leaving and returning, as a share of the edge
 EDGE_MARGIN = 0.011  # frame diagonals: a box this close to an edge touches it
 ENTRY_SPEED = 0.12  # frame diagonals per second that an object may have moved inwards since the previous keyframe
 

@@ -1,12 +1,12 @@
-"""Boxes that cover objects on every frame, also between detections: rather too much than too little.
+"""Redaction: boxes that cover objects on every frame, including those between detections.
 
 A detection covers its object for `bridge_seconds` before and after it, with a box that grows by the distance that the
-object may have moved. Where the motion before and after a gap confirms that both detections are of one object, the box
-is interpolated instead. Otherwise both detections count as ends of a track: the object may have turned or waited, or
-the track may have continued on another object.
+object may have moved. If the motion before and after a gap confirms that both detections are of one object, the box is
+interpolated instead. Otherwise both detections count as ends of a track: the object may have turned or waited, or the
+track may have switched to another object. So redaction covers too much rather than too little.
 
-Track IDs only help to interpolate. An object whose ID switches stays covered, and so does an untracked detection.
-Detection and association are left to other modules.
+Track IDs are used for interpolation only. Objects stay covered through ID switches, and untracked detections are
+covered as well.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LOOKAHEAD = 2  # bridges after a frame whose detections are used: a gap of that 
 HISTORY = 4  # bridges for which detections are kept
 
 # Speeds in frame diagonals per second.
-MIN_SPEED = 0.15  # assumed of every object, since a waiting one may start
-UNKNOWN_SPEED = 0.2  # of an object that was detected once
-MAX_SPEED = 0.5  # a faster track has more likely jumped to another object
+MIN_SPEED = 0.15  # assumed of every object, since a waiting object may start
+UNKNOWN_SPEED = 0.2  # assumed of an object with one detection
+MAX_SPEED = 0.5  # a faster track has probably switched to another object
 
-MIN_SPAN = 0.1  # seconds by which the move between two detections is divided at least: boxes jitter
-DRIFT = 0.3  # of the shorter side: an object that has moved by less still shows less than half
-MARGIN = 0.08  # of a box's sides, added on each side: boxes cut off edges of their objects
-TOLERANCE = 0.5  # of an object's size: how far a prediction may miss the next detection and still confirm the track
+MIN_SPAN = 0.1  # minimum seconds between two detections for their velocity, since boxes jitter
+DRIFT = 0.3  # share of the shorter side: after a smaller move, less than half of the object is visible
+MARGIN = 0.08  # share of a box's sides, added on each side, since boxes may cut off edges of objects
+TOLERANCE = 0.5  # share of an object's size: maximum prediction error that confirms a track
 
 _ROUNDING = 1e-6  # seconds
 
@@ -58,9 +58,9 @@ class Redactor:
         """Add the detections of a keyframe.
 
         Args:
-            detections: Boxes in pixels with `tracker_id`; -1 for untracked detections. Those that `data["duplicate"]`
-                marks extend the tracked box that they overlap most.
-            time: Seconds since the first frame; no less than that of the keyframe before.
+            detections: Boxes in pixels with `tracker_id`, which is -1 for untracked detections. Duplicates
+                (`data["duplicate"]`) extend the box that they overlap most.
+            time: Time of the keyframe in seconds, no less than that of the previous one.
             resolution_wh: Width and height of the keyframe.
         """
         self._rescale(resolution_wh)
@@ -86,15 +86,16 @@ class Redactor:
         """Return the boxes that cover the objects on a frame.
 
         Args:
-            time: Seconds since the first frame; no less than in the call before.
+            time: Time of the frame in seconds, no less than in the previous call.
             classes: Class names by class ID.
             resolution_wh: Width and height of the frame.
-            interval: Minimum of seconds for which a detection covers its object: those between two keyframes.
-            delay: Seconds by which the detections of a live source arrive late. They cover that much longer.
+            interval: Seconds between keyframes. Each detection covers its object for at least this time.
+            delay: Seconds by which the detections of a live source arrive late. They cover their objects longer by
+                this time.
 
         Returns:
-            Boxes in pixels, clipped to the frame: one per track, and one per untracked detection with `tracker_id` -1.
-            The confidence is that of the nearest detection.
+            Boxes in pixels, clipped to the frame: one per track, and one per untracked detection, with `tracker_id` -1.
+            The confidence is that of the detection nearest in time.
         """
         self._rescale(resolution_wh)
         growing = self.bridge_seconds + delay
@@ -136,7 +137,7 @@ class Redactor:
 
 @dataclass(eq=False)
 class _Observations:
-    """The detections of one track in the order of time."""
+    """Detections of one track, in order of time."""
 
     class_id: int
     times: list[float] = field(default_factory=list)
@@ -166,7 +167,9 @@ class _Observations:
         return self.confidences[int(np.abs(np.array(self.times) - time).argmin())]
 
     def boxes(self, time: float, growing: float, covered: float, diagonal: float) -> Array:
-        """Return the boxes that may hold the object at a time, [K, 4] in pixels; none if it is covered no longer.
+        """Return boxes that contain the possible positions of the object at a time, [K, 4] in pixels.
+
+        The result is empty if no detection covers the object at that time.
 
         Args:
             growing: Seconds from a detection for which its box grows.
@@ -190,19 +193,19 @@ class _Observations:
 
 
 class _Motion:
-    """How a track moves.
+    """Motion of a track.
 
     Attributes:
         times: [N] seconds.
         xyxy: [N, 4] pixels.
         velocity_before: [N, 2] pixels per second at each detection, from those before it; NaN if unknown.
-        velocity_after: [N, 2] the same from those after it.
-        starts: [N] whether no confirmed motion leads to a detection.
-        ends: [N] whether no confirmed motion leads away from it.
+        velocity_after: [N, 2] pixels per second at each detection, from those after it; NaN if unknown.
+        starts: [N] whether no confirmed motion leads to the detection.
+        ends: [N] whether no confirmed motion leads away from the detection.
     """
 
     def __init__(self, times: Array, xyxy: Array, covered: float) -> None:
-        """Compute the velocities, and which gaps they confirm.
+        """Compute the velocities, and find the gaps that they confirm.
 
         Args:
             covered: Seconds from a detection for which its object is covered.
@@ -217,7 +220,7 @@ class _Motion:
         self.velocity_before = _velocities(times, centers, first, 2 * covered)
         self.velocity_after = _velocities(times, centers, last, 2 * covered)
 
-        # Gaps that the motion on both sides confirms, as far as it is known, but on one side at least
+        # Gaps that the motion on both sides confirms. The motion must be known on at least one side.
         gaps, moves = np.diff(times), np.diff(centers, axis=0)
         size = np.sqrt(np.maximum((xyxy[:, 2:] - xyxy[:, :2]).prod(1), 1.0))[:-1]
         confirmed = gaps <= 2 * covered
@@ -244,7 +247,7 @@ class _Motion:
 
 
 def _merge_duplicates(detections: sv.Detections) -> sv.Detections:
-    """Return the detections without duplicates, whose boxes the others cover as well."""
+    """Return the detections without duplicates. The other boxes are extended to cover them."""
     duplicate = np.asarray(detections.data.get("duplicate", np.zeros(len(detections), bool)), bool)
     if not duplicate.any() or duplicate.all():
         return detections
@@ -272,12 +275,12 @@ def _velocities(times: Array, centers: Array, other: npt.NDArray[np.int64], long
 
 
 def _reached(xyxy: Array, velocity: Array, elapsed: Array, diagonal: float) -> Array:
-    """Return the boxes that objects may have reached, going straight on, turning or waiting.
+    """Return boxes that contain the objects after continuing, turning or waiting.
 
     Args:
         xyxy: [N, 4] detections in pixels.
         velocity: [N, 2] pixels per second; NaN if unknown.
-        elapsed: [N] seconds since the detections; negative before them.
+        elapsed: [N] seconds since the detections; negative for earlier times.
         diagonal: Frame diagonal in pixels.
     """
     speed = np.hypot(*velocity.T)

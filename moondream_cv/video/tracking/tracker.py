@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trackers import BaseTracker
 
 MAX_STEPS = 10
-GROWTH = 0.2  # of a box's size per step of the clock; compared in benchmarks/tracking.py
+GROWTH = 0.2  # share of the box size per step of the clock; compared in benchmarks/tracking.py
 MIN_SIDE = 0.03  # frame diagonals: points have no area, and tiny boxes have hardly any
 CLOCK_RATE = 30.0  # steps per second of the trackers' clock
 LOST_TRACK_SECONDS = 10.0
