@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from moondream_cv import Detector, load
 from moondream_cv.scenes import ICONS, render_scene
 from tests.helpers.roboflow_app import MODEL_ID, model_manager, prepare
-from tests.helpers.workflows import compiled, step, workflow
+from tests.helpers.workflows import compile_workflow, step, workflow
 
 CLASSES = list(ICONS[:8])
 SIZE = (640, 480)
@@ -61,7 +61,7 @@ def medians(calls: Sequence[Callable[[list[np.ndarray]], Any]], images: Sequence
 def engine(*steps: dict[str, Any], **init_parameters: Any) -> Callable[[list[np.ndarray]], Any]:
     """A call of the engine with a workflow of these steps."""
     definition = workflow(*steps, outputs=[f"{one['name']}.*" for one in steps])
-    made = compiled(definition, **init_parameters)
+    made = compile_workflow(definition, **init_parameters)
     return lambda batch: made.run(runtime_parameters={"image": batch})
 
 

@@ -1,7 +1,7 @@
-"""Moondream 2 as blocks for Roboflow Workflows: `WORKFLOWS_PLUGINS=moondream_cv_blocks`.
+"""Moondream 2 blocks for Roboflow Workflows. Enable them with `WORKFLOWS_PLUGINS=moondream_cv_blocks`.
 
-The engine asks this module for blocks, and for what they are made with: `models`, the `ModelPool` that all blocks of
-the process share. An init parameter `moondream_cv_blocks.models` puts another one in its place.
+The workflows engine imports this module, calls `load_blocks`, and passes the initializer `models` to each block: the
+`ModelPool` that all blocks of the process share. The init parameter `moondream_cv_blocks.models` replaces that pool.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .pool import ModelPool, environment_problems, shared_pool
 
 logger = logging.getLogger(__name__)
 
-_logged: set[str] = set()  # problems with environment variables
+_logged: set[str] = set()  # messages about environment variables that were logged already
 
 __all__ = ["REGISTERED_INITIALIZERS", "ModelPool", "load_blocks"]
 
@@ -22,7 +22,7 @@ def process_pool() -> ModelPool:
     """Return the pool that all blocks of the process share.
 
     Raises:
-        WorkflowEnvironmentConfigurationError: An environment variable has an invalid value; servers return its message.
+        WorkflowEnvironmentConfigurationError: An environment variable has an invalid value. Servers return the message.
     """
     try:
         return shared_pool()
@@ -38,10 +38,10 @@ REGISTERED_INITIALIZERS = {"models": process_pool}
 
 
 def load_blocks() -> list[type[Any]]:
-    """Return the blocks of this plugin, and log environment variables with invalid values once.
+    """Return the blocks of this plugin. Invalid environment variables are logged once.
 
     Raises:
-        ImportError: There is no workflows engine; names the extra that brings one.
+        ImportError: The workflows engine is not installed.
     """
     from .caption import CaptionBlock
     from .detect import DetectBlock

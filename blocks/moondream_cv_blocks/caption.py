@@ -1,4 +1,4 @@
-"""`moondream_cv/caption@v1`: a description of each image."""
+"""`moondream_cv/caption@v1`: caption images."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from .running import MoondreamBlock, run_requests
 from .values import parse_text_settings
 
 DESCRIPTION = """
-Describe images with **Moondream 2**, in a sentence (`short`), a paragraph (`normal`) or at length (`long`).
+Describe images with **Moondream 2** in one sentence (`short`), one paragraph (`normal`) or several (`long`).
 
-All images of a batch go to the model in one call and are written together. Where other Moondream blocks look at the
-same image, it is encoded once for all of them.
+All images of a batch are processed in one call. If several Moondream blocks use the same image, it is encoded once.
 
 #### When an image fails
 
-`caption` is empty, `error_status` is true and `error_message` says why. The workflow goes on.
+`caption` is empty, `error_status` is true and `error_message` gives the reason. The workflow continues.
 """
 
 
 class Manifest(TextManifest):
-    """A description of each image."""
+    """Fields and outputs of the caption block."""
 
     model_config = block_metadata(
         "Moondream Caption",
-        "Describe images in words.",
+        "Generate captions of images.",
         DESCRIPTION,
         keywords=["caption", "describe"],
         priority=5.43,
@@ -40,13 +39,14 @@ class Manifest(TextManifest):
     length: Literal["short", "normal", "long"] | Text = Field(
         default="normal",
         title="Length",
-        description="How much to say: `short` is a sentence, `normal` a paragraph, `long` several.",
+        description="Length of the caption: `short` is one sentence, `normal` one paragraph, `long` several.",
         examples=["short", "normal", "long", "$inputs.length"],
         json_schema_extra=ALWAYS_VISIBLE,
     )
 
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
+        """Return the names and kinds of the outputs."""
         return [
             OutputDefinition(name="caption", kind=[types.STRING_KIND, types.LANGUAGE_MODEL_OUTPUT_KIND]),
             *error_output_definitions(),
@@ -54,7 +54,7 @@ class Manifest(TextManifest):
 
 
 class CaptionBlock(MoondreamBlock):
-    """Images → descriptions."""
+    """Caption images."""
 
     manifest = Manifest
 
@@ -66,6 +66,8 @@ class CaptionBlock(MoondreamBlock):
         max_tokens: int,
         temperature: float,
     ) -> BlockResult:
+        """Return the outputs of each image; the arguments are the fields of the manifest."""
+
         def request(image: Any, index: int) -> Caption:
             return Caption(image, length, parse_text_settings(max_tokens, temperature))
 

@@ -1,4 +1,4 @@
-"""`moondream_cv/detect@v1`: boxes of whatever the class names mean."""
+"""`moondream_cv/detect@v1`: detect objects by class name."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from .running import MoondreamBlock, run_detector
 KIND = "object-detection"
 
 DESCRIPTION = """
-Detect objects by name with **Moondream 2**, an open-vocabulary vision-language model: any words will do, such as
-`person`, `red car` or `dented can`, and nothing needs to be trained.
+Detect objects by name with **Moondream 2**, an open-vocabulary vision-language model. Class names can be any words,
+such as `person`, `red car` or `dented can`. No training is required.
 
 #### How it works
 
-- Every image is encoded once, and all classes are looked for together, so that eight classes cost little more than one.
-- All images of a batch go to the model in one call.
-- `confidence` is real: it comes from the probabilities of the tokens that the model chose.
-- `class_id` follows the order of `class_names`. Boxes of crops map back to the image that the crop was cut from.
+- Each image is encoded once and all classes are detected together, so eight classes take little longer than one.
+- All images of a batch are processed in one call.
+- `confidence` is computed from the model's token probabilities.
+- `class_id` follows the order of `class_names`. Boxes in crops keep their position in the original image.
 
 #### When an image fails
 
-Where an image cannot be read, or the model or its server fails on it, `predictions` is empty, `error_status` is true
-and `error_message` says why. The workflow goes on.
+If an image cannot be read, or the model or its server fails, `predictions` is empty, `error_status` is true and
+`error_message` gives the reason. The workflow continues.
 
-#### What to connect it to
+#### Connect it to
 
-Filters, trackers, counters, zones, dynamic crop, visualisations and sinks: whatever takes object detections. To track
-through a video without looking at every frame, use **Moondream Track** instead.
+Any block that accepts object detections: filters, trackers, counters, zones, dynamic crop, visualizations and sinks.
+For videos, **Moondream Track** runs the model on every Nth frame only.
 
-It takes the place of `roboflow_core/moondream2@v1`: change the step's `type`, and rename `prompt` to `class_names`.
+#### Replace roboflow_core/moondream2@v1
+
+Change the `type` of the step, and rename `prompt` to `class_names`.
 """
 
 
 class Manifest(BoxManifest):
-    """Boxes of whatever the class names mean."""
+    """Fields and outputs of the detect block."""
 
     model_config = block_metadata(
         "Moondream Detect",
-        "Detect objects of any classes by name, with real confidences.",
+        "Detect objects of any class by name, with confidence scores.",
         DESCRIPTION,
         keywords=["open vocabulary", "zero-shot", "object detection"],
         priority=5.4,
@@ -54,6 +56,7 @@ class Manifest(BoxManifest):
 
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
+        """Return the names and kinds of the outputs."""
         return [
             OutputDefinition(name="predictions", kind=[types.OBJECT_DETECTION_PREDICTION_KIND]),
             *error_output_definitions(),
@@ -61,7 +64,7 @@ class Manifest(BoxManifest):
 
 
 class DetectBlock(MoondreamBlock):
-    """Images × class names → boxes."""
+    """Detect objects by class name."""
 
     manifest = Manifest
 
@@ -74,6 +77,7 @@ class DetectBlock(MoondreamBlock):
         max_objects: int,
         nms: float | None,
     ) -> BlockResult:
+        """Return the outputs of each image; the arguments are the fields of the manifest."""
         options = {"confidence": confidence, "max_objects": max_objects, "nms": nms}
         detections = run_detector(Detector, self._models, model, list(images), class_names, **options)
         return block_outputs(detections, images, _detection_outputs, _empty_outputs, "detect")

@@ -1,6 +1,6 @@
-"""Fields that blocks have in common, and what is refused of them when a workflow is compiled.
+"""Fields that the blocks share, and their validation when a workflow is compiled.
 
-What their values may be stands in `values.py`.
+`values.py` parses the values of the fields.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ else:
     Flag = types.Selector(kind=[types.BOOLEAN_KIND])
     Anything = types.Selector()
 
-# The bounds are for the workflow builder; `parsed_by` enforces them.
+# The limits in `Field` are for the workflow builder; `parsed_by` enforces them.
 FractionLiteral: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 FractionField: TypeAlias = Annotated[FractionLiteral | Number, parsed_by(parse_fraction)]
 OptionalFractionField: TypeAlias = Annotated[FractionLiteral | Number | None, parsed_by(parse_optional_fraction)]
@@ -60,7 +60,7 @@ TemperatureField: TypeAlias = Annotated[
     Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | Number, parsed_by(parse_temperature)
 ]
 ALWAYS_VISIBLE: JsonDict = {"always_visible": True}
-"""Extra of a field that the workflow builder shows without opening the advanced options."""
+"""Extra of a field that the workflow builder shows outside the advanced options."""
 
 
 def block_metadata(
@@ -69,14 +69,16 @@ def block_metadata(
     """Return the metadata of a block for the workflow builder.
 
     Args:
-        long: For the side panel, in Markdown.
-        keywords: Search keywords besides those that all blocks of this plugin have.
-        priority: Of the blocks of a section those with the lowest come first.
-        section: Of the list of blocks.
+        name: Name of the block.
+        short: Description of one sentence.
+        long: Description for the side panel, in Markdown.
+        keywords: Search keywords, in addition to those of all blocks of this plugin.
+        priority: Position in the section; lower values come first.
+        section: Section in the list of blocks.
     """
     return ConfigDict(
-        # The engine assigns a workflow's inputs before each run, and a refusal there is an exception: a stream runner
-        # then waits forever for frames that nobody takes. The block makes error outputs of it instead.
+        # The engine assigns a workflow's inputs before each run. A validation error there is an exception, after which
+        # a stream runner waits forever for frames that are never consumed. The block returns error outputs instead.
         validate_assignment=False,
         json_schema_extra={
             "name": name,
@@ -93,16 +95,16 @@ def block_metadata(
 
 
 class MoondreamManifest(WorkflowBlockManifest):
-    """Images, and the model that looks at them."""
+    """Fields of all blocks: the images and the model."""
 
     images: Images = types.ImageInputField
     model: ModelName | str = Field(
         default="moondream2",
         title="Model",
-        description="Where the model runs. `moondream2` is loaded in this process, once for all blocks and workflows, "
-        "and downloaded the first time; so is `repository@revision` of Hugging Face, or a local folder. With the URL "
-        "of a server (`moondream-cv serve`, Roboflow Inference, Moondream's API) nothing is loaded here. `tiny` is a "
-        "demonstration model that knows rendered shapes and icons only.",
+        description="Model name or server URL. `moondream2`, a Hugging Face `repository@revision` or a local folder is "
+        "loaded in this process, once for all blocks and workflows, and downloaded on first use. The URL of a server "
+        "(`moondream-cv serve`, Roboflow Inference, Moondream's API) runs the model there. `tiny` is a demonstration "
+        "model for rendered shapes and icons.",
         examples=[
             "moondream2",
             "tiny",
@@ -116,7 +118,7 @@ class MoondreamManifest(WorkflowBlockManifest):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the schema with its fields in the order for the workflow builder: the required ones first."""
+        """Return the schema with required fields first, then the fields that are always visible."""
         schema = super().__get_pydantic_json_schema__(core_schema, handler)
         required = schema["required"]
 
@@ -129,10 +131,10 @@ class MoondreamManifest(WorkflowBlockManifest):
     @model_validator(mode="before")
     @classmethod
     def _convert_model_version(cls, values: Any) -> Any:
-        """Read the field `model_version` of `roboflow_core/moondream2@v1`, which changes to this block by its type.
+        """Convert the field `model_version` of a `roboflow_core/moondream2@v1` step to `model`.
 
         Raises:
-            ValueError: It names a model other than Moondream 2.
+            ValueError: The field names a model other than Moondream 2.
         """
         if not isinstance(values, dict) or values.get("model_version") is None:
             return values
@@ -149,13 +151,17 @@ class MoondreamManifest(WorkflowBlockManifest):
     @model_validator(mode="before")
     @classmethod
     def _reject_misspelled_fields(cls, values: Any) -> Any:
-        """Fields that a block does not have are passed over, but not those that are nearly called like one it has."""
+        """Ignore unknown fields, unless the name looks like a typo of a known field.
+
+        Raises:
+            ValueError: A field name looks like a typo.
+        """
         if isinstance(values, dict):
             missing = [name for name in cls.model_fields if name not in values]
             for key in values.keys() - cls.model_fields.keys():
                 close = difflib.get_close_matches(str(key), missing, n=1, cutoff=0.75)
                 if close:
-                    raise ValueError(f"there is no field {key!r}; did you mean {close[0]!r}?")
+                    raise ValueError(f"unknown field {key!r}; did you mean {close[0]!r}?")
         return values
 
     @field_validator("model")
@@ -164,42 +170,43 @@ class MoondreamManifest(WorkflowBlockManifest):
         if not is_selector(value):
             try:
                 check_model(value)
-            except (MoondreamError, ValueError) as error:  # a MoondreamError would leave pydantic as it is
+            except (MoondreamError, ValueError) as error:  # pydantic reports a ValueError only
                 raise ValueError(workflow_message(error)) from error
             return canonical_name(value)
         return value
 
     @classmethod
     def get_parameters_accepting_batches(cls) -> list[str]:
+        """Return the fields that accept a batch."""
         return ["images"]
 
     @classmethod
     def get_execution_engine_compatibility(cls) -> str | None:
+        """Return the supported versions of the workflows engine."""
         return ENGINE_VERSIONS
 
 
 class ClassNamesManifest(MoondreamManifest):
-    """What is looked for as well."""
+    """Fields of blocks that localize classes."""
 
     class_names: list[str] | str | Texts = Field(
         title="Class Names",
-        description="What to look for, in any words: a list, or names separated by commas or line breaks. "
-        "`class_id` follows their order. The image is encoded once however many there are.",
+        description="Classes to detect, in any words: a list, or names separated by commas or line breaks. `class_id` "
+        "follows their order.",
         examples=[["person", "red car"], "person, red car", "$inputs.class_names"],
         json_schema_extra=ALWAYS_VISIBLE,
     )
     confidence: FractionField = Field(
         default=0.0,
         title="Confidence Threshold",
-        description="Drop results below this confidence, from 0 to 1; 0 keeps all that the model says, 0.3 is a good "
-        "start against false ones. Confidences come from the model's own token probabilities; a server that gives none "
-        "answers 1.0 for everything.",
+        description="Minimum confidence, from 0 to 1. 0 keeps all results; start with 0.3 to reduce false positives. "
+        "Confidences come from the model's token probabilities. For a server that does not return them, all are 1.0.",
         examples=[0.0, 0.3, "$inputs.confidence"],
     )
     max_objects: CountField = Field(
         default=50,
         title="Maximum Objects",
-        description="Results per image and class at the most.",
+        description="Maximum number of results per image and class.",
         examples=[50, "$inputs.max_objects"],
     )
 
@@ -207,15 +214,18 @@ class ClassNamesManifest(MoondreamManifest):
     @classmethod
     def _reject_tensor_representation(cls, values: Any) -> Any:
         if TENSORS:
-            raise ValueError("this block gives sv.Detections: unset ENABLE_TENSOR_DATA_REPRESENTATION")
+            raise ValueError(
+                "this block returns sv.Detections, not tensors; unset the environment variable "
+                "ENABLE_TENSOR_DATA_REPRESENTATION"
+            )
         return values
 
     @model_validator(mode="before")
     @classmethod
     def _convert_prompt(cls, values: Any) -> Any:
-        """A step of `roboflow_core/moondream2@v1` becomes one of these by its `type` alone.
+        """Convert the field `prompt` of a `roboflow_core/moondream2@v1` step to `class_names`.
 
-        A prompt that is written down is one class, commas or not; one from a selector is read as `class_names` are.
+        A literal prompt is one class, even with commas. The value of a selector is parsed like `class_names`.
         """
         if isinstance(values, dict) and "class_names" not in values and values.get("prompt") is not None:
             prompt = values["prompt"]
@@ -232,37 +242,36 @@ class ClassNamesManifest(MoondreamManifest):
 
 
 class BoxManifest(ClassNamesManifest):
-    """Which boxes are kept as well."""
+    """Fields of blocks that detect boxes."""
 
     nms: OptionalFractionField = Field(
         default=None,
         title="NMS Threshold",
-        description="Of boxes of the same class whose intersection over union exceeds this, keep the most confident "
-        "one; from 0 to 1. Not set: keep all.",
+        description="IoU threshold of non-maximum suppression within each class, from 0 to 1. Not set: no suppression.",
         examples=[None, 0.5, "$inputs.nms"],
     )
 
 
 class TextManifest(MoondreamManifest):
-    """How text is written as well."""
+    """Fields of blocks that generate text."""
 
     max_tokens: CountField = Field(
         default=768,
         title="Maximum Tokens",
-        description="Tokens at the most, a token being a short word or a part of a longer one.",
+        description="Maximum number of tokens to generate. A token is a short word or a part of a longer one.",
         examples=[768, 64, "$inputs.max_tokens"],
     )
     temperature: TemperatureField = Field(
         default=0.0,
         title="Temperature",
-        description="0 always takes the likeliest words, so that the same image gives the same text. Above it the "
-        "model varies; its own default is 0.5.",
+        description="Sampling temperature. 0 is greedy decoding: the same image always gives the same text. Higher "
+        "values vary the text; the model's default is 0.5.",
         examples=[0.0, 0.5, "$inputs.temperature"],
     )
 
 
 def error_output_definitions() -> list[OutputDefinition]:
-    """What every block says of an image on which it failed."""
+    """Return the error outputs that all blocks have."""
     return [
         OutputDefinition(name="error_status", kind=[types.BOOLEAN_KIND]),
         OutputDefinition(name="error_message", kind=[types.STRING_KIND]),

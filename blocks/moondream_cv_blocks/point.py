@@ -1,4 +1,4 @@
-"""`moondream_cv/point@v1`: a point on whatever the class names mean."""
+"""`moondream_cv/point@v1`: point at objects by class name."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, c
 from .running import MoondreamBlock, run_detector
 
 KIND = "keypoint-detection"
-KEY_POINT = "point"  # the name of the only one that an object has
+KEY_POINT = "point"  # name of the single key point of an object
 
-# Older engines have no kind for them.
+# Older engines have no kind for labeled points.
 LABELED_POINTS_KIND = getattr(types, "LABELED_POINTS_KIND", types.LIST_OF_VALUES_KIND)
 
 DESCRIPTION = """
-Point at objects by name with **Moondream 2**: one point on each. That is faster than boxes, is enough to count, and
-works on things that boxes do not suit. The names can be any words.
+Point at objects by name with **Moondream 2**: one point per object. Pointing is faster than detection, sufficient for
+counting, and works for objects without a clear outline. Class names can be any words.
 
 #### Outputs
 
-- `predictions`: an object detection of zero area for each point, which carries the point as its only key point too.
-  Filters, zones and dot, label and key-point visualisations take it. Its length is the count. Trackers do not: boxes
-  without area never overlap. To track, use **Moondream Track**.
-- `points`: the same as labelled points in pixels, all positive, for blocks of the SAM family that segment what is
-  pointed at. Such a block takes its points once for all images of a run, and all of them for one object: run one image
-  at a time, collapse the dimension (`roboflow_core/dimension_collapse@v1`, then the first element), and set
-  `max_objects` to 1.
+- `predictions`: one object detection of zero area per point, with the point as its only key point. Connect it to
+  filters, zones, and dot, label and key-point visualizations. Its length is the count. Trackers do not work, because
+  boxes without area never overlap; use **Moondream Track** instead.
+- `points`: the same points in pixels as labeled, positive points, for segmentation blocks of the SAM family. Such a
+  block accepts one list of points for all images of a run, and uses all points for one object. Run one image at a time,
+  collapse the dimension (`roboflow_core/dimension_collapse@v1`, then the first element), and set `max_objects` to 1.
 
-Images are encoded once however many classes there are, and all images of a batch go to the model in one call.
+Each image is encoded once for all classes, and all images of a batch are processed in one call.
 
 #### When an image fails
 
-`predictions` and `points` are empty, `error_status` is true and `error_message` says why. The workflow goes on.
+`predictions` and `points` are empty, `error_status` is true and `error_message` gives the reason. The workflow
+continues.
 """
 
 
 class Manifest(ClassNamesManifest):
-    """A point on whatever the class names mean."""
+    """Fields and outputs of the point block."""
 
     model_config = block_metadata(
         "Moondream Point",
-        "Point at objects of any classes by name, or count them.",
+        "Point at objects of any class by name, or count them.",
         DESCRIPTION,
         keywords=["open vocabulary", "zero-shot", "point", "count", "key point"],
         priority=5.41,
@@ -56,6 +56,7 @@ class Manifest(ClassNamesManifest):
 
     @classmethod
     def describe_outputs(cls) -> list[OutputDefinition]:
+        """Return the names and kinds of the outputs."""
         return [
             OutputDefinition(
                 name="predictions",
@@ -67,7 +68,7 @@ class Manifest(ClassNamesManifest):
 
 
 class PointBlock(MoondreamBlock):
-    """Images × class names → points."""
+    """Point at objects by class name."""
 
     manifest = Manifest
 
@@ -79,6 +80,7 @@ class PointBlock(MoondreamBlock):
         confidence: float,
         max_objects: int,
     ) -> BlockResult:
+        """Return the outputs of each image; the arguments are the fields of the manifest."""
         options = {"confidence": confidence, "max_objects": max_objects}
         detections = run_detector(Pointer, self._models, model, list(images), class_names, **options)
         return block_outputs(detections, images, _point_outputs, _empty_outputs, "point")
@@ -94,7 +96,7 @@ def _empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
 
 
 def _with_key_points(detections: sv.Detections) -> sv.Detections:
-    """Each box's corner, which is all there is of it, as its key point: [N, 1, 2]."""
+    """Add the corner of each zero-area box as its key point, [N, 1, 2], in place."""
     count = len(detections)
     detections[constants.KEYPOINTS_XY_KEY_IN_SV_DETECTIONS] = as_float64(detections.xyxy[:, None, :2])
     detections[constants.KEYPOINTS_CONFIDENCE_KEY_IN_SV_DETECTIONS] = as_float64(detections.confidence)[:, None]

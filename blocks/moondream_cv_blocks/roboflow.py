@@ -1,6 +1,6 @@
-"""What the blocks use of Roboflow's workflows engine, from wherever that lives.
+"""Names of Roboflow's workflows engine that the blocks use, from either package that contains it.
 
-It is the distribution `roboflow-workflows`; before `inference` 1.6 it was a part of that.
+The engine is in the distribution `roboflow-workflows`. Before version 1.6 of `inference`, it was part of `inference`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ except ModuleNotFoundError as missing:
         if error.name != "inference":
             raise
         raise ImportError(
-            'these blocks need Roboflow\'s workflows engine: pip install "moondream-cv[workflows]"'
+            'these blocks require Roboflow\'s workflows engine: pip install "moondream-cv[workflows]"'
         ) from error
 
 __all__ = [
@@ -63,4 +63,4 @@ __all__ = [
 ENGINE_VERSIONS = ">=1.3.0,<2.0.0"
 
 TENSORS = bool(getattr(environment, "ENABLE_TENSOR_DATA_REPRESENTATION", False))
-"""Whether predictions are tensors in this process, which is not the engine's default, instead of `sv.Detections`."""
+"""Whether predictions in this process are tensors instead of `sv.Detections`; off by default in the engine."""

@@ -1,4 +1,4 @@
-"""All images of a batch in one call of the model, and for each image what came of it: a result, or its error."""
+"""Run a model on all images of a batch in one call, with a result or an error for each image."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ SKILLS: dict[type[Detector] | type[Pointer], str] = {Detector: "detect", Pointer
 
 
 class MoondreamBlock(WorkflowBlock):
-    """A block that asks models of a pool.
+    """Base class of the blocks, which get their models from a pool.
 
     Attributes:
-        manifest: Its fields and outputs.
+        manifest: Fields and outputs of the block.
     """
 
     manifest: ClassVar[type[WorkflowBlockManifest]]
 
     def __init__(self, models: ModelPool) -> None:
-        if not isinstance(models, ModelPool):  # the engine says of a TypeError whose parameter it is
-            raise TypeError(f"moondream_cv_blocks.models must be a ModelPool, not {type(models).__name__}")
+        if not isinstance(models, ModelPool):  # the engine adds the name of the block to a TypeError
+            raise TypeError(f"moondream_cv_blocks.models must be a ModelPool, got {type(models).__name__}")
         self._models = models
 
     @classmethod
     def get_init_parameters(cls) -> list[str]:
+        """Return the names of the constructor's parameters, for the engine."""
         return ["models"]
 
     @classmethod
     def get_manifest(cls) -> type[WorkflowBlockManifest]:
+        """Return the manifest class, for the engine."""
         return cls.manifest
 
 
@@ -55,15 +57,27 @@ def run_detector(
     max_objects: Any,
     nms: Any = None,
 ) -> list[sv.Detections | Exception]:
-    """Look for classes on images.
+    """Detect or point at classes on images.
+
+    The values from `class_names` on come from workflow inputs and can be invalid.
 
     Args:
-        kind: What finds them.
-        model: A name for the pool.
-        class_names: As `parse_class_names` takes them; this and what follows may come from anywhere, and be wrong.
-        nms: Of a `Detector` alone.
+        kind: `Detector` or `Pointer`.
+        pool: Pool of models.
+        model: Model name or server URL.
+        images: Images of the batch.
+        class_names: Class names, in any form that `parse_class_names` accepts.
+        confidence: Minimum confidence, 0..1.
+        max_objects: Maximum number of objects per image and class.
+        nms: IoU threshold of non-maximum suppression, 0..1; only for `Detector`.
+
+    Returns:
+        The detections of each image, or its error.
     """
-    frames, outcomes = _readable(images, pixels_of)
+    # Read the images
+    frames, outcomes = _read_images(images, pixels_of)
+
+    # Run the model on the readable ones
     if frames:
         try:
             names = parse_class_names(class_names)
@@ -74,34 +88,43 @@ def run_detector(
             threshold = parse_optional_fraction(nms, "nms")
             if threshold is not None:
                 options["nms"] = threshold
-            opened = _able(pool.get(model), model, SKILLS[kind])
-            found = kind(opened, **options).detect_each(list(frames.values()), names)
-        except Exception as error:  # of the step, not of an image
-            found = [error] * len(frames)
-        outcomes.update(zip(frames, found, strict=True))
+            opened = _check_skill(pool.get(model), model, SKILLS[kind])
+            results = kind(opened, **options).detect_each(list(frames.values()), names)
+        except Exception as error:  # concerns all images
+            results = [error] * len(frames)
+        outcomes.update(zip(frames, results, strict=True))
     return [outcomes[index] for index in range(len(images))]
 
 
 def run_requests(
     pool: ModelPool, model: str, images: Sequence[WorkflowImageData], request: Callable[[Any, int], Request]
 ) -> list[Result | Exception]:
-    """Ask something of each image.
+    """Run one request for each image.
 
     Args:
-        model: A name for the pool.
-        request: Makes a request of a picture and its number; what it raises is the image's error.
+        pool: Pool of models.
+        model: Model name or server URL.
+        images: Images of the batch.
+        request: Function that creates the request of an image and its index. An exception is the error of that image.
+
+    Returns:
+        The result of each image, or its error.
     """
-    pictures, outcomes = _readable(images, lambda image: Image.fromarray(pixels_of(image)[..., ::-1]))
+    # Create the requests
+    readable, outcomes = _read_images(images, lambda image: Image.fromarray(pixels_of(image)[..., ::-1]))
     requests: dict[int, Request] = {}
-    for index, picture in pictures.items():
+    for index, image in readable.items():
         try:
-            requests[index] = request(picture, index)
+            requests[index] = request(image, index)
         except Exception as error:
             outcomes[index] = error
+
+    # Run the model
     if requests:
         results: Sequence[Any]
         try:
-            results = _able(pool.get(model), model, next(iter(requests.values())).skill).run(list(requests.values()))
+            opened = _check_skill(pool.get(model), model, next(iter(requests.values())).skill)
+            results = opened.run(list(requests.values()))
         except Exception as error:
             results = [ErrorResult(error)] * len(requests)
         for index, result in zip(requests, results, strict=True):
@@ -109,28 +132,28 @@ def run_requests(
     return [outcomes[index] for index in range(len(images))]
 
 
-def _able(opened: VisionModel, name: str, skill: str) -> VisionModel:
-    """A model, which has a skill.
+def _check_skill(opened: VisionModel, name: str, skill: str) -> VisionModel:
+    """Return a model that supports a skill.
 
     Raises:
-        UnsupportedSkill: It lacks it.
+        UnsupportedSkill: The model does not support the skill.
     """
     if skill not in opened.skills:
         raise UnsupportedSkill(
-            f"the model {redacted(name)} cannot {skill}, only {', '.join(sorted(opened.skills))}; set the field model "
-            "to moondream2 or to the URL of moondream-cv serve"
+            f"the model {redacted(name)} does not support {skill}, only {', '.join(sorted(opened.skills))}; set the "
+            "field model to moondream2 or to the URL of moondream-cv serve"
         )
     return opened
 
 
-def _readable(
+def _read_images(
     images: Sequence[WorkflowImageData], read: Callable[[WorkflowImageData], Any]
 ) -> tuple[dict[int, Any], dict[int, Any]]:
-    """What was read of images, and the errors of the others, by their numbers."""
-    pictures, errors = {}, {}
+    """Read images; return those that were read and the errors of the others, by index."""
+    readable, errors = {}, {}
     for index, image in enumerate(images):
         try:
-            pictures[index] = read(image)
+            readable[index] = read(image)
         except Exception as error:
             errors[index] = error
-    return pictures, errors
+    return readable, errors

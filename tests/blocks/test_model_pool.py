@@ -1,4 +1,4 @@
-"""The pool of models that all blocks share, and what importing the plugin takes, without a workflows engine."""
+"""Test the pool of models and the import of the plugin, without a workflows engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moondream_cv_blocks import REGISTERED_INITIALIZERS, ModelPool, load_blocks,
 from tests.helpers.remote_server import Answer, RemoteServer, remote_server
 
 TINY = Path(moondream_cv.__file__).parent / "tiny"
-OURS = Answer({"models": [{"id": "tiny", "has_scores": True}]})
+MODELS_ANSWER = Answer({"models": [{"id": "tiny", "has_scores": True}]})
 THREADS = 8
 KEYS = ("API_KEY", "FAL_KEY", "MOONDREAM_API_KEY", "OPENAI_API_KEY", "ROBOFLOW_API_KEY")
 VARIABLES = (pool.ALLOWED, pool.DEVICE, pool.TIMEOUT, *KEYS)
@@ -50,7 +50,7 @@ def models() -> Iterator[ModelPool]:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names that are really loaded, in their order."""
+    """Return the names that are loaded, in order."""
     names: list[str] = []
 
     def counting(name: str, **options: Any) -> LocalModel:
@@ -67,16 +67,16 @@ def server() -> Iterator[RemoteServer]:
         yield running
 
 
-# One model, however often it is asked for
+# Getting models
 
 
-def test_a_model_is_loaded_once(models: ModelPool, loaded: list[str]) -> None:
+def test_model_is_loaded_once(models: ModelPool, loaded: list[str]) -> None:
     assert loaded == []
     assert models.get("tiny") is models.get("tiny")
     assert loaded == ["tiny"]
 
 
-def test_many_threads_get_one_model(models: ModelPool, loaded: list[str]) -> None:
+def test_concurrent_calls_load_one_model(models: ModelPool, loaded: list[str]) -> None:
     together = threading.Barrier(THREADS)
 
     def get(_: int) -> object:
@@ -84,12 +84,12 @@ def test_many_threads_get_one_model(models: ModelPool, loaded: list[str]) -> Non
         return models.get("tiny")
 
     with ThreadPoolExecutor(THREADS) as threads:
-        got = list(threads.map(get, range(THREADS)))
-    assert len(set(map(id, got))) == 1
+        opened = list(threads.map(get, range(THREADS)))
+    assert len(set(map(id, opened))) == 1
     assert loaded == ["tiny"]
 
 
-def test_every_pool_has_its_own(models: ModelPool) -> None:
+def test_pools_do_not_share_models(models: ModelPool) -> None:
     other = ModelPool(device="cpu")
     assert models.get("tiny") is not other.get("tiny")
     other.close()
@@ -97,7 +97,7 @@ def test_every_pool_has_its_own(models: ModelPool) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["./my-model", "my-model", "other/../my-model", "link", "ABSOLUTE", "~/my-model"])
-def test_all_paths_of_a_folder_are_one_model(
+def test_all_paths_of_a_folder_share_one_model(
     spelling: str, models: ModelPool, loaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my-model").symlink_to(TINY)
@@ -122,8 +122,8 @@ def test_all_paths_of_a_folder_are_one_model(
         ("http://localhost:2020", "http://LOCALHOST:2020"),
     ],
 )
-def test_all_spellings_of_a_name_are_one_model(name: str, same: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model that was added under one is there under the other; nothing is loaded for it."""
+def test_all_spellings_of_a_name_share_one_model(name: str, same: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was added under one spelling is found under the other, without loading."""
     monkeypatch.setattr(pool, "load", _must_not_open)
     monkeypatch.setattr(pool, "connect", _must_not_open)
     models = ModelPool()
@@ -142,7 +142,7 @@ def test_all_spellings_of_a_name_are_one_model(name: str, same: str, monkeypatch
         ("http://localhost:2020", "https://localhost:2020"),
     ],
 )
-def test_names_of_different_models(name: str, other: str) -> None:
+def test_different_names_have_different_models(name: str, other: str) -> None:
     models = ModelPool()
     first, second = (load("tiny", device="cpu") for _ in range(2))
     models.add(name, first)
@@ -158,7 +158,7 @@ def _must_not_open(name: str, **options: Any) -> Any:
 # Adding and closing
 
 
-def test_a_model_that_is_added_is_not_loaded(models: ModelPool, loaded: list[str]) -> None:
+def test_added_model_is_used_without_loading(models: ModelPool, loaded: list[str]) -> None:
     first, second = (load("tiny", device="cpu") for _ in range(2))
     models.add("tiny", first)
     assert models.get("tiny") is first
@@ -168,15 +168,15 @@ def test_a_model_that_is_added_is_not_loaded(models: ModelPool, loaded: list[str
 
 
 @pytest.mark.parametrize("name", ["moondream3", "./nothing", "ftp://example.org", "http://", "", " ", 5, None])
-def test_a_name_that_no_workflow_can_use_is_not_added(models: ModelPool, name: Any) -> None:
+def test_add_rejects_invalid_names(models: ModelPool, name: Any) -> None:
     with pytest.raises((CheckpointError, ValueError)):
         models.add(name, load("tiny", device="cpu"))
-    assert models._opened == {}
+    assert models._entries == {}
 
 
-def test_a_name_that_may_not_be_used_is_not_added(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_rejects_names_that_are_not_allowed(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.ALLOWED, "moondream2")
-    with pytest.raises(ValueError, match="'tiny' may not be used here"):
+    with pytest.raises(ValueError, match="'tiny' is not allowed"):
         models.add("tiny", load("tiny", device="cpu"))
 
 
@@ -189,11 +189,11 @@ def test_a_name_that_may_not_be_used_is_not_added(models: ModelPool, monkeypatch
     ],
     ids=["URL", "repository", "folder"],
 )
-@pytest.mark.parametrize("under", range(3))
-def test_what_is_added_takes_the_place_of_what_was_there(
-    models: ModelPool, spellings: tuple[str, ...], under: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("index", range(3))
+def test_added_model_replaces_the_previous_one_under_all_spellings(
+    models: ModelPool, spellings: tuple[str, ...], index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under all names that it has been asked for by, and those that it has not."""
+    """This includes spellings that were used before and spellings that were not."""
     for name in ("my-model", "link"):
         (tmp_path / name).symlink_to(TINY)
     (tmp_path / "other").mkdir()
@@ -203,14 +203,14 @@ def test_what_is_added_takes_the_place_of_what_was_there(
     first, second = (load("tiny", device="cpu") for _ in range(2))
     models.add(spellings[0], first)
     assert [models.get(name) for name in spellings[:2]] == [first] * 2
-    models.add(spellings[under], second)
+    models.add(spellings[index], second)
     assert [models.get(name) for name in spellings] == [second] * 3
-    assert first.run([]) == []  # it stays open
+    assert first.run([]) == []  # the replaced model stays open
     first.close()
 
 
-def test_what_is_added_takes_the_place_of_a_failure(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "connect", _failing(BackendError("the server is away")))
+def test_added_model_replaces_a_failure(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "connect", _failing(BackendError("the server is down")))
     with pytest.raises(BackendError):
         models.get("http://localhost:2020/")
     tiny = load("tiny", device="cpu")
@@ -225,8 +225,8 @@ def _failing(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def test_a_closed_pool_opens_anew(models: ModelPool, loaded: list[str], server: RemoteServer) -> None:
-    server.on("/v1/models", OURS)
+def test_closed_pool_opens_models_again(models: ModelPool, loaded: list[str], server: RemoteServer) -> None:
+    server.on("/v1/models", MODELS_ANSWER)
     before, remote = models.get("tiny"), models.get(server.url)
     models.close()
     models.close()
@@ -237,10 +237,10 @@ def test_a_closed_pool_opens_anew(models: ModelPool, loaded: list[str], server: 
     assert loaded == ["tiny", "tiny"]
 
 
-# What cannot be opened
+# Failures
 
 
-def test_a_failure_is_remembered_for_a_while(
+def test_failed_model_is_retried_after_retry_seconds(
     models: ModelPool, server: RemoteServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
@@ -248,8 +248,8 @@ def test_a_failure_is_remembered_for_a_while(
     server.on("/v1/models", Answer({}, 404))
 
     def fails() -> int:
-        """How many requests there have been after another failure."""
-        with pytest.raises(BackendError, match="does not say what it is"):
+        """Assert that the model fails, and return the number of requests so far."""
+        with pytest.raises(BackendError, match="has an unknown API"):
             models.get(server.url)
         return len(server.asked)
 
@@ -258,14 +258,14 @@ def test_a_failure_is_remembered_for_a_while(
     assert fails() == fails() == once > 0
     now += 0.2
     assert fails() == 2 * once
-    server.on("/v1/models", OURS)
-    assert fails() == 2 * once  # it is there, but it is too early to look
+    server.on("/v1/models", MODELS_ANSWER)
+    assert fails() == 2 * once  # the server is up, but the retry is not due
     now += pool.RETRY_SECONDS + 0.1
     assert models.get(server.url) is models.get(server.url)
 
 
-def test_a_failure_that_is_remembered_does_not_grow(models: ModelPool, tmp_path: Path) -> None:
-    """Its traceback would, with each frame that fails, if it were raised as it is."""
+def test_traceback_of_a_repeated_failure_does_not_grow(models: ModelPool, tmp_path: Path) -> None:
+    """Raising the same exception again would extend its traceback for every frame."""
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     (tmp_path / "config.json").write_text((TINY / "config.json").read_text())
     lengths = []
@@ -279,14 +279,14 @@ def test_a_failure_that_is_remembered_does_not_grow(models: ModelPool, tmp_path:
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (BackendError("the server is away"), BackendError, "the server is away"),
+        (BackendError("the server is down"), BackendError, "the server is down"),
         (CheckpointError("no weights"), CheckpointError, "no weights"),
         (ValueError("no such device"), ValueError, "no such device"),
         (RuntimeError("out of memory"), MoondreamError, "out of memory"),
         (KeyError("a key"), MoondreamError, "'a key'"),
         (RuntimeError(), MoondreamError, "RuntimeError"),
         *(
-            (error, ValueError, str(error))  # whose own kinds are made of more than a text
+            (error, ValueError, str(error))  # their types cannot be created from a message alone
             for error in (
                 json.JSONDecodeError("no JSON", "{", 1),
                 UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"),
@@ -295,10 +295,10 @@ def test_a_failure_that_is_remembered_does_not_grow(models: ModelPool, tmp_path:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_is_raised_until_a_model_is_tried_again(
+def test_repeated_failure_raises_a_new_error_with_the_same_message(
     models: ModelPool, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], text: str
 ) -> None:
-    """First the error itself, and then each time another one that says the same."""
+    """The first call raises the original error."""
     monkeypatch.setattr(pool, "load", _failing(error))
     with pytest.raises(type(error)) as first:
         models.get("tiny")
@@ -315,18 +315,18 @@ def test_what_is_raised_until_a_model_is_tried_again(
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, RuntimeError])
-def test_what_failed_to_open_is_let_go(
+def test_failed_load_releases_its_memory(
     models: ModelPool, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
-    """Weights that were half loaded would otherwise stay as long as the failure is remembered."""
+    """Otherwise, partially loaded weights would stay in memory until the next attempt."""
     weights: list[weakref.ref[np.ndarray]] = []
 
-    def half(name: str, **options: Any) -> Any:
+    def load_partially(name: str, **options: Any) -> Any:
         loaded = np.zeros(1000)
         weights.append(weakref.ref(loaded))
         raise kind(f"{name} has only {len(loaded)} weights")
 
-    monkeypatch.setattr(pool, "load", half)
+    monkeypatch.setattr(pool, "load", load_partially)
     for _ in range(3):
         try:
             models.get("tiny")
@@ -337,7 +337,7 @@ def test_what_failed_to_open_is_let_go(
     assert weights[0]() is None
 
 
-def test_names_that_failed_are_forgotten(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_failed_entries_is_limited(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     now, rounds, names = 1000.0, 5, 20
     monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: now))
     tiny = models.get("tiny")
@@ -346,11 +346,11 @@ def test_names_that_failed_are_forgotten(models: ModelPool, monkeypatch: pytest.
             models.get(f"moondream3-{number}")
         if number % names == names - 1:
             now += pool.RETRY_SECONDS + 0.1
-        assert len(models._opened) <= 1 + 2 * names
+        assert len(models._entries) <= 1 + 2 * names
     assert models.get("tiny") is tiny
 
 
-def test_a_model_of_a_deleted_folder_stays(models: ModelPool, tmp_path: Path) -> None:
+def test_open_model_of_a_deleted_folder_stays_available(models: ModelPool, tmp_path: Path) -> None:
     folder = shutil.copytree(TINY, tmp_path / "my-model")
     before = models.get(str(folder))
     shutil.rmtree(folder)
@@ -359,25 +359,25 @@ def test_a_model_of_a_deleted_folder_stays(models: ModelPool, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["moondream3", "./nothing", "ftp://example.org", "", "  "])
-def test_names_of_no_model(models: ModelPool, name: str) -> None:
+def test_get_rejects_invalid_names(models: ModelPool, name: str) -> None:
     for _ in range(2):
         with pytest.raises((CheckpointError, ValueError)):
             models.get(name)
 
 
 @pytest.mark.parametrize("name", [None, 5, ["tiny"], {"tiny"}, Path("tiny")])
-def test_what_is_no_name(models: ModelPool, name: Any) -> None:
-    with pytest.raises(ValueError, match=f"model must be a name or the URL of a server, not {type(name).__name__}"):
+def test_get_rejects_names_that_are_not_strings(models: ModelPool, name: Any) -> None:
+    with pytest.raises(ValueError, match=f"model must be a name or the URL of a server, got {type(name).__name__}"):
         models.get(name)
 
 
-def test_a_slow_opening_keeps_no_other_model_waiting(models: ModelPool, server: RemoteServer) -> None:
-    asked, go_on = threading.Event(), threading.Event()
+def test_slow_model_does_not_block_other_models(models: ModelPool, server: RemoteServer) -> None:
+    asked, resume = threading.Event(), threading.Event()
 
     def reply(_: object) -> Answer:
         asked.set()
-        go_on.wait(240)
-        return OURS
+        resume.wait(240)
+        return MODELS_ANSWER
 
     server.on("/v1/models", reply)
     with ThreadPoolExecutor(1) as threads:
@@ -388,14 +388,14 @@ def test_a_slow_opening_keeps_no_other_model_waiting(models: ModelPool, server: 
             models.add("http://localhost:1", models.get("tiny"))
             assert not slow.done()
         finally:
-            go_on.set()
+            resume.set()
         assert slow.result(240) is models.get(server.url)
 
 
 # Environment variables
 
 
-def test_models_that_may_be_used(models: ModelPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_allowed_models_can_be_used(models: ModelPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").symlink_to(TINY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(pool.ALLOWED, " tiny , ./mine, http://user:word@localhost:2020,")
@@ -404,123 +404,125 @@ def test_models_that_may_be_used(models: ModelPool, monkeypatch: pytest.MonkeyPa
     for name in ("moondream2", "./other", "http://localhost:2020", "http://localhost:9001/?key=secret"):
         with pytest.raises(
             ValueError,
-            match=rf"may not be used here, only tiny, \./mine, http://localhost:2020; {pool.ALLOWED} lists the models$",
+            match=rf"is not allowed, only tiny, \./mine, http://localhost:2020; add it to .* {pool.ALLOWED} to use it$",
         ) as caught:
             models.get(name)
         assert "word" not in str(caught.value)
         assert "secret" not in str(caught.value)
 
 
-def test_an_open_model_may_be_forbidden_later(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_list_applies_to_open_models(models: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     models.get("tiny")
     monkeypatch.setenv(pool.ALLOWED, "moondream2")
-    with pytest.raises(ValueError, match="'tiny' may not be used here, only moondream2"):
+    with pytest.raises(ValueError, match="'tiny' is not allowed, only moondream2"):
         models.get("tiny")
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", " , "])
-def test_an_empty_list_allows_everything(models: ModelPool, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_empty_allowed_list_allows_all_models(models: ModelPool, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(pool.ALLOWED, text)
     assert models.get("tiny").run([]) == []
 
 
-def test_the_pool_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by threads that ask for it at once."""
-    made, make = [], pool.pool_from_environment
+def test_shared_pool_is_created_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This includes concurrent calls."""
+    created, create = [], pool.pool_from_environment
 
-    def slowly() -> ModelPool:
+    def create_slowly() -> ModelPool:
         time.sleep(0.05)
-        made.append(make())
-        return made[-1]
+        created.append(create())
+        return created[-1]
 
     monkeypatch.setattr(pool, "_shared", None)
-    monkeypatch.setattr(pool, "pool_from_environment", slowly)
+    monkeypatch.setattr(pool, "pool_from_environment", create_slowly)
     with ThreadPoolExecutor(4) as threads:
-        given = list(threads.map(lambda _: REGISTERED_INITIALIZERS["models"](), range(4)))
-    assert len(made) == 1
-    assert all(one is made[0] for one in given)
+        pools = list(threads.map(lambda _: REGISTERED_INITIALIZERS["models"](), range(4)))
+    assert len(created) == 1
+    assert all(one is created[0] for one in pools)
 
 
-def test_nothing_is_set() -> None:
-    made = pool.pool_from_environment()
-    assert (made.device, made.timeout) == (None, 30.0)
+def test_pool_without_environment_variables_has_the_defaults() -> None:
+    created = pool.pool_from_environment()
+    assert (created.device, created.timeout) == (None, 30.0)
 
 
-def test_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_set_device_and_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.DEVICE, " cpu ")
     monkeypatch.setenv(pool.TIMEOUT, " 2.5 ")
-    made = pool.pool_from_environment()
-    assert (made.device, made.timeout) == ("cpu", 2.5)
-    assert str(made.get("tiny").device) == "cpu"
-    made.close()
+    created = pool.pool_from_environment()
+    assert (created.device, created.timeout) == ("cpu", 2.5)
+    assert str(created.get("tiny").device) == "cpu"
+    created.close()
 
 
-def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_device_in_the_environment_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.DEVICE, "cuda:99")
     with pytest.raises(ValueError, match="there is no device 'cuda:99'"):
         pool.pool_from_environment().get("tiny")
 
 
 @pytest.mark.parametrize("seconds", ["soon", "1s", "-1", "0", "nan", "inf"])
-def test_a_time_out_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
+def test_invalid_timeout_in_the_environment_raises(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
     monkeypatch.setenv(pool.TIMEOUT, seconds)
     with pytest.raises(ValueError, match=f"{pool.TIMEOUT} must be a number of seconds above 0, got '{seconds}'"):
         pool.pool_from_environment()
 
 
-def test_the_time_out_is_that_of_servers(server: RemoteServer) -> None:
-    server.on("/v1/models", OURS).on("/v1/caption", Answer(fault="hang"))
+def test_timeout_applies_to_servers(server: RemoteServer) -> None:
+    server.on("/v1/models", MODELS_ANSWER).on("/v1/caption", Answer(fault="hang"))
     models = ModelPool(timeout=0.2)
-    with pytest.raises(BackendError, match=r"did not answer within 0\.2 s"):
+    with pytest.raises(BackendError, match=r"did not respond within 0\.2 s"):
         models.get(server.url).caption(np.zeros((8, 8, 3), np.uint8))
     models.close()
 
 
-# Keys of the environment
+# API keys of the environment
 
 
 INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
 OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
-PLACES = {"this machine": "127.0.0.1", "its name": "localhost", "another host": "127.1"}
+HOSTS = {"this machine": "127.0.0.1", "localhost": "localhost", "another host": "127.1"}
 SERVICES = {
-    "MOONDREAM_API_KEY": ("/v1/models", OURS),
+    "MOONDREAM_API_KEY": ("/v1/models", MODELS_ANSWER),
     "ROBOFLOW_API_KEY": ("/info", INFO),
     "OPENAI_API_KEY": ("/v1/models", OPENAI),
 }
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["not listed", "listed"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("variable", SERVICES)
-def test_who_gets_keys(
+def test_keys_are_sent_to_trusted_servers_only(
     variable: str,
-    place: str,
+    host: str,
     listed: bool,
     models: ModelPool,
     server: RemoteServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """127.1 is this machine too, by a name that the pool does not know: to it that is some other host."""
+    """127.1 is a spelling of this machine that the pool does not recognize, so it counts as another host."""
     if variable == "ROBOFLOW_API_KEY":
         pytest.importorskip("inference_sdk")
     server.on(*SERVICES[variable])
-    url = server.url.replace("127.0.0.1", PLACES[place])
+    url = server.url.replace("127.0.0.1", HOSTS[host])
     monkeypatch.setenv(variable, "key-of-the-environment")
     if listed:
         monkeypatch.setenv(pool.ALLOWED, f"tiny, {url}/")
     model = models.get(url)
-    looked = len(server.asked)
-    assert isinstance(model.run([Detect(np.zeros((8, 8, 3), np.uint8), "dog")])[0], ErrorResult)  # nobody answers that
+    probes = len(server.asked)
+    assert isinstance(
+        model.run([Detect(np.zeros((8, 8, 3), np.uint8), "dog")])[0], ErrorResult
+    )  # the server has no such route
     sent = json.dumps([[asked.path, dict(asked.headers), asked.body] for asked in server.asked])
-    assert len(server.asked) > looked > 0
-    assert ("key-of-the-environment" in sent) == (listed or place != "another host")
+    assert len(server.asked) > probes > 0
+    assert ("key-of-the-environment" in sent) == (listed or host != "another host")
 
 
 # Importing
 
 
-def test_importing_the_plugin_is_light() -> None:
-    """The engine imports it whether or not a workflow uses it, and before it knows what is in it."""
+def test_import_loads_no_heavy_dependencies() -> None:
+    """The engine imports every plugin, even if no workflow uses its blocks."""
     code = "import sys, moondream_cv_blocks; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     imported = {name.partition(".")[0] for name in done.stdout.split()}
@@ -529,8 +531,8 @@ def test_importing_the_plugin_is_light() -> None:
 
 
 @pytest.mark.skipif(
-    any(find_spec(name) for name in ("roboflow_workflows", "inference")), reason="there is a workflows engine here"
+    any(find_spec(name) for name in ("roboflow_workflows", "inference")), reason="a workflows engine is installed"
 )
-def test_blocks_without_an_engine() -> None:
+def test_load_blocks_without_the_engine_raises() -> None:
     with pytest.raises(ImportError, match=r'pip install "moondream-cv\[workflows\]"'):
         load_blocks()

@@ -1,11 +1,10 @@
-"""Roboflow's real inference server in this process: its HTTP app under uvicorn, with the tiny model for Moondream 2.
+"""Roboflow's inference server in this process: its HTTP app under uvicorn, with the tiny model as Moondream 2.
 
-Everything a client sees is computed by Roboflow's own code: routes, validation of requests, decoding of images, model
-manager, registry, the adapter for Moondream 2 and what it makes of boxes. Only the network that would be fetched is
-replaced, by a `LocalModel`, which has the same methods. What that refuses, the published model may answer: an empty or
-very long prompt.
+Roboflow's code handles routes, validation, image decoding, the model manager, the registry and the adapter for
+Moondream 2. Only the network is replaced, by a `LocalModel` with the same methods. The published model accepts some
+requests that a `LocalModel` rejects, such as empty or very long prompts.
 
-Tests marked roboflow use it, in the environment that `make venv-roboflow` creates.
+Tests with the marker roboflow use it, in the environment that `make venv-roboflow` creates.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from moondream_cv.engine.local import LocalModel
 MODEL_IDS = ("moondream2", "moondream2/moondream2_2b_jul24", "moondream2/moondream2-2b")
 MODEL_ID = MODEL_IDS[-1]
 
-# No network, no telemetry, no model but this one.
+# No network, no telemetry and no other models.
 ENVIRONMENT = {
     "CORE_MODELS_ENABLED": "False",
     "DISABLE_VERSION_CHECK": "True",
@@ -42,27 +41,27 @@ ENVIRONMENT = {
     "TELEMETRY_OPT_OUT": "True",
     "WORKFLOWS_PLUGINS": "moondream_cv_blocks",
 }
-_STATIC_FOLDERS = ("static", "_next/static")  # of the landing page, which the wheel leaves out and the app insists on
+_STATIC_FOLDERS = ("static", "_next/static")  # the app requires the landing page, which the wheel lacks
 _START_SECONDS = 240
-_torchvision_schemas: list[Any] = []  # a Library takes its schemas with it when it is collected
+_torchvision_schemas: list[Any] = []  # keeps each Library alive, because its schemas are removed with it
 
 
 def skip_without_server() -> None:
-    """Skip the module that calls this where Roboflow's server is not installed."""
+    """Skip the calling module if Roboflow's server is not installed."""
     if find_spec("inference") is None:
-        pytest.skip("Roboflow's inference server is not installed: make test-roboflow", allow_module_level=True)
+        pytest.skip("Roboflow's inference server is not installed; run make test-roboflow", allow_module_level=True)
 
 
 @contextmanager
 def serve(model: LocalModel, folder: Path) -> Iterator[str]:
-    """Run the app on a free port of this machine.
+    """Run the app on a free local port.
 
     Args:
-        model: Answers for every id in `MODEL_IDS`.
-        folder: Takes what the server writes.
+        model: Model for every ID in `MODEL_IDS`.
+        folder: Folder for the files that the server writes.
 
     Yields:
-        Its URL, without a slash at the end.
+        URL of the server, without a trailing slash.
     """
     import uvicorn
 
@@ -83,10 +82,11 @@ def serve(model: LocalModel, folder: Path) -> Iterator[str]:
 
 
 def create_app(model: LocalModel, folder: Path) -> Any:
-    """The app as Roboflow's container builds it for CPUs, without what watches usage and collects training data.
+    """Return the FastAPI app of Roboflow's CPU container, without usage tracking and active learning.
 
-    Returns:
-        A FastAPI app.
+    Args:
+        model: Model for every ID in `MODEL_IDS`.
+        folder: Folder for the files that the server writes.
     """
     prepare(folder)
     from inference.core.interfaces.http.http_api import HttpInterface
@@ -106,7 +106,7 @@ def create_app(model: LocalModel, folder: Path) -> Any:
 
 
 def model_manager(model: LocalModel) -> Any:
-    """Roboflow's model manager, which has this model for Moondream 2; `prepare` comes first."""
+    """Return Roboflow's model manager with a model as Moondream 2. Call `prepare` first."""
     from inference.core.managers.base import ModelManager
     from inference.core.managers.decorators.fixed_size_cache import WithFixedSizeCache
     from inference.core.registries.roboflow import RoboflowModelRegistry
@@ -117,7 +117,7 @@ def model_manager(model: LocalModel) -> Any:
 
 
 def adapter_of(model: LocalModel) -> type:
-    """Roboflow's adapter for Moondream 2, which takes this model instead of fetching one of `MODEL_IDS`."""
+    """Return Roboflow's adapter for Moondream 2 with a model instead of a download."""
     import torch
     from inference.core.models.base import Model
     from inference.models.moondream2.moondream2_inference_models import InferenceModelsMoondream2Adapter
@@ -139,13 +139,13 @@ def adapter_of(model: LocalModel) -> type:
 
 
 def prepare(folder: Path) -> None:
-    """Make this process one in which Roboflow's packages can be imported; they read the environment only then.
+    """Set the environment for Roboflow's packages and import `inference`.
 
-    The workflows engine has one configuration in a process: importing `roboflow_workflows` before `inference` sets
-    another than the server's, which then refuses to be imported. Hence it is imported here.
+    The workflows engine is configured once per process. If `roboflow_workflows` is imported before `inference`, the
+    configuration differs from that of the server, and the import of `inference` fails.
 
     Args:
-        folder: Takes what they write.
+        folder: Folder for the files that the packages write.
     """
     if "inference.core" not in sys.modules:
         os.environ.update(ENVIRONMENT, MODEL_CACHE_DIR=str(folder / "cache"))
@@ -154,10 +154,10 @@ def prepare(folder: Path) -> None:
 
 
 def declare_torchvision_schemas() -> None:
-    """Let torchvision be imported where its operators cannot be loaded.
+    """Declare the operators of torchvision if they cannot be loaded, so that torchvision can be imported.
 
-    PyPI's torchvision for Linux is built for CUDA. Beside a CPU build of torch its library of operators does not load,
-    and the import fails, because its Python code describes two of them. Nothing here calls them.
+    PyPI's torchvision for Linux is built for CUDA. With a CPU build of torch, its operators do not load, and the import
+    fails, because its Python code refers to two of them. The tests do not call them.
     """
     import torch
 
@@ -170,17 +170,21 @@ def declare_torchvision_schemas() -> None:
 
 
 def encoded(rgb: np.ndarray, form: str = "PNG", **options: Any) -> str:
-    """A picture as base64 of a file of this format."""
+    """Return an image as a base64 file of a format."""
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, form, **options)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def expected_boxes(tiny: LocalModel, image: Any, name: str = "dog") -> list[list[float]]:
-    """What the server makes of the model's boxes: corners on whole pixels, then (x, y, width, height) about centres.
+    """Return the boxes that the server is expected to return: center x, center y, width and height in pixels.
+
+    The server rounds corners to whole pixels.
 
     Args:
+        tiny: Model of the server.
         image: [H, W, 3] RGB.
+        name: Class name.
     """
     width, height = Image.fromarray(image).size
     boxes = []
@@ -192,7 +196,7 @@ def expected_boxes(tiny: LocalModel, image: Any, name: str = "dog") -> list[list
 
 
 def boxes_of(reply: dict[str, Any]) -> list[list[float]]:
-    """The same of a reply."""
+    """Return the boxes of a response: center x, center y, width and height in pixels."""
     return [[found[key] for key in ("x", "y", "width", "height")] for found in reply["predictions"]]
 
 
@@ -211,7 +215,7 @@ def _operators_load() -> bool:
 
 
 def _make_absolute(app: Any, folder: Path) -> None:
-    """The app remembers its static folders as given, relative to the working directory; those stay where they are."""
+    """Make the static folders of the app absolute, because the working directory is restored after its creation."""
     from starlette.staticfiles import StaticFiles
 
     for route in app.routes:

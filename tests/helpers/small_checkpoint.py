@@ -1,4 +1,4 @@
-"""A checkpoint of a few kilobytes for the tests of file formats: random weights, and a tokenizer of single bytes."""
+"""A checkpoint of a few kilobytes for tests of file formats, with random weights and a byte tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTROL_TOKENS = [f"<|control_{i}|>" for i in range(10)]
 
 
 def small_config(dim: int = 64, layers: int = 2) -> MoondreamConfig:
-    """Two query heads share one key head; widths that 4-bit groups of 128 divide."""
+    """Return a config with two query heads per key-value head, and widths for 4-bit groups of 128."""
     return MoondreamConfig.from_dict(
         {
             "text": {
@@ -61,13 +61,14 @@ def small_config(dim: int = 64, layers: int = 2) -> MoondreamConfig:
 
 
 def small_network(config: MoondreamConfig, seed: int = 0) -> MoondreamNetwork:
+    """Return a network with random weights."""
     network = MoondreamNetwork(config)
     network.initialize(torch.Generator().manual_seed(seed))
     return network
 
 
 def byte_tokenizer(control_tokens: list[str] | None = None, special: bool = True) -> Tokenizer:
-    """Control tokens first, then the 256 bytes."""
+    """Return a tokenizer whose vocabulary is the control tokens followed by the 256 bytes."""
     control_tokens = CONTROL_TOKENS if control_tokens is None else control_tokens
     letters = [*control_tokens, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
@@ -79,7 +80,7 @@ def byte_tokenizer(control_tokens: list[str] | None = None, special: bool = True
 
 
 def write_small(folder: Path, config: MoondreamConfig | None = None, seed: int = 0) -> MoondreamNetwork:
-    """Write a complete checkpoint folder; gives back the network."""
+    """Write a complete checkpoint folder and return the network."""
     config = config or small_config()
     network = small_network(config, seed)
     save_checkpoint(network, config, byte_tokenizer(), folder)

@@ -1,4 +1,4 @@
-"""Starts the command line in a separate process, with a hand-written model if a test needs to control it."""
+"""Start the command line in a separate process, optionally with a model that the test controls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLORING = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")  # make rich color it
 
 _STAGES = {
     "": "",
-    # From the second image on, each waits for the file "go". Its appearance is the event: the model polls for it.
+    # From the second image on, the model waits until the file "go" exists.
     "wait for the test": """
 import pathlib, time
 from moondream_cv.cli import models
@@ -37,7 +37,7 @@ def command(*arguments: str, cwd: Path, stage: str = "", stdout: Any = subproces
 
     Args:
         arguments: Arguments of the command line.
-        cwd: The folder to run in.
+        cwd: Working directory.
         stage: "" for the models of the package, or "wait for the test".
         stdout: As for `subprocess.Popen`.
     """

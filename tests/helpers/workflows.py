@@ -1,6 +1,6 @@
-"""Workflows for tests of the blocks: a definition of a few steps, compiled and run by Roboflow's own engine.
+"""Define, compile and run workflows with the blocks in Roboflow's workflows engine.
 
-`tests.helpers.roboflow_app.prepare` comes first: `conftest.py` of `tests/roboflow` sees to it.
+Call `tests.helpers.roboflow_app.prepare` first, as `tests/roboflow/conftest.py` does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 NAMESPACE = "moondream_cv"
 BLOCKS = ("detect", "point", "query", "caption", "track")
-FINDERS = ("detect", "point", "track")
+CLASS_BLOCKS = ("detect", "point", "track")
 REQUIRED: dict[str, dict[str, Any]] = {
     "detect": {"class_names": ["dog"]},
     "point": {"class_names": ["dog"]},
@@ -40,17 +40,17 @@ EMPTY: dict[str, dict[str, Any]] = {
     "caption": {"caption": ""},
     "track": {"tracked_detections": 0, "new_instances": 0, "already_seen_instances": 0},
 }
-"""What each block gives of an image that failed; for detections, how many."""
+"""Outputs of each block for a failed image; for detections, their number."""
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 def step(block: str, name: str = "step", **fields: Any) -> dict[str, Any]:
-    """A step with one of our blocks, on the input image and with the tiny model unless told otherwise."""
+    """Return a step with one of the blocks, by default on the input image and with the tiny model."""
     return {"type": f"{NAMESPACE}/{block}@v1", "name": name, "images": "$inputs.image", "model": "tiny", **fields}
 
 
-def block_step(block: str, **fields: Any) -> dict[str, Any]:
-    """A step with what its block insists on."""
+def minimal_step(block: str, **fields: Any) -> dict[str, Any]:
+    """Return a step with the required fields of its block."""
     return step(block, **{**REQUIRED[block], **fields})
 
 
@@ -62,8 +62,15 @@ def bgr_frames(clip: Clip) -> list[np.ndarray]:
     return [as_bgr(rgb) for rgb, _ in clip]
 
 
-def in_video(bgr: np.ndarray, number: int, source: str = "camera", fps: float | None = 30.0) -> dict[str, Any]:
-    """A frame as the stream runner passes it to the engine, which counts from 1."""
+def video_frame(bgr: np.ndarray, number: int, source: str = "camera", fps: float | None = 30.0) -> dict[str, Any]:
+    """Return a video frame as the stream runner passes it to the engine.
+
+    Args:
+        bgr: [H, W, 3] image.
+        number: Frame number, from 1.
+        source: Identifier of the video source.
+        fps: Frame rate in the metadata.
+    """
     rate = fps if fps and 0 < fps < math.inf else 30.0
     metadata = {
         "video_identifier": source,
@@ -77,13 +84,14 @@ def in_video(bgr: np.ndarray, number: int, source: str = "camera", fps: float | 
 def workflow(
     *steps: dict[str, Any], outputs: Sequence[str] | None = None, parameters: Sequence[str] = (), **defaults: Any
 ) -> dict[str, Any]:
-    """A definition.
+    """Return a workflow definition.
 
     Args:
-        outputs: Selectors without "$steps.", such as "step.predictions", which name the outputs too; None: all of the
-            last step, under the names that they have there.
-        parameters: Names of inputs beside the image.
-        defaults: More of them, with what they are unless given.
+        steps: Steps of the workflow.
+        outputs: Selectors without "$steps.", such as "step.predictions", which are also the names of the outputs;
+            None: all outputs of the last step, under their names there.
+        parameters: Names of input parameters without a default.
+        defaults: Default values of more input parameters.
     """
     named = {"*": f"$steps.{steps[-1]['name']}.*"} if outputs is None else {o: f"$steps.{o}" for o in outputs}
     return {
@@ -98,89 +106,104 @@ def workflow(
     }
 
 
-def compiled(definition: dict[str, Any], **init_parameters: Any) -> Any:
-    """An `ExecutionEngine`.
+def compile_workflow(definition: dict[str, Any], **init_parameters: Any) -> Any:
+    """Compile a workflow to an `ExecutionEngine`.
+
+    Args:
+        definition: Workflow definition.
+        init_parameters: Init parameters of the blocks.
 
     Raises:
-        WorkflowError: The engine refuses the definition.
+        WorkflowError: The engine rejects the definition.
     """
     from roboflow_workflows.execution_engine.core import ExecutionEngine
 
     return ExecutionEngine.init(workflow_definition=definition, init_parameters=init_parameters)
 
 
-def run(definition: dict[str, Any], images: Any, serialize: bool = False, **parameters: Any) -> list[dict[str, Any]]:
-    """What a workflow gives for each image: its outputs, or with `outputs=None` those of the last step.
+def run_workflow(
+    definition: dict[str, Any], images: Any, serialize: bool = False, **parameters: Any
+) -> list[dict[str, Any]]:
+    """Compile and run a workflow.
 
     Args:
-        images: What the engine takes: BGR arrays, or one of them.
-        parameters: Of the workflow.
+        definition: Workflow definition.
+        images: One image or a list of images, as the engine accepts them.
+        serialize: Serialize the outputs.
+        parameters: Input parameters of the workflow.
+
+    Returns:
+        The outputs of each image.
     """
-    return results(compiled(definition), images, serialize, **parameters)
+    return run_engine(compile_workflow(definition), images, serialize, **parameters)
 
 
-def results(engine: Any, images: Any, serialize: bool = False, **parameters: Any) -> list[dict[str, Any]]:
-    """The same with an engine that there is already."""
+def run_engine(engine: Any, images: Any, serialize: bool = False, **parameters: Any) -> list[dict[str, Any]]:
+    """Run a compiled workflow; see `run_workflow`."""
     found = engine.run(runtime_parameters={"image": images, **parameters}, serialize_results=serialize)
     return [result["*"] if set(result) == {"*"} else result for result in found]
 
 
-def refusal(definition: dict[str, Any]) -> str:
-    """What the engine says of the field of a definition that it refuses: "FIELD: message"."""
+def compile_error(definition: dict[str, Any]) -> str:
+    """Return the error of an invalid field when a workflow is compiled, as "FIELD: message"."""
     from roboflow_workflows.errors import WorkflowSyntaxError
 
     try:
-        compiled(definition)
+        compile_workflow(definition)
     except WorkflowSyntaxError as error:
         (block,) = error.blocks_errors
         return f"{block.property_name}: {block.property_details}"
-    raise AssertionError("the engine refuses nothing")
+    raise AssertionError("the engine accepts the definition")
 
 
-class Looks:
-    """The tiny model, which tells how often it was asked.
+class CountingModel:
+    """A model that counts its requests.
 
     Attributes:
-        asked: How many requests came in each call.
-        gives: Makes another result of a request, while it is set.
+        call_sizes: Number of requests of each call.
+        make_result: Function that returns the result of a request; None: run the model.
     """
 
     def __init__(self, model: LocalModel) -> None:
         self.model, self.skills, self.has_scores = model, model.skills, model.has_scores
-        self.asked: list[int] = []
-        self.gives: Callable[[Request], Any] | None = None
+        self.call_sizes: list[int] = []
+        self.make_result: Callable[[Request], Any] | None = None
 
     def run(self, requests: Sequence[Request]) -> Any:
-        self.asked.append(len(requests))
-        return self.model.run(requests) if self.gives is None else [self.gives(request) for request in requests]
+        self.call_sizes.append(len(requests))
+        if self.make_result is None:
+            return self.model.run(requests)
+        return [self.make_result(request) for request in requests]
 
     def close(self) -> None:
-        """It belongs to somebody else."""
+        """Do nothing; the model is shared."""
 
 
-def engine_of(definition: dict[str, Any], model: Looks | None = None) -> Any:
-    """An engine with a pool of its own, in which `tiny` is this model."""
+def make_engine(definition: dict[str, Any], model: CountingModel | None = None) -> Any:
+    """Compile a workflow with a new pool, in which `tiny` is the given model."""
     from moondream_cv_blocks import ModelPool
 
     models = ModelPool(device="cpu", timeout=240)
     if model is not None:
         models.add("tiny", model)  # type: ignore[arg-type]
-    return compiled(definition, **{"moondream_cv_blocks.models": models})
+    return compile_workflow(definition, **{"moondream_cv_blocks.models": models})
 
 
-def check_nothing(block: str, outputs: dict[str, Any], *says: str) -> None:
-    """A block gives nothing on an image, and says why."""
+def assert_failed(block: str, outputs: dict[str, Any], *expected: str) -> None:
+    """Assert that the outputs of a block are empty and that its error message contains the given strings."""
     given = {name: len(value) if hasattr(value, "xyxy") else value for name, value in outputs.items()}
     message = given.pop("error_message")
     assert given == {**EMPTY[block], "error_status": True}
-    assert all(words in message for words in says), message
+    assert all(text in message for text in expected), message
 
 
-def said_by(program: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """The JSON that a program of a process of its own prints last.
+def run_program(program: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """Run a Python program in a separate process and return the JSON of the last line that it prints.
 
     Args:
-        environment: What it has beside what this process has.
+        program: Source code.
+        arguments: Command-line arguments.
+        environment: Environment variables to add.
     """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *arguments],

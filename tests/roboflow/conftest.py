@@ -1,4 +1,4 @@
-"""The tiny model, and Roboflow's real server with it: one of each for all tests of this folder."""
+"""Fixtures for the tests of the Roboflow integration: the tiny model, and Roboflow's inference server with it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moondream_cv import load
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import Scene, render_clip, render_scene
 from tests.helpers.roboflow_app import MODEL_ID, encoded, prepare, serve
-from tests.helpers.workflows import Looks, bgr_frames
+from tests.helpers.workflows import CountingModel, bgr_frames
 
 
 @pytest.fixture(scope="session", autouse=True)
 def roboflow(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Roboflow's packages can be imported, the server's as well as the workflows engine's."""
+    """Prepare the process for the import of Roboflow's packages."""
     prepare(tmp_path_factory.mktemp("roboflow-cache"))
 
 
@@ -29,28 +29,28 @@ def tiny() -> LocalModel:
 
 
 @pytest.fixture
-def looks(tiny: LocalModel) -> Looks:
-    return Looks(tiny)
+def counting_model(tiny: LocalModel) -> CountingModel:
+    return CountingModel(tiny)
 
 
 @pytest.fixture
 def moving() -> list[np.ndarray]:
-    """Frames of a dog and a red circle, both in sight all the while."""
+    """Return BGR frames of a dog and a red circle, both visible in every frame."""
     return bgr_frames(render_clip(2, num_frames=18, names=["dog", "red circle"], resolution_wh=(320, 240)))
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock of our own, `seconds`, and nothing logged so far."""
-    clock = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr("moondream_cv_blocks.results.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Replace the clock of the log limit, and forget earlier log records; set `seconds` to advance it."""
+    fake = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr("moondream_cv_blocks.results.time", SimpleNamespace(monotonic=lambda: fake.seconds))
     monkeypatch.setattr("moondream_cv_blocks.results._logged_at", {})
-    return clock
+    return fake
 
 
 @pytest.fixture
 def closed_url() -> Iterator[str]:
-    """Where nobody listens."""
+    """Return a URL that refuses connections."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -58,24 +58,24 @@ def closed_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def url(tiny: LocalModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of the server."""
+    """Return the URL of Roboflow's inference server with the tiny model."""
     with serve(tiny, tmp_path_factory.mktemp("roboflow")) as url:
         yield url
 
 
 @pytest.fixture(scope="session")
 def scene() -> Scene:
-    """One object of each name, all of which the tiny model finds."""
+    """Return a scene of four objects, all of which the tiny model detects."""
     return render_scene(5, resolution_wh=(320, 240), names=["dog", "red circle", "blue star", "bus"], style="plain")
 
 
 @pytest.fixture(scope="session")
 def bgr(scene: Scene) -> np.ndarray:
-    """[240, 320, 3]: the scene as OpenCV would read it."""
+    """Return the scene as a BGR image, [240, 320, 3]."""
     return np.ascontiguousarray(scene.image[..., ::-1])
 
 
 @pytest.fixture(scope="session")
 def body(scene: Scene) -> dict[str, Any]:
-    """A request that is answered."""
+    """Return the body of a valid request."""
     return {"model_id": MODEL_ID, "prompt": "dog", "image": {"type": "base64", "value": encoded(scene.image)}}

@@ -1,4 +1,4 @@
-"""What blocks log of failures: once a minute, with a traceback where it was not expected."""
+"""Test the log of failures: one record per minute and message, with a traceback for unexpected errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moondream_cv.requests import ErrorResult, Request
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import (
     BLOCKS,
-    Looks,
-    block_step,
-    check_nothing,
-    engine_of,
-    results,
+    CountingModel,
+    assert_failed,
+    make_engine,
+    minimal_step,
+    run_engine,
     workflow,
 )
 
@@ -26,79 +26,85 @@ skip_without_server()
 pytestmark = pytest.mark.roboflow
 
 NO_IMAGE = np.zeros((0, 0, 3), np.uint8)
-OUR_LOG = "moondream_cv_blocks.results"
+LOGGER = "moondream_cv_blocks.results"
 
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[logging.LogRecord]]:
-    """What the blocks have logged since the last call."""
+    """Return a function that returns the records of the blocks since its last call."""
     caplog.set_level(logging.DEBUG, logger="moondream_cv_blocks")
 
-    def taken() -> list[logging.LogRecord]:
-        records = [record for record in caplog.records if record.name == OUR_LOG]
+    def take() -> list[logging.LogRecord]:
+        records = [record for record in caplog.records if record.name == LOGGER]
         caplog.clear()
         return records
 
-    return taken
+    return take
 
 
 Log = Callable[[], list[logging.LogRecord]]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_failure_of_a_stream_is_logged_once_a_minute(
-    block: str, now: SimpleNamespace, log: Log, bgr: np.ndarray
+def test_repeated_failure_of_a_stream_is_logged_once_per_minute(
+    block: str, clock: SimpleNamespace, log: Log, bgr: np.ndarray
 ) -> None:
-    engine = engine_of(workflow(block_step(block, model="$inputs.model"), parameters=["model"]))
+    engine = make_engine(workflow(minimal_step(block, model="$inputs.model"), parameters=["model"]))
 
     def frames(model: str, count: int) -> list[str]:
-        """What is logged of so many, of which one comes each second."""
+        """Run `count` frames, one per second, and return the logged messages."""
         for _ in range(count):
-            now.seconds += 1
-            (outputs,) = results(engine, NO_IMAGE if model == "tiny" else bgr, model=model)
+            clock.seconds += 1
+            (outputs,) = run_engine(engine, NO_IMAGE if model == "tiny" else bgr, model=model)
             assert outputs["error_status"] is True
         return [record.getMessage() for record in log()]
 
     one, other = "moondream3", "moondream4"
-    often = {"track": 5}.get(block, 1)  # tracks look at one frame in five, and only a look that fails is logged
-    (told,) = frames(one, 50)
-    assert told.startswith(f"moondream_cv/{block}: there is no model 'moondream3'")
-    (told,) = frames(other, often)
-    assert "'moondream4'" in told
-    (told,) = frames("tiny", 1)
-    assert "no pixels" in told
-    assert frames(one, often) == []
-    (told,) = frames(one, 20)  # by now more than a minute has gone by since the first
-    assert "'moondream3'" in told
+    interval = {"track": 5}.get(block, 1)  # the track block logs failed keyframes only, which are 5 frames apart
+    (message,) = frames(one, 50)
+    assert message.startswith(f"moondream_cv/{block}: there is no model 'moondream3'")
+    (message,) = frames(other, interval)
+    assert "'moondream4'" in message
+    (message,) = frames("tiny", 1)
+    assert "no pixels" in message
+    assert frames(one, interval) == []
+    (message,) = frames(one, 20)  # more than a minute after the first record
+    assert "'moondream3'" in message
 
 
-def test_each_block_says_what_fails(now: SimpleNamespace, log: Log) -> None:
-    steps = [block_step(block, name=block) for block in BLOCKS]
-    engine = engine_of(workflow(*steps, outputs=[f"{block}.error_message" for block in BLOCKS]))
+def test_each_block_logs_its_failures(clock: SimpleNamespace, log: Log) -> None:
+    steps = [minimal_step(block, name=block) for block in BLOCKS]
+    engine = make_engine(workflow(*steps, outputs=[f"{block}.error_message" for block in BLOCKS]))
     for _ in range(3):
         engine.run(runtime_parameters={"image": NO_IMAGE})
-    said = sorted(record.getMessage().partition(":")[0] for record in log())
-    assert said == sorted(f"moondream_cv/{block}" for block in BLOCKS)
+    prefixes = sorted(record.getMessage().partition(":")[0] for record in log())
+    assert prefixes == sorted(f"moondream_cv/{block}" for block in BLOCKS)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(BackendError("the server is away"), True), (ValueError("no such value"), True), (KeyError("a key"), False)],
+    [(BackendError("the server is down"), True), (ValueError("no such value"), True), (KeyError("a key"), False)],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_not_meant_to_happen_is_logged_with_its_traceback(
-    block: str, error: Exception, expected: bool, now: SimpleNamespace, log: Log, looks: Looks, bgr: np.ndarray
+def test_unexpected_errors_are_logged_with_a_traceback(
+    block: str,
+    error: Exception,
+    expected: bool,
+    clock: SimpleNamespace,
+    log: Log,
+    counting_model: CountingModel,
+    bgr: np.ndarray,
 ) -> None:
-    def give(request: Request) -> ErrorResult:
+    def fail(request: Request) -> ErrorResult:
         try:
             raise error
         except Exception as caught:
             return ErrorResult(caught)
 
-    looks.gives = give
-    (outputs,) = results(engine_of(workflow(block_step(block)), looks), bgr)
-    check_nothing(block, outputs, str(error))
+    counting_model.make_result = fail
+    (outputs,) = run_engine(make_engine(workflow(minimal_step(block)), counting_model), bgr)
+    assert_failed(block, outputs, str(error))
     (record,) = log()
     assert record.levelno == (logging.WARNING if expected else logging.ERROR)
     if expected:
@@ -109,24 +115,24 @@ def test_what_is_not_meant_to_happen_is_logged_with_its_traceback(
         assert record.exc_info[2] is not None
 
 
-def test_few_messages_are_remembered(now: SimpleNamespace, log: Log) -> None:
+def test_number_of_remembered_messages_is_limited(clock: SimpleNamespace, log: Log) -> None:
     from moondream_cv_blocks import results as block_results
 
-    engine = engine_of(workflow(block_step("caption", length="$inputs.length"), parameters=["length"]))
+    engine = make_engine(workflow(minimal_step("caption", length="$inputs.length"), parameters=["length"]))
     small = np.zeros((8, 8, 3), np.uint8)
     for number in range(block_results.MAX_LOGGED_MESSAGES + 50):
-        results(engine, small, length=f"length {number}")
+        run_engine(engine, small, length=f"length {number}")
         assert len(block_results._logged_at) <= block_results.MAX_LOGGED_MESSAGES
-    assert len(log()) == block_results.MAX_LOGGED_MESSAGES + 50  # all of them differ
+    assert len(log()) == block_results.MAX_LOGGED_MESSAGES + 50  # all messages differ
 
 
-def test_a_wrong_value_that_differs_on_each_frame_is_logged_once(
-    now: SimpleNamespace, log: Log, looks: Looks, moving: list[np.ndarray]
+def test_invalid_value_that_differs_per_frame_is_logged_once(
+    clock: SimpleNamespace, log: Log, counting_model: CountingModel, moving: list[np.ndarray]
 ) -> None:
-    """Detections in the place of a text, as of a workflow that is put together wrongly."""
-    asks = block_step("query", question="Where is {it}?", parameters={"it": "$steps.found.predictions"})
-    engine = engine_of(workflow(block_step("detect", name="found"), asks), looks)
+    """A misconfigured workflow passes detections as text; their repr differs for each frame."""
+    query = minimal_step("query", question="Where is {it}?", parameters={"it": "$steps.found.predictions"})
+    engine = make_engine(workflow(minimal_step("detect", name="found"), query), counting_model)
     for bgr in moving:
-        (outputs,) = results(engine, bgr)
-        check_nothing("query", outputs, "parameters['it'] must be a text or a number, not Detections")
+        (outputs,) = run_engine(engine, bgr)
+        assert_failed("query", outputs, "parameters['it'] must be a string or a number, got Detections")
     assert len(log()) == 1

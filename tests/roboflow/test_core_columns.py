@@ -1,4 +1,4 @@
-"""Predictions of our blocks have the columns and types of Roboflow's own, as JSON, webhooks and sinks need them."""
+"""Test that predictions have the data columns and types of Roboflow's blocks, which JSON, webhooks and sinks need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import supervision as sv
 from moondream_cv.engine.local import LocalModel
 from tests.helpers.remote_server import Answer, remote_server
 from tests.helpers.roboflow_app import model_manager, skip_without_server
-from tests.helpers.workflows import compiled, results, run, step, workflow
+from tests.helpers.workflows import compile_workflow, run_engine, run_workflow, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -48,7 +48,7 @@ def core(block: str, name: str, **fields: Any) -> dict[str, Any]:
 
 
 def found(block: str, *steps: dict[str, Any], outputs: list[str] | None = None, **fields: Any) -> dict[str, Any]:
-    """Return a workflow that finds `NAMES` with a step `found`, followed by more steps."""
+    """Return a workflow that localizes `NAMES` in a step `found`, followed by more steps."""
     return workflow(step(block, "found", class_names=NAMES, **fields), *steps, outputs=outputs)
 
 
@@ -66,8 +66,10 @@ def core_predictions(tiny: LocalModel, scene: Any) -> sv.Detections:
         "api_key": None,
         "step_execution_mode": StepExecutionMode.LOCAL,
     }
-    engine = compiled(workflow(moondream), **{f"workflows_core.{name}": value for name, value in parameters.items()})
-    (outputs,) = results(engine, np.ascontiguousarray(scene.image[..., ::-1]))
+    engine = compile_workflow(
+        workflow(moondream), **{f"workflows_core.{name}": value for name, value in parameters.items()}
+    )
+    (outputs,) = run_engine(engine, np.ascontiguousarray(scene.image[..., ::-1]))
     detections: sv.Detections = outputs["predictions"]
     assert len(detections) == 1
     return detections
@@ -77,7 +79,7 @@ def core_predictions(tiny: LocalModel, scene: Any) -> sv.Detections:
 def test_predictions_have_the_columns_and_types_of_the_core_block(
     block: str, output: str, core_predictions: sv.Detections, bgr: np.ndarray
 ) -> None:
-    (outputs,) = run(found(block), bgr)
+    (outputs,) = run_workflow(found(block), bgr)
     ours = outputs[output]
     assert core_predictions.data.keys() <= ours.data.keys()
     for name, column in core_predictions.data.items():
@@ -90,7 +92,7 @@ def test_predictions_have_the_columns_and_types_of_the_core_block(
 
 @every_prediction
 def test_empty_and_failed_predictions_have_the_same_types(block: str, output: str, bgr: np.ndarray) -> None:
-    filled, empty, failed = run(found(block), [bgr, np.full_like(bgr, 127), np.zeros((0, 0, 3), np.uint8)])
+    filled, empty, failed = run_workflow(found(block), [bgr, np.full_like(bgr, 127), np.zeros((0, 0, 3), np.uint8)])
     assert [len(outputs[output]) > 0 for outputs in (filled, empty, failed)] == [True, False, False]
     assert failed["error_status"] is True
     assert filled[output].data.keys() - empty[output].data.keys() <= SCALING
@@ -103,9 +105,9 @@ def test_empty_and_failed_predictions_have_the_same_types(block: str, output: st
 
 @every_prediction
 def test_each_image_has_one_inference_id(block: str, output: str, bgr: np.ndarray) -> None:
-    engine = compiled(found(block))
-    ids = [set(outputs[output].data["inference_id"]) for outputs in results(engine, [bgr, bgr])]
-    ids += [set(outputs[output].data["inference_id"]) for outputs in results(compiled(found(block)), bgr)]
+    engine = compile_workflow(found(block))
+    ids = [set(outputs[output].data["inference_id"]) for outputs in run_engine(engine, [bgr, bgr])]
+    ids += [set(outputs[output].data["inference_id"]) for outputs in run_engine(compile_workflow(found(block)), bgr)]
     if output == "new_instances":
         del ids[1]  # the second image of the batch is the next frame
     assert all(len(one) == 1 for one in ids)
@@ -113,13 +115,13 @@ def test_each_image_has_one_inference_id(block: str, output: str, bgr: np.ndarra
 
 
 def test_tracked_detections_and_their_parts_share_the_inference_id(bgr: np.ndarray) -> None:
-    (outputs,) = run(found("track"), bgr)
+    (outputs,) = run_workflow(found("track"), bgr)
     tracked, new = (set(outputs[name].data["inference_id"]) for name in ("tracked_detections", "new_instances"))
     assert tracked == new
 
 
 class Platform:
-    """Stands for Roboflow's platform, which cannot be installed; records the calls of sinks."""
+    """A fake of Roboflow's platform, which cannot be installed. Records the calls of sinks."""
 
     ANSWERS: ClassVar[dict[str, Any]] = {
         "get_roboflow_workspace": "workspace",
@@ -190,10 +192,10 @@ def test_roboflow_sinks_send_the_inference_id(block: str, output: str, sink: str
     )
     definition["inputs"].append({"type": "WorkflowParameter", "name": "model_id", "default_value": "moondream2"})
     cache = InMemoryWorkflowsCache()
-    cache.set(LAST_REPORT, "2026-01-01T00:00:00")  # long ago, so that the next report is due
+    cache.set(LAST_REPORT, "2026-01-01T00:00:00")  # an old report, so that the next one is due
     values = {"platform_client": platform, "api_key": "key", "cache": cache}
-    engine = compiled(definition, **{f"workflows_core.{name}": value for name, value in values.items()})
-    (outputs,) = results(engine, bgr)
+    engine = compile_workflow(definition, **{f"workflows_core.{name}": value for name, value in values.items()})
+    (outputs,) = run_engine(engine, bgr)
     assert outputs["sink.error_status"] is False, outputs["sink.message"]
     (sent,) = [options for call, options in platform.calls if call == sink]
     assert json.dumps({name: value for name, value in sent.items() if name != "image_bytes"})
@@ -226,19 +228,19 @@ def floats_of(outputs: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("block", ["detect", "point", "track", "query"])
-def test_every_float_of_the_outputs_goes_through_json(block: str, bgr: np.ndarray) -> None:
+def test_floats_of_the_outputs_are_json_serializable(block: str, bgr: np.ndarray) -> None:
     if block == "query":
         definition = workflow(step("query", question="How many dogs are there?", reasoning=True))
     else:
         definition = found(block)
-    (outputs,) = run(definition, bgr)
+    (outputs,) = run_workflow(definition, bgr)
     numbers = floats_of(outputs)
     assert len(numbers) >= 2
     assert json.loads(json.dumps(numbers)) == numbers
 
 
 @every_prediction
-def test_geotag_detection_gives_json(block: str, output: str, bgr: np.ndarray) -> None:
+def test_geotag_detection_returns_json(block: str, output: str, bgr: np.ndarray) -> None:
     geotag = core(
         "geotag_detection@v1",
         "geotag",
@@ -254,7 +256,7 @@ def test_geotag_detection_gives_json(block: str, output: str, bgr: np.ndarray) -
         data="$steps.geotag.geojson",
         operations=[{"type": "ConvertDictionaryToJSON"}],
     )
-    (outputs,) = run(found(block, geotag, as_text, outputs=["geotag.geojson", "text.output"]), bgr)
+    (outputs,) = run_workflow(found(block, geotag, as_text, outputs=["geotag.geojson", "text.output"]), bgr)
     features = json.loads(outputs["text.output"])["features"]
     assert features == outputs["geotag.geojson"]["features"]
     assert sorted(feature["properties"]["class"] for feature in features) == sorted(NAMES)
@@ -262,10 +264,10 @@ def test_geotag_detection_gives_json(block: str, output: str, bgr: np.ndarray) -
 
 
 @every_prediction
-def test_the_webhook_sink_sends_predictions(
+def test_webhook_sink_sends_predictions(
     block: str, output: str, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As properties, as a dictionary, and as the coordinates that another block calculates from them."""
+    """Predictions are sent as properties, as a dictionary, and as coordinates of another block."""
     from roboflow_workflows.core_steps.sinks.webhook import v1
 
     monkeypatch.setattr(v1, "ALLOW_WEBHOOK_WORKFLOWS_SINK_TO_NON_GLOBAL_ADDRESSES", True)
@@ -294,13 +296,13 @@ def test_the_webhook_sink_sends_predictions(
             json_payload_operations=operations,
             fire_and_forget=False,
         )
-        (outputs,) = run(
+        (outputs,) = run_workflow(
             found(block, geotag, hook, outputs=[f"found.{output}", "hook.error_status", "hook.message"]), bgr
         )
         assert outputs["hook.error_status"] is False, outputs["hook.message"]
-        (asked,) = server.asked
+        (request,) = server.asked
     detections = outputs[f"found.{output}"]
-    assert asked.body["class_name"] == detections["class_name"].tolist()
-    assert asked.body["confidence"] == detections.confidence.tolist()
-    assert asked.body["x_min"] == detections.xyxy[:, 0].tolist()
-    assert len(asked.body["places"]) == len(asked.body["all"]["predictions"]) == len(NAMES)
+    assert request.body["class_name"] == detections["class_name"].tolist()
+    assert request.body["confidence"] == detections.confidence.tolist()
+    assert request.body["x_min"] == detections.xyxy[:, 0].tolist()
+    assert len(request.body["places"]) == len(request.body["all"]["predictions"]) == len(NAMES)

@@ -1,6 +1,6 @@
-"""Our blocks with Roboflow's core blocks behind them: filters, trackers, counters, zones, crops, pictures, and SAM.
+"""Test Roboflow's core blocks after the blocks of this plugin: filters, trackers, counters, zones, crops and SAM.
 
-What comes out is compared with the ground truth of the scene or the clip, or with what `Detector` gives for the same.
+The expected values are the ground truth of the scene or clip, or the result of `Detector`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from moondream_cv.scenes.clips import Clip
 from moondream_cv_blocks.pool import shared_pool
 from tests.helpers.detector_suite import IN_BATCHES, SCORE
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import as_bgr, compiled, in_video, results, run, step, workflow
+from tests.helpers.workflows import as_bgr, compile_workflow, run_engine, run_workflow, step, video_frame, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
 
-NAMES = ["bus", "dog", "blue star", "red circle"]  # in another order than they are drawn in
+NAMES = ["bus", "dog", "blue star", "red circle"]  # not in drawing order
 FRAMES = 80
 FPS = 10.0
 MIDDLE_XY = (160, 120)  # of a frame
 
-FOUND = [("detect", "predictions"), ("point", "predictions"), ("track", "tracked_detections")]
-every_finder = pytest.mark.parametrize(("block", "output"), FOUND, ids=[block for block, _ in FOUND])
+OUTPUTS = [("detect", "predictions"), ("point", "predictions"), ("track", "tracked_detections")]
+every_class_block = pytest.mark.parametrize(("block", "output"), OUTPUTS, ids=[block for block, _ in OUTPUTS])
 
 
 def core(block: str, name: str, **fields: Any) -> dict[str, Any]:
-    """A step with one of Roboflow's blocks, such as "dynamic_crop@v1"."""
+    """Return a step with one of Roboflow's blocks, such as "dynamic_crop@v1"."""
     return {"type": f"roboflow_core/{block}", "name": name, **fields}
 
 
@@ -48,37 +48,37 @@ def point(**fields: Any) -> dict[str, Any]:
 
 
 def frames(clip: Clip) -> Iterator[dict[str, Any]]:
-    """A clip's frames as the engine takes them."""
+    """Yield the frames of a clip as the engine accepts them."""
     for number, (image, _) in enumerate(clip, 1):
-        yield in_video(as_bgr(image), number, "clip", FPS)
+        yield video_frame(as_bgr(image), number, "clip", FPS)
 
 
 def overlap(xyxy: Any, item: Any) -> float:
-    """Intersection over union of a box and that of an object."""
+    """Return the IoU of a box and an object's box."""
     return float(sv.box_iou_batch(np.reshape(xyxy, (1, 4)), np.array([item.xyxy]))[0, 0])
 
 
 def corners(found: dict[str, Any]) -> list[float]:
-    """The box of a serialised detection."""
+    """Return the xyxy box of a serialized detection."""
     x, y, width, height = (found[key] for key in ("x", "y", "width", "height"))
     return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
 
 
 @pytest.fixture(scope="module")
 def clip() -> Clip:
-    """Four objects of different names, which do not cover each other."""
+    """Return a clip of four objects with different names that do not occlude each other."""
     return render_clip(1, num_frames=FRAMES, names=["dog", "bus", "cat", "red circle"], resolution_wh=(320, 240))
 
 
-# What our predictions are
+# Predictions
 
 
-@pytest.mark.parametrize(("block", "finder"), [("detect", Detector), ("point", Pointer)])
-def test_predictions_are_the_detectors(tiny: LocalModel, bgr: np.ndarray, block: str, finder: Any) -> None:
+@pytest.mark.parametrize(("block", "kind"), [("detect", Detector), ("point", Pointer)])
+def test_predictions_match_the_detector(tiny: LocalModel, bgr: np.ndarray, block: str, kind: Any) -> None:
     other = as_bgr(render_scene(7, resolution_wh=(400, 300), names=["dog", "bus", "dog"], style="plain").image)
     images = [bgr, other]
-    for result, image in zip(run(workflow(step(block, class_names=NAMES)), images), images, strict=True):
-        found, exact = result["predictions"], finder(tiny)(image, NAMES)
+    for result, image in zip(run_workflow(workflow(step(block, class_names=NAMES)), images), images, strict=True):
+        found, exact = result["predictions"], kind(tiny)(image, NAMES)
         assert len(found) > 0
         np.testing.assert_allclose(found.xyxy, exact.xyxy, rtol=0, atol=IN_BATCHES)
         np.testing.assert_allclose(found.confidence, exact.confidence, rtol=0, atol=SCORE)
@@ -86,29 +86,29 @@ def test_predictions_are_the_detectors(tiny: LocalModel, bgr: np.ndarray, block:
         assert found["class_name"].tolist() == exact["class_name"].tolist()
 
 
-@every_finder
-def test_class_ids_follow_the_list(bgr: np.ndarray, block: str, output: str) -> None:
+@every_class_block
+def test_class_ids_follow_the_order_of_class_names(bgr: np.ndarray, block: str, output: str) -> None:
     for names in (NAMES, NAMES[::-1], ["umbrella", *NAMES]):
-        (result,) = run(workflow(step(block, class_names=names)), bgr)
+        (result,) = run_workflow(workflow(step(block, class_names=names)), bgr)
         found = result[output]
         assert sorted(found["class_name"]) == sorted(NAMES)
         assert [names[number] for number in found.class_id] == found["class_name"].tolist()
 
 
-@every_finder
+@every_class_block
 def test_detection_ids_are_unique(bgr: np.ndarray, block: str, output: str) -> None:
-    engine = compiled(workflow(step(block, class_names=NAMES)))
-    found = [result[output] for _ in range(2) for result in results(engine, [bgr, bgr])]
+    engine = compile_workflow(workflow(step(block, class_names=NAMES)))
+    found = [result[output] for _ in range(2) for result in run_engine(engine, [bgr, bgr])]
     ids = np.concatenate([detections["detection_id"] for detections in found]).tolist()
     assert all(isinstance(number, str) for number in ids)
     assert len(set(ids)) == len(ids) == 4 * len(NAMES)
 
 
-@every_finder
-@pytest.mark.parametrize("names", [NAMES, ["umbrella"]], ids=["something", "nothing"])
-def test_columns(bgr: np.ndarray, block: str, output: str, names: list[str]) -> None:
-    """Every column is there with a row for each detection, also where there is none."""
-    (result,) = run(workflow(step(block, class_names=names)), bgr)
+@every_class_block
+@pytest.mark.parametrize("names", [NAMES, ["umbrella"]], ids=["detections", "no detections"])
+def test_predictions_have_all_columns(bgr: np.ndarray, block: str, output: str, names: list[str]) -> None:
+    """Without detections, the values are in the metadata."""
+    (result,) = run_workflow(workflow(step(block, class_names=names)), bgr)
     found = result[output]
     count = len(NAMES) if names == NAMES else 0
     height, width = bgr.shape[:2]
@@ -134,7 +134,7 @@ def test_columns(bgr: np.ndarray, block: str, output: str, names: list[str]) -> 
 
 
 @pytest.mark.parametrize("kept", [["dog"], ["red circle", "bus"], ["umbrella"]])
-def test_filter_by_class(bgr: np.ndarray, kept: list[str]) -> None:
+def test_detections_filter_filters_by_class(bgr: np.ndarray, kept: list[str]) -> None:
     condition = {
         "type": "BinaryStatement",
         "left_operand": {
@@ -157,7 +157,7 @@ def test_filter_by_class(bgr: np.ndarray, kept: list[str]) -> None:
         parameters=["kept"],
         outputs=["detect.predictions", "filter.predictions"],
     )
-    (result,) = run(definition, bgr, kept=kept)
+    (result,) = run_workflow(definition, bgr, kept=kept)
     before, after = result["detect.predictions"], result["filter.predictions"]
     expected = before[np.isin(before["class_name"], kept)]
     assert after["class_name"].tolist() == [name for name in NAMES if name in kept]
@@ -165,9 +165,9 @@ def test_filter_by_class(bgr: np.ndarray, kept: list[str]) -> None:
     assert np.array_equal(after.xyxy, expected.xyxy)
 
 
-@every_finder
-@pytest.mark.parametrize("names", [NAMES, ["umbrella"]], ids=["something", "nothing"])
-def test_properties(bgr: np.ndarray, block: str, output: str, names: list[str]) -> None:
+@every_class_block
+@pytest.mark.parametrize("names", [NAMES, ["umbrella"]], ids=["detections", "no detections"])
+def test_property_definition_reads_count_and_names(bgr: np.ndarray, block: str, output: str, names: list[str]) -> None:
     data = f"$steps.find.{output}"
     class_names = {"type": "DetectionsPropertyExtract", "property_name": "class_name"}
     definition = workflow(
@@ -176,7 +176,7 @@ def test_properties(bgr: np.ndarray, block: str, output: str, names: list[str]) 
         core("property_definition@v1", "names", data=data, operations=[class_names]),
         outputs=["count.output", "names.output"],
     )
-    (result,) = run(definition, bgr)
+    (result,) = run_workflow(definition, bgr)
     expected = NAMES if names == NAMES else []
     assert result["count.output"] == len(expected)
     assert sorted(result["names.output"]) == sorted(expected)
@@ -186,11 +186,11 @@ def test_properties(bgr: np.ndarray, block: str, output: str, names: list[str]) 
 
 
 @pytest.mark.parametrize("tracker", ["bytetrack", "sort", "ocsort", "botsort"])
-def test_trackers_and_line_counter(clip: Clip, tracker: str) -> None:
-    """Behind detect, each object keeps one number, and the one that crosses the line is counted once."""
+def test_trackers_keep_ids_and_line_counter_counts_crossings(clip: Clip, tracker: str) -> None:
+    """After detect, each object keeps its track ID, and an object that crosses the line is counted once."""
     tracked = "$steps.track.tracked_detections"
     _, line_y = MIDDLE_XY
-    engine = compiled(
+    engine = compile_workflow(
         workflow(
             detect(class_names=list(clip.names)),
             core(f"trackers_{tracker}@v1", "track", image="$inputs.image", detections="$steps.detect.predictions"),
@@ -214,7 +214,7 @@ def test_trackers_and_line_counter(clip: Clip, tracker: str) -> None:
     owners: dict[int, set[str]] = {}
     new, crossed_up, crossed_down = 0, [], []
     for image in frames(clip):
-        (result,) = results(engine, image)
+        (result,) = run_engine(engine, image)
         found = result["track.tracked_detections"]
         for number, name in zip(found.tracker_id, found["class_name"], strict=True):
             owners.setdefault(int(number), set()).add(str(name))
@@ -228,7 +228,7 @@ def test_trackers_and_line_counter(clip: Clip, tracker: str) -> None:
 
 
 def crossings(clip: Clip, line_y: float) -> tuple[list[str], list[str]]:
-    """Names of the objects that get above a horizontal line with all of their box, and of those that get below it."""
+    """Return the names of the objects whose box moves completely above a horizontal line, and completely below it."""
     up, down = [], []
     above: dict[int, bool] = {}
     for _, objects in clip:
@@ -244,8 +244,8 @@ def crossings(clip: Clip, line_y: float) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize("tracker", ["moondream_cv", "bytetrack", "sort", "ocsort", "botsort"])
-def test_nothing_to_track(clip: Clip, tracker: str) -> None:
-    """Frames without any object go through trackers and counters."""
+def test_trackers_and_counters_accept_empty_frames(clip: Clip, tracker: str) -> None:
+    """The frames have no objects of the class."""
     detections = "$steps.track.tracked_detections"
     if tracker == "moondream_cv":
         steps = [step("track", "track", class_names=["umbrella"])]
@@ -256,17 +256,17 @@ def test_nothing_to_track(clip: Clip, tracker: str) -> None:
         "line_counter@v2", "line", image="$inputs.image", detections=detections, line_segment=[[0, 120], [320, 120]]
     )
     outputs = ["track.tracked_detections", "track.new_instances", "line.count_in", "line.count_out"]
-    engine = compiled(workflow(*steps, line, outputs=outputs))
+    engine = compile_workflow(workflow(*steps, line, outputs=outputs))
     for image in itertools.islice(frames(clip), 3):
-        (result,) = results(engine, image)
+        (result,) = run_engine(engine, image)
         assert len(result["track.tracked_detections"]) == len(result["track.new_instances"]) == 0
         assert (result["line.count_in"], result["line.count_out"]) == (0, 0)
 
 
-def test_time_in_zone_of_our_tracks(clip: Clip) -> None:
-    """What is in the left half at the end has been there for as long as the clip says."""
+def test_time_in_zone_measures_tracks(clip: Clip) -> None:
+    """Objects in the left half at the end of the clip have the expected time in the zone."""
     middle_x, _ = MIDDLE_XY
-    engine = compiled(
+    engine = compile_workflow(
         workflow(
             step("track", "track", class_names=list(clip.names), every=2),
             core(
@@ -280,20 +280,20 @@ def test_time_in_zone_of_our_tracks(clip: Clip) -> None:
         )
     )
     for image in frames(clip):
-        (result,) = results(engine, image)
+        (result,) = run_engine(engine, image)
     timed = result["zone.timed_detections"]
     seconds = dict(zip(timed["class_name"].tolist(), timed["time_in_zone"].tolist(), strict=True))
     expected = {name: count / FPS for name, count in frames_on_the_left(clip, middle_x).items()}
     assert 0 < len(expected) < len(clip.names)
-    assert seconds == pytest.approx(expected, abs=0.3)  # of the frames around which a centre is on the border
+    assert seconds == pytest.approx(expected, abs=0.3)  # some centers are on the border for a few frames
 
 
 def frames_on_the_left(clip: Clip, middle_x: float) -> dict[str, int]:
-    """How many frames ago each object that is on the left in the end came there."""
+    """Return how many frames ago each object that is in the left half at the end entered it."""
     since: dict[str, int] = {}
     for number, (_, objects) in enumerate(clip):
-        there = {item.name for item in objects if item.center[0] < middle_x}
-        since = {name: since.get(name, number) for name in there}
+        left = {item.name for item in objects if item.center[0] < middle_x}
+        since = {name: since.get(name, number) for name in left}
     return {name: len(clip) - 1 - number for name, number in since.items()}
 
 
@@ -306,7 +306,7 @@ CROPS = [
         "detection_offset@v1",
         "wider",
         predictions="$steps.detect.predictions",
-        offset_width=120,  # the tiny model does not find what fills its picture
+        offset_width=120,  # the tiny model does not detect objects that fill the image
         offset_height=120,
     ),
     core("dynamic_crop@v1", "crop", images="$inputs.image", predictions="$steps.wider.predictions"),
@@ -315,29 +315,29 @@ CROPS = [
 
 @pytest.fixture(scope="module")
 def apart() -> Scene:
-    """A dog and a bus so far from each other and from the corner that crops of them begin somewhere, each alone."""
+    """Return a scene of a dog and a bus, far from each other and from the corner, so that each has a separate crop."""
     return render_scene(24, resolution_wh=(320, 240), names=["dog", "bus"], style="plain")
 
 
 def on_crops(block: str, *steps: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
-    """A workflow that crops what it has detected, with some background, and looks for the dog in each crop."""
+    """Return a workflow that crops detections with a margin, and runs a block for "dog" on each crop."""
     return workflow(
         *CROPS, step(block, "again", images="$steps.crop.crops", class_names=["dog"]), *steps, outputs=outputs
     )
 
 
-@pytest.mark.parametrize(("block", "finder"), [("detect", Detector), ("point", Pointer)])
-def test_crops_map_back(tiny: LocalModel, apart: Scene, block: str, finder: Any) -> None:
-    """What is found in a crop has the crop's coordinates, and knows where they are in the image."""
+@pytest.mark.parametrize(("block", "kind"), [("detect", Detector), ("point", Pointer)])
+def test_detections_in_crops_map_to_the_original_image(tiny: LocalModel, apart: Scene, block: str, kind: Any) -> None:
+    """Detections in a crop are in pixels of the crop, with the position of the crop in the image."""
     from roboflow_workflows.core_steps.common.utils import sv_detections_to_root_coordinates
 
     definition = on_crops(block, outputs=["crop.crops", "again.predictions"])
     definition["outputs"][-1]["coordinates_system"] = "own"
-    (result,) = run(definition, as_bgr(apart.image))
+    (result,) = run_workflow(definition, as_bgr(apart.image))
     assert len(result["crop.crops"]) == 2
     in_dogs_crop = result["again.predictions"][1]
     crop = result["crop.crops"][1]
-    exact = finder(tiny)(crop.numpy_image, ["dog"])
+    exact = kind(tiny)(crop.numpy_image, ["dog"])
     assert len(exact) == 1
     np.testing.assert_allclose(in_dogs_crop.xyxy, exact.xyxy, rtol=0, atol=IN_BATCHES)
 
@@ -352,7 +352,7 @@ def test_crops_map_back(tiny: LocalModel, apart: Scene, block: str, finder: Any)
 
 
 def is_on(xyxy: Any, item: Any) -> bool:
-    """Whether a box is an object's, or a point lies on it."""
+    """Return whether a box matches an object, or a point is inside its box."""
     left, top, right, bottom = xyxy
     if (left, top) != (right, bottom):
         return overlap(xyxy, item) > 0.7
@@ -360,11 +360,11 @@ def is_on(xyxy: Any, item: Any) -> bool:
 
 
 @pytest.mark.parametrize("block", ["detect", "point"])
-def test_crops_serialize(apart: Scene, block: str) -> None:
-    """In coordinates of the image unless told otherwise; in those of the crop, with its origin in the image."""
+def test_serialized_detections_in_crops_have_both_coordinates(apart: Scene, block: str) -> None:
+    """The default is pixels of the image; the own coordinates are pixels of the crop, with its origin in the image."""
     definition = on_crops(block, outputs=["again.predictions"])
     definition["outputs"].append({**definition["outputs"][0], "name": "own", "coordinates_system": "own"})
-    (result,) = run(definition, as_bgr(apart.image), serialize=True)
+    (result,) = run_workflow(definition, as_bgr(apart.image), serialize=True)
     ((in_image,), (in_crop,)) = (result[name][1]["predictions"] for name in ("again.predictions", "own"))
     assert result["again.predictions"][1]["image"] == {"width": 320, "height": 240}
     assert is_on(corners(in_image), apart.named("dog")[0])
@@ -380,8 +380,8 @@ def test_crops_serialize(apart: Scene, block: str) -> None:
         assert (key_point["x"], key_point["y"]) == pytest.approx((in_image["x"], in_image["y"]), abs=IN_BATCHES)
 
 
-def test_crops_are_stitched(apart: Scene) -> None:
-    """Crops in which nothing was found do not matter."""
+def test_detections_stitch_merges_detections_of_crops(apart: Scene) -> None:
+    """Crops without detections are accepted."""
     stitch = core(
         "detections_stitch@v1",
         "stitch",
@@ -389,7 +389,7 @@ def test_crops_are_stitched(apart: Scene) -> None:
         predictions="$steps.again.predictions",
         overlap_filtering_strategy="nms",
     )
-    (result,) = run(
+    (result,) = run_workflow(
         on_crops("detect", stitch, outputs=["again.predictions", "stitch.predictions"]), as_bgr(apart.image)
     )
     assert [len(found) for found in result["again.predictions"]] == [0, 1]
@@ -398,22 +398,22 @@ def test_crops_are_stitched(apart: Scene) -> None:
     assert is_on(stitched.xyxy[0], apart.named("dog")[0])
 
 
-# Pictures
+# Visualizations
 
 
 def drawn_on(block: str, find: dict[str, Any], image: np.ndarray, **fields: Any) -> np.ndarray:
-    """[H, W] mask of the pixels that a visualisation changes, given what a step finds."""
+    """Return a mask of the pixels that a visualization of a step's predictions changes, [H, W] bool."""
     predictions = f"$steps.{find['name']}.predictions"
     definition = workflow(find, core(block, "draw", image="$inputs.image", predictions=predictions, **fields))
-    (result,) = run(definition, image)
-    picture = result["image"].numpy_image
-    assert picture.shape == image.shape
-    mask: np.ndarray = (picture != image).any(axis=2)
+    (result,) = run_workflow(definition, image)
+    drawn = result["image"].numpy_image
+    assert drawn.shape == image.shape
+    mask: np.ndarray = (drawn != image).any(axis=2)
     return mask
 
 
 def check_near(drawn: np.ndarray, boxes: np.ndarray, margin: int) -> None:
-    """Something is drawn on or so many pixels around each box, and nothing elsewhere."""
+    """Assert that pixels change within a margin of each box, and nowhere else."""
     assert len(boxes) > 0
     regions = np.zeros((len(boxes), *drawn.shape), bool)
     for region, (left, top, right, bottom) in zip(regions, np.round(boxes).astype(int), strict=True):
@@ -422,7 +422,7 @@ def check_near(drawn: np.ndarray, boxes: np.ndarray, margin: int) -> None:
     assert not (drawn & ~regions.any(axis=0)).any()
 
 
-PICTURES = {  # and how far from a box or a point something is drawn
+VISUALIZATIONS = {  # block → fields, and the margin of the drawing around a box or point in pixels
     "bounding_box_visualization@v1": ({}, 4),
     "blur_visualization@v1": ({"padding": 3}, 4),
     "corner_visualization@v1": ({}, 20),
@@ -433,22 +433,21 @@ PICTURES = {  # and how far from a box or a point something is drawn
 }
 
 
-@pytest.mark.parametrize("block", PICTURES)
-def test_pictures_of_detections(tiny: LocalModel, bgr: np.ndarray, block: str) -> None:
-    """Something is drawn on each detection, and nothing elsewhere."""
-    fields, margin = PICTURES[block]
+@pytest.mark.parametrize("block", VISUALIZATIONS)
+def test_visualizations_draw_detections(tiny: LocalModel, bgr: np.ndarray, block: str) -> None:
+    fields, margin = VISUALIZATIONS[block]
     drawn = drawn_on(block, detect(), bgr, **fields)
     check_near(drawn, Detector(tiny)(bgr, NAMES).xyxy, margin)
 
 
-KEY_POINTS = {  # likewise
+KEY_POINTS = {  # annotator → fields and margin
     "vertex": ({"radius": 5}, 8),
     "vertex_label": ({"text_scale": 0.3, "text_padding": 2}, 40),
 }
 
 
 @pytest.mark.parametrize("annotator", KEY_POINTS)
-def test_key_points_are_drawn(tiny: LocalModel, bgr: np.ndarray, annotator: str) -> None:
+def test_keypoint_visualization_draws_points(tiny: LocalModel, bgr: np.ndarray, annotator: str) -> None:
     fields, margin = KEY_POINTS[annotator]
     drawn = drawn_on("keypoint_visualization@v1", point(), bgr, annotator_type=annotator, **fields)
     check_near(drawn, Pointer(tiny)(bgr, NAMES).xyxy, margin)
@@ -458,25 +457,25 @@ def test_key_points_are_drawn(tiny: LocalModel, bgr: np.ndarray, annotator: str)
     "block",
     ["bounding_box_visualization@v1", "blur_visualization@v1", "dot_visualization@v1", "label_visualization@v2"],
 )
-def test_pictures_of_points(tiny: LocalModel, bgr: np.ndarray, block: str) -> None:
-    """A point is a box without an area, and is drawn like one."""
-    names = ["dog", "bus"]  # blurring a shape of one colour shows nothing
-    fields, margin = PICTURES[block]
+def test_visualizations_draw_points(tiny: LocalModel, bgr: np.ndarray, block: str) -> None:
+    """A point is drawn like a box without area."""
+    names = ["dog", "bus"]  # blurring a shape of one color is invisible
+    fields, margin = VISUALIZATIONS[block]
     drawn = drawn_on(block, point(class_names=names), bgr, **fields)
     check_near(drawn, Pointer(tiny)(bgr, names).xyxy, margin)
 
 
-@pytest.mark.parametrize("block", [*PICTURES, "keypoint_visualization@v1"])
-def test_pictures_of_nothing(bgr: np.ndarray, block: str) -> None:
-    fields, _ = PICTURES.get(block, ({"annotator_type": "vertex"}, 0))
+@pytest.mark.parametrize("block", [*VISUALIZATIONS, "keypoint_visualization@v1"])
+def test_visualizations_of_no_detections_leave_the_image_unchanged(bgr: np.ndarray, block: str) -> None:
+    fields, _ = VISUALIZATIONS.get(block, ({"annotator_type": "vertex"}, 0))
     assert not drawn_on(block, point(class_names=["umbrella"]), bgr, **fields).any()
 
 
-# Several predictions in one
+# Combined predictions
 
 
-def test_consensus_of_two_steps(bgr: np.ndarray) -> None:
-    """Only what both have found remains."""
+def test_consensus_keeps_detections_of_both_steps(bgr: np.ndarray) -> None:
+    """Detections of one step only are removed."""
     definition = workflow(
         detect("first", class_names=["dog", "bus"]),
         detect("second", class_names=["red circle", "dog"]),
@@ -488,16 +487,16 @@ def test_consensus_of_two_steps(bgr: np.ndarray) -> None:
         ),
         outputs=["first.predictions", "consensus.predictions", "consensus.object_present"],
     )
-    (result,) = run(definition, bgr)
+    (result,) = run_workflow(definition, bgr)
     first, agreed = result["first.predictions"], result["consensus.predictions"]
     assert agreed["class_name"].tolist() == ["dog"]
     np.testing.assert_allclose(agreed.xyxy, first[first["class_name"] == "dog"].xyxy, rtol=0, atol=IN_BATCHES)
     assert result["consensus.object_present"] is True
 
 
-def test_merged_into_one_box(bgr: np.ndarray) -> None:
+def test_detections_merge_returns_the_enclosing_box(bgr: np.ndarray) -> None:
     merge = core("detections_merge@v1", "merge", predictions="$steps.detect.predictions")
-    (result,) = run(workflow(detect(), merge, outputs=["detect.predictions", "merge.predictions"]), bgr)
+    (result,) = run_workflow(workflow(detect(), merge, outputs=["detect.predictions", "merge.predictions"]), bgr)
     boxes = result["detect.predictions"].xyxy
     expected = [*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)]
     assert result["merge.predictions"].xyxy.tolist() == [pytest.approx(expected)]
@@ -506,18 +505,18 @@ def test_merged_into_one_box(bgr: np.ndarray) -> None:
 # Points for SAM
 
 
-def test_points_are_what_sam_takes(tiny: LocalModel, bgr: np.ndarray) -> None:
+def test_points_have_the_format_of_sam(tiny: LocalModel, bgr: np.ndarray) -> None:
     from roboflow_workflows.core_steps.models.foundation.segment_anything_common.visual_prompt import (
         normalise_labeled_points,
     )
 
-    (result,) = run(workflow(point()), bgr)
+    (result,) = run_workflow(workflow(point()), bgr)
     expected = [(float(x), float(y), True) for x, y in Pointer(tiny)(bgr, NAMES).xyxy[:, :2]]
     assert len(expected) == len(NAMES)
     np.testing.assert_allclose(normalise_labeled_points(result["points"]), expected, rtol=0, atol=IN_BATCHES)
 
 
-# SAM's block takes the same points for all images of a batch, so they come from a batch of one image.
+# SAM's block uses the same points for all images of a batch, so the batch must have one image.
 FIRST_POINTS = [
     point(class_names=["dog"], max_objects=1),
     core("dimension_collapse@v1", "batch", data="$steps.point.points"),
@@ -530,24 +529,24 @@ FIRST_POINTS = [
 ]
 
 
-def test_points_reach_sam(bgr: np.ndarray) -> None:
-    """They pass the engine's check of kinds and batches, and are the ones of the image."""
+def test_points_can_be_connected_to_sam(bgr: np.ndarray) -> None:
+    """The engine accepts their kind and dimension, and the points are those of the image."""
     sam = core("sam3_interactive@v1", "sam", images="$inputs.image", points="$steps.points.output")
     needed = {"workflows_core.model_manager": None, "workflows_core.api_key": None}
-    compiled(workflow(*FIRST_POINTS, sam), **needed)
-    (result,) = run(workflow(*FIRST_POINTS, outputs=["point.points", "points.output"]), bgr)
+    compile_workflow(workflow(*FIRST_POINTS, sam), **needed)
+    (result,) = run_workflow(workflow(*FIRST_POINTS, outputs=["point.points", "points.output"]), bgr)
     assert len(result["point.points"]) == 1
     assert result["points.output"] == result["point.points"]
 
 
 @pytest.mark.parametrize("find", [detect(), point()], ids=["detect", "point"])
-def test_predictions_are_boxes_for_sam(find: dict[str, Any]) -> None:
+def test_predictions_can_be_connected_to_sam_as_boxes(find: dict[str, Any]) -> None:
     boxes = f"$steps.{find['name']}.predictions"
     sam = core("sam3_interactive@v1", "sam", images="$inputs.image", boxes=boxes)
-    compiled(workflow(find, sam), **{"workflows_core.model_manager": None, "workflows_core.api_key": None})
+    compile_workflow(workflow(find, sam), **{"workflows_core.model_manager": None, "workflows_core.api_key": None})
 
 
-# One model
+# Shared models
 
 
 FOUR_STEPS = workflow(
@@ -560,40 +559,41 @@ FOUR_STEPS = workflow(
 
 
 def images_encoded(engine: Any, seed: int) -> tuple[int, int]:
-    """For a new image, then for the same again: how often the process's tiny model encodes it.
+    """Return how often the shared tiny model encodes a new image in a first and a second run.
 
     Args:
-        seed: Of the image, which no other test shows to the model.
+        engine: Compiled workflow.
+        seed: Seed of the image, different for each test.
     """
     cache = shared_pool().get("tiny").image_cache  # type: ignore[attr-defined]
     image = np.random.default_rng(seed).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     counts = []
     for _ in range(2):
-        before, asked = cache.misses, cache.hits + cache.misses
-        results(engine, image)
-        assert cache.hits + cache.misses - asked == len(FOUR_STEPS["steps"]), "another model was used"
+        before, lookups = cache.misses, cache.hits + cache.misses
+        run_engine(engine, image)
+        assert cache.hits + cache.misses - lookups == len(FOUR_STEPS["steps"]), "another model was used"
         counts.append(cache.misses - before)
     return counts[0], counts[1]
 
 
-def test_steps_share_a_model_and_what_it_has_encoded() -> None:
-    assert images_encoded(compiled(FOUR_STEPS), seed=1) == (1, 0)
+def test_steps_share_a_model_and_its_encoded_images() -> None:
+    assert images_encoded(compile_workflow(FOUR_STEPS), seed=1) == (1, 0)
 
 
-def test_workflows_share_a_model(bgr: np.ndarray) -> None:
-    """What one workflow has encoded, another finds."""
+def test_workflows_share_a_model_and_its_encoded_images(bgr: np.ndarray) -> None:
+    """An image that one workflow has encoded is not encoded again."""
     model: Any = shared_pool().get("tiny")
     image = np.ascontiguousarray(255 - bgr)
-    run(workflow(detect()), image)
+    run_workflow(workflow(detect()), image)
     hits, misses = model.image_cache.hits, model.image_cache.misses
-    run(workflow(point()), image)
-    run(workflow(step("track", class_names=NAMES)), image)
+    run_workflow(workflow(point()), image)
+    run_workflow(workflow(step("track", class_names=NAMES)), image)
     assert (model.image_cache.hits, model.image_cache.misses) == (hits + 2, misses)
     assert shared_pool().get("tiny") is model
 
 
-def test_steps_that_run_at_once_share_what_is_encoded() -> None:
-    """As Roboflow's HTTP server runs them, which has up to eight steps of a workflow under way."""
+def test_concurrent_steps_share_encoded_images() -> None:
+    """Roboflow's HTTP server runs up to eight steps of a workflow concurrently."""
     from roboflow_workflows.execution_engine.core import ExecutionEngine
 
     engine = ExecutionEngine.init(workflow_definition=FOUR_STEPS, init_parameters={}, max_concurrent_steps=8)

@@ -1,6 +1,6 @@
-"""The same boxes everywhere: in this process, from Roboflow's real server, and from ours beside it.
+"""Test that a local model, Roboflow's inference server and `moondream-cv serve` return the same detections.
 
-The local model is what runs behind both servers. Run with `make test-roboflow`.
+Both servers run the local model. Run with `make test-roboflow`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ pytestmark = pytest.mark.roboflow
 
 
 @pytest.fixture(scope="module")
-def ours(tiny: LocalModel) -> Iterator[str]:
-    """The URL of a server of ours."""
+def served_url(tiny: LocalModel) -> Iterator[str]:
+    """Return the URL of `moondream-cv serve` with the tiny model."""
     with served(tiny) as server:
         yield server.url
 
 
 def roboflow(url: str, image_format: str) -> Deployment:
-    """Roboflow's server, which rounds corners and invents confidences."""
+    """Return Roboflow's server, which rounds corners and has no real confidences."""
     model = RoboflowInference(url, api_key="", image_format=image_format)
     return Deployment(model, compressed=image_format == "jpeg", rounded=True, has_scores=False, points=False)
 
 
 def connected(url: str) -> Deployment:
-    """The same by its URL alone."""
+    """Return Roboflow's server, connected by its URL."""
     return Deployment(connect(url), address=url, compressed=True, rounded=True, has_scores=False, points=False)
 
 
@@ -45,7 +45,7 @@ def connected(url: str) -> Deployment:
     scope="module",
     params=["local", "Roboflow's png", "Roboflow's jpeg", "connect", *(f"our {dialect}" for dialect in DIALECTS)],
 )
-def deployment(request: pytest.FixtureRequest, tiny: LocalModel, url: str, ours: str) -> Iterator[Deployment]:
+def deployment(request: pytest.FixtureRequest, tiny: LocalModel, url: str, served_url: str) -> Iterator[Deployment]:
     kind, _, which = request.param.partition(" ")
     if kind == "local":
         yield Deployment(tiny)
@@ -53,7 +53,7 @@ def deployment(request: pytest.FixtureRequest, tiny: LocalModel, url: str, ours:
     opened = {
         "connect": lambda: connected(url),
         "Roboflow's": lambda: roboflow(url, which),
-        "our": lambda: deployment_on(ours, which, "png"),
+        "our": lambda: deployment_on(served_url, which, "png"),
     }[kind]()
     with opened.model:
         yield opened
@@ -67,4 +67,4 @@ def addressable(url: str) -> Iterator[Deployment]:
 
 
 class TestEverywhere(DetectorSuite):
-    """Local, Roboflow's server, and four dialects of ours."""
+    """Run the detector tests on the local model, Roboflow's server, and all dialects of `moondream-cv serve`."""

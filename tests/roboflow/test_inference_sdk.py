@@ -1,4 +1,4 @@
-"""Roboflow's own client against Roboflow's real server."""
+"""Test Roboflow's client with Roboflow's inference server."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def files(scene: Scene, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", INPUTS)
-def test_client_inputs(client: Any, tiny: LocalModel, scene: Scene, files: Path, form: str) -> None:
+def test_client_accepts_all_image_types(client: Any, tiny: LocalModel, scene: Scene, files: Path, form: str) -> None:
     reply = client.infer_lmm(INPUTS[form](scene.image, files), model_id=MODEL_ID, prompt="dog")
     lossless = form in ("PNG file", "base64", "data URI")
     assert np.allclose(boxes_of(reply), expected_boxes(tiny, scene.image), atol=0 if lossless else 2)
     assert len(reply["predictions"]) == 1
 
 
-def test_client_lists(client: Any, bgr: np.ndarray) -> None:
+def test_client_accepts_lists_of_images(client: Any, bgr: np.ndarray) -> None:
     replies = client.infer_lmm([bgr, bgr], model_id=MODEL_ID, prompt="dog")
     assert [len(reply["predictions"]) for reply in replies] == [1, 1]
     assert isinstance(client.infer_lmm([bgr], model_id=MODEL_ID, prompt="dog"), dict)
 
 
 @pytest.mark.parametrize("transport", ["legacy", "header", "both"])
-def test_client_keys(client: Any, url: str, bgr: np.ndarray, transport: str) -> None:
+def test_client_sends_api_keys(client: Any, url: str, bgr: np.ndarray, transport: str) -> None:
     from inference_sdk import InferenceConfiguration, InferenceHTTPClient
 
     keyed = InferenceHTTPClient(url, api_key="a-key")
@@ -68,7 +68,7 @@ def test_client_keys(client: Any, url: str, bgr: np.ndarray, transport: str) -> 
     assert boxes_of(reply) == boxes_of(client.infer_lmm(bgr, model_id=MODEL_ID, prompt="dog"))
 
 
-def test_client_errors(client: Any, url: str, bgr: np.ndarray, files: Path) -> None:
+def test_client_raises_http_errors(client: Any, url: str, bgr: np.ndarray, files: Path) -> None:
     from inference_sdk import InferenceConfiguration, InferenceHTTPClient
     from inference_sdk.http.errors import HTTPCallErrorError
 
@@ -77,8 +77,8 @@ def test_client_errors(client: Any, url: str, bgr: np.ndarray, files: Path) -> N
             use()
         return caught.value.status_code, caught.value.api_message
 
-    ask = {"model_id": MODEL_ID, "prompt": "dog"}
-    assert fails(lambda: client.infer_lmm(str(files / "broken.jpg"), **ask)) == (
+    fields = {"model_id": MODEL_ID, "prompt": "dog"}
+    assert fails(lambda: client.infer_lmm(str(files / "broken.jpg"), **fields)) == (
         400,
         "Could not load input image. Cause: Malformed base64 input image.",
     )
@@ -87,15 +87,15 @@ def test_client_errors(client: Any, url: str, bgr: np.ndarray, files: Path) -> N
         "Internal error. Could not connect to Roboflow API.",
     )
     slashed = InferenceHTTPClient(url + "/", api_key=None)
-    assert fails(lambda: slashed.infer_lmm(bgr, **ask)) == (405, "Method Not Allowed")
+    assert fails(lambda: slashed.infer_lmm(bgr, **fields)) == (405, "Method Not Allowed")
     with client.use_configuration(InferenceConfiguration(max_batch_size=2)):
-        assert fails(lambda: client.infer_lmm([bgr, bgr], **ask)) == (500, "Internal error.")
+        assert fails(lambda: client.infer_lmm([bgr, bgr], **fields)) == (500, "Internal error.")
 
 
-def test_asynchronous_client(client: Any, bgr: np.ndarray) -> None:
+def test_asynchronous_client_matches_the_synchronous_one(client: Any, bgr: np.ndarray) -> None:
     reply = asyncio.run(client.infer_lmm_async(bgr, model_id=MODEL_ID, prompt="dog"))
     assert boxes_of(reply) == boxes_of(client.infer_lmm(bgr, model_id=MODEL_ID, prompt="dog"))
 
 
-def test_client_knows_the_server(client: Any) -> None:
+def test_client_reads_the_server_info(client: Any) -> None:
     assert client.get_server_info().name == "Roboflow Inference Server"

@@ -1,4 +1,4 @@
-"""Answers and captions as input of Roboflow's parsers of language model output: JSON, classification and detection."""
+"""Test answers and captions as inputs of Roboflow's parsers of language model output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from moondream_cv_blocks import ModelPool
 from tests.helpers.remote_server import Answer, RemoteServer, remote_server
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import compiled, results, run, step, workflow
+from tests.helpers.workflows import compile_workflow, run_engine, run_workflow, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -36,14 +36,14 @@ def core(block: str, **fields: Any) -> dict[str, Any]:
 
 
 def parsed_by(parser: dict[str, Any], block: str, model: str) -> dict[str, Any]:
-    """Return a workflow that writes text with a step `text`, followed by a parser."""
+    """Return a workflow that generates text in a step `text`, followed by a parser."""
     question = {"question": QUESTION} if block == "query" else {}
     return workflow(step(block, "text", model=model, **question), parser)
 
 
 @pytest.fixture
 def server() -> Iterator[RemoteServer]:
-    """A server like `moondream-cv serve`, whose answers tests set with `answer`."""
+    """Start a server with the models route of `moondream-cv serve`; `parse` sets its answers."""
     with remote_server() as running:
         yield running.on("/v1/models", Answer({"models": [{"id": "any"}]}))
 
@@ -51,8 +51,8 @@ def server() -> Iterator[RemoteServer]:
 def parse(server: RemoteServer, block: str, parser: dict[str, Any], text: str, image: np.ndarray) -> dict[str, Any]:
     """Return the outputs of a parser for an answer or caption of the server."""
     server.on("/v1/query", Answer({"answer": text})).on("/v1/caption", Answer({"caption": text}))
-    engine = compiled(parsed_by(parser, block, server.url), **{"moondream_cv_blocks.models": ModelPool()})
-    (outputs,) = results(engine, image)
+    engine = compile_workflow(parsed_by(parser, block, server.url), **{"moondream_cv_blocks.models": ModelPool()})
+    (outputs,) = run_engine(engine, image)
     return outputs
 
 
@@ -67,9 +67,7 @@ def vlm(parser: str, block: str, **fields: Any) -> dict[str, Any]:
 
 @every_text
 @every_notation
-def test_json_parser_reads_the_fields_of_an_answer(
-    block: str, notation: str, server: RemoteServer, bgr: np.ndarray
-) -> None:
+def test_json_parser_parses_text(block: str, notation: str, server: RemoteServer, bgr: np.ndarray) -> None:
     text = notation.replace("{}", json.dumps(ONE_CLASS))
     assert parse(server, block, json_parser(block), text, bgr) == {**ONE_CLASS, "error_status": False}
 
@@ -77,7 +75,7 @@ def test_json_parser_reads_the_fields_of_an_answer(
 @every_text
 @every_notation
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_vlm_as_classifier_classifies_by_an_answer(
+def test_vlm_as_classifier_parses_text(
     block: str, notation: str, version: str, server: RemoteServer, bgr: np.ndarray
 ) -> None:
     parser = vlm(f"vlm_as_classifier@{version}", block)
@@ -91,7 +89,7 @@ def test_vlm_as_classifier_classifies_by_an_answer(
 @every_text
 @every_notation
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_vlm_as_detector_makes_boxes_of_an_answer(
+def test_vlm_as_detector_parses_text(
     block: str, notation: str, version: str, server: RemoteServer, bgr: np.ndarray
 ) -> None:
     fields = {"model_type": "anthropic-claude", "task_type": "object-detection"}
@@ -111,10 +109,10 @@ def parsers_of(block: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("index", range(3), ids=["json_parser", "vlm_as_classifier", "vlm_as_detector"])
 @pytest.mark.parametrize("image", ["readable", "unreadable"])
 def test_parsers_report_text_that_is_not_json(block: str, index: int, image: str, bgr: np.ndarray) -> None:
-    """The tiny model answers in words, and a failed image has no text."""
+    """The tiny model does not answer in JSON, and a failed image has no text."""
     pixels = bgr if image == "readable" else np.zeros((0, 0, 3), np.uint8)
     definition = parsed_by(parsers_of(block)[index], block, "tiny")
     definition["outputs"].append({"type": "JsonField", "name": "failed", "selector": "$steps.text.error_status"})
-    (outputs,) = run(definition, pixels)
+    (outputs,) = run_workflow(definition, pixels)
     assert outputs["failed"] is (image == "unreadable")
     assert outputs["*"]["error_status"] is True

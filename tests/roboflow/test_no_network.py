@@ -1,4 +1,4 @@
-"""With a local model no block speaks to another machine, from the first import on; and the guard that says so does."""
+"""Test that the blocks make no network connections with a local model, including at import, and test the guard."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import moondream_cv.tiny
 from moondream_cv_blocks import ModelPool
 from tests.helpers.network_guard import NetworkRefused, is_here, refusing_network
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import BLOCKS, compiled, results, step, workflow
+from tests.helpers.workflows import BLOCKS, compile_workflow, run_engine, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
 
 ROOT = Path(__file__).parents[2]
-FOLDER = str(Path(moondream_cv.tiny.__file__).parent)  # the files of a model, as in a folder of one's own
-ELSEWHERE = "192.0.2.1"  # reserved for documentation: nobody's
+FOLDER = str(Path(moondream_cv.tiny.__file__).parent)  # a local checkpoint folder
+ELSEWHERE = "192.0.2.1"  # reserved for documentation
 FIELDS: dict[str, dict[str, Any]] = {
     "detect": {"class_names": ["dog", "bus"]},
     "point": {"class_names": ["dog", "bus"]},
@@ -36,8 +36,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "track": {"class_names": ["dog", "bus"]},
 }
 
-# A process that runs every block, guarded before it imports anything else. Arguments: the packages to begin with, a
-# folder to write to, and models. It prints for each model what the blocks gave, and what was refused by then.
+# A process that installs the guard before any other import, and runs every block. Arguments: the packages to import
+# first, a writable folder, and models. It prints the outputs of the blocks and the blocked attempts for each model.
 PROCESS = """
 import json, os, sys
 from pathlib import Path
@@ -45,7 +45,7 @@ from pathlib import Path
 packages, folder, *models = sys.argv[1:]
 from tests.helpers.network_guard import refusing_network
 
-said = {}
+reports = {}
 with refusing_network() as attempts:
     from tests.helpers.roboflow_app import declare_torchvision_schemas, prepare
     if packages == "server":
@@ -54,81 +54,81 @@ with refusing_network() as attempts:
         declare_torchvision_schemas()
         os.environ["WORKFLOWS_PLUGINS"] = "moondream_cv_blocks"
     from moondream_cv.scenes import render_scene
-    from tests.helpers.workflows import run, step, workflow
+    from tests.helpers.workflows import run_workflow, step, workflow
 
     image = render_scene(5, resolution_wh=(320, 240), names=["dog", "bus"], style="plain").image[..., ::-1].copy()
     for model in models:
         outputs = {
-            block: run(workflow(step(block, model=model, **fields)), image, serialize=True)[0]
+            block: run_workflow(workflow(step(block, model=model, **fields)), image, serialize=True)[0]
             for block, fields in json.loads(os.environ["FIELDS"]).items()
         }
-        said[model] = {"outputs": outputs, "attempts": list(attempts)}
-print(json.dumps({"said": said, "server": "inference" in sys.modules}))
+        reports[model] = {"outputs": outputs, "attempts": list(attempts)}
+print(json.dumps({"reports": reports, "server": "inference" in sys.modules}))
 """
 LOCAL = ["tiny", FOLDER]
-NOT_HERE = "nobody/nothing-here@main"
+UNAVAILABLE = "nobody/nothing-here@main"
 
 
 @pytest.mark.parametrize("model", LOCAL, ids=["tiny", "folder"])
-def test_no_block_makes_a_connection(bgr: np.ndarray, model: str) -> None:
+def test_blocks_with_a_local_model_make_no_connection(bgr: np.ndarray, model: str) -> None:
     with refusing_network() as attempts:
-        pool = ModelPool()  # of its own, so that the model is loaded here
+        pool = ModelPool()  # a new pool, so that the model is loaded within the guard
         for block in BLOCKS:
             definition = workflow(step(block, model=model, **FIELDS[block]))
-            engine = compiled(definition, **{"moondream_cv_blocks.models": pool})
-            for outputs in results(engine, [bgr, bgr]):
+            engine = compile_workflow(definition, **{"moondream_cv_blocks.models": pool})
+            for outputs in run_engine(engine, [bgr, bgr]):
                 assert (outputs["error_status"], outputs["error_message"]) == (False, "")
         pool.close()
     assert attempts == []
 
 
 @pytest.mark.parametrize("model", ["moondream2", "vikhyatk/moondream2@2025-06-21", f"http://{ELSEWHERE}:2020"])
-def test_compiling_asks_no_other_machine(model: str) -> None:
-    """Which model there is, is known without asking for it: what it takes is loaded with the first image."""
+def test_compiling_makes_no_connection(model: str) -> None:
+    """Models are loaded with the first image."""
     with refusing_network() as attempts:
         for block in BLOCKS:
-            compiled(workflow(step(block, model=model, **FIELDS[block])))
+            compile_workflow(workflow(step(block, model=model, **FIELDS[block])))
     assert attempts == []
 
 
-def test_a_model_elsewhere_is_seen(bgr: np.ndarray) -> None:
+def test_guard_reports_the_connection_to_a_remote_model(bgr: np.ndarray) -> None:
     with refusing_network() as attempts:
-        engine = compiled(
+        engine = compile_workflow(
             workflow(step("detect", model=f"http://{ELSEWHERE}:2020", class_names=["dog"])),
             **{"moondream_cv_blocks.models": ModelPool(timeout=1)},
         )
-        (outputs,) = results(engine, bgr)
+        (outputs,) = run_engine(engine, bgr)
     assert outputs["error_status"] is True
     assert any(ELSEWHERE in attempt for attempt in attempts)
 
 
-def test_a_fresh_process_with_the_engine(tmp_path: Path) -> None:
-    """Nothing tells it to stay off the network: a model that is not here is asked for, and the guard sees that."""
-    reply = in_a_process(tmp_path, "engine", *LOCAL, NOT_HERE)
+def test_new_process_with_the_engine_makes_no_connection(tmp_path: Path) -> None:
+    """Network access is enabled in the process: the download of an unavailable model is attempted and blocked."""
+    reply = run_process(tmp_path, "engine", *LOCAL, UNAVAILABLE)
     assert not reply["server"]
     for model in LOCAL:
-        check_local(reply["said"][model])
-    assert any("huggingface.co" in attempt for attempt in reply["said"][NOT_HERE]["attempts"])
-    assert all(outputs["error_status"] for outputs in reply["said"][NOT_HERE]["outputs"].values())
+        assert_local(reply["reports"][model])
+    assert any("huggingface.co" in attempt for attempt in reply["reports"][UNAVAILABLE]["attempts"])
+    assert all(outputs["error_status"] for outputs in reply["reports"][UNAVAILABLE]["outputs"].values())
 
 
-def test_a_fresh_process_with_the_server(tmp_path: Path) -> None:
-    reply = in_a_process(tmp_path, "server", *LOCAL)
+def test_new_process_with_the_server_makes_no_connection(tmp_path: Path) -> None:
+    reply = run_process(tmp_path, "server", *LOCAL)
     assert reply["server"]
     for model in LOCAL:
-        check_local(reply["said"][model])
+        assert_local(reply["reports"][model])
 
 
-def check_local(said: dict[str, Any]) -> None:
-    assert said["attempts"] == []
-    assert said["outputs"].keys() == set(BLOCKS)
-    for outputs in said["outputs"].values():
+def assert_local(report: dict[str, Any]) -> None:
+    assert report["attempts"] == []
+    assert report["outputs"].keys() == set(BLOCKS)
+    for outputs in report["outputs"].values():
         assert (outputs["error_status"], outputs["error_message"]) == (False, "")
-    assert len(said["outputs"]["detect"]["predictions"]["predictions"]) == 2
+    assert len(report["outputs"]["detect"]["predictions"]["predictions"]) == 2
 
 
-def in_a_process(folder: Path, packages: str, *models: str) -> dict[str, Any]:
-    """What `PROCESS` prints, as little as possible being inherited from this process."""
+def run_process(folder: Path, packages: str, *models: str) -> dict[str, Any]:
+    """Run `PROCESS` with a minimal environment and return the JSON that it prints."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     environment = {
         **kept,
@@ -169,14 +169,14 @@ def send(host: str, method: str) -> None:
 
 
 def open_connection(host: str) -> None:
-    loop = asyncio.SelectorEventLoop()  # a server of another test may have set uvloop, whose sockets are not Python's
+    loop = asyncio.SelectorEventLoop()  # uvloop, which another test may have set, does not use Python's sockets
     try:
         loop.run_until_complete(asyncio.open_connection(host, 9))
     finally:
         loop.close()
 
 
-TRIED: dict[str, Callable[[], Any]] = {
+ATTEMPTS: dict[str, Callable[[], Any]] = {
     "connect": lambda: connect(ELSEWHERE),
     "connect_ex": lambda: send(ELSEWHERE, "connect_ex"),
     "sendto": lambda: send(ELSEWHERE, "sendto"),
@@ -192,15 +192,15 @@ TRIED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", TRIED)
-def test_the_guard_refuses(way: str) -> None:
+@pytest.mark.parametrize("method", ATTEMPTS)
+def test_guard_blocks_connections(method: str) -> None:
     with refusing_network() as attempts, pytest.raises(NetworkRefused):
-        TRIED[way]()
+        ATTEMPTS[method]()
     assert len(attempts) >= 1
     assert all(ELSEWHERE in attempt or "name.example" in attempt for attempt in attempts)
 
 
-def test_the_guard_tells_what_was_caught() -> None:
+def test_guard_records_attempts_whose_error_is_caught() -> None:
     with refusing_network() as attempts:
         for _ in range(2):
             with pytest.raises(OSError, match="no network here"):
@@ -208,7 +208,7 @@ def test_the_guard_tells_what_was_caught() -> None:
     assert len(attempts) == 2
 
 
-def test_the_guard_is_there_in_other_threads() -> None:
+def test_guard_applies_to_other_threads() -> None:
     with refusing_network() as attempts:
         thread = threading.Thread(target=try_to_connect)
         thread.start()
@@ -221,7 +221,7 @@ def try_to_connect() -> None:
         connect(ELSEWHERE)
 
 
-def test_the_guard_lets_this_machine_speak_to_itself(url: str) -> None:
+def test_guard_allows_local_connections(url: str) -> None:
     import requests
 
     with refusing_network() as attempts:
@@ -234,14 +234,14 @@ def test_the_guard_lets_this_machine_speak_to_itself(url: str) -> None:
     assert attempts == []
 
 
-def test_the_guard_goes() -> None:
+def test_guard_can_be_removed() -> None:
     with refusing_network() as outer, refusing_network() as inner, pytest.raises(NetworkRefused):
         connect(ELSEWHERE)
     assert len(outer) == len(inner) == 1
     try:
-        send(ELSEWHERE, "connect_ex")  # a datagram socket sends nothing when it is connected
+        send(ELSEWHERE, "connect_ex")  # connecting a datagram socket sends no packets
     except NetworkRefused:
-        pytest.fail("the guard is still there")
+        pytest.fail("the guard is still active")
     assert len(outer) == 1
 
 
@@ -261,5 +261,5 @@ def test_the_guard_goes() -> None:
         *(("10.0.0.1", False), ("fe80::1%eth0", False), ("::ffff:192.0.2.1", False), ("1270.0.0.1", False)),
     ],
 )
-def test_what_is_this_machine(host: Any, here: bool) -> None:
+def test_is_here_recognizes_local_addresses(host: Any, here: bool) -> None:
     assert is_here(host) is here

@@ -1,6 +1,6 @@
-"""The engine's other representation of predictions, which it takes from the environment when it is imported.
+"""Test the engine's tensor representation of predictions: detections are rejected, text blocks work.
 
-A process of its own has it: what gives detections is refused with the reason, and texts come as ever.
+The engine reads the setting from the environment at import, so the test runs in a separate process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import said_by
+from tests.helpers.workflows import run_program
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()
@@ -25,20 +25,21 @@ from tests.helpers.roboflow_app import prepare
 prepare(Path(sys.argv[1]))
 
 from moondream_cv.scenes import render_scene
-from tests.helpers.workflows import refusal, run, step, workflow
+from tests.helpers.workflows import compile_error, run_workflow, step, workflow
 
 scene = render_scene(5, resolution_wh=(320, 240), names=["dog", "red circle"], style="plain")
-refused = {name: refusal(workflow(step(name, class_names="dog"))) for name in ("detect", "point", "track")}
-(asked,) = run(workflow(step("query", question="Is there a dog?")), scene.image[..., ::-1].copy(), serialize=True)
-(said,) = run(workflow(step("caption", length="short")), scene.image[..., ::-1].copy(), serialize=True)
-print(json.dumps({"refused": refused, "answer": asked["answer"], "caption": said["caption"]}))
+image = scene.image[..., ::-1].copy()
+errors = {name: compile_error(workflow(step(name, class_names="dog"))) for name in ("detect", "point", "track")}
+(answer,) = run_workflow(workflow(step("query", question="Is there a dog?")), image, serialize=True)
+(caption,) = run_workflow(workflow(step("caption", length="short")), image, serialize=True)
+print(json.dumps({"errors": errors, "answer": answer["answer"], "caption": caption["caption"]}))
 """
 
 
-def test_what_gives_detections_is_refused(tmp_path: Path) -> None:
-    said = said_by(PROGRAM, str(tmp_path), ENABLE_TENSOR_DATA_REPRESENTATION="True")
-    assert set(said["refused"]) == {"detect", "point", "track"}
-    for message in said["refused"].values():
-        assert "unset ENABLE_TENSOR_DATA_REPRESENTATION" in message
-    assert said["answer"] == "yes"
-    assert "dog" in said["caption"]
+def test_blocks_with_detections_reject_the_tensor_representation(tmp_path: Path) -> None:
+    report = run_program(PROGRAM, str(tmp_path), ENABLE_TENSOR_DATA_REPRESENTATION="True")
+    assert set(report["errors"]) == {"detect", "point", "track"}
+    for message in report["errors"].values():
+        assert "unset the environment variable ENABLE_TENSOR_DATA_REPRESENTATION" in message
+    assert report["answer"] == "yes"
+    assert "dog" in report["caption"]

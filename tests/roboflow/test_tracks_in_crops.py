@@ -1,4 +1,4 @@
-"""`moondream_cv/track@v1` behind blocks that cut frames: a part at a fixed place of a frame is a source of its own."""
+"""Test `moondream_cv/track@v1` on crops: a crop at a fixed position of the frame is a separate video source."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moondream_cv.scenes import render_clip
 from moondream_cv.scenes.clips import Clip
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import (
-    Looks,
+    CountingModel,
     bgr_frames,
-    engine_of,
-    in_video,
-    results,
+    make_engine,
+    run_engine,
     step,
+    video_frame,
     workflow,
 )
 
@@ -28,135 +28,137 @@ pytestmark = pytest.mark.roboflow
 
 NAMES = ["dog", "red circle"]
 EVERY = 5
-CROP = {"type": "roboflow_core/absolute_static_crop@v1", "name": "part", "images": "$inputs.image"}
+CROP = {"type": "roboflow_core/absolute_static_crop@v1", "name": "crop", "images": "$inputs.image"}
 STATIC = {**CROP, "x_center": 140, "y_center": 100, "width": 200, "height": 160}
 SLICES = {  # left and right half
     "type": "roboflow_core/image_slicer@v2",
-    "name": "part",
+    "name": "crop",
     "image": "$inputs.image",
     "slice_width": 160,
     "slice_height": 240,
     "overlap_ratio_width": 0.0,
     "overlap_ratio_height": 0.0,
 }
-PARTS = {"static crop": (STATIC, "crops", 1), "slices": (SLICES, "slices", 2)}
-SEEDS = {"static crop": (2, 3), "slices": (6, 6)}  # clips in which each object stays within one of those parts
-FORMS: dict[str, Callable[[np.ndarray, int], Any]] = {"video": in_video, "arrays": lambda bgr, number: bgr}
+CROPS = {"static crop": (STATIC, "crops", 1), "slices": (SLICES, "slices", 2)}
+SEEDS = {"static crop": (2, 3), "slices": (6, 6)}  # clips in which each object stays within one crop
+FORMS: dict[str, Callable[[np.ndarray, int], Any]] = {"video": video_frame, "arrays": lambda bgr, number: bgr}
 TRACKED = ("tracked_detections", "new_instances", "already_seen_instances")
 
-Row = dict[str, Any]
-Frame = list[dict[str, list[Row]]]  # of each part, what is in each output
+Box = dict[str, Any]
+Frame = list[dict[str, list[Box]]]  # for each crop, the detections of each output
 
 
-def track_parts(part: str, model: Looks) -> Any:
-    """An engine that tracks in each part of a frame."""
-    cut, output, _ = PARTS[part]
-    tracking = step("track", images=f"$steps.part.{output}", class_names=NAMES, every=EVERY)
+def track_crops(crop: str, model: CountingModel) -> Any:
+    """Compile a workflow that tracks in each crop of a frame."""
+    cut, output, _ = CROPS[crop]
+    tracking = step("track", images=f"$steps.crop.{output}", class_names=NAMES, every=EVERY)
     wanted = [f"step.{name}" for name in (*TRACKED, "error_message")]
-    return engine_of(workflow(cut, tracking, outputs=wanted), model)
+    return make_engine(workflow(cut, tracking, outputs=wanted), model)
 
 
 def tracked(engine: Any, *images: Any) -> list[Frame]:
-    """What is serialised of each image: boxes in coordinates of the whole."""
+    """Return the serialized tracks of each image, in coordinates of the whole image."""
     found = []
-    for result in results(engine, list(images), serialize=True):
+    for result in run_engine(engine, list(images), serialize=True):
         values = {name: result[f"step.{name}"] for name in (*TRACKED, "error_message")}
-        if isinstance(values["error_message"], str):  # there is one part, and no list of them
+        if isinstance(values["error_message"], str):  # a single crop is not in a list
             values = {name: [value] for name, value in values.items()}
         assert set(values["error_message"]) == {""}
-        rows = [
-            {name: values[name][at]["predictions"] for name in TRACKED} for at in range(len(values["error_message"]))
-        ]
-        found.append(rows)
+        crops = range(len(values["error_message"]))
+        found.append([{name: values[name][at]["predictions"] for name in TRACKED} for at in crops])
     return found
 
 
-def numbers(rows: list[Row]) -> list[int]:
-    return [row["tracker_id"] for row in rows]
+def track_ids(boxes: list[Box]) -> list[int]:
+    return [box["tracker_id"] for box in boxes]
 
 
-def corners(row: Row) -> np.ndarray:
-    x, y, width, height = (row[key] for key in ("x", "y", "width", "height"))
+def corners(box: Box) -> np.ndarray:
+    x, y, width, height = (box[key] for key in ("x", "y", "width", "height"))
     return np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
 
 
-def clips_of(part: str) -> list[Clip]:
-    return [render_clip(seed, num_frames=18, names=NAMES, resolution_wh=(320, 240)) for seed in SEEDS[part]]
+def clips_of(crop: str) -> list[Clip]:
+    return [render_clip(seed, num_frames=18, names=NAMES, resolution_wh=(320, 240)) for seed in SEEDS[crop]]
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_frames_are_looked_at_when_they_are_due(part: str, form: str, looks: Looks) -> None:
-    engine, looked = track_parts(part, looks), []
-    for number, bgr in enumerate(bgr_frames(clips_of(part)[0]), 1):
-        before = len(looks.asked)
+@pytest.mark.parametrize("crop", CROPS)
+def test_model_runs_on_keyframes_of_crops(crop: str, form: str, counting_model: CountingModel) -> None:
+    engine, keyframes = track_crops(crop, counting_model), []
+    for number, bgr in enumerate(bgr_frames(clips_of(crop)[0]), 1):
+        before = len(counting_model.call_sizes)
         tracked(engine, FORMS[form](bgr, number))
-        looked.append(len(looks.asked) - before)
-    assert looked == [index % EVERY == 0 for index in range(len(looked))]
-    assert set(looks.asked) == {PARTS[part][2] * len(NAMES)}
+        keyframes.append(len(counting_model.call_sizes) - before)
+    assert keyframes == [index % EVERY == 0 for index in range(len(keyframes))]
+    assert set(counting_model.call_sizes) == {CROPS[crop][2] * len(NAMES)}
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("part", PARTS)
-def test_things_in_parts_of_frames_keep_their_numbers(part: str, form: str, looks: Looks) -> None:
-    """And lie where they are in the whole frame."""
-    engine, clip = track_parts(part, looks), clips_of(part)[0]
+@pytest.mark.parametrize("crop", CROPS)
+def test_track_ids_stay_with_objects_in_crops(crop: str, form: str, counting_model: CountingModel) -> None:
+    """The boxes have the position of the objects in the whole frame."""
+    engine, clip = track_crops(crop, counting_model), clips_of(crop)[0]
     owners: set[tuple[int, int, str]] = set()
     new: list[tuple[int, int]] = []
     for number, (bgr, (_, truth)) in enumerate(zip(bgr_frames(clip), clip, strict=True), 1):
         (frame,) = tracked(engine, FORMS[form](bgr, number))
-        there = {item.name: np.array([item.xyxy]) for item in truth}
-        assert len(frame) == PARTS[part][2]
+        true_boxes = {item.name: np.array([item.xyxy]) for item in truth}
+        assert len(frame) == CROPS[crop][2]
         for at, outputs in enumerate(frame):
-            assert sorted(numbers(outputs["tracked_detections"])) == sorted(
-                numbers(outputs["new_instances"]) + numbers(outputs["already_seen_instances"])
+            assert sorted(track_ids(outputs["tracked_detections"])) == sorted(
+                track_ids(outputs["new_instances"]) + track_ids(outputs["already_seen_instances"])
             )
-            new += [(at, one) for one in numbers(outputs["new_instances"])]
-            for row in outputs["tracked_detections"]:
-                overlap = sv.box_iou_batch(corners(row)[None], there[row["class"]])[0, 0]
-                assert overlap > 0.5, (number, row, there)
-                owners.add((at, row["tracker_id"], row["class"]))
+            new += [(at, one) for one in track_ids(outputs["new_instances"])]
+            for box in outputs["tracked_detections"]:
+                overlap = sv.box_iou_batch(corners(box)[None], true_boxes[box["class"]])[0, 0]
+                assert overlap > 0.5, (number, box, true_boxes)
+                owners.add((at, box["tracker_id"], box["class"]))
     assert len(owners) == len(new) == len(set(new)) == len(NAMES)
     assert {name for _, _, name in owners} == set(NAMES)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["in one batch", "in turn"])
-def test_the_same_crop_of_two_cameras(together: bool, looks: Looks, tiny: LocalModel) -> None:
+def test_crops_of_two_cameras_are_separate_sources(
+    together: bool, counting_model: CountingModel, tiny: LocalModel
+) -> None:
     clips = dict(zip(("left", "right"), clips_of("static crop"), strict=True))
     alone = {}
     for name, clip in clips.items():
-        engine = track_parts("static crop", Looks(tiny))
-        alone[name] = [tracked(engine, in_video(bgr, n, name))[0] for n, bgr in enumerate(bgr_frames(clip), 1)]
-    engine = track_parts("static crop", looks)
+        engine = track_crops("static crop", CountingModel(tiny))
+        alone[name] = [tracked(engine, video_frame(bgr, n, name))[0] for n, bgr in enumerate(bgr_frames(clip), 1)]
+    engine = track_crops("static crop", counting_model)
     for index, pair in enumerate(zip(*map(bgr_frames, clips.values()), strict=True)):
-        frames = [in_video(bgr, index + 1, name) for bgr, name in zip(pair, clips, strict=True)]
+        frames = [video_frame(bgr, index + 1, name) for bgr, name in zip(pair, clips, strict=True)]
         found = tracked(engine, *frames) if together else [tracked(engine, frame)[0] for frame in frames]
         for name, frame in zip(clips, found, strict=True):
-            check_same(frame, alone[name][index])
+            assert_same_tracks(frame, alone[name][index])
     due = len(range(0, len(clips["left"]), EVERY))
-    assert sum(looks.asked) == due * len(clips) * len(NAMES)
+    assert sum(counting_model.call_sizes) == due * len(clips) * len(NAMES)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("form", FORMS)
-def test_parts_of_images_of_one_batch_are_apart(part: str, form: str, looks: Looks, tiny: LocalModel) -> None:
-    """Also where nothing says that they are of different sources; the second image is the first from behind."""
-    frames = bgr_frames(clips_of(part)[0])
+def test_crops_of_the_images_of_a_batch_are_separate_sources(
+    crop: str, form: str, counting_model: CountingModel, tiny: LocalModel
+) -> None:
+    """This includes images without metadata. The second source is the first one backwards."""
+    frames = bgr_frames(clips_of(crop)[0])
     sources = [frames, frames[::-1]]
-    alone = [track_parts(part, Looks(tiny)) for _ in sources]
-    engine = track_parts(part, looks)
+    alone = [track_crops(crop, CountingModel(tiny)) for _ in sources]
+    engine = track_crops(crop, counting_model)
     for number, pair in enumerate(zip(*sources, strict=True), 1):
-        images = [in_video(bgr, number, f"camera {at}") if form == "video" else bgr for at, bgr in enumerate(pair)]
+        images = [video_frame(bgr, number, f"camera {at}") if form == "video" else bgr for at, bgr in enumerate(pair)]
         expected = [tracked(one, image)[0] for one, image in zip(alone, images, strict=True)]
         for here, there in zip(tracked(engine, *images), expected, strict=True):
-            check_same(here, there)
-    assert len(looks.asked) == len(range(0, len(frames), EVERY))
+            assert_same_tracks(here, there)
+    assert len(counting_model.call_sizes) == len(range(0, len(frames), EVERY))
 
 
-def check_same(here: Frame, there: Frame) -> None:
-    """Numbers agree, and boxes but for what computing images together with others makes of them."""
+def assert_same_tracks(here: Frame, there: Frame) -> None:
+    """Assert equal track IDs, and boxes that differ by the rounding of another batch size only."""
     for one, other in zip(here, there, strict=True):
         for name in TRACKED:
-            assert numbers(one[name]) == numbers(other[name])
-            for row, expected in zip(one[name], other[name], strict=True):
-                np.testing.assert_allclose(corners(row), corners(expected), atol=1)
+            assert track_ids(one[name]) == track_ids(other[name])
+            for box, expected in zip(one[name], other[name], strict=True):
+                np.testing.assert_allclose(corners(box), corners(expected), atol=1)

@@ -1,4 +1,4 @@
-"""The tests of this folder run with the versions of Roboflow's engine that users get."""
+"""Test that the installed versions of Roboflow's engine are those that users get."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ EXTRA = re.findall(r'^workflows = \["([^"]+)", "([^"]+)"\]$', (ROOT / "pyproject
 
 
 @pytest.mark.parametrize("name", ["roboflow-workflows", "streamvision", "inference-models"])
-def test_the_pinned_version_of_the_engine_is_installed(name: str) -> None:
+def test_pinned_version_of_the_engine_is_installed(name: str) -> None:
     assert version(name) == NEWER[name]
 
 
-def test_the_extra_admits_the_pinned_versions_and_those_of_the_server() -> None:
+def test_extra_allows_the_pinned_versions_and_those_of_the_server() -> None:
     ((engine, runner),) = EXTRA
     for requirement, pinned in ((Requirement(engine), "0.2.13"), (Requirement(runner), "0.1.3")):
         assert requirement.specifier.contains(NEWER[requirement.name])
-        assert requirement.specifier.contains(pinned)  # by inference 1.8.3
+        assert requirement.specifier.contains(pinned)  # the version that inference 1.8.3 requires

@@ -1,4 +1,4 @@
-"""Messages name fields of a workflow and environment variables, never arguments or classes of Python."""
+"""Test that messages refer to workflow fields and environment variables, not to Python arguments or classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moondream_cv_blocks import ModelPool, load_blocks, pool
 from moondream_cv_blocks.messages import workflow_message
 from tests.helpers.remote_server import Answer, RemoteServer, remote_server
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import BLOCKS, block_step, compiled, refusal, results, workflow
+from tests.helpers.workflows import BLOCKS, compile_error, compile_workflow, minimal_step, run_engine, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -26,7 +26,7 @@ LISTED = Answer({"models": [{"id": "any"}]})
 OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
 INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
 ROUTES = ("/v1/detect", "/v1/point", "/v1/query", "/v1/caption", "/v1/chat/completions")
-UNAUTHORIZED = Answer({"error": "who are you?"}, 401)
+UNAUTHORIZED = Answer({"error": "unauthorized"}, 401)
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def hanging(server: RemoteServer) -> None:
         server.on(route, Answer(fault="hang"))
 
 
-def refusing(server: RemoteServer) -> None:
+def unauthorized(server: RemoteServer) -> None:
     server.on("/v1/models", LISTED)
     for route in ROUTES:
         server.on(route, UNAUTHORIZED)
 
 
-def refusing_lists(server: RemoteServer) -> None:
+def unauthorized_models(server: RemoteServer) -> None:
     server.on("/v1/models", UNAUTHORIZED)
 
 
@@ -56,7 +56,7 @@ def silent(server: RemoteServer) -> None:
 
 
 def no_model(server: RemoteServer) -> None:
-    """Every route gives 404."""
+    """Configure no routes, so that every request returns 404."""
 
 
 def openai(server: RemoteServer) -> None:
@@ -72,8 +72,8 @@ TIMEOUT = "increase the environment variable MOONDREAM_CV_BLOCKS_TIMEOUT"
 LISTS = "MOONDREAM_CV_BLOCKS_MODELS must list a server on another machine before it gets the key"
 FAILURES: list[tuple[Callable[[RemoteServer], None], tuple[str, ...], str]] = [
     (hanging, BLOCKS, TIMEOUT),
-    (refusing, BLOCKS, f"set the environment variable MOONDREAM_API_KEY; {LISTS}"),
-    (refusing_lists, BLOCKS, f"the server requires an API key: set MOONDREAM_API_KEY or OPENAI_API_KEY; {LISTS}"),
+    (unauthorized, BLOCKS, f"set the environment variable MOONDREAM_API_KEY; {LISTS}"),
+    (unauthorized_models, BLOCKS, f"the server requires an API key: set MOONDREAM_API_KEY or OPENAI_API_KEY; {LISTS}"),
     (silent, BLOCKS, "check the URL in the field model"),
     (no_model, BLOCKS, "the field model must be the URL of moondream-cv serve, Roboflow Inference, "),
     (
@@ -89,22 +89,22 @@ FAILURES: list[tuple[Callable[[RemoteServer], None], tuple[str, ...], str]] = [
     ("fails", "block", "advice"),
     [(fails, block, advice) for fails, blocks, advice in FAILURES for block in blocks],
 )
-def test_messages_of_servers_are_for_users_of_workflows(
+def test_server_messages_use_workflow_terms(
     fails: Callable[[RemoteServer], None], block: str, advice: str, server: RemoteServer, bgr: np.ndarray
 ) -> None:
     fails(server)
-    definition = workflow(block_step(block, model=server.url))
-    (outputs,) = results(compiled(definition, **{"moondream_cv_blocks.models": ModelPool(timeout=0.3)}), bgr)
+    definition = workflow(minimal_step(block, model=server.url))
+    (outputs,) = run_engine(compile_workflow(definition, **{"moondream_cv_blocks.models": ModelPool(timeout=0.3)}), bgr)
     message = outputs["error_message"]
     assert outputs["error_status"] is True
     assert advice in message
     assert not PYTHON.search(message), message
 
 
-def test_a_server_that_cannot_reason(server: RemoteServer, bgr: np.ndarray) -> None:
+def test_unsupported_reasoning_message_uses_workflow_terms(server: RemoteServer, bgr: np.ndarray) -> None:
     openai(server)
-    definition = workflow(block_step("query", model=server.url, reasoning=True))
-    (outputs,) = results(compiled(definition, **{"moondream_cv_blocks.models": ModelPool()}), bgr)
+    definition = workflow(minimal_step("query", model=server.url, reasoning=True))
+    (outputs,) = run_engine(compile_workflow(definition, **{"moondream_cv_blocks.models": ModelPool()}), bgr)
     assert "this server cannot return reasoning" in outputs["error_message"]
     assert "use moondream2 or moondream-cv serve" in outputs["error_message"]
     assert not PYTHON.search(outputs["error_message"])
@@ -119,13 +119,13 @@ def test_a_server_that_cannot_reason(server: RemoteServer, bgr: np.ndarray) -> N
         ("localhost:2020", "for a server write its URL, 'http://localhost:2020'"),
     ],
 )
-def test_messages_of_refused_models_are_for_users_of_workflows(model: str, advice: str) -> None:
-    message = refusal(workflow(block_step("detect", model=model)))
+def test_invalid_model_messages_use_workflow_terms(model: str, advice: str) -> None:
+    message = compile_error(workflow(minimal_step("detect", model=model)))
     assert advice in message
     assert not PYTHON.search(message), message
 
 
-def test_messages_of_the_engine_are_for_users_of_workflows() -> None:
+def test_engine_messages_use_workflow_terms() -> None:
     from moondream_cv.engine.sequences import overflow_error
 
     message = workflow_message(overflow_error())
@@ -138,7 +138,7 @@ def test_messages_of_the_engine_are_for_users_of_workflows() -> None:
 
 @pytest.fixture
 def no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No workflow has run in this process."""
+    """Reset the shared pool and the logged messages."""
     monkeypatch.setattr(pool, "_shared", None)
     monkeypatch.setattr(moondream_cv_blocks, "_logged", set())
 
@@ -155,7 +155,7 @@ invalid = pytest.mark.parametrize(("variable", "value", "message"), INVALID)
 
 @invalid
 @pytest.mark.usefixtures("no_pool")
-def test_loading_the_blocks_logs_invalid_environment_variables_once(
+def test_load_blocks_logs_invalid_environment_variables_once(
     variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -167,18 +167,18 @@ def test_loading_the_blocks_logs_invalid_environment_variables_once(
 
 
 @pytest.mark.usefixtures("no_pool")
-def test_loading_the_blocks_logs_models_that_do_not_exist(
+def test_load_blocks_logs_unknown_models_in_the_allowed_list(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(pool.ALLOWED, "tiny, moondream3, http://localhost:2020")
     load_blocks()
     (record,) = [record for record in caplog.records if record.name == "moondream_cv_blocks"]
-    assert f"the environment variable {pool.ALLOWED} lists a model that cannot be used" in record.getMessage()
+    assert f"the environment variable {pool.ALLOWED} contains an invalid model" in record.getMessage()
     assert "'moondream3'" in record.getMessage()
 
 
 @pytest.mark.usefixtures("no_pool")
-def test_loading_the_blocks_logs_nothing_if_the_environment_is_valid(
+def test_load_blocks_logs_nothing_if_the_environment_is_valid(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for variable, value in ((pool.TIMEOUT, "5"), (pool.DEVICE, "cpu"), (pool.ALLOWED, "tiny")):
@@ -189,24 +189,24 @@ def test_loading_the_blocks_logs_nothing_if_the_environment_is_valid(
 
 @invalid
 @pytest.mark.usefixtures("no_pool")
-def test_compiling_names_invalid_environment_variables(
+def test_compiling_reports_invalid_environment_variables(
     variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from roboflow_workflows.errors import WorkflowEnvironmentConfigurationError
 
     monkeypatch.setenv(variable, value)
     with pytest.raises(WorkflowEnvironmentConfigurationError) as caught:
-        compiled(workflow(block_step("caption")))
+        compile_workflow(workflow(minimal_step("caption")))
     assert f"the environment variable {variable} {message}" in caught.value.public_message
 
 
 @invalid
 @pytest.mark.usefixtures("no_pool")
-def test_the_server_names_invalid_environment_variables(
+def test_server_reports_invalid_environment_variables(
     url: str, variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    definition = workflow(block_step("caption", name="never_compiled"))
+    definition = workflow(minimal_step("caption", name="never_compiled"))
     image = {"type": "numpy_object", "value": "unused"}
     body: dict[str, Any] = {"specification": definition, "inputs": {"image": image}}
     answer = requests.post(f"{url}/workflows/run", json=body, timeout=240)
@@ -215,10 +215,8 @@ def test_the_server_names_invalid_environment_variables(
 
 
 @pytest.mark.usefixtures("no_pool")
-def test_a_pool_of_the_program_ignores_the_environment_variables(
-    bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_custom_pool_ignores_the_environment_variables(bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(pool.TIMEOUT, "soon")
     models = {"moondream_cv_blocks.models": ModelPool(device="cpu")}
-    (outputs,) = results(compiled(workflow(block_step("caption")), **models), bgr)
+    (outputs,) = run_engine(compile_workflow(workflow(minimal_step("caption")), **models), bgr)
     assert outputs["error_message"] == ""

@@ -1,4 +1,4 @@
-"""Our blocks in Roboflow's real HTTP server: what it runs, lists and refuses, and what its client gets."""
+"""Test the blocks in Roboflow's HTTP server: runs, block descriptions, errors, and its client."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def post(url: str, definition: dict[str, Any], image: Any, **parameters: Any) ->
 
 
 def outputs(answer: requests.Response) -> list[dict[str, Any]]:
-    """What the last step gives for each image."""
+    """Return the outputs of the last step for each image."""
     assert answer.status_code == 200, answer.text
     return [result["*"] for result in answer.json()["outputs"]]
 
@@ -57,27 +57,27 @@ def check_no_error(found: dict[str, Any]) -> None:
 
 
 def check_prediction(reply: dict[str, Any], expected: Any, resolution_wh: Sequence[int]) -> None:
-    """That boxes, classes and confidences are those of detections."""
+    """Assert that a prediction has the boxes, classes and confidences of detections."""
     found = reply["predictions"]
     assert reply["image"] == dict(zip(("width", "height"), resolution_wh, strict=True))
     assert [box["class"] for box in found] == expected.data["class_name"].tolist()
     assert [box["class_id"] for box in found] == expected.class_id.tolist()
     assert np.allclose([box["confidence"] for box in found], expected.confidence, atol=1e-3)
-    centres, sizes = (expected.xyxy[:, :2] + expected.xyxy[:, 2:]) / 2, expected.xyxy[:, 2:] - expected.xyxy[:, :2]
-    assert np.allclose(boxes_of(reply), np.hstack([centres, sizes]), atol=0.5)  # computed together or one by one
+    centers, sizes = (expected.xyxy[:, :2] + expected.xyxy[:, 2:]) / 2, expected.xyxy[:, 2:] - expected.xyxy[:, :2]
+    assert np.allclose(boxes_of(reply), np.hstack([centers, sizes]), atol=0.5)  # rounding depends on the batch size
     assert len({box["detection_id"] for box in found}) == len(found) > 0
 
 
-# --- What it runs ---------------------------------------------------------------------------------------------------
+# --- Running workflows ----------------------------------------------------------------------------------------------
 
 
-def test_detect(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
+def test_detect_returns_the_boxes_of_the_detector(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
     (found,) = outputs(post(url, workflow(step("detect", class_names=NAMES)), in_base64(scene.image)))
     check_no_error(found)
     check_prediction(found["predictions"], Detector(tiny)(bgr, NAMES), (320, 240))
 
 
-def test_point(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
+def test_point_returns_the_points_of_the_pointer(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
     (found,) = outputs(post(url, workflow(step("point", class_names=NAMES)), in_base64(scene.image)))
     check_no_error(found)
     expected = Pointer(tiny)(bgr, NAMES)
@@ -85,7 +85,9 @@ def test_point(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> Non
     assert np.allclose([[point["x"], point["y"]] for point in found["points"]], expected.xyxy[:, :2], atol=0.5)
 
 
-def test_caption_and_query(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
+def test_caption_and_query_return_the_texts_of_the_model(
+    url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray
+) -> None:
     settings = {"temperature": 0}
     question = "How many dogs are there?"
     (found,) = outputs(post(url, workflow(step("caption", length="short")), in_base64(scene.image)))
@@ -97,7 +99,7 @@ def test_caption_and_query(url: str, tiny: LocalModel, scene: Scene, bgr: np.nda
     assert (found["reasoning"], found["grounding"]) == ("", [])
 
 
-def test_track(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
+def test_track_assigns_ids_to_detections(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
     (found,) = outputs(post(url, workflow(step("track", class_names=NAMES)), in_base64(scene.image)))
     check_no_error(found)
     expected = Detector(tiny)(bgr, NAMES)
@@ -106,24 +108,24 @@ def test_track(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> Non
     assert found["already_seen_instances"]["predictions"] == []
 
 
-def test_requests_remember_nothing_of_each_other(url: str, scene: Scene) -> None:
+def test_track_keeps_no_state_between_requests(url: str, scene: Scene) -> None:
     definition = workflow(step("track", class_names=NAMES))
     for _ in range(2):
         (found,) = outputs(post(url, definition, in_base64(scene.image)))
         assert [box["tracker_id"] for box in found["new_instances"]["predictions"]] == [1, 2, 3]
 
 
-def test_two_images(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
+def test_list_of_images_returns_one_result_per_image(url: str, tiny: LocalModel, scene: Scene, bgr: np.ndarray) -> None:
     images = [scene.image, np.ascontiguousarray(scene.image[:, ::-1])]
     found = outputs(post(url, workflow(step("detect", class_names=NAMES)), [in_base64(image) for image in images]))
     for result, image in zip(found, images, strict=True):
         check_no_error(result)
         check_prediction(result["predictions"], Detector(tiny)(image[..., ::-1].copy(), NAMES), (320, 240))
-    centres = [boxes_of(result["predictions"])[0][0] for result in found]
-    assert sum(centres) == pytest.approx(320, abs=4)  # mirror images
+    centers = [boxes_of(result["predictions"])[0][0] for result in found]
+    assert sum(centers) == pytest.approx(320, abs=4)  # mirror images
 
 
-def test_parameters(url: str, scene: Scene) -> None:
+def test_fields_accept_workflow_parameters(url: str, scene: Scene) -> None:
     definition = workflow(
         step("detect", class_names="$inputs.names", model="$inputs.model"), parameters=["names", "model"]
     )
@@ -133,8 +135,8 @@ def test_parameters(url: str, scene: Scene) -> None:
     assert [box["class_id"] for box in found["predictions"]["predictions"]] == [0, 1]
 
 
-def test_an_image_on_which_the_model_fails(url: str, scene: Scene) -> None:
-    """Nobody listens at the port: the reply says so, and is a reply."""
+def test_model_failure_returns_error_outputs(url: str, scene: Scene) -> None:
+    """The model's server refuses connections."""
     definition = workflow(step("detect", class_names=NAMES, model="http://127.0.0.1:1"))
     (found,) = outputs(post(url, definition, in_base64(scene.image)))
     assert found["error_status"] is True
@@ -142,7 +144,7 @@ def test_an_image_on_which_the_model_fails(url: str, scene: Scene) -> None:
     assert found["predictions"] == {"image": {"width": 320, "height": 240}, "predictions": []}
 
 
-def test_the_server_itself_as_the_model(url: str, tiny: LocalModel, scene: Scene) -> None:
+def test_server_can_be_its_own_model(url: str, tiny: LocalModel, scene: Scene) -> None:
     (found,) = outputs(post(url, workflow(step("detect", class_names=NAMES, model=url)), in_base64(scene.image)))
     check_no_error(found)
     boxes = found["predictions"]["predictions"]
@@ -150,10 +152,10 @@ def test_the_server_itself_as_the_model(url: str, tiny: LocalModel, scene: Scene
         (name, index, 1.0) for index, name in enumerate(NAMES)
     ]
     expected = [box for name in NAMES for box in expected_boxes(tiny, scene.image, name)]
-    assert np.allclose(boxes_of(found["predictions"]), expected, atol=2)  # images travel as JPEG
+    assert np.allclose(boxes_of(found["predictions"]), expected, atol=2)  # images are sent as JPEG
 
 
-def test_what_the_server_itself_cannot(url: str, scene: Scene) -> None:
+def test_unsupported_skill_of_the_server_returns_error_outputs(url: str, scene: Scene) -> None:
     (found,) = outputs(post(url, workflow(step("caption", model=url)), in_base64(scene.image)))
     assert found["error_status"] is True
     assert "caption" in found["error_message"]
@@ -161,7 +163,7 @@ def test_what_the_server_itself_cannot(url: str, scene: Scene) -> None:
     assert found["caption"] == ""
 
 
-def test_roboflows_client(url: str, tiny: LocalModel, bgr: np.ndarray) -> None:
+def test_roboflow_client_runs_a_workflow(url: str, tiny: LocalModel, bgr: np.ndarray) -> None:
     from inference_sdk import InferenceHTTPClient
 
     client = InferenceHTTPClient(url, api_key=None)
@@ -179,7 +181,7 @@ def expected_boxes_of(detections: Any) -> list[list[float]]:
     return np.hstack([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]]).tolist()  # type: ignore[no-any-return]
 
 
-# --- What it lists --------------------------------------------------------------------------------------------------
+# --- Describing blocks ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +194,12 @@ def described(url: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_all_blocks_are_listed(described: dict[str, dict[str, Any]]) -> None:
+def test_server_lists_all_blocks(described: dict[str, dict[str, Any]]) -> None:
     assert sorted(described) == sorted(f"{NAMESPACE}/{block}@v1" for block in BLOCKS)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_fields_and_outputs(described: dict[str, dict[str, Any]], block: str) -> None:
+def test_server_describes_fields_and_outputs(described: dict[str, dict[str, Any]], block: str) -> None:
     found = described[f"{NAMESPACE}/{block}@v1"]
     properties = found["block_schema"]["properties"]
     assert properties.keys() - {"type", "name"} == FIELDS[block]
@@ -211,11 +213,11 @@ def test_fields_and_outputs(described: dict[str, dict[str, Any]], block: str) ->
     assert "model" not in found["block_schema"]["required"]
 
 
-# --- What it refuses ------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("block", "fields", "wrong"),
+    ("block", "fields", "invalid"),
     [
         ("detect", {"class_names": []}, "class_names"),
         ("detect", {"class_names": ["dog", "dog"]}, "class_names"),
@@ -230,15 +232,17 @@ def test_fields_and_outputs(described: dict[str, dict[str, Any]], block: str) ->
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_definitions_are_refused(url: str, scene: Scene, block: str, fields: dict[str, Any], wrong: str) -> None:
+def test_invalid_definition_returns_400(
+    url: str, scene: Scene, block: str, fields: dict[str, Any], invalid: str
+) -> None:
     answer = post(url, workflow(step(block, "the_step", **fields)), in_base64(scene.image))
     assert answer.status_code == 400
     (error,) = {(error["block_id"], error["property_name"]) for error in answer.json()["blocks_errors"]}
-    assert error == ("the_step", wrong)
-    assert wrong in answer.json()["inner_error_message"]
+    assert error == ("the_step", invalid)
+    assert invalid in answer.json()["inner_error_message"]
 
 
-def test_parameters_that_make_no_sense_over_http(url: str, scene: Scene) -> None:
+def test_invalid_parameter_returns_error_outputs(url: str, scene: Scene) -> None:
     definition = workflow(step("detect", class_names="$inputs.names"), parameters=["names"])
     (found,) = outputs(post(url, definition, in_base64(scene.image), names=["dog", "dog"]))
     assert found["error_status"] is True
@@ -246,31 +250,33 @@ def test_parameters_that_make_no_sense_over_http(url: str, scene: Scene) -> None
     assert found["predictions"]["predictions"] == []
 
 
-def test_an_image_that_cannot_be_read(url: str) -> None:
-    """The engine refuses it before any step sees it, also beside one that can be read."""
+def test_unreadable_image_returns_400(url: str) -> None:
+    """The engine rejects the request before it runs a step."""
     answer = post(url, workflow(step("detect", class_names=NAMES)), {"type": "base64", "value": "bm90IGFuIGltYWdl"})
     assert answer.status_code == 400
     assert "image" in answer.json()["message"]
 
 
 @pytest.mark.parametrize("model", ["http://127.0.0.1:1", "moondream2"])
-def test_models_that_may_not_be_used(url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+def test_model_that_is_not_allowed_returns_400(
+    url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
     monkeypatch.setenv(ALLOWED, f"tiny, {url}")
     answer = post(url, workflow(step("detect", "the_step", class_names=NAMES, model=model)), in_base64(scene.image))
     assert answer.status_code == 400
     (error,) = answer.json()["blocks_errors"]
     assert (error["block_id"], error["property_name"]) == ("the_step", "model")
-    assert "may not be used here" in error["property_details"]
+    assert "is not allowed" in error["property_details"]
 
 
-def test_models_that_may_be_used(url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_models_can_be_used(url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOWED, f"tiny, {url}")
     for model in ("tiny", url, f"{url}/"):
         definition = workflow(step("detect", class_names=NAMES, model=model))
         check_no_error(outputs(post(url, definition, in_base64(scene.image)))[0])
 
 
-def test_a_parameter_names_a_model_that_may_not_be_used(
+def test_parameter_with_a_model_that_is_not_allowed_returns_error_outputs(
     url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ALLOWED, "tiny")
@@ -278,14 +284,14 @@ def test_a_parameter_names_a_model_that_may_not_be_used(
     check_no_error(outputs(post(url, definition, in_base64(scene.image), model="tiny"))[0])
     (found,) = outputs(post(url, definition, in_base64(scene.image), model=url))
     assert found["error_status"] is True
-    assert "may not be used here" in found["error_message"]
+    assert "is not allowed" in found["error_message"]
 
 
-def test_a_model_is_refused_that_was_used_before(url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_list_applies_to_compiled_workflows(url: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     definition = workflow(step("detect", class_names=NAMES))
     check_no_error(outputs(post(url, definition, in_base64(scene.image)))[0])
     monkeypatch.setenv(ALLOWED, "moondream2")
-    (found,) = outputs(post(url, definition, in_base64(scene.image)))  # the server has kept what it compiled
+    (found,) = outputs(post(url, definition, in_base64(scene.image)))  # the server caches compiled workflows
     assert found["error_status"] is True
-    assert "may not be used here" in found["error_message"]
+    assert "is not allowed" in found["error_message"]
     assert found["predictions"]["predictions"] == []

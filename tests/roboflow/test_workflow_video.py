@@ -1,4 +1,4 @@
-"""Our blocks under Roboflow's stream runners, over a video file: every frame comes out, in order, whatever fails."""
+"""Test the blocks in Roboflow's stream runners on a video file: every frame is returned in order, despite failures."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ pytestmark = pytest.mark.roboflow
 FRAMES = 60
 NAMES = ["dog", "red circle"]
 EVERY = 5
-LINE = 280  # x in pixels: the red circle crosses it, and nothing else does
-SECONDS = 240  # after which a runner hangs
-FAILING = range(20, 30)  # the calls of the model in the midst, where it is asked for each frame
+LINE = 280  # x in pixels; only the red circle crosses it
+SECONDS = 240  # time limit of a pipeline
+FAILED_CALLS = range(20, 30)  # calls of the model that fail if it runs on every frame
 
 Prediction = tuple[dict[str, Any], Any]  # outputs, and the runner's `VideoFrame`
 
 
-class Failing:
-    """A model that is out of order for some calls.
+class FailingModel:
+    """A model that fails in some calls.
 
     Attributes:
-        calls: How often it was asked.
+        calls: Number of calls.
     """
 
     def __init__(self, model: LocalModel, fails: Callable[[int], bool], raises: bool) -> None:
@@ -47,15 +47,15 @@ class Failing:
         if not self.fails(self.calls - 1):
             return self.model.run(requests)
         if self.raises:
-            raise ConnectionError("nobody is there")
-        return [ErrorResult(ConnectionError("nobody is there")) for _ in requests]
+            raise ConnectionError("the server is down")
+        return [ErrorResult(ConnectionError("the server is down")) for _ in requests]
 
     def close(self) -> None:
-        """It belongs to somebody else."""
+        """Do nothing; the model is shared."""
 
 
-def neutral(video: str | list[str], definition: dict[str, Any], pool: ModelPool, **options: Any) -> Any:
-    """A pipeline of streamvision, which needs neither a key nor `inference`."""
+def streamvision_pipeline(video: str | list[str], definition: dict[str, Any], pool: ModelPool, **options: Any) -> Any:
+    """Return a pipeline of streamvision, which requires neither an API key nor `inference`."""
     from streamvision.stream.pipeline import InferencePipeline
 
     return InferencePipeline.init_with_workflow(
@@ -67,8 +67,8 @@ def neutral(video: str | list[str], definition: dict[str, Any], pool: ModelPool,
     )
 
 
-def of_inference(video: str | list[str], definition: dict[str, Any], pool: ModelPool, **options: Any) -> Any:
-    """A pipeline of `inference`."""
+def inference_pipeline(video: str | list[str], definition: dict[str, Any], pool: ModelPool, **options: Any) -> Any:
+    """Return a pipeline of `inference`."""
     from inference import InferencePipeline
 
     return InferencePipeline.init_with_workflow(
@@ -79,7 +79,7 @@ def of_inference(video: str | list[str], definition: dict[str, Any], pool: Model
     )
 
 
-RUNNERS = {"streamvision": neutral, "inference": of_inference}
+RUNNERS = {"streamvision": streamvision_pipeline, "inference": inference_pipeline}
 
 
 @pytest.fixture(params=RUNNERS)
@@ -87,10 +87,10 @@ def runner(request: pytest.FixtureRequest) -> Callable[..., Any]:
     return RUNNERS[request.param]
 
 
-def played(
+def run_pipeline(
     start: Callable[..., Any], video: str | list[str], definition: dict[str, Any], model: Any, **options: Any
 ) -> list[Prediction]:
-    """What comes out of a pipeline until the video ends."""
+    """Run a pipeline until the video ends, and return the outputs of all frames."""
     pool, out = ModelPool(), []
     pool.add("tiny", model)
     pipeline = start(video, definition, pool, on_prediction=lambda *given: out.append(given), **options)
@@ -101,17 +101,17 @@ def played(
 
 
 def check_frames(out: Sequence[Prediction], clip: Clip) -> None:
-    """All of them, in order, and each the one that it says it is."""
+    """Assert that all frames are returned in order, with the right image."""
     assert [frame.frame_id for _, frame in out] == list(range(1, FRAMES + 1))
     for (_, frame), (rgb, _) in zip(out, clip, strict=True):
-        assert np.abs(frame.image[..., ::-1].astype(int) - rgb).mean() < 8  # what the codec makes of it
+        assert np.abs(frame.image[..., ::-1].astype(int) - rgb).mean() < 8  # compression artifacts
 
 
 def failures(out: Sequence[Prediction], name: str) -> list[int]:
-    """On which frames a step has failed; it has said why, and found nothing there."""
+    """Return the indices of the frames on which a step failed, and assert its error messages."""
     failed = [index for index, (outputs, _) in enumerate(out) if outputs[f"{name}.error_status"]]
     for index in failed:
-        assert "nobody is there" in out[index][0][f"{name}.error_message"]
+        assert "the server is down" in out[index][0][f"{name}.error_message"]
     return failed
 
 
@@ -137,13 +137,13 @@ def video(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runners write profiles into the working directory."""
+    """Change the working directory, into which the runners write profiles."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def counting() -> dict[str, Any]:
-    """Track → line counter → drawing."""
+def counting_workflow() -> dict[str, Any]:
+    """Return a workflow that tracks, counts line crossings and draws boxes."""
     return workflow(
         step("track", "objects", class_names=NAMES, every=EVERY),
         {
@@ -163,8 +163,8 @@ def counting() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def detecting() -> dict[str, Any]:
-    """Detect → drawing."""
+def detect_workflow() -> dict[str, Any]:
+    """Return a workflow that detects objects and draws boxes."""
     return workflow(
         step("detect", "objects", class_names=NAMES),
         box_drawing("$steps.objects.predictions"),
@@ -173,16 +173,16 @@ def detecting() -> dict[str, Any]:
 
 
 def crossings(clip: Clip) -> int:
-    """How many objects go from one side of the line to the other, by the truth of the first and last frames."""
+    """Return how many objects are on different sides of the line in the first and the last frame."""
     sides = [{o.track_id: (o.xyxy[0] + o.xyxy[2]) / 2 > LINE for o in clip.frame(at)[1]} for at in (0, -1)]
     return sum(sides[0][track_id] != sides[1][track_id] for track_id in sides[0].keys() & sides[1].keys())
 
 
-def test_track_and_count(
-    runner: Callable[..., Any], video: str, clip: Clip, counting: dict[str, Any], tiny: LocalModel
+def test_track_and_line_counter_over_a_video(
+    runner: Callable[..., Any], video: str, clip: Clip, counting_workflow: dict[str, Any], tiny: LocalModel
 ) -> None:
-    model = Failing(tiny, lambda call: False, raises=False)
-    out = played(runner, video, counting, model)
+    model = FailingModel(tiny, lambda call: False, raises=False)
+    out = run_pipeline(runner, video, counting_workflow, model)
     check_frames(out, clip)
     assert failures(out, "objects") == []
     assert model.calls == FRAMES // EVERY
@@ -197,35 +197,39 @@ def test_track_and_count(
         assert not np.array_equal(drawn, frame.image)
 
 
-def test_detect(
-    runner: Callable[..., Any], video: str, clip: Clip, detecting: dict[str, Any], tiny: LocalModel
+def test_detect_over_a_video(
+    runner: Callable[..., Any], video: str, clip: Clip, detect_workflow: dict[str, Any], tiny: LocalModel
 ) -> None:
-    out = played(runner, video, detecting, tiny)
+    out = run_pipeline(runner, video, detect_workflow, tiny)
     check_frames(out, clip)
     assert failures(out, "objects") == []
     assert all(len(outputs["objects.predictions"]) >= 2 for outputs, _ in out)
 
 
-@pytest.mark.parametrize("raises", [True, False], ids=["raises", "gives an error"])
-def test_a_model_that_fails_in_the_midst(
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "returns errors"])
+def test_video_continues_after_model_failures(
     runner: Callable[..., Any],
     video: str,
     clip: Clip,
-    detecting: dict[str, Any],
+    detect_workflow: dict[str, Any],
     tiny: LocalModel,
     raises: bool,
 ) -> None:
-    out = played(runner, video, detecting, Failing(tiny, FAILING.__contains__, raises))
+    out = run_pipeline(runner, video, detect_workflow, FailingModel(tiny, FAILED_CALLS.__contains__, raises))
     check_frames(out, clip)
-    assert failures(out, "objects") == list(FAILING)
+    assert failures(out, "objects") == list(FAILED_CALLS)
     for index, (outputs, frame) in enumerate(out):
-        assert (len(outputs["objects.predictions"]) == 0) == (index in FAILING)
-        assert np.array_equal(outputs["boxes.image"].numpy_image, frame.image) == (index in FAILING)
+        assert (len(outputs["objects.predictions"]) == 0) == (index in FAILED_CALLS)
+        assert np.array_equal(outputs["boxes.image"].numpy_image, frame.image) == (index in FAILED_CALLS)
 
 
 @pytest.mark.parametrize("call", [0, 6, FRAMES // EVERY - 1])
-def test_a_look_that_fails(video: str, clip: Clip, counting: dict[str, Any], tiny: LocalModel, call: int) -> None:
-    out = played(neutral, video, counting, Failing(tiny, lambda number: number == call, raises=True))
+def test_track_continues_after_a_failed_keyframe(
+    video: str, clip: Clip, counting_workflow: dict[str, Any], tiny: LocalModel, call: int
+) -> None:
+    out = run_pipeline(
+        streamvision_pipeline, video, counting_workflow, FailingModel(tiny, lambda number: number == call, raises=True)
+    )
     check_frames(out, clip)
     assert [index for index, (outputs, _) in enumerate(out) if outputs["objects.error_status"]] == list(
         range(call * EVERY, (call + 1) * EVERY)
@@ -235,18 +239,24 @@ def test_a_look_that_fails(video: str, clip: Clip, counting: dict[str, Any], tin
     assert out[-1][0]["line.count_in"] + out[-1][0]["line.count_out"] == 1
 
 
-def test_a_model_that_never_answers(video: str, clip: Clip, counting: dict[str, Any], tiny: LocalModel) -> None:
-    out = played(neutral, video, counting, Failing(tiny, lambda call: True, raises=True))
+def test_video_continues_if_the_model_always_fails(
+    video: str, clip: Clip, counting_workflow: dict[str, Any], tiny: LocalModel
+) -> None:
+    out = run_pipeline(
+        streamvision_pipeline, video, counting_workflow, FailingModel(tiny, lambda call: True, raises=True)
+    )
     check_frames(out, clip)
     assert failures(out, "objects") == list(range(FRAMES))
     assert all(len(outputs["objects.tracked_detections"]) == 0 for outputs, _ in out)
 
 
-def test_two_videos_at_once(video: str, clip: Clip, counting: dict[str, Any], tiny: LocalModel, tmp_path: Path) -> None:
-    """Frames of both come in batches, and numbers and crossings are those of each one."""
+def test_two_videos_are_tracked_separately(
+    video: str, clip: Clip, counting_workflow: dict[str, Any], tiny: LocalModel, tmp_path: Path
+) -> None:
+    """The frames of both videos arrive in batches."""
     backwards = write_clip(tmp_path / "backwards.mp4", [rgb[..., ::-1] for rgb, _ in reversed(list(clip))])
-    model = Failing(tiny, lambda call: False, raises=False)
-    batches = played(neutral, [video, str(backwards)], counting, model)
+    model = FailingModel(tiny, lambda call: False, raises=False)
+    batches = run_pipeline(streamvision_pipeline, [video, str(backwards)], counting_workflow, model)
     for source in (0, 1):
         out = [(outputs[source], frames[source]) for outputs, frames in batches if frames[source] is not None]
         assert [frame.frame_id for _, frame in out] == list(range(1, FRAMES + 1))
@@ -255,14 +265,16 @@ def test_two_videos_at_once(video: str, clip: Clip, counting: dict[str, Any], ti
     assert model.calls == FRAMES // EVERY
 
 
-def test_parameters_of_the_workflow(video: str, tiny: LocalModel) -> None:
+def test_track_accepts_workflow_parameters(video: str, tiny: LocalModel) -> None:
     definition = workflow(
         step("track", "objects", class_names="$inputs.names", every="$inputs.every"),
         outputs=["objects.tracked_detections"],
         parameters=["names", "every"],
     )
-    model = Failing(tiny, lambda call: False, raises=False)
-    out = played(neutral, video, definition, model, workflows_parameters={"names": "red circle", "every": 10})
+    model = FailingModel(tiny, lambda call: False, raises=False)
+    out = run_pipeline(
+        streamvision_pipeline, video, definition, model, workflows_parameters={"names": "red circle", "every": 10}
+    )
     assert model.calls == FRAMES // 10
     assert {name for outputs, _ in out for name in outputs["objects.tracked_detections"].data["class_name"]} == {
         "red circle"
@@ -270,10 +282,13 @@ def test_parameters_of_the_workflow(video: str, tiny: LocalModel) -> None:
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_as_users_write_it(runner: str, video: str, clip: Clip, detecting: dict[str, Any]) -> None:
-    """Without a pool of one's own: the blocks bring theirs."""
+def test_pipeline_without_a_custom_pool(runner: str, video: str, clip: Clip, detect_workflow: dict[str, Any]) -> None:
+    """The blocks use the shared pool."""
     out: list[Prediction] = []
-    options: dict[str, Any] = {"workflow_specification": detecting, "on_prediction": lambda *given: out.append(given)}
+    options: dict[str, Any] = {
+        "workflow_specification": detect_workflow,
+        "on_prediction": lambda *given: out.append(given),
+    }
     if runner == "streamvision":
         from streamvision.stream.pipeline import InferencePipeline
 

@@ -1,7 +1,6 @@
-"""`docs/workflows.md` and `examples/workflow_video.py`: what users are told to write runs, with the tiny model.
+"""Test that the code of `docs/workflows.md` and `examples/workflow_video.py` runs with the tiny model.
 
-The code of the page runs as it stands but for names that only its reader has: the picture, the video, the server, and
-the real model with what is looked for.
+The code of the page runs unchanged, except for the model, the class names and the URL of the server.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.scenes import render_clip
 from tests.helpers.clips import write_clip
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import run, workflow
+from tests.helpers.workflows import run_workflow, workflow
 
 pytestmark = pytest.mark.roboflow
 skip_without_server()
@@ -34,7 +33,7 @@ FRAMES = 12
 
 @pytest.fixture(autouse=True)
 def _reader(tmp_path: Path, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with what the page's reader has."""
+    """Change to a folder with the files that the page uses."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blocks").symlink_to(ROOT / "blocks")
     cv2.imwrite("street.jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 98])
@@ -42,52 +41,52 @@ def _reader(tmp_path: Path, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch) ->
     write_clip(tmp_path / "street.mp4", (rgb[..., ::-1] for rgb, _ in clip))
 
 
-def told(code: str, server: str = "") -> str:
-    """What a piece of the page prints."""
-    for page, here in (
+def run_code(code: str, server: str = "") -> str:
+    """Run a code block of the page and return its output."""
+    for original, replacement in (
         ("moondream2", "tiny"),
         ('["person", "car"]', '["dog", "bus"]'),
         ("http://localhost:9001", server),
     ):
-        code = code.replace(page, here or page)
+        code = code.replace(original, replacement or original)
     out = io.StringIO()
     with redirect_stdout(out):
         exec(compile(code, "docs/workflows.md", "exec"), {"__name__": "page"})
     return out.getvalue()
 
 
-def test_there_are_three_ways() -> None:
+def test_page_has_three_code_blocks() -> None:
     assert len(BLOCKS) == 3
 
 
-def test_the_engine_by_itself(bgr: np.ndarray) -> None:
-    said = told(BLOCKS[0])
-    assert "dog" in said
-    assert "bus" in said
+def test_code_for_the_engine_runs(bgr: np.ndarray) -> None:
+    output = run_code(BLOCKS[0])
+    assert "dog" in output
+    assert "bus" in output
     annotated = cv2.imread("annotated.jpg")
     assert annotated is not None
     assert annotated.shape == bgr.shape
     assert np.abs(annotated.astype(int) - bgr).max() > 100
 
 
-def test_over_a_video() -> None:
-    lines = told(BLOCKS[1]).splitlines()
+def test_code_for_a_video_runs() -> None:
+    lines = run_code(BLOCKS[1]).splitlines()
     assert [int(line.split()[0]) for line in lines] == list(range(1, FRAMES + 1))
-    assert all(line.split()[1:] == ["2"] for line in lines)  # two dogs, and no error is told
+    assert all(line.split()[1:] == ["2"] for line in lines)  # two dogs and no error
 
 
-def test_in_the_server(url: str, tiny: LocalModel) -> None:
-    said = told(BLOCKS[2], url)
-    assert "'class': 'dog'" in said
-    assert "'class': 'bus'" in said
+def test_code_for_the_server_runs(url: str, tiny: LocalModel) -> None:
+    output = run_code(BLOCKS[2], url)
+    assert "'class': 'dog'" in output
+    assert "'class': 'bus'" in output
 
 
-def test_the_samples_are_listed() -> None:
+def test_page_lists_all_sample_workflows() -> None:
     listed = set(re.findall(r"\.\./blocks/workflows/(\w+\.json)\)", PAGE))
     assert listed == {path.name for path in (ROOT / "blocks" / "workflows").glob("*.json")}
 
 
-def test_every_field_and_output_is_listed() -> None:
+def test_page_lists_all_fields_and_outputs() -> None:
     from moondream_cv_blocks import load_blocks
 
     for block in load_blocks():
@@ -100,14 +99,14 @@ def test_every_field_and_output_is_listed() -> None:
         assert set(re.findall(r"`(\w+)`", row[1])) == outputs
 
 
-def test_the_step_in_the_readme(bgr: np.ndarray) -> None:
+def test_step_of_the_readme_runs(bgr: np.ndarray) -> None:
     readme = (ROOT / "README.md").read_text()
     (found,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
-    (outputs,) = run(workflow(json.loads(found) | {"model": "tiny", "class_names": ["dog"]}), bgr)
+    (outputs,) = run_workflow(workflow(json.loads(found) | {"model": "tiny", "class_names": ["dog"]}), bgr)
     assert outputs["predictions"].data["class_name"].tolist() == ["dog"]
 
 
-def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_counts_crossings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["workflow_video.py", "--output", "counted.mp4"])
     out = io.StringIO()
     with redirect_stdout(out):
