@@ -1,6 +1,6 @@
-"""Adapters (LoRA variants): published files → low-rank pairs per layer, by file or by id.
+"""Adapters (LoRA): read published files as low-rank pairs per layer, and write them.
 
-What an id stands for is the business of `variants.py`.
+`variants.py` resolves the IDs of published variants to files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Adapter:
     """Low-rank updates of the text decoder.
 
     Attributes:
-        name: The file or id that it came from.
+        name: File or ID that the adapter was loaded from.
         layers: For each layer {"attn": {"qkv", "proj"}, "mlp": {"fc1", "fc2"}} → (A [rank, in], B [out, rank]).
     """
 
@@ -61,14 +61,14 @@ def load_adapter(
     """Load an adapter.
 
     Args:
-        source: A `.pt` or `.safetensors` file, or an id.
-        config: Of the checkpoint that it is for.
-        device: Where its tensors go.
-        dtype: What they become.
+        source: A `.pt` or `.safetensors` file, or an ID.
+        config: Configuration of the checkpoint to apply the adapter to.
+        device: Device for its tensors.
+        dtype: Data type for its tensors.
 
     Raises:
-        CheckpointError: It is missing or damaged, does not fit the checkpoint (the message names the keys), or cannot
-            be fetched.
+        CheckpointError: The adapter is missing or damaged, does not fit the checkpoint (the message names the keys), or
+            cannot be fetched.
     """
     path = find_adapter(source)
     file = open_tensor_file(path)
@@ -84,8 +84,8 @@ def load_adapter(
             slots[slot] = key
     if unexpected:
         raise CheckpointError(
-            f"{path} is no adapter of a model with {config.text.n_layers} layers: {len(unexpected)} keys unexpected: "
-            f"{some(unexpected)}"
+            f"{path} is not an adapter for a model with {config.text.n_layers} layers; "
+            f"{len(unexpected)} unexpected keys: {some(unexpected)}"
         )
     _verify(path, {slot: file.shapes[key] for slot, key in slots.items()}, config)
     tensors = {slot: file.read(key).to(device, dtype, copy=True) for slot, key in slots.items()}
@@ -94,29 +94,40 @@ def load_adapter(
 
 
 def find_adapter(source: str | Path) -> Path:
-    """The file of an adapter: the one named, or the one that an id stands for.
+    """Return the file of an adapter; an ID is fetched if it is not cached.
+
+    Args:
+        source: A file or an ID.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: The file does not exist, or the ID cannot be fetched.
     """
     try:
         path = Path(source).expanduser()
         if path.is_file():
             return path
         is_folder = path.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, ...
+    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user, ...
         raise CheckpointError(f"the adapter {str(source)[:200]!r} cannot be looked up: {error}") from error
     if isinstance(source, Path) or path.suffix in _SUFFIXES or len(path.parts) != 1 or is_folder:
-        what = "is a folder, and an adapter is a file" if is_folder else "does not exist"
-        raise CheckpointError(f"the adapter {str(source)!r} {what}; give a .pt or .safetensors file, or an id")
+        problem = "is a folder" if is_folder else "does not exist"
+        raise CheckpointError(f"the adapter {str(source)!r} {problem}; give a .pt or .safetensors file, or an ID")
     return fetch_variant(source)
 
 
 def save_adapter(adapter: Adapter, path: str | Path) -> None:
-    """Write an adapter under the published key names, as `.pt` or `.safetensors`."""
+    """Write an adapter with the published key names.
+
+    Args:
+        adapter: Adapter to write.
+        path: File that ends in `.pt` or `.safetensors`.
+
+    Raises:
+        ValueError: The file has another suffix.
+    """
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"an adapter's file ends in .pt or .safetensors, not {path.name!r}")
+        raise ValueError(f"the file of an adapter must end in .pt or .safetensors, got {path.name!r}")
     tensors = dict(_named(adapter.layers))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -147,9 +158,9 @@ def _slot(key: str) -> _Slot | None:
 
 
 def _verify(path: Path, shapes: Mapping[_Slot, tuple[int, ...]], config: MoondreamConfig) -> None:
-    """Each projection is adapted in all layers or in none, by a pair that fits it."""
+    """Check that each projection is adapted in all layers or in none, by a pair of the right shapes."""
     if not shapes:
-        raise CheckpointError(f"{path} holds no tensors")
+        raise CheckpointError(f"{path} contains no tensors")
     adapted = {slot[1:3] for slot in shapes}
     missing, wrong = [], []
     for projection in PROJECTIONS:
@@ -166,7 +177,7 @@ def _verify(path: Path, shapes: Mapping[_Slot, tuple[int, ...]], config: Moondre
                 wrong.append(f"{stem} (A {a}, B {b}; should be [rank, {size_in}] and [{size_out}, rank])")
     problems = [
         f"{len(names)} keys {what}: {some(names)}"
-        for what, names in (("missing", missing), ("of a wrong shape", wrong))
+        for what, names in (("missing", missing), ("with a wrong shape", wrong))
         if names
     ]
     if problems:
@@ -174,7 +185,7 @@ def _verify(path: Path, shapes: Mapping[_Slot, tuple[int, ...]], config: Moondre
 
 
 def _sizes(config: MoondreamConfig, projection: tuple[str, str]) -> tuple[int, int]:
-    """(in, out) of a projection."""
+    """Return the (in, out) dimensions of a projection."""
     text = config.text
     return {
         ("attn", "qkv"): (text.dim, (text.n_heads + 2 * text.n_kv_heads) * text.head_dim),

@@ -1,7 +1,6 @@
-"""Checkpoints: published weights → a network on its device, every key accounted for; and a network → a folder.
+"""Checkpoints: load published weights into a network, checking every key, and save a network to a folder.
 
-Names are the business of `key_names.py`, file formats of `tensor_files.py`. Where a checkpoint comes from is decided in
-`loading.py`.
+`key_names.py` maps names of tensors, `tensor_files.py` reads file formats, and `sources.py` finds the files.
 """
 
 from __future__ import annotations
@@ -25,13 +24,18 @@ from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.quantized import dequantize, packed_problem
 from moondream_cv.model.tensor_files import TensorFile, find_tensor_files, open_tensor_file, some
 
-MODEL_TYPE = "moondream1"  # what published config files call every Moondream 2
+MODEL_TYPE = "moondream1"  # in published config files of every Moondream 2
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 
 
 @dataclass
 class _Stored:
-    """One weight as files hold it: its parts (just "" for a plain weight), where each stands."""
+    """A weight in checkpoint files.
+
+    Attributes:
+        transposed: Whether the file contains the transpose.
+        parts: File and key of each part; a plain weight has the single part "".
+    """
 
     transposed: bool = False
     parts: dict[str, tuple[TensorFile, str]] = field(default_factory=dict)
@@ -52,21 +56,21 @@ def load_network(
 ) -> MoondreamNetwork:
     """Load a checkpoint.
 
-    Each tensor goes from the mapped file to the target device and dtype by itself, so memory never holds the weights
-    twice. 4-bit weights become full ones.
+    Tensors are copied one by one from the memory-mapped file to the target device and dtype, so the weights are never
+    in memory twice. 4-bit weights are dequantized.
 
     Args:
         source: A file, or a folder with `model.safetensors`, shards and their index, or a `.pt` file.
-        config: The sizes to expect.
-        device: Where the weights go.
-        dtype: What they become.
+        config: Expected sizes.
+        device: Device for the weights.
+        dtype: Data type for the weights.
 
     Returns:
-        The network in evaluation mode; its weights take no gradients.
+        The network in evaluation mode; its weights require no gradients.
 
     Raises:
-        CheckpointError: Files are missing or damaged, or a weight is missing, unexpected, of a wrong shape or not
-            finite; the message names files and keys.
+        CheckpointError: Files are missing or damaged, or a weight is missing, unexpected, not finite or of a wrong
+            shape; the message names files and keys.
     """
     stored = _stored_weights(_open_files(Path(source)))
     with torch.device("meta"):
@@ -79,10 +83,13 @@ def load_network(
 
 
 def stored_shapes(source: Path | Iterable[TensorFile]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a checkpoint's plain weights by their names in the network, without reading the weights.
+    """Return the shapes of a checkpoint's unquantized weights, without reading the weights.
 
     Args:
         source: A file or folder, or open files.
+
+    Returns:
+        Shapes by the names of the weights in the network.
 
     Raises:
         CheckpointError: Files are missing or damaged.
@@ -92,12 +99,12 @@ def stored_shapes(source: Path | Iterable[TensorFile]) -> dict[str, tuple[int, .
 
 
 def check_shapes(where: Path | str, files: Iterable[TensorFile], config: MoondreamConfig) -> None:
-    """Check that files hold exactly the weights of a network, without reading the weights.
+    """Check that files contain exactly the weights of a network, without reading the weights.
 
     Args:
-        where: The name of the checkpoint in errors.
+        where: Name of the checkpoint in error messages.
         files: All of its files.
-        config: The sizes to expect.
+        config: Expected sizes.
 
     Raises:
         CheckpointError: A weight is missing, unexpected or of a wrong shape.
@@ -113,17 +120,22 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a folder that `load` and, after `moondream_cv.hf.register()`, transformers read.
+    """Write a folder that `load` can read, and transformers after `moondream_cv.hf.register()`.
 
-    Files are complete before they take the place of older ones.
+    Each file is written completely before it replaces an older one.
 
     Args:
-        tokenizer: None leaves a `tokenizer.json` that is there as it is.
-        dtype: What the weights become; None: as they are.
-        max_shard_size: Bytes of a file; a checkpoint that is larger is written as shards with an index.
+        network: Network to save.
+        config: Configuration of the network.
+        tokenizer: Tokenizer to save; None: an existing `tokenizer.json` is kept.
+        folder: Folder to write; it is created if it does not exist.
+        dtype: Data type of the saved weights; None: that of the network.
+        max_shard_size: Maximum size of a file in bytes; a larger checkpoint is written as shards with an index.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+
+    # Write the weights
     state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
     shards = _split(state, dtype, max_shard_size)
     names = ["model.safetensors"]
@@ -134,6 +146,8 @@ def save_checkpoint(
         part = folder / f"{name}.part"
         save_file(tensors, part, metadata={"format": "pt"})
         os.replace(part, folder / name)
+
+    # Write the index and remove files of an earlier checkpoint
     index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
@@ -144,13 +158,20 @@ def save_checkpoint(
     for stale in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors"):
         if stale.name not in names:
             stale.unlink(missing_ok=True)
+
+    # Write the config and the tokenizer
     _write_text(folder / "config.json", json.dumps(config_json(config, dtype or network.dtype), indent=1))
     if tokenizer is not None:
         _write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def config_json(config: MoondreamConfig, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """What a `config.json` says: the sections of the config, and what transformers finds the implementation by."""
+    """Return the content of a `config.json`: the sections of the config, and the model type for transformers.
+
+    Args:
+        config: Configuration to write.
+        dtype: Data type of the weights; None: it is not written.
+    """
     head: dict[str, Any] = {"model_type": MODEL_TYPE, "architectures": ["MoondreamForCausalLM"]}
     if dtype is not None:
         head["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -189,7 +210,7 @@ def _add(weights: dict[str, _Stored], parsed: StoredKey, file: TensorFile, key: 
 
 
 def _verify(source: Path | str, stored: Mapping[str, _Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what files hold with what the network needs, and say all that is wrong at once."""
+    """Compare the stored weights with the expected ones and report all problems in one error."""
     wrong = {}
     for name in sorted(expected.keys() & stored.keys()):
         problem = _shape_problem(stored[name], expected[name])
@@ -198,12 +219,13 @@ def _verify(source: Path | str, stored: Mapping[str, _Stored], expected: Mapping
     problems = [
         _listed("missing", (name for name in expected if name not in stored)),
         _listed("unexpected", (name for name in stored if name not in expected)),
-        _listed("of a wrong shape", (f"{name} ({problem})" for name, problem in wrong.items())),
+        _listed("with a wrong shape", (f"{name} ({problem})" for name, problem in wrong.items())),
     ]
     found = [problem for problem in problems if problem]
     if found:
         raise CheckpointError(
-            f"{source} does not fit its config: {'; '.join(found)}. It is incomplete, or of another model or release"
+            f"{source} does not fit its config: {'; '.join(found)}. The checkpoint is incomplete, or belongs to "
+            "another model or release"
         )
 
 
@@ -227,19 +249,21 @@ def _weight(weight: _Stored, shape: tuple[int, ...], device: torch.device | str,
     if "" in weight.parts:
         tensor = weight.read()
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{file.path}: {key} holds {tensor.dtype} and should hold floating-point numbers")
-        # A copy, so that the network keeps no file mapped that somebody may write to.
+            raise CheckpointError(f"{file.path}: {key} must contain floating-point numbers, got {tensor.dtype}")
+        # A copy, because the file may be modified while it is mapped.
         tensor = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     else:
         packed, scale, zero_point = (weight.read(part).to(device) for part in PACKED_PARTS)
         if packed.dtype != torch.uint8:
-            raise CheckpointError(f"{file.path}: {key} holds {packed.dtype} and should hold torch.uint8")
+            raise CheckpointError(f"{file.path}: {key} must contain torch.uint8, got {packed.dtype}")
         tensor = dequantize(packed, scale, zero_point, shape).to(dtype)
     if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
         reason = (
-            "float16 cannot hold them: use bfloat16 or float32" if dtype == torch.float16 else "the file is damaged"
+            "float16 cannot represent them; use bfloat16 or float32"
+            if dtype == torch.float16
+            else "the file is damaged"
         )
-        raise CheckpointError(f"{file.path}: {key} holds numbers that are infinite or not numbers; {reason}")
+        raise CheckpointError(f"{file.path}: {key} contains infinite values or NaN; {reason}")
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""Sizes, token ids and prompt templates of a Moondream 2 checkpoint, as its `config.json` names them."""
+"""Configuration of a Moondream 2 checkpoint: sizes, token IDs and prompt templates, with the names of `config.json`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Dimensions of an attention head."""
         return self.dim // self.n_heads
 
     @property
     def rotary_dim(self) -> int:
-        """The first dimensions of a head that are rotated: half of them."""
+        """Number of leading dimensions of a head that the rotary embedding rotates: half of them."""
         return self.head_dim // 2
 
 
@@ -55,17 +56,18 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along one side of a crop."""
+        """Number of patches along one side of a crop."""
         return self.crop_size // self.enc_patch_size
 
     @property
     def num_patches(self) -> int:
+        """Number of patches of a crop."""
         return self.grid**2
 
 
 @dataclass(frozen=True)
 class RegionConfig:
-    """Sizes of the heads that read and write coordinates and sizes; the defaults are those of Moondream 2B."""
+    """Sizes of the region heads for coordinates and sizes; the defaults are those of Moondream 2B."""
 
     dim: int = 2048
     coord_feat_dim: int = 256
@@ -87,7 +89,7 @@ def _default_templates() -> Templates:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Ids of the control tokens and the prompt templates; the defaults are those of the 2025-06-21 release."""
+    """IDs of the control tokens, and prompt templates; the defaults are those of the 2025-06-21 release."""
 
     bos_id: int = 0
     eos_id: int = 0
@@ -101,14 +103,21 @@ class TokenizerConfig:
 
     @property
     def has_control_tokens(self) -> bool:
-        """Whether prompts end in the answer token; those of the releases before 2025-05-31 are plain words."""
+        """Whether prompts end with the answer token; prompts of releases before 2025-05-31 are plain words."""
         query = self.templates.get("query")
         return query is not None and self.answer_id in query.get("suffix", ())
 
 
 @dataclass(frozen=True)
 class MoondreamConfig:
-    """Everything about a checkpoint that its weights do not say."""
+    """Configuration of a checkpoint.
+
+    Attributes:
+        text: Sizes of the text decoder.
+        vision: Sizes of the vision encoder.
+        region: Sizes of the region heads.
+        tokenizer: Control tokens and prompt templates.
+    """
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -120,15 +129,18 @@ class MoondreamConfig:
 
     @property
     def prefix_length(self) -> int:
-        """Positions that an image takes: one bos token and the image tokens."""
+        """Positions of the context that an image takes: one bos token and the image tokens."""
         return 1 + self.vision.num_patches
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoondreamConfig:
-        """Read the layout of a published `config.json`: `text`, `vision`, `region`, `tokenizer`.
+        """Create a config from the sections of a published `config.json`.
+
+        Args:
+            values: Mapping with the sections `text`, `vision`, `region` and `tokenizer`.
 
         Raises:
-            CheckpointError: A section or a value is of the wrong type, unknown, or does not fit the others.
+            CheckpointError: A section or a value is unknown, has the wrong type, or does not fit the others.
         """
         return cls(
             text=_section(TextConfig, values, "text"),
@@ -138,14 +150,14 @@ class MoondreamConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The layout that `from_dict` reads."""
+        """Return the sections as `from_dict` reads them."""
         return asdict(self)
 
 
 def _section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
     section = values.get(name, {})
     if not isinstance(section, Mapping):
-        raise CheckpointError(f"config: section {name!r} must be an object, not {section!r}")
+        raise CheckpointError(f"config: section {name!r} must be an object, got {section!r}")
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(section) - set(known))
     if unknown:
@@ -153,7 +165,7 @@ def _section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
     for key, value in section.items():
         optional = key == "group_size" and value is None
         if key != "templates" and not optional and (isinstance(value, bool) or not isinstance(value, int)):
-            raise CheckpointError(f"config: {name}.{key} must be an integer, not {value!r}")
+            raise CheckpointError(f"config: {name}.{key} must be an integer, got {value!r}")
     return kind(**section)
 
 
@@ -162,7 +174,7 @@ def _check_sizes(config: MoondreamConfig) -> None:
     for name, section in (("text", text), ("vision", vision), ("region", region)):
         for key, value in asdict(section).items():
             if value is not None and value < (0 if key == "overlap_margin" else 1):
-                raise CheckpointError(f"config: {name}.{key} is {value}, and must be positive")
+                raise CheckpointError(f"config: {name}.{key} must be positive, got {value}")
     rules = {
         f"text.dim {text.dim} must be a multiple of 4 × text.n_heads {text.n_heads}": text.dim % (4 * text.n_heads)
         == 0,
@@ -196,19 +208,19 @@ def _check_sizes(config: MoondreamConfig) -> None:
 
 def _check_tokens(tokenizer: TokenizerConfig, vocab_size: int) -> None:
     if not isinstance(tokenizer.templates, Mapping):
-        raise CheckpointError(f"config: tokenizer.templates must be an object, not {tokenizer.templates!r}")
+        raise CheckpointError(f"config: tokenizer.templates must be an object, got {tokenizer.templates!r}")
     ids = [value for key, value in asdict(tokenizer).items() if key != "templates"]
     for skill, template in tokenizer.templates.items():
         if template is None:
             continue
         if not isinstance(template, Mapping):
-            raise CheckpointError(f"config: tokenizer.templates.{skill} must be an object, not {template!r}")
+            raise CheckpointError(f"config: tokenizer.templates.{skill} must be an object, got {template!r}")
         for part, tokens in template.items():
             if not isinstance(tokens, list | tuple) or not all(isinstance(t, int) for t in tokens):
                 raise CheckpointError(
-                    f"config: tokenizer.templates.{skill}.{part} must be a list of ids, not {tokens!r}"
+                    f"config: tokenizer.templates.{skill}.{part} must be a list of token IDs, got {tokens!r}"
                 )
             ids.extend(tokens)
     outside = sorted({i for i in ids if not 0 <= i < vocab_size or not math.isfinite(i)})
     if outside:
-        raise CheckpointError(f"config: token ids {outside} lie outside the vocabulary of {vocab_size}")
+        raise CheckpointError(f"config: token IDs must be below the vocabulary size of {vocab_size}, got {outside}")

@@ -1,4 +1,4 @@
-"""Write a checkpoint, its config and its tokenizer to one folder that loads on a machine without a network."""
+"""Export of a checkpoint, its config and its tokenizer to one folder, for machines without a network."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _INDEX = ".index.json"
 
 
 def download_from_hub(repo: str, revision: str | None, to: Path | None = None, **options: Any) -> Path:
-    """Download a checkpoint with its tokenizer, or a repository that holds a tokenizer only.
+    """Download a checkpoint with its tokenizer, or a repository that contains only a tokenizer.
 
     Args:
-        repo: The repository.
-        revision: A branch, tag or commit; None: as in `hub_source`.
-        to: Write everything into this folder; None: into the cache.
-        options: As in `hub_source`.
+        repo: Repository on the hub.
+        revision: Branch, tag or commit; None: the default release, or `main` of another repository.
+        to: Folder to write; None: the cache of the hub.
+        options: Options of the hub, as in `hub_source`.
 
     Returns:
-        The folder.
+        The folder with the files.
 
     Raises:
-        CheckpointError: It cannot be fetched or used, or the folder cannot be written.
+        CheckpointError: The checkpoint cannot be fetched or is not supported, or the folder cannot be written.
     """
     if to is not None:
         _check_folder(to)
@@ -52,19 +52,22 @@ def download_from_hub(repo: str, revision: str | None, to: Path | None = None, *
 
 
 def export(source: Source, to: Path, refresh: bool = False) -> Path:
-    """Write a source to a folder: weights, config, tokenizer and calibration.
+    """Write weights, config, tokenizer and calibration of a source to a folder.
 
-    The config gets the sections that `load` needs, unless the release is only a guess: then its name can still be
-    given as "folder@release".
+    The config gets the sections that `load` needs, unless the release is only a guess. In this case, load the folder as
+    "folder@release" to specify the release.
 
     Args:
-        source: The checkpoint.
-        to: The folder; weights of another checkpoint must not be in it.
-        refresh: Ask the hub for a newer tokenizer even if one is cached.
+        source: Checkpoint to export.
+        to: Folder to write; it must not contain weights of another checkpoint.
+        refresh: Check the hub for a newer tokenizer even if one is cached.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: The tokenizer is missing, the folder holds other weights or cannot be written, or the files do
-            not fit together.
+        CheckpointError: The tokenizer is missing, the folder contains other weights or cannot be written, or the files
+            do not fit together.
     """
     tokenizer, _ = source.find_tokenizer(refresh)
     weights = find_tensor_files(source.weights)
@@ -99,7 +102,7 @@ def _config(source: Source) -> dict[str, Any]:
 
 
 def _tokenizer_only(repo: str, revision: str, options: Mapping[str, Any]) -> Path | None:
-    """The tokenizer of a repository without weights; None if it has weights."""
+    """Return the tokenizer of a repository without weights; None if it has weights."""
     if is_offline() or options.get("local_files_only"):
         cached = cached_snapshot(repo, revision, options.get("cache_dir"))
         if cached is None or weight_files(path.name for path in cached.iterdir()):
@@ -125,7 +128,7 @@ def _writing(to: Path, write: Any) -> None:
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Copy a file, unless it is there already; the target is complete or missing."""
+    """Copy a file unless the target has the same content. An interrupted copy leaves no target."""
     if target.exists() and _same(path, target):
         return
     part = target.with_name(f"{target.name}.part")
@@ -135,5 +138,5 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def _same(path: Path, target: Path) -> bool:
-    """Whether two files are one, or have the same content; copies with the same time are not read again."""
+    """Return whether two paths have the same content. Files of the same size and time are not compared."""
     return target.samefile(path) or filecmp.cmp(path, target)

@@ -91,7 +91,8 @@ def look_up(repo: str, revision: str, **options: Any) -> RemoteRevision:
         options: `token`; others are ignored.
 
     Raises:
-        HubError: The hub cannot be reached or refuses, or there is no such revision; the message names the way out.
+        HubError: The hub cannot be reached or denies access, or the revision does not exist; the message proposes a
+            solution.
     """
     check_repo(repo)
     try:
@@ -164,19 +165,22 @@ def fetch_file(repo: str, revision: str, filename: str, refresh: bool = False, *
 
 
 def check_repo(repo: str) -> None:
-    """Reject names that no repository can have.
+    """Check the form of the name of a repository.
+
+    Args:
+        repo: Name to check.
 
     Raises:
         CheckpointError: The name has another form than "owner/name".
     """
     if not _NAME.fullmatch(repo) or len(repo) > 96:
         raise CheckpointError(
-            f"{repo[:200]!r} is no name of a repository on the hub: it must have the form 'owner/name'"
+            f"{repo[:200]!r} is not the name of a repository on the hub; names have the form 'owner/name'"
         )
 
 
 def failed(repo: str, revision: str, error: HubError) -> HubError:
-    """Return an error about a revision, with its cause and the way out."""
+    """Return an error about a revision, with its cause and a solution."""
     message = f"{repo}@{revision} cannot be fetched: {error.reason}"
     if error.status != 404:
         message += f". {_way_out(f'{repo}@{revision}')}"
@@ -187,7 +191,7 @@ def failed(repo: str, revision: str, error: HubError) -> HubError:
 
 def other_weights(folder: Path, name: str) -> CheckpointError:
     """Return the error about a folder whose weights a download would replace."""
-    return CheckpointError(f"{folder} already holds other weights, {name}; give an empty folder, or remove the file")
+    return CheckpointError(f"{folder} already contains other weights, {name}; give an empty folder, or remove the file")
 
 
 def not_cached(repo: str, revision: str, filename: str | None = None) -> HubError:
@@ -208,7 +212,7 @@ def _way_out(name: str) -> str:
 
 
 def _storage(repo: str, options: Mapping[str, Any]) -> Path:
-    """The folder of a repository in the cache."""
+    """Return the folder of a repository in the cache."""
     return hub_cache(options.get("cache_dir")) / f"models--{repo.replace('/', '--')}"
 
 

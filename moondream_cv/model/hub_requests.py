@@ -26,7 +26,7 @@ from moondream_cv.errors import CheckpointError
 CONNECT_SECONDS = 2.5  # to look up the host and to connect
 READ_SECONDS = 10.0  # without a byte
 MAX_REPLY_BYTES = 16 * 2**20
-HEADER_BYTES = 100_000  # of a safetensors file; the headers of known checkpoints fit
+HEADER_BYTES = 100_000  # first request of a safetensors header; the headers of known checkpoints fit
 MAX_HEADER_BYTES = 32 * 2**20
 T = TypeVar("T")
 _DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -65,8 +65,10 @@ class RemoteRevision:
     """A revision of a repository on the hub.
 
     Attributes:
-        commit: The commit that the revision points to, 40 hexadecimal digits.
-        files: By their paths in the repository.
+        repo: Name of the repository.
+        revision: Branch, tag or commit.
+        commit: Commit that the revision points to, 40 hexadecimal digits.
+        files: Files by their paths in the repository.
     """
 
     repo: str
@@ -102,7 +104,7 @@ def get_revision(repo: str, revision: str, token: Any = None) -> RemoteRevision:
         token: As `huggingface_hub` takes it.
 
     Raises:
-        HubError: The hub cannot be reached or refuses, or there is no such repository or revision.
+        HubError: The hub cannot be reached or denies access, or the repository or revision does not exist.
     """
     url = f"{endpoint()}/api/models/{repo}/revision/{quote(revision, safe='')}?blobs=true"
     reply = _get(url, token)
@@ -201,7 +203,7 @@ def explain_status(status: int, url: str, headers: Mapping[str, str]) -> str:
 
 
 def web_page(status: int, url: str, what: str) -> str:
-    """Return the reason of a failure in which an HTML page came in place of `what`."""
+    """Return the description of a failure in which the server sent an HTML page instead of `what`."""
     return (
         f"{host_of(url)} answered with a web page (status {status}) in place of {what}: it may be the login page of "
         "this network or the page of a proxy; open it in a browser, or check HTTPS_PROXY and HF_ENDPOINT"
@@ -270,7 +272,7 @@ def _get(url: str, token: Any, first: int | None = None) -> Reply:
         reply = _within(exchange, connected)
     except httpx.HTTPError as error:
         raise HubError(_no_answer(error, url)) from error
-    except OSError as error:  # of a hook in the client
+    except OSError as error:  # raised by a hook in the client
         raise HubError(f"no connection to {host_of(url)} ({error})") from error
     except (ValueError, httpx.InvalidURL) as error:
         raise HubError(f"the URL {url!r} cannot be used ({error}); check HF_ENDPOINT") from error
@@ -280,7 +282,7 @@ def _get(url: str, token: Any, first: int | None = None) -> Reply:
 
 
 def _client() -> httpx.Client:
-    """The client of `huggingface_hub`, with its proxies and certificates; before version 1.0 it is of another kind."""
+    """Return the client of `huggingface_hub`, with its proxies and certificates, or a new one before version 1.0."""
     client = huggingface_hub.utils.get_session()
     return client if isinstance(client, httpx.Client) else httpx.Client()
 
@@ -288,7 +290,7 @@ def _client() -> httpx.Client:
 def _within(exchange: Callable[[], T], connected: threading.Event) -> T:
     """Run an exchange in a separate thread, and give up if there is no connection within `CONNECT_SECONDS`.
 
-    Looking up a host has no time-out: without a name server it takes up to half a minute.
+    Name resolution has no timeout: without a name server it takes up to half a minute.
     """
     replies: list[T] = []
     errors: list[Exception] = []

@@ -1,8 +1,8 @@
-"""What the tensors of published files are called, and which weight of the network each of them is.
+"""Mapping from the names of tensors in published files to the names of weights in the network.
 
-Three layouts are known: the present one (`model.vision.*`, `model.text.*`, `model.region.*`, with or without `model.`),
-the one before it (`vision_encoder.*`, `text_model.*`, `region_model.*`, perhaps with the `_orig_mod` of a compiled
-model), and either with 4-bit weights, whose `weight` is three tensors. It knows nothing of files.
+Three layouts are supported: the current one (`model.vision.*`, `model.text.*`, `model.region.*`, with or without
+`model.`), the previous one (`vision_encoder.*`, `text_model.*`, `region_model.*`, optionally with the `_orig_mod` of a
+compiled model), and either of them with 4-bit weights, for which `weight` consists of three tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-PACKED_PARTS = ("packed", "scale", "zero_point")  # of a 4-bit weight
+PACKED_PARTS = ("packed", "scale", "zero_point")  # the tensors of a 4-bit weight
 
 _SECTIONS = ("vision.", "text.", "region.")
 _OLDER_SECTIONS = ("vision_encoder.", "text_model.", "region_model.")
@@ -34,7 +34,7 @@ _RENAMED = (
 _RENAMED_PARTS = ((".mixer.Wqkv.", ".attn.qkv."), (".mixer.out_proj.", ".attn.proj."))
 _RENAMED_NORMS = ((".norm1.", ".ln1."), (".norm2.", ".ln2."))
 _TRANSPOSED = ("region_model.coordinate_features.weight", "region_model.size_features.weight")
-# Caches and tables that some files carry along; the network computes them.
+# Caches and tables in some files, which the network computes itself
 _COMPUTED = re.compile(
     r"(^|\.)(attn_mask|causal_mask|freqs_cis|inv_freq|cos_cached|sin_cached|position_ids|k_cache|v_cache|kv_cache)(\.|$)"
 )
@@ -42,12 +42,12 @@ _COMPUTED = re.compile(
 
 @dataclass(frozen=True)
 class StoredKey:
-    """What a tensor of a file is.
+    """Meaning of a tensor in a file.
 
     Attributes:
-        name: The weight in the network, such as `text.blocks.0.attn.qkv.weight`.
-        part: Which part of a 4-bit weight, or None for a plain one.
-        transposed: The file holds the transpose.
+        name: Name of the weight in the network, such as `text.blocks.0.attn.qkv.weight`.
+        part: Part of a 4-bit weight; None for an unquantized weight.
+        transposed: Whether the file contains the transpose.
     """
 
     name: str
@@ -56,9 +56,14 @@ class StoredKey:
 
 
 def parse_key(key: str) -> StoredKey | None:
-    """Say what a stored tensor is; None for caches and tables that are not weights.
+    """Return the meaning of a key in a file.
 
-    A key of no known layout comes back under its own name, to be reported as unexpected.
+    Args:
+        key: Name of a tensor in a file.
+
+    Returns:
+        None for caches and tables that are not weights. A key of an unknown layout keeps its name, so that it is
+        reported as unexpected.
     """
     if _COMPUTED.search(key):
         return None

@@ -13,7 +13,7 @@ ROTARY_BASE = 10000.0
 
 
 def add_lora(y: Tensor, x: Tensor, pair: LoraPair | None) -> Tensor:
-    """Add a low-rank update of `x` to the product `y`; without a pair, `y` itself."""
+    """Add the low-rank update of the input `x` to the output `y` of a linear layer; without a pair, return `y`."""
     return y if pair is None else y + F.linear(F.linear(x, pair[0]), pair[1])
 
 
@@ -32,14 +32,14 @@ class Mlp(nn.Module):
 
 
 def rotary_table(positions: Tensor, rotary_dim: int) -> Tensor:
-    """Cosines and sines of the rotary embedding at some positions.
+    """Compute the cosines and sines of the rotary embedding.
 
-    Computed when asked for: a table kept in a non-persistent buffer comes out of transformers'
-    `from_pretrained` as uninitialised memory.
+    They are computed for each call, because `from_pretrained` of transformers leaves non-persistent buffers
+    uninitialized.
 
     Args:
-        positions: [B, T] integers.
-        rotary_dim: Rotated dimensions of a head (even).
+        positions: [B, T] integer positions.
+        rotary_dim: Number of rotated dimensions of a head; even.
 
     Returns:
         [2, B, T, 1, rotary_dim / 2] float32: cosines, then sines.
@@ -52,12 +52,12 @@ def rotary_table(positions: Tensor, rotary_dim: int) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Apply the rotary embedding to the first dimensions of each head.
 
-    The input holds the real parts in the first half of the rotated dimensions and the imaginary parts in the second;
-    the output interleaves them. That is how the published weights were trained.
+    The input has the real parts in the first half of the rotated dimensions and the imaginary parts in the second half;
+    the output interleaves them, as the published weights require.
 
     Args:
-        x: [B, T, heads, head_dim].
-        table: As `rotary_table` gives it.
+        x: [B, T, heads, head_dim] queries or keys.
+        table: Result of `rotary_table`.
     """
     half = table.shape[-1]
     real, imaginary, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]

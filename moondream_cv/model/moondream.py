@@ -14,7 +14,7 @@ from moondream_cv.model.vision import VisionEncoder
 
 
 class MoondreamNetwork(nn.Module):
-    """Moondream 2 of the sizes that a config names. It holds weights and nothing else."""
+    """Moondream 2 in the sizes of a config: the weights and the forward passes of the components."""
 
     def __init__(self, config: MoondreamConfig) -> None:
         super().__init__()
@@ -25,18 +25,23 @@ class MoondreamNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.text.wte.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
         return self.text.wte.dtype
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Fill the weights with random numbers to train from.
+        """Initialize the weights with random numbers, for training.
 
-        The positions of patches start as two-dimensional sines and cosines at an amplitude of 0.7: from small random
-        values the tiny model stays at chance for more than 10,000 images.
+        Patch positions are initialized with two-dimensional sines and cosines of amplitude 0.7. With small random
+        values, the tiny model stays at chance level for more than 10,000 images.
+
+        Args:
+            generator: Source of random numbers; None: torch's default generator.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -54,7 +59,7 @@ class MoondreamNetwork(nn.Module):
 
 
 def _sincos_2d(grid: int, dim: int) -> torch.Tensor:
-    """[1, grid², dim] sines and cosines of row and column at geometrically spaced wavelengths."""
+    """Return [1, grid², dim] sines and cosines of row and column, at geometrically spaced wavelengths."""
     quarter = dim // 4
     frequencies = (
         torch.pow(2.0 * grid, -torch.arange(quarter, dtype=torch.float32, device="cpu") / max(quarter - 1, 1)) * math.pi

@@ -1,7 +1,7 @@
-"""The region heads: coordinates and sizes as Fourier features on the way in and as bins on the way out.
+"""The region heads: encode coordinates and sizes as Fourier features, and decode them as distributions over bins.
 
-A coordinate is a fraction of the image's width or height in 0..1. A size is (width, height) as such fractions, on a
-logarithmic scale: bin b of n stands for 2^(b / (n − 1) · 10 − 10), so from 1/1024 to 1.
+A coordinate is a fraction of the image's width or height in 0..1. A size is (width, height) in the same unit, on a
+logarithmic scale from 1/1024 to 1: bin b of n represents 2^(b / (n − 1) · 10 − 10).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class RegionHeads(nn.Module):
         self.size_features = nn.Parameter(torch.empty(2, config.size_feat_dim // 2))
 
     def encode_coordinate(self, coordinate: Tensor) -> Tensor:
-        """Coordinates [..., 1] in 0..1 → embeddings [..., dim]."""
+        """Return input embeddings: coordinates [..., 1] in 0..1 → [..., dim]."""
         return self.coord_encoder(_fourier(coordinate, self.coord_features))
 
     def decode_coordinate(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., dim] → logits [..., coord_out_dim]; bin b stands for b / coord_out_dim."""
+        """Return logits over bins: hidden states [..., dim] → [..., coord_out_dim]; bin b is b / coord_out_dim."""
         return self.coord_decoder(hidden)
 
     def encode_size(self, size: Tensor) -> Tensor:
-        """Sizes [..., 2], width and height in 0..1 → embeddings [..., dim]."""
+        """Return input embeddings: (width, height) [..., 2] in 0..1 → [..., dim]."""
         return self.size_encoder(_fourier(size, self.size_features))
 
     def decode_size(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., dim] → logits [..., 2, size_out_dim / 2]: width, then height."""
+        """Return logits over bins: hidden states [..., dim] → [..., 2, size_out_dim / 2], for width and height."""
         return self.size_decoder(hidden).unflatten(-1, (2, -1))
 
 
@@ -53,15 +53,15 @@ def _fourier(x: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def bin_to_coordinate(index: Tensor, bins: int) -> Tensor:
-    """Bin indices of a coordinate → float32 fractions of the image's side."""
+    """Convert bin indices of a coordinate to float32 fractions of the image's side."""
     return index.float() / bins
 
 
 def bin_to_size(index: Tensor, bins: int) -> Tensor:
-    """Bin indices of a size → float32 fractions of the image's side, 2^(index / (bins − 1) · 10 − 10)."""
+    """Convert bin indices of a size to float32 fractions of the image's side, 2^(index / (bins − 1) · 10 − 10)."""
     return torch.pow(2.0, (index.float() / (bins - 1)) * SIZE_OCTAVES - SIZE_OCTAVES)
 
 
 def size_to_bin(size: Tensor, bins: int) -> Tensor:
-    """The inverse of `bin_to_size` as a real number; sizes below 1/1024 count as 1/1024."""
+    """Return the inverse of `bin_to_size` as a real number. Sizes below 1/1024 are raised to 1/1024."""
     return (size.clamp_min(2.0**-SIZE_OCTAVES).log2() + SIZE_OCTAVES) / SIZE_OCTAVES * (bins - 1)

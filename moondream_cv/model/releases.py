@@ -1,8 +1,8 @@
-"""The releases of Moondream 2 whose sizes, token ids and templates are known here.
+"""Supported releases of Moondream 2, with their sizes, token IDs and templates.
 
-A published `config.json` may contain none of that: the published code does. So a release is identified by its
-repository and revision, and every other checkpoint by its files: by a `config.json` with the sections `text`, `vision`,
-`region` and `tokenizer`, or else by the sizes of its weights.
+A published `config.json` may not contain them, because the published code does. A release is therefore identified by
+its repository and revision. Every other checkpoint is identified by its files: by a `config.json` with the sections
+`text`, `vision`, `region` and `tokenizer`, or otherwise by the sizes of its weights.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ STARMIE_TOKENIZER = "moondream/starmie-v1"
 
 _SECTIONS = ("text", "vision", "region", "tokenizer")
 
-# Prompts of the releases before 2025-05-31: plain words ("\n\nShort caption:"), no reasoning. Long captions came with
-# 2025-03-27. There are no control tokens but the end; the ids of the others are left at their defaults, where this
-# vocabulary has punctuation.
+# Prompts of the releases before 2025-05-31: plain words ("\n\nShort caption:"), no reasoning. 2025-03-27 added long
+# captions. The end is the only control token; the IDs of the others keep their defaults, which are punctuation in the
+# vocabulary of these releases.
 _FIRST_TOKENS = TokenizerConfig(
     bos_id=50256,
     eos_id=50256,
@@ -57,7 +57,10 @@ class Release:
     """A published checkpoint.
 
     Attributes:
-        tokenizer_repo: The hub repository with its tokenizer; None: its own.
+        repo: Repository on the hub.
+        revision: Revision of the repository.
+        config: Configuration of the checkpoint.
+        tokenizer_repo: Repository with the tokenizer; None: the same repository.
     """
 
     repo: str
@@ -67,75 +70,86 @@ class Release:
 
     @property
     def name(self) -> str:
+        """Name in the form "repo@revision"."""
         return f"{self.repo}@{self.revision}"
 
 
-# Of 2025-06-21 everything is known from its code. For the earlier three the prompts are known, and that they have the
-# sizes of 2B; that their revisions are spelt like this, and that each carries its own tokenizer.json, is taken from the
-# repository's change log and untested: nobody here has their weights. 2025-05-31 lies between the two kinds of prompts
-# and is left out, as is everything before 2025-01-09, which had another architecture.
+# 2025-06-21 follows the published code. The prompts and sizes of the earlier three are known as well; the spelling of
+# their revisions, and that each has its own tokenizer.json, come from the repository's change log and are untested,
+# because their weights were not available. 2025-05-31 is omitted: it changed the kind of prompts. Releases before
+# 2025-01-09 have another architecture.
 RELEASES = (
     Release(DEFAULT_REPO, DEFAULT_REVISION, MOONDREAM_2B, STARMIE_TOKENIZER),
     Release(DEFAULT_REPO, "2025-04-14", MOONDREAM_2B_EARLIER),
     Release(DEFAULT_REPO, "2025-03-27", MOONDREAM_2B_EARLIER),
     Release(DEFAULT_REPO, "2025-01-09", MOONDREAM_2B_FIRST),
 )
-# What a checkpoint is taken for that says nothing of itself and has these sizes.
+# Assumed release of a checkpoint without a name or config, by its sizes
 _BY_SIZE = (RELEASES[0], Release("", "0.5B", MOONDREAM_05B, None))
 
 
 def find_release(repo: str, revision: str) -> Release | None:
-    """The release of this name, or None."""
+    """Return the release with this repository and revision; None if it is not supported."""
     return next((r for r in RELEASES if (r.repo, r.revision) == (repo, revision)), None)
 
 
 def release_by_date(repo: str) -> Release | None:
-    """Return the release whose date is part of a repository's name, as in "moondream/moondream-2b-2025-04-14-4bit"."""
+    """Return the release whose date is in a repository's name, such as "moondream/moondream-2b-2025-04-14-4bit"."""
     return next((r for r in RELEASES if r.revision in repo), None)
 
 
 def has_sizes_of(shapes: Mapping[str, tuple[int, ...]], config: MoondreamConfig) -> bool:
-    """Return whether weights have the sizes of a config.
+    """Return whether weights have the sizes of a configuration.
 
     Args:
         shapes: Shapes of the weights by their names in the network.
-        config: The sizes.
+        config: Configuration with the sizes.
     """
     return _outline(shapes) == _outline_of(config)
 
 
 def known_releases() -> str:
-    """The releases that work, for messages."""
+    """Return the names of the supported releases, for messages."""
     return ", ".join(release.name for release in RELEASES)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """Read a `config.json`.
 
+    Args:
+        path: Path of the file.
+
     Raises:
-        CheckpointError: It is no JSON object.
+        CheckpointError: The file cannot be read or is not a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(values).__name__}")
+        raise CheckpointError(f"{path} must contain a JSON object, got {type(values).__name__}")
     return values
 
 
 def explicit_config(values: Mapping[str, Any], where: str = "config.json") -> MoondreamConfig | None:
-    """The config that a `config.json` spells out, at its top or under `config`; None if it says no sizes.
+    """Return the configuration in a `config.json`, at the top level or under `config`.
+
+    Args:
+        values: Content of the file.
+        where: Name of the file in error messages.
+
+    Returns:
+        The configuration; None if the file has no sections with sizes.
 
     Raises:
-        CheckpointError: Its sections are incomplete, or their values are wrong.
+        CheckpointError: Sections are missing or have invalid values.
     """
     nested = values.get("config")
     for section in (values, nested if isinstance(nested, Mapping) else {}):
         present = [name for name in _SECTIONS if name in section]
         missing = [name for name in _SECTIONS[:3] if name not in section]
         if present and missing:
-            raise CheckpointError(f"{where} has the sections {', '.join(present)} and lacks {', '.join(missing)}")
+            raise CheckpointError(f"{where} has the sections {', '.join(present)}; missing: {', '.join(missing)}")
         if present:
             try:
                 return MoondreamConfig.from_dict(section)
@@ -145,13 +159,13 @@ def explicit_config(values: Mapping[str, Any], where: str = "config.json") -> Mo
 
 
 def release_by_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> Release:
-    """Take a checkpoint that says nothing of itself for the release of its sizes.
+    """Return the release with the sizes of a checkpoint that has no name or config.
 
-    Several releases have the sizes of 2B; it is then taken for the default one.
+    Several releases have the sizes of 2B; for these, the default release is returned.
 
     Args:
-        shapes: Shapes of its weights by their names in the network.
-        where: What it is called in errors.
+        shapes: Shapes of the weights by their names in the network.
+        where: Name of the checkpoint in error messages.
 
     Raises:
         CheckpointError: No release has these sizes.
@@ -163,7 +177,7 @@ def release_by_size(shapes: Mapping[str, tuple[int, ...]], where: str) -> Releas
     sizes = ", ".join(f"{name} {list(shape) if shape else 'missing'}" for name, shape in found.items())
     raise CheckpointError(
         f"{where} has no config.json with the sections {', '.join(_SECTIONS)}, and no known release has its sizes "
-        f"({sizes}). Put its config.json beside the weights, or use one of {known_releases()}"
+        f"({sizes}). Put its config.json next to the weights, or use one of {known_releases()}"
     )
 
 

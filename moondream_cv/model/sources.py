@@ -1,7 +1,7 @@
-"""Where a checkpoint's parts come from: its weights, its config, its tokenizer.
+"""Sources of checkpoints: find the weights, the config and the tokenizer.
 
-A source is a local folder or file, or a repository on the hub at a revision. Its files decide which release it is, the
-same way for both; on the hub before the weights are downloaded. `loading.py` turns names into sources, and `export.py`
+A source is a local folder or file, or a revision of a repository on the hub. Its files determine the release, in the
+same way for both; on the hub before the weights are downloaded. `loading.py` resolves names to sources, and `export.py`
 writes a source to a folder.
 """
 
@@ -58,7 +58,7 @@ from moondream_cv.model.tokenizer import read_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_STARMIE_SIZE = 32768  # ids that a checkpoint must know at least to have been trained with that tokenizer
+_STARMIE_SIZE = 32768  # minimum vocabulary of a checkpoint that was trained with that tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Source:
     """A checkpoint on this machine.
 
     Attributes:
-        weights: The folder or file with the weights.
-        config: Sizes, token ids and templates.
-        release: The release that it is, or is taken for; None if a `config.json` contains everything.
-        is_guess: Whether the release was chosen by the sizes of the weights alone.
-        origin: Its lasting name on the hub, "repo@release" or "repo@commit"; None for local files.
-        options: The options of the hub that it was fetched with.
+        weights: Folder or file with the weights.
+        config: Sizes, token IDs and templates.
+        release: Known or assumed release; None if a `config.json` contains the whole configuration.
+        is_guess: Whether only the sizes of the weights determined the release.
+        origin: Permanent name on the hub, "repo@release" or "repo@commit"; None for local files.
+        options: Options of the hub that the files were fetched with.
     """
 
     weights: Path
@@ -83,16 +83,17 @@ class Source:
 
     @property
     def folder(self) -> Path:
+        """Folder with the weights."""
         return self.weights if self.weights.is_dir() else self.weights.parent
 
     def tokenizer(self) -> Tokenizer:
-        """Read the tokenizer: from the folder, else from the release's repository, else `moondream/starmie-v1`.
+        """Read the tokenizer from the folder, the repository of the release, or `moondream/starmie-v1`, in this order.
 
-        A folder of a release with its tokenizer in another repository may hold an older one; that one fails the check
-        and is ignored.
+        If a release has its tokenizer in another repository, an older tokenizer in the folder fails the check and is
+        ignored.
 
         Raises:
-            CheckpointError: There is none, or it is not the one that the checkpoint was trained with.
+            CheckpointError: There is no tokenizer, or it is not the one that the checkpoint was trained with.
         """
         return self.find_tokenizer()[1]
 
@@ -100,10 +101,10 @@ class Source:
         """Return the file of the tokenizer, and the tokenizer.
 
         Args:
-            refresh: Ask the hub for a newer file even if one is cached.
+            refresh: Check the hub for a newer file even if one is cached.
 
         Raises:
-            CheckpointError: As `tokenizer`.
+            CheckpointError: There is no tokenizer, or it is not the one that the checkpoint was trained with.
         """
         path, release = self.folder / "tokenizer.json", self.release
         elsewhere = STARMIE_TOKENIZER if release is None else release.tokenizer_repo
@@ -129,19 +130,19 @@ class Source:
 def local_source(
     path: Path, release: Release | None = None, origin: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Source:
-    """Find out what a folder or a file holds.
+    """Identify the checkpoint in a folder or file.
 
-    A release that is named counts before the `config.json` if both have the same sizes, otherwise after it. Without
-    either, the sizes of the weights decide.
+    A given release takes precedence over the `config.json` if both have the same sizes; otherwise the `config.json`
+    does. Without either, the sizes of the weights determine the release.
 
     Args:
-        path: The folder or file.
-        release: The release that it is known or said to be.
-        origin: As in `Source`.
-        options: As in `Source`.
+        path: Folder or file.
+        release: Known release of the checkpoint, if any.
+        origin: Permanent name on the hub; None for local files.
+        options: Options of the hub that the files were fetched with.
 
     Raises:
-        CheckpointError: It holds no weights, its config is wrong, or it has no config and no known sizes.
+        CheckpointError: There are no weights, the config is invalid, or there is no config and the sizes are unknown.
     """
     find_tensor_files(path)
     hub: dict[str, Any] = {"origin": origin, "options": options or {}}
@@ -162,18 +163,18 @@ def hub_source(
 ) -> Source:
     """Fetch a checkpoint from the hub, or find it in the cache.
 
-    Weights are downloaded only after their header has shown that they can be used. A release or a commit that is cached
-    is used without any request; a branch that is cached is also used if the hub cannot be reached.
+    Weights are downloaded only if their header shows that they are supported. A cached release or commit is used
+    without a request. A cached branch is used if the hub cannot be reached.
 
     Args:
-        repo: The repository.
-        revision: A branch, tag or commit; None: the newest known release, or `main` of another repository.
-        refresh: Ask the hub even if a cached release or commit could be used.
-        folder: Download weights into this folder, unless they are cached.
-        options: `cache_dir`, `token`, `local_files_only` and `force_download`, as `huggingface_hub` takes them.
+        repo: Repository on the hub.
+        revision: Branch, tag or commit; None: the default release, or `main` of another repository.
+        refresh: Check the hub even if a release or commit is cached.
+        folder: Download weights into this folder unless they are cached.
+        options: `cache_dir`, `token`, `local_files_only` and `force_download`, as in `huggingface_hub`.
 
     Raises:
-        CheckpointError: It cannot be fetched, or it has no config and no known sizes.
+        CheckpointError: The checkpoint cannot be fetched, or has no config and unknown sizes.
     """
     check_repo(repo)
     revision, release = release_of(repo, revision)
@@ -196,27 +197,34 @@ def hub_source(
 
 
 def release_of(repo: str, revision: str | None) -> tuple[str, Release | None]:
-    """Return the revision that is meant, and the release that it is; None if only its files can show that.
+    """Return the revision and the release of a name on the hub.
+
+    Args:
+        repo: Repository on the hub.
+        revision: Branch, tag or commit; None: the default.
+
+    Returns:
+        The revision, and its release; None if only the files can show the release.
 
     Raises:
-        CheckpointError: It is a dated revision that is known not to work.
+        CheckpointError: The revision is a dated release that is not supported.
     """
     if revision is None:
         revision = DEFAULT_REVISION if repo == DEFAULT_REPO else "main"
     release = find_release(repo, revision)
     if release is None and repo == DEFAULT_REPO and _is_date(revision) and revision < DEFAULT_REVISION:
-        raise CheckpointError(f"{repo}@{revision} is no release that is supported here; these work: {known_releases()}")
+        raise CheckpointError(f"the release {repo}@{revision} is not supported; supported releases: {known_releases()}")
     return revision, release
 
 
 def is_tokenizer_only(remote: RemoteRevision) -> bool:
-    """Return whether a repository holds a tokenizer and no weights."""
+    """Return whether a repository contains a tokenizer and no weights."""
     return "tokenizer.json" in remote.files and not weight_files(remote.files)
 
 
 @dataclass
 class _Header:
-    """The header of a file on the hub, in the role of a file with tensors."""
+    """Header of a file on the hub, with the interface of `TensorFile`."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -228,12 +236,12 @@ class _Header:
 def _fetched_source(
     remote: RemoteRevision, release: Release | None, folder: Path | None, options: Mapping[str, Any]
 ) -> Source:
-    """Check what a revision is, then download it."""
+    """Identify and check a revision, then download it."""
     name = f"{remote.repo}@{remote.revision}"
     weights = weight_files(remote.files)
     if not weights:
-        what = "it holds a tokenizer and no weights" if is_tokenizer_only(remote) else "it holds no weights"
-        raise failed(remote.repo, remote.revision, HubError(what, 404))
+        content = "a tokenizer and no weights" if is_tokenizer_only(remote) else "no weights"
+        raise failed(remote.repo, remote.revision, HubError(f"it contains {content}", 404))
     # Identify the release
     try:
         config = _remote_config(remote, options)
@@ -242,7 +250,7 @@ def _fetched_source(
             release = _identify(remote, headers, options)
     except HubError as error:
         raise failed(remote.repo, remote.revision, error) from error
-    # Refuse what cannot be used before it is downloaded
+    # Reject unsupported checkpoints before the download
     if not headers and config is None and release is None:
         raise CheckpointError(
             f"{name} has no config.json with the sections text, vision and region, and its weights are PyTorch files, "
@@ -270,12 +278,12 @@ def _remote_config(remote: RemoteRevision, options: Mapping[str, Any]) -> Moondr
     except ValueError as error:
         raise CheckpointError(f"{where} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where} must hold a JSON object, not {type(values).__name__}")
+        raise CheckpointError(f"{where} must contain a JSON object, got {type(values).__name__}")
     return explicit_config(values, where)
 
 
 def _headers(remote: RemoteRevision, weights: list[str], options: Mapping[str, Any]) -> list[_Header]:
-    """The headers of safetensors files; those of PyTorch files cannot be read without the file."""
+    """Read the headers of safetensors files. PyTorch files have no header that can be read without the file."""
     files = [name for name in weights if name.endswith(".safetensors")]
     return [_Header(Path(name), read_safetensors_header(remote, name, options.get("token"))) for name in files]
 
@@ -309,7 +317,7 @@ def _cached_source(repo: str, release: Release | None, folder: Path, options: Ma
 
 
 def _complete_snapshot(repo: str, revision: str, options: Mapping[str, Any]) -> Path | None:
-    """The folder of a revision in the cache if its weights are there."""
+    """Return the folder of a revision in the cache; None if its weights are not cached."""
     folder = cached_snapshot(repo, revision, options.get("cache_dir"))
     if folder is None:
         return None
@@ -321,7 +329,7 @@ def _complete_snapshot(repo: str, revision: str, options: Mapping[str, Any]) -> 
 
 
 def _is_settled(repo: str, revision: str, release: Release | None, folder: Path, options: Mapping[str, Any]) -> bool:
-    """Whether a cached revision never changes, and its release is known without the hub."""
+    """Return whether a cached revision never changes and its release is known without the hub."""
     if release is not None:
         return True
     known = repo != DEFAULT_REPO or _release_in_cache(repo, folder, options) is not None
@@ -329,7 +337,7 @@ def _is_settled(repo: str, revision: str, release: Release | None, folder: Path,
 
 
 def _release_in_cache(repo: str, folder: Path, options: Mapping[str, Any]) -> Release | None:
-    """As `_identify`, by the files in the cache."""
+    """Find the release of a revision by its date or by files that it shares with a release in the cache."""
     dated = release_by_date(repo)
     if dated is not None and has_sizes_of(stored_shapes(folder), dated.config):
         return dated

@@ -1,7 +1,7 @@
-"""Files of named tensors: found in a folder, opened memory-mapped, read one tensor at a time.
+"""Files of named tensors: find them in a folder, memory-map them and read one tensor at a time.
 
-It knows safetensors and PyTorch's own format (read without executing anything that the file brings), single and
-sharded; it knows nothing of what the tensors are.
+Supports safetensors and PyTorch's format, single and sharded. PyTorch files are read without executing code from the
+file. `key_names.py` maps the names of the tensors.
 """
 
 from __future__ import annotations
@@ -30,29 +30,43 @@ _PREFERRED = (
     "model.pth",
 )
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
-_REOPEN_AFTER = 256 * 2**20  # bytes; pages of a mapped file stay in memory until it is closed
+_REOPEN_AFTER = 256 * 2**20  # bytes read; pages of a mapped file stay in memory until it is closed
 
 
 class TensorFile(Protocol):
-    """One mapped file, opened anew now and then so that what was read does not stay in memory."""
+    """A memory-mapped file. It is reopened from time to time to release the pages that were read.
+
+    Attributes:
+        path: Path of the file.
+        shapes: Shapes of the tensors by name.
+    """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, key: str) -> Tensor:
-        """Read a tensor, on the CPU; it may be a view of the mapped file."""
+        """Return a tensor on the CPU. It may be a view of the mapped file."""
 
 
 class SafetensorsFile:
     """A safetensors file."""
 
     def __init__(self, path: Path) -> None:
+        """Open a file and read its header.
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
         self.path = path
         _check_beginning(path)
         self._file, self._read = self._open(), 0
         self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
 
     def read(self, key: str) -> Tensor:
+        """Return a tensor on the CPU."""
         if self._read > _REOPEN_AFTER:
             self._file, self._read = self._open(), 0
         tensor: Tensor = self._file.get_tensor(key)
@@ -73,12 +87,21 @@ class TorchFile:
     """A `.pt`, `.pth` or `.bin` file with a mapping of names to tensors."""
 
     def __init__(self, path: Path) -> None:
+        """Open a file and map its tensors.
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
         self.path = path
         _check_beginning(path)
         self._tensors, self._read = _flat(read_torch_file(path), path), 0
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
+        """Return a tensor on the CPU. It may be a view of the mapped file."""
         if self._read > _REOPEN_AFTER and zipfile.is_zipfile(self.path):
             self._tensors, self._read = _flat(read_torch_file(self.path), self.path), 0
         self._read += self._tensors[key].nbytes
@@ -86,40 +109,47 @@ class TorchFile:
 
 
 def open_tensor_file(path: Path) -> TensorFile:
-    """Open a file by its suffix.
+    """Open a file in the format of its suffix.
+
+    Args:
+        path: File that ends in `.safetensors`, `.pt`, `.pth` or `.bin`.
 
     Raises:
-        CheckpointError: It is missing, empty, truncated, of another format, or holds more than tensors.
+        CheckpointError: The file is missing, empty, truncated or in another format, or contains more than tensors.
     """
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in (".pt", ".pth", ".bin"):
         return TorchFile(path)
-    raise CheckpointError(f"{path} is no checkpoint: its name should end in .safetensors, .pt, .pth or .bin")
+    raise CheckpointError(f"{path} is not a checkpoint: its name must end in .safetensors, .pt, .pth or .bin")
 
 
 def read_torch_file(path: Path) -> Any:
-    """Read a file of PyTorch's format without executing code that it brings.
+    """Read a file in PyTorch's format without executing code from it.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        CheckpointError: It is damaged or holds more than tensors.
+        CheckpointError: The file is damaged or contains more than tensors.
     """
     try:
-        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        # Files written before PyTorch 1.6 are not zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and is not read: {_first_line(error)}"
-        ) from error
-    except Exception as error:  # damaged files make the reader fail in any way
+        raise CheckpointError(f"{path} is damaged or contains more than tensors: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file can raise anything
         raise CheckpointError(f"{path} is truncated or not a PyTorch file ({_first_line(error)})") from error
 
 
 def find_tensor_files(source: Path) -> list[Path]:
-    """Find the weights: the file itself, or what a folder holds.
+    """Find the files with the weights.
+
+    Args:
+        source: The file itself, or a folder.
 
     Raises:
-        CheckpointError: There are none, a shard is missing, or it is unclear which file is meant.
+        CheckpointError: There are no weights, a shard is missing, or several files could be meant.
     """
     if source.is_file():
         return [source]
@@ -132,14 +162,20 @@ def find_tensor_files(source: Path) -> list[Path]:
         files = sorted(source.glob(pattern))
         if files:
             return files if len(files) == 1 else _shards(source, files)
-    what = "is empty" if not any(source.iterdir()) else "holds no weights"
-    raise CheckpointError(f"the folder {source} {what}; a checkpoint has a model.safetensors, or shards with an index")
+    problem = "is empty" if not any(source.iterdir()) else "contains no weights"
+    raise CheckpointError(
+        f"the folder {source} {problem}; a checkpoint has a model.safetensors, or shards with an index"
+    )
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Return the files that hold the weights, the index of shards included, of all names in a folder or repository.
+    """Select the files with the weights, including the index of shards, as `find_tensor_files` does.
 
-    The choice is that of `find_tensor_files`. An empty list means that there are no weights.
+    Args:
+        names: Names of all files in a folder or repository.
+
+    Returns:
+        Names of the files; empty if there are no weights.
     """
     here = sorted(name for name in names if "/" not in name)
     for name in _PREFERRED:
@@ -157,9 +193,9 @@ def _indexed(index: Path) -> list[Path]:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         paths = [index.parent / name for name in files if Path(name).name == name]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error!r}); fetch it again") from error
+        raise CheckpointError(f"{index} is not an index of shards ({error!r}); fetch it again") from error
     if not paths or len(paths) != len(files):
-        raise CheckpointError(f"{index} names no shards, or some outside its own folder: {files}")
+        raise CheckpointError(f"{index} names no shards, or shards outside its folder: {files}")
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise CheckpointError(
@@ -172,10 +208,12 @@ def _shards(folder: Path, files: list[Path]) -> list[Path]:
     matches = [_SHARD.match(f.name) for f in files]
     counts = {(m[1], int(m[3])) for m in matches if m is not None}
     if None in matches or len(counts) != 1:
-        raise CheckpointError(f"{folder} holds several files of weights: {some([f.name for f in files])}; name one")
+        raise CheckpointError(
+            f"{folder} contains several files with weights: {some([f.name for f in files])}; give one of them"
+        )
     ((_, count),) = counts
     if len(files) != count:
-        raise CheckpointError(f"{folder} holds {len(files)} of {count} shards: {some([f.name for f in files])}")
+        raise CheckpointError(f"{folder} contains {len(files)} of {count} shards: {some([f.name for f in files])}")
     return files
 
 
@@ -188,26 +226,32 @@ def _check_beginning(path: Path) -> None:
     if not head:
         raise CheckpointError(f"{path} is empty; fetch it again")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise CheckpointError(f"{path} is a web page that was saved in place of the file; remove it and fetch it again")
+        raise CheckpointError(f"{path} is a web page that was saved instead of the file; remove it and fetch it again")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a pointer that Git LFS left in the place of the file; run `git lfs pull`")
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
 
 
 def _flat(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a loaded file, which training code may have wrapped in a mapping."""
+    """Return the tensors of a loaded file. Training code may have wrapped them in a mapping."""
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not loaded:
-        raise CheckpointError(f"{path} holds {type(loaded).__name__} and should hold a mapping of names to tensors")
+        raise CheckpointError(f"{path} must contain a mapping of names to tensors, got {type(loaded).__name__}")
     strange = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strange:
-        raise CheckpointError(f"{path}: {len(strange)} entries are no tensors: {some(strange)}")
+        raise CheckpointError(f"{path}: {len(strange)} entries are not tensors: {some(strange)}")
     return {str(key): value for key, value in loaded.items()}
 
 
 def some(names: Iterable[str], limit: int = 4, show: Callable[[str], str] = str) -> str:
-    """The first few of many names, and how many more there are."""
+    """Return the first few names as text, and the number of further ones.
+
+    Args:
+        names: Names to list.
+        limit: Maximum number of names to list.
+        show: Formats a name.
+    """
     listed = list(names)
     more = f", … and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(show(name) for name in listed[:limit]) + more

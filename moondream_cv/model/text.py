@@ -1,6 +1,7 @@
 """The text decoder: embeddings in, hidden states and logits out.
 
-It keeps no state: positions and how to attend come with each call, so that rows of any kind can share a batch.
+The decoder is stateless: positions and attention are arguments of each call, so that sequences of any kind can share a
+batch.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ LayerLora = Mapping[str, Mapping[str, LoraPair]]  # {"attn": {"qkv", "proj"}, "m
 
 
 class Attend(Protocol):
-    """How the positions of a call attend in one layer, to one another and to what was kept from earlier calls."""
+    """Attention of one layer, to the tokens of the call and to cached tokens of earlier calls."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Queries [B, T, heads, head_dim], keys and values [B, T, kv_heads, head_dim] → [B, T, heads, head_dim]."""
+        """Compute attention outputs.
+
+        Args:
+            q: [B, T, heads, head_dim] queries.
+            k: [B, T, kv_heads, head_dim] keys.
+            v: [B, T, kv_heads, head_dim] values.
+
+        Returns:
+            [B, T, heads, head_dim] outputs.
+        """
 
 
 class TextAttention(nn.Module):
@@ -43,7 +53,7 @@ class TextAttention(nn.Module):
         q, k = rotate(turned, rotary).split((self.n_heads, self.n_kv_heads), dim=2)
         out = attention(q, k, v, mask) if attend is None else attend(q, k, v)
         out = self.proj(out.reshape(batch, length, dim))
-        # The published adapters were trained with this one on the block's input, not on the attention's output.
+        # Published adapters were trained with this pair on the input of the block, not on the output of the attention.
         return add_lora(out, x, lora.get("proj"))
 
 
@@ -51,13 +61,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """Scaled dot-product attention.
 
     Args:
-        q: [B, T, heads, head_dim].
-        k: [B, S, kv_heads, head_dim]; where there are fewer heads than of `q`, several of those share one.
-        v: As `k`.
-        mask: Broadcastable to [B, heads, T, S]: True, or zero, where attention is allowed. None: everywhere.
+        q: [B, T, heads, head_dim] queries.
+        k: [B, S, kv_heads, head_dim] keys. If there are fewer KV heads than heads, several heads share one.
+        v: [B, S, kv_heads, head_dim] values.
+        mask: Broadcastable to [B, heads, T, S]; attention is allowed at True, or at 0 in a mask of floats. None: all
+            positions attend to one another.
 
     Returns:
-        [B, T, heads, head_dim].
+        [B, T, heads, head_dim] outputs.
     """
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -93,7 +104,7 @@ class TextDecoder(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] → embeddings [..., dim]."""
+        """Return the embeddings of tokens: IDs [...] → [..., dim]."""
         return F.embedding(ids, self.wte)
 
     def forward(
@@ -107,14 +118,14 @@ class TextDecoder(nn.Module):
         """Run the blocks.
 
         Args:
-            x: [B, T, dim] embeddings.
-            positions: [B, T] integers.
-            mask: Boolean, broadcastable to [B, heads, T, T]; True where attention is allowed. None: everywhere.
-            attends: One per layer, in place of attention within `x` under `mask`.
+            x: [B, T, dim] input embeddings.
+            positions: [B, T] integer positions in the context.
+            mask: Boolean, broadcastable to [B, heads, T, T]; attention is allowed at True. None: everywhere.
+            attends: Attention of each layer, for example with a KV cache; None: attention within `x` under `mask`.
             adapter: Low-rank updates of each layer; None: no adapter.
 
         Returns:
-            [B, T, dim] hidden states before `post_ln`: the region heads read these.
+            [B, T, dim] hidden states before `post_ln`, the inputs of the region heads.
         """
         rotary = rotary_table(positions, self.config.rotary_dim)
         for i, block in enumerate(self.blocks):
@@ -122,12 +133,21 @@ class TextDecoder(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., dim] → next-token logits [..., vocab_size]."""
+        """Return the next-token logits: hidden states [..., dim] → [..., vocab_size]."""
         return self.lm_head(self.post_ln(hidden))
 
 
 def prefix_mask(length: int, prefix: int, device: torch.device | str | None = None) -> Tensor:
-    """[length, length] boolean mask: the first `prefix` positions see one another, the others what is before them."""
+    """Return a causal mask with a bidirectional prefix.
+
+    Args:
+        length: Number of positions.
+        prefix: Number of positions at the start that attend to one another.
+        device: Device of the mask.
+
+    Returns:
+        [length, length] booleans, True if attention is allowed.
+    """
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask[:prefix, :prefix] = True
     return mask

@@ -1,4 +1,4 @@
-"""Adapters by id: the published cache of variants, and the service that they are downloaded from."""
+"""Adapters by ID: the local cache of published variants, and the service to download them from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def variant_cache() -> Path:
-    """Where the published code keeps downloaded variants."""
+    """Return the folder in which the published code caches variants."""
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"]).expanduser() / "md_variants"
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
@@ -34,21 +34,25 @@ def variant_cache() -> Path:
 
 
 def fetch_variant(variant: str) -> Path:
-    """The file of a variant, from the cache or else from the service.
+    """Return the file of a variant, from the cache or from the service.
+
+    Args:
+        variant: ID of the variant.
 
     Raises:
-        CheckpointError: The id is malformed, unknown, refused, or not cached while offline; or no connection.
+        CheckpointError: The ID is malformed or unknown, access is denied, the service cannot be reached, or the variant
+            is not cached and `HF_HUB_OFFLINE` is set.
     """
     if not _ID.fullmatch(variant):
         raise CheckpointError(
-            f"{variant[:200]!r} is neither a file nor the id of an adapter (letters, digits, '.', '_' and '-')"
+            f"{variant[:200]!r} is neither a file nor the ID of an adapter (letters, digits, '.', '_' and '-')"
         )
     path = variant_cache() / variant / "final.pt"
     if path.is_file():
         return path
     if is_offline():
         raise CheckpointError(
-            f"the adapter {variant!r} is not in {variant_cache()}, and HF_HUB_OFFLINE is set; give its file instead"
+            f"the adapter {variant!r} is not in {variant_cache()}, and HF_HUB_OFFLINE is set; give a file instead"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -57,10 +61,10 @@ def fetch_variant(variant: str) -> Path:
             _download(variant, file)
         if not zipfile.is_zipfile(part):
             with open(part, "rb") as file:
-                came = "a web page" if is_web_page(file.read(512)) else "no PyTorch file"
+                content = "a web page" if is_web_page(file.read(512)) else "another kind of file"
             host = host_of(os.environ.get("MOONDREAM_ENDPOINT") or DEFAULT_ENDPOINT)
             raise CheckpointError(
-                f"{host} answered with {came} (status 200) in place of the adapter {variant!r}: check "
+                f"{host} answered with {content} (status 200) instead of the adapter {variant!r}: check "
                 "MOONDREAM_ENDPOINT, and the login page of this network"
             )
         os.replace(part, path)
@@ -70,8 +74,8 @@ def fetch_variant(variant: str) -> Path:
     return path
 
 
-class _KeyStaysHome(urllib.request.HTTPRedirectHandler):
-    """Follows redirects without taking the key to another host."""
+class _SameOriginKeyHandler(urllib.request.HTTPRedirectHandler):
+    """Redirect handler that does not send the API key to another host."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -94,7 +98,7 @@ def _download(variant: str, file: IO[bytes]) -> None:
     try:
         check_connection(endpoint)
         request = Request(f"{endpoint.rstrip('/')}/v1/variants/{variant}/download", headers=headers)
-        with urllib.request.build_opener(_KeyStaysHome).open(request, timeout=TIMEOUT) as reply:
+        with urllib.request.build_opener(_SameOriginKeyHandler).open(request, timeout=TIMEOUT) as reply:
             expected = reply.headers.get("Content-Length")
             shutil.copyfileobj(reply, file)
     except HTTPError as error:
@@ -109,7 +113,7 @@ def _download(variant: str, file: IO[bytes]) -> None:
         raise CheckpointError(f"cannot fetch {shown}: {reason}") from None
     except HubError as error:
         raise CheckpointError(f"cannot fetch {shown}: {error.reason}; give its file instead") from None
-    # ValueError: a key that is no header value. Its message would repeat the key.
+    # ValueError: the key is not a valid header value. Its message would contain the key.
     except (OSError, HTTPException, ValueError) as error:
         reason = "MOONDREAM_API_KEY is malformed" if isinstance(error, ValueError) else type(error).__name__
         reason = f"{reason}: {error.reason}" if hasattr(error, "reason") else reason
@@ -119,7 +123,7 @@ def _download(variant: str, file: IO[bytes]) -> None:
 
 
 def _has_port(url: str) -> bool:
-    """Whether the port of a URL is valid or missing."""
+    """Return whether the port of a URL is valid or missing."""
     try:
         return urlsplit(url).port != 0
     except ValueError:

@@ -1,7 +1,4 @@
-"""The vision encoder: crops → patch features → one grid of image tokens.
-
-It knows nothing of images: the engine cuts the crops.
-"""
+"""The vision encoder: crops → patch features → one grid of image tokens. The engine cuts images into crops."""
 
 from __future__ import annotations
 
@@ -77,14 +74,15 @@ class VisionEncoder(nn.Module):
         return self.post_ln(x)
 
     def join(self, features: Tensor, tilings: Sequence[tuple[int, int]]) -> Tensor:
-        """Turn the features of each image's crops into its image tokens.
+        """Join the features of each image's crops and project them to image tokens.
 
         Args:
-            features: [N, num_patches, enc_dim], for each image its global crop and then its local crops row by row.
+            features: [N, num_patches, enc_dim] features; for each image its global crop, then its local crops row by
+                row.
             tilings: (rows, columns) of local crops of each image.
 
         Returns:
-            [images, num_patches, proj_out_dim].
+            [images, num_patches, proj_out_dim] image tokens.
         """
         grid, joined, start = self.config.grid, [], 0
         for rows, columns in tilings:
@@ -99,14 +97,16 @@ class VisionEncoder(nn.Module):
 
 
 def stitch(tiles: Tensor, rows: int, columns: int, margin: int) -> Tensor:
-    """Put overlapping tiles back together; where two overlap, each gives up its margin.
+    """Stitch overlapping tiles together. Tiles are cropped by the margin at sides with a neighbor.
 
     Args:
-        tiles: [rows · columns, grid, grid, C], row by row.
-        margin: Patches at each side of a tile that its neighbour covers too.
+        tiles: [rows · columns, grid, grid, C] tiles, row by row.
+        rows: Number of rows.
+        columns: Number of columns.
+        margin: Patches at each side of a tile that its neighbor also covers.
 
     Returns:
-        [rows · window + 2 · margin, columns · window + 2 · margin, C], where window = grid − 2 · margin.
+        [rows · window + 2 · margin, columns · window + 2 · margin, C] with window = grid − 2 · margin.
     """
     size = tiles.shape[1]
 
@@ -121,9 +121,9 @@ def stitch(tiles: Tensor, rows: int, columns: int, margin: int) -> Tensor:
 
 
 def _pool(features: Tensor, grid: int) -> Tensor:
-    """Average [H, W, C] features down to [grid², C]."""
+    """Average-pool [H, W, C] features to [grid², C]."""
     planes = features.permute(2, 0, 1)[None]
-    if planes.device.type == "mps":  # sizes that do not divide are not implemented there
+    if planes.device.type == "mps":  # not implemented there for sizes that do not divide
         pooled = F.adaptive_avg_pool2d(planes.cpu(), grid).to(planes.device)
     else:
         pooled = F.adaptive_avg_pool2d(planes, grid)

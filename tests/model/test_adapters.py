@@ -92,7 +92,7 @@ def test_golden_adapters(name: str) -> None:
     adapter = load_adapter(GOLDEN / name / "adapter.pt", config, "cpu", torch.float32)
     assert len(adapter.layers) == config.text.n_layers
     other = {"mha": "gqa", "gqa": "mha"}[name]
-    with pytest.raises(CheckpointError, match=r"does not fit|is no adapter"):
+    with pytest.raises(CheckpointError, match=r"does not fit|is not an adapter"):
         load_adapter(GOLDEN / other / "adapter.pt", config, "cpu", torch.float32)
 
 
@@ -116,7 +116,7 @@ def test_one_that_does_not_fit_names_the_keys(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="wrong shape"):
         load(path)
     torch.save(state(small_config(layers=3)), path)
-    with pytest.raises(CheckpointError, match=r"2 layers: 8 keys unexpected: text_model\.transformer\.h\.2"):
+    with pytest.raises(CheckpointError, match=r"2 layers; 8 unexpected keys: text_model\.transformer\.h\.2"):
         load(path)
     torch.save(state() | renamed({f"{stem}.B": state()[f"{stem}.B"]}), path)
     with pytest.raises(CheckpointError, match="are the same tensor"):
@@ -273,7 +273,7 @@ def test_broken_downloads_leave_nothing(service: type[_Service], tmp_path: Path)
         fetch_variant("ft_1")
     service.length, service.body = None, b"<html>"
     with pytest.raises(
-        CheckpointError, match=r"127\.0\.0\.1:\d+ answered with a web page \(status 200\) in place of the adapter"
+        CheckpointError, match=r"127\.0\.0\.1:\d+ answered with a web page \(status 200\) instead of the adapter"
     ):
         fetch_variant("ft_1")
     assert cached_files(tmp_path) == []

@@ -154,7 +154,7 @@ def test_damaged_downloads_are_removed(published: Published, tmp_path: Path, lis
 
 def test_a_saved_web_page_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(LOGIN_PAGE)
-    with pytest.raises(CheckpointError, match="is a web page that was saved in place of the file"):
+    with pytest.raises(CheckpointError, match="is a web page that was saved instead of the file"):
         load(tmp_path)
 
 

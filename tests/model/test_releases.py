@@ -97,9 +97,9 @@ def test_golden_configs(name: str) -> None:
 def test_incomplete_configs() -> None:
     values = small_config().to_dict()
     del values["region"]
-    with pytest.raises(CheckpointError, match=r"here has the sections text, vision, tokenizer and lacks region"):
+    with pytest.raises(CheckpointError, match=r"here has the sections text, vision, tokenizer; missing: region"):
         explicit_config(values, "here")
-    with pytest.raises(CheckpointError, match=r"here: config: text\.dim must be an integer, not '64'"):
+    with pytest.raises(CheckpointError, match=r"here: config: text\.dim must be an integer, got '64'"):
         explicit_config(small_config().to_dict() | {"text": {"dim": "64"}}, "here")
     with pytest.raises(CheckpointError, match="here: config: section 'text' must be an object"):
         explicit_config(small_config().to_dict() | {"text": 3}, "here")

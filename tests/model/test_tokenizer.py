@@ -50,23 +50,23 @@ def test_settings_of_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
     path = written(tmp_path, byte_tokenizer([*CONTROL_TOKENS, *(f"<|more_{i}|>" for i in range(20))]))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is of another model: it has the id 285.* knows 272"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json belongs to another model: its largest ID is 285.* has 272"):
         read_tokenizer(path, small_config())
 
 
 def test_a_tokenizer_without_the_control_tokens(tmp_path: Path) -> None:
     path = written(tmp_path, byte_tokenizer([]))
-    with pytest.raises(CheckpointError, match=r"its id 0 is '!' and should be a control token \(bos_id\)"):
+    with pytest.raises(CheckpointError, match=r"ID 0 must be a control token \(bos_id\), got '!'"):
         read_tokenizer(path, small_config())
     path = written(tmp_path, byte_tokenizer(CONTROL_TOKENS[:5]))
-    with pytest.raises(CheckpointError, match=r"its id 5 is '!' and should be a control token \(coord_id\)"):
+    with pytest.raises(CheckpointError, match=r"ID 5 must be a control token \(coord_id\), got '!'"):
         read_tokenizer(path, small_config())
 
 
 def test_earlier_releases_have_only_a_beginning_and_an_end() -> None:
     config = MOONDREAM_2B_EARLIER
     assert set(control_ids(config.tokenizer)) == {"bos_id", "eos_id"}
-    with pytest.raises(CheckpointError, match=r"its id 50256 is None"):
+    with pytest.raises(CheckpointError, match=r"ID 50256 must be a control token \(bos_id\), got None"):
         prepare_tokenizer(byte_tokenizer(), config)
 
 
