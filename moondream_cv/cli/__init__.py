@@ -1,7 +1,7 @@
-"""The command line: `moondream-cv`, one file per subcommand.
+"""Command line `moondream-cv`, with one module per command.
 
-Exit status: 0 if all went well, 1 if an image or the model failed, 2 for wrong arguments, 130 after Ctrl-C, 143 after
-SIGTERM. Nothing heavy is imported until a subcommand runs.
+Exit status: 0 for success, 1 if an image or the model failed, 2 for wrong arguments, 130 after Ctrl-C, 143 after
+SIGTERM. Large libraries are imported when a command runs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from moondream_cv.errors import MoondreamError
 from moondream_cv.escaping import EscapingFormatter
 
 from . import caption, demo, detect, download, point, query, serve, video
-from .output import OutputError, discard_stdout, error_text, shown
-from .stopping import Terminated, exit_status, stop_on_signals
+from .report import OutputError, discard_stdout, error_text, shown
+from .signals import Terminated, exit_status, stop_on_signals
 
 
 class _Commands(TyperGroup):
-    """Turns the errors that are raised on purpose, and those of files, into one line and an exit status."""
+    """Prints expected errors and file errors as one line, and exits with their status."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line; a standard output that cannot be written also fails for `--help` and `--version`."""
+        """Run the command line. Errors of writing standard output are reported for `--help` and `--version` as well."""
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -74,12 +74,12 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Moondream 2 for computer vision: find, point at, ask about and describe objects in images.
+    """Moondream 2 for computer vision: detect, point, query and caption, for images and videos.
 
     \b
     Start with [bold]moondream-cv demo[/], which needs no download.
-    The other commands fetch the real weights, 3.7 GB, when first
-    needed, unless --model names something else.
+    The other commands download the weights (3.7 GB) on first use,
+    unless --model names another model.
     """
 
 
@@ -109,6 +109,6 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
-    """Show a warning without the line of code that it came from."""
+    """Print a warning without its source line."""
     if logging.getLogger("moondream_cv").isEnabledFor(logging.WARNING):  # not with --quiet
         typer.echo(f"Warning: {shown(str(message))}", err=True)

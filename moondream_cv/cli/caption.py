@@ -6,32 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
-from .images_command import ImageOptions
-from .models import ModelOptions
-from .text_command import tell
+from . import options as shared
+from .text_command import run_text_command
 
 
+@shared.image_command()
 def caption(
-    images: options.Images,
+    images: shared.Images,
     length: Annotated[
         str, typer.Option("--length", "-l", metavar="short|normal|long", help="Length of the caption.")
     ] = "normal",
-    temperature: options.Temperature = 0.5,
-    max_tokens: options.MaxTokens = 768,
-    seed: options.Seed = None,
-    output: options.Output = None,
-    overwrite: options.Overwrite = False,
-    recursive: options.Recursive = False,
-    model: options.Model = "moondream2",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    adapter: options.Adapter = None,
-    show: options.Show = False,
-    as_json: options.AsJson = False,
-    as_lines: options.AsLines = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    temperature: shared.Temperature = 0.5,
+    max_tokens: shared.MaxTokens = 768,
+    seed: shared.Seed = None,
+    *,
+    options: shared.ImageOptions,
 ) -> None:
     """Describe images in words.
 
@@ -47,17 +36,5 @@ def caption(
     def make_request(image: Any) -> Caption:
         return Caption(image, length, settings)
 
-    make_request(...)  # wrong options end the command before a model is loaded
-    shared = ImageOptions(
-        images,
-        ModelOptions(model, device, dtype, adapter),
-        recursive=recursive,
-        output=output,
-        overwrite=overwrite,
-        as_json=as_json,
-        as_lines=as_lines,
-        show=show,
-        verbose=verbose,
-        quiet=quiet,
-    )
-    tell("caption", make_request, shared, length=length)
+    make_request(...)  # raises for invalid options before the model is loaded
+    run_text_command("caption", make_request, images, options, length=length)

@@ -1,8 +1,4 @@
-"""The demo's clip: what moves in it, how it is tracked, and how far the tracks are true.
-
-The clip is rendered and written as a file, which then goes the way of every other video. Printing is left to
-`moondream_cv.cli.demo`.
-"""
+"""Clip of the demo: rendering, tracking, and comparison of the tracks with the ground truth."""
 
 from __future__ import annotations
 
@@ -25,24 +21,24 @@ SEED = 1
 RESOLUTION_WH = (640, 360)
 FPS = 30
 FRAMES = 6 * FPS
-EVERY = 5  # frames, one of which the model looks at
-SHOWN = 6  # frames on the picture of the clip
+EVERY = 5  # keyframe interval in frames
+SHOWN = 6  # frames on the contact sheet
 
 
 @dataclass
-class Followed:
-    """A clip with what was tracked in it.
+class ClipResult:
+    """Result of tracking the clip.
 
     Attributes:
-        source: The clip as a file.
-        target: The same with what was tracked drawn in.
-        names: What was looked for.
-        frames: How many there are.
-        detections_run: How many of them the detector ran on.
-        checks: The number of objects of each name.
-        objects: Boxes that are true, over all frames.
-        found: How many of those were found.
-        wrong: Boxes that were drawn where none of their name is.
+        source: File of the clip.
+        target: File of the annotated clip.
+        names: Class names.
+        frames: Number of frames.
+        detections_run: Number of frames on which the detector ran.
+        checks: Number of objects of each class, with the correct number.
+        objects: Ground-truth boxes over all frames.
+        found: Ground-truth boxes that were found.
+        wrong: Tracked boxes without an object of their class.
     """
 
     source: Path
@@ -57,20 +53,20 @@ class Followed:
 
     @property
     def sheet(self) -> Path:
-        """Where the picture with some of its frames goes."""
+        """File of the contact sheet."""
         return self.target.with_suffix(".png")
 
     @property
     def sentence(self) -> str:
-        """How well it went."""
+        """Summary of the result."""
         right = sum(check.right for check in self.checks)
         return (
-            f"{right} of {len(self.checks)} counts right; {self.found} of {self.objects} boxes found, "
+            f"{right} of {len(self.checks)} counts correct; {self.found} of {self.objects} boxes found, "
             f"{self.wrong} wrong; detector ran on {self.detections_run} of {self.frames} frames"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the result for JSON."""
         return {
             "source": str(self.source),
             "tracked": str(self.target),
@@ -83,18 +79,18 @@ class Followed:
 
 
 def render() -> Clip:
-    """Plan the clip."""
+    """Return the clip, whose frames are rendered on iteration."""
     from moondream_cv.scenes.clips import render_clip
 
     return render_clip(SEED, num_frames=FRAMES, names=NAMES, resolution_wh=RESOLUTION_WH)
 
 
-def follow(detector: Detector, folder: Path) -> Followed:
-    """Render the clip, track through it what it shows, and compare with the truth.
+def track_clip(detector: Detector, folder: Path) -> ClipResult:
+    """Render the clip, track its objects, and compare the tracks with the ground truth.
 
     Args:
-        detector: What looks.
-        folder: Gets `clip.mp4` and `tracked.mp4`.
+        detector: Detector for the keyframes.
+        folder: Folder for `clip.mp4` and `tracked.mp4`.
 
     Raises:
         VideoError: A file cannot be written.
@@ -102,7 +98,7 @@ def follow(detector: Detector, folder: Path) -> Followed:
     from moondream_cv.video import annotate_video
 
     clip = render()
-    result = Followed(folder / "clip.mp4", folder / "tracked.mp4", list(dict.fromkeys(NAMES)))
+    result = ClipResult(folder / "clip.mp4", folder / "tracked.mp4", list(dict.fromkeys(NAMES)))
     _write(clip, result.source)
     lines = io.StringIO()
     summary = annotate_video(
@@ -120,8 +116,13 @@ def follow(detector: Detector, folder: Path) -> Followed:
     return result
 
 
-def shown_frames(path: Path, count: int = SHOWN) -> list[tuple[float, Image.Image]]:
-    """Read frames of a video, evenly spaced, each with its time in seconds."""
+def sample_frames(path: Path, count: int = SHOWN) -> list[tuple[float, Image.Image]]:
+    """Return evenly spaced frames of a video, each with its time in seconds.
+
+    Args:
+        path: Video file.
+        count: Number of frames.
+    """
     from PIL import Image
 
     from moondream_cv.video import open_source
@@ -146,27 +147,27 @@ def _write(clip: Clip, path: Path) -> None:
             writer.write(Frame(bgr, index, index / FPS), sv.Detections.empty())
 
 
-def _compare(result: Followed, tracked: list[list[dict[str, Any]]], clip: Clip) -> None:
-    """Count objects by their numbers, and boxes by their overlap: half is enough, each counts once."""
+def _compare(result: ClipResult, tracked: list[list[dict[str, Any]]], clip: Clip) -> None:
+    """Count objects by track ID, and boxes by one-to-one matching at an IoU of 0.5 or more."""
     import numpy as np
 
     from moondream_cv.evaluation.matching import match_boxes
     from moondream_cv.evaluation.tracks import truth_of
 
-    truth = truth_of(clip)  # what can be seen
+    truth = truth_of(clip)  # visible objects only
     for name in result.names:
-        numbers, true_numbers = set(), set()
+        track_ids, true_ids = set(), set()
         for found, objects in zip(tracked, truth, strict=True):
-            rows = [row for row in found if row["class_name"] == name]
+            boxes = [box for box in found if box["class_name"] == name]
             true = [item for item in objects if item.name == name]
-            numbers |= {row["tracker_id"] for row in rows if row["tracker_id"] is not None}
-            true_numbers |= {item.track_id for item in true}
+            track_ids |= {box["tracker_id"] for box in boxes if box["tracker_id"] is not None}
+            true_ids |= {item.track_id for item in true}
             counts, _ = match_boxes(
-                np.array([row["xyxy"] for row in rows], np.float32).reshape(-1, 4),
+                np.array([box["xyxy"] for box in boxes], np.float32).reshape(-1, 4),
                 np.array([item.xyxy for item in true], np.float32).reshape(-1, 4),
             )
             result.objects += len(true)
             result.found += counts.true_positives
             result.wrong += counts.false_positives
-        said, true_count = str(len(numbers)), str(len(true_numbers))
-        result.checks.append(Check(f"Track and count {name!r}", said, true_count, said == true_count))
+        count, true_count = str(len(track_ids)), str(len(true_ids))
+        result.checks.append(Check(f"Track and count {name!r}", count, true_count, count == true_count))

@@ -1,7 +1,4 @@
-"""The demo's scenes: what is rendered, what is asked about it, and how far the replies are true.
-
-Printing and saving are left to `moondream_cv.cli.demo`.
-"""
+"""Scenes of the demo: rendering, questions, and comparison of the answers with the ground truth."""
 
 from __future__ import annotations
 
@@ -21,18 +18,18 @@ RESOLUTION_WH = (640, 480)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A scene to render and what to ask about it.
+class ScenePlan:
+    """A scene to render, and the questions about it.
 
     Attributes:
-        title: Names the files.
-        seed: Fixes the scene.
-        names: What it shows.
-        absent: Names to look for beside those that are there: the answer should be nothing.
-        points: A name to point at.
-        count: A name to count.
-        what: Something that is there once, to ask "What is this?" at its centre.
-        colour: A shape that is there once, to ask for its colour.
+        title: Name of the image files.
+        seed: Seed of the renderer.
+        names: Objects in the scene.
+        absent: Class names that are not in the scene; the model should find none.
+        points: Class name for pointing.
+        count: Class name for counting.
+        what: Object that occurs once, for "What is this?" at its center.
+        color: Shape that occurs once, for the question about its color; None for no such question.
     """
 
     title: str
@@ -42,22 +39,30 @@ class Plan:
     points: str
     count: str
     what: str
-    colour: str | None = None
+    color: str | None = None
 
 
 PLANS = (
-    Plan("toys", 107, ("red circle", "red circle", "blue star", "dog", "cat"), ("red star", "bus"), "red circle",
+    ScenePlan("toys", 107, ("red circle", "red circle", "blue star", "dog", "cat"), ("red star", "bus"), "red circle",
          "red circle", "dog", "star"),
-    Plan("street", 105, ("car", "bus", "bicycle", "house", "tree", "car"), ("train",), "car", "car", "bicycle"),
-    Plan("table", 101, ("apple", "banana", "pizza", "cup", "cake", "donut"), ("key",), "banana", "apple", "pizza"),
-    Plan("sky", 110, ("airplane", "rocket", "bird", "yellow star", "yellow star", "purple ring"), ("yellow ring",),
+    ScenePlan("street", 105, ("car", "bus", "bicycle", "house", "tree", "car"), ("train",), "car", "car", "bicycle"),
+    ScenePlan("table", 101, ("apple", "banana", "pizza", "cup", "cake", "donut"), ("key",), "banana", "apple", "pizza"),
+    ScenePlan("sky", 110, ("airplane", "rocket", "bird", "yellow star", "yellow star", "purple ring"), ("yellow ring",),
          "star", "yellow star", "rocket", "ring"),
 )  # fmt: skip
 
 
 @dataclass
 class Score:
-    """How often the model was right."""
+    """Number of correct and wrong results.
+
+    Attributes:
+        objects: Objects in the scenes.
+        found: Objects that were found.
+        wrong: Boxes without an object.
+        questions: Other questions.
+        right: Correct answers to them.
+    """
 
     objects: int = 0
     found: int = 0
@@ -68,7 +73,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was asked: what the model said, and what is true."""
+    """One question with its answer.
+
+    Attributes:
+        asked: Question.
+        said: Answer of the model.
+        truth: Correct answer.
+        right: Whether the answer is correct.
+    """
 
     asked: str
     said: str
@@ -77,10 +89,10 @@ class Check:
 
 
 @dataclass
-class Shown:
-    """A scene with what the model found in it."""
+class SceneResult:
+    """A scene with the results of the model."""
 
-    plan: Plan
+    plan: ScenePlan
     scene: Scene
     image: Image.Image
     boxes: sv.Detections
@@ -88,8 +100,16 @@ class Shown:
     checks: list[Check] = field(default_factory=list)
 
 
-def look(plan: Plan, model: VisionModel, detector: Detector, pointer: Pointer, score: Score) -> Shown:
-    """Render a scene, ask everything about it, and compare with the truth."""
+def run_scene(plan: ScenePlan, model: VisionModel, detector: Detector, pointer: Pointer, score: Score) -> SceneResult:
+    """Render a scene, run all requests, and compare the results with the ground truth.
+
+    Args:
+        plan: Scene and questions.
+        model: Model for query and caption.
+        detector: Detector with the same model.
+        pointer: Pointer with the same model.
+        score: Score to update.
+    """
     from PIL import Image
 
     from moondream_cv.scenes import render_scene
@@ -97,24 +117,23 @@ def look(plan: Plan, model: VisionModel, detector: Detector, pointer: Pointer, s
     scene = render_scene(plan.seed, resolution_wh=RESOLUTION_WH, names=plan.names)
     image = Image.fromarray(scene.image)
     names = [*dict.fromkeys(plan.names), *plan.absent]
-    encode = getattr(model, "encode_image", None)  # a model that runs here encodes an image once for all questions
+    encode = getattr(model, "encode_image", None)  # a local model encodes the image once for all requests
     shown = image if encode is None else encode(image)
-    result = Shown(plan, scene, image, detector(shown, names), pointer(shown, plan.points))
+    result = SceneResult(plan, scene, image, detector(shown, names), pointer(shown, plan.points))
     result.checks.append(_check_boxes(result, score))
     result.checks.append(_check_points(result))
     requests, truths = _questions(plan, scene, shown)
-    replies = model.run(list(requests.values()))
-    for asked, reply, truth in zip(requests, replies, truths, strict=True):
-        said = _text_of(reply)
-        result.checks.append(Check(asked, said, truth, said == truth))
+    results = model.run(list(requests.values()))
+    for question, answer, truth in zip(requests, map(_text_of, results), truths, strict=True):
+        result.checks.append(Check(question, answer, truth, answer == truth))
     asked_and_right = [check.right for check in result.checks[1:]]
     score.questions += len(asked_and_right)
     score.right += sum(asked_and_right)
     return result
 
 
-def _questions(plan: Plan, scene: Scene, image: Any) -> tuple[dict[str, Any], list[str]]:
-    """What to ask about a scene, under what people read, and the true answers."""
+def _questions(plan: ScenePlan, scene: Scene, image: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the requests about a scene by their displayed question, and the correct answers."""
     from moondream_cv.requests import Caption, Query, Settings
     from moondream_cv.scenes import plural
     from moondream_cv.training.prompts import short_caption
@@ -124,10 +143,10 @@ def _questions(plan: Plan, scene: Scene, image: Any) -> tuple[dict[str, Any], li
     how_many = f"How many {plural(plan.count)} are there?"
     requests: dict[str, Any] = {how_many: Query(image, how_many, settings=settings)}
     truths = [str(len(scene.named(plan.count)))]
-    if plan.colour is not None:
-        which = f"What colour is the {plan.colour}?"
+    if plan.color is not None:
+        which = f"What color is the {plan.color}?"
         requests[which] = Query(image, which, settings=settings)
-        truths.append(str(scene.named(plan.colour)[0].color))
+        truths.append(str(scene.named(plan.color)[0].color))
     place = ((x / width, y / height),)
     requests[f"What is this, at {x:.0f}, {y:.0f}?"] = Query(
         image, "What is this?", spatial_refs=place, settings=settings
@@ -139,8 +158,8 @@ def _questions(plan: Plan, scene: Scene, image: Any) -> tuple[dict[str, Any], li
     return requests, truths
 
 
-def _check_boxes(result: Shown, score: Score) -> Check:
-    """Compare boxes with the scene's: a box is right if it overlaps one of its class by half, each counted once."""
+def _check_boxes(result: SceneResult, score: Score) -> Check:
+    """Compare boxes with the ground truth: one-to-one matching within each class at an IoU of 0.5 or more."""
     import numpy as np
     import supervision as sv
 
@@ -161,14 +180,14 @@ def _check_boxes(result: Shown, score: Score) -> Check:
         extra += [name] * (len(boxes) - matches)
     objects = len(result.scene.objects)
     score.objects, score.found, score.wrong = score.objects + objects, score.found + found, score.wrong + wrong
-    said = f"{found} of {objects} found" + (f", {wrong} wrong ({', '.join(extra)})" if wrong else "")
-    truth_text = f"missed: {', '.join(missed)}" if missed else "all there"
-    return Check(f"Detect {len(set(result.plan.names)) + len(result.plan.absent)} classes", said, truth_text,
+    summary = f"{found} of {objects} found" + (f", {wrong} wrong ({', '.join(extra)})" if wrong else "")
+    truth_text = f"missed: {', '.join(missed)}" if missed else "all found"
+    return Check(f"Detect {len(set(result.plan.names)) + len(result.plan.absent)} classes", summary, truth_text,
                  not missed and not wrong)  # fmt: skip
 
 
-def _check_points(result: Shown) -> Check:
-    """Compare points with the scene's: each object has to have one point within its box, and no point may be left."""
+def _check_points(result: SceneResult) -> Check:
+    """Compare points with the ground truth: each object must have one point in its box, and no point may remain."""
     left = [tuple(box[:2]) for box in result.points.xyxy.tolist()]
     truth = result.scene.named(result.plan.points)
     hits = 0
@@ -178,14 +197,14 @@ def _check_points(result: Shown) -> Check:
         if inside:
             left.remove(inside[0])
             hits += 1
-    said = f"{len(result.points)} point{'s' * (len(result.points) != 1)}, {hits} on it"
-    return Check(f"Point at {result.plan.points!r}", said, str(len(truth)), hits == len(truth) and not left)
+    summary = f"{len(result.points)} point{'s' * (len(result.points) != 1)}, {hits} on target"
+    return Check(f"Point at {result.plan.points!r}", summary, str(len(truth)), hits == len(truth) and not left)
 
 
-def _text_of(reply: Result) -> str:
+def _text_of(result: Result) -> str:
     from moondream_cv.requests import CaptionResult, ErrorResult, QueryResult
 
-    if isinstance(reply, ErrorResult):
-        raise reply.error
-    assert isinstance(reply, (QueryResult, CaptionResult))
-    return (reply.answer if isinstance(reply, QueryResult) else reply.caption).strip()
+    if isinstance(result, ErrorResult):
+        raise result.error
+    assert isinstance(result, (QueryResult, CaptionResult))
+    return (result.answer if isinstance(result, QueryResult) else result.caption).strip()

@@ -1,4 +1,4 @@
-"""`moondream-cv detect`: boxes around objects that are named."""
+"""`moondream-cv detect`: find objects by name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import options
-from .detect_command import Export, locate
-from .images_command import ImageOptions
-from .models import ModelOptions
+from . import options as shared
+from .detect_command import Export, run_detect_command
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -24,45 +22,36 @@ _SLICER_IOU = 0.5  # supervision's default for boxes of neighboring slices
 _SLICES_AT_ONCE = 8
 
 
+@shared.image_command()
 def detect(
-    images: options.Images,
-    classes: options.Classes = None,
-    classes_file: options.ClassesFile = None,
-    confidence: options.Confidence = 0.0,
-    max_objects: options.MaxObjects = 50,
-    nms: options.Nms = None,
-    max_area: options.MaxArea = None,
-    min_size: options.MinSize = 0.0,
+    images: shared.Images,
+    classes: shared.Classes = None,
+    classes_file: shared.ClassesFile = None,
+    confidence: shared.Confidence = 0.0,
+    max_objects: shared.MaxObjects = 50,
+    nms: shared.Nms = None,
+    max_area: shared.MaxArea = None,
+    min_size: shared.MinSize = 0.0,
     slice_size: Annotated[
         int | None,
         typer.Option(
             "--slice",
             min=32,
             metavar="PIXELS",
-            help="Detect in overlapping slices of this size, for small objects in large images.",
+            help="Size of overlapping slices in pixels, for small objects in large images. [dim]\\[default: off][/]",
             show_default=False,
         ),
     ] = None,
-    output: options.Output = None,
     save_txt: Annotated[
         Path | None,
-        typer.Option("--save-txt", metavar="FOLDER", help="Save labels in the YOLO format.", show_default=False),
+        typer.Option("--save-txt", metavar="FOLDER", help="Folder for labels in YOLO format.", show_default=False),
     ] = None,
     save_crop: Annotated[
         Path | None,
-        typer.Option("--save-crop", metavar="FOLDER", help="Save a crop of every object.", show_default=False),
+        typer.Option("--save-crop", metavar="FOLDER", help="Folder for a crop of every object.", show_default=False),
     ] = None,
-    overwrite: options.Overwrite = False,
-    recursive: options.Recursive = False,
-    model: options.Model = "moondream2",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    adapter: options.Adapter = None,
-    show: options.Show = False,
-    as_json: options.AsJson = False,
-    as_lines: options.AsLines = False,
-    verbose: options.Verbose = False,
-    quiet: options.Quiet = False,
+    *,
+    options: shared.ImageOptions,
 ) -> None:
     """Find objects by name: boxes, with confidences.
 
@@ -75,11 +64,11 @@ def detect(
     $ curl -s https://example.org/a.jpg | moondream-cv detect - -c face
     """
 
-    def make(vision_model: VisionModel) -> Callable[[Any, list[str]], sv.Detections]:
+    def make_detector(model: VisionModel) -> Callable[[Any, list[str]], sv.Detections]:
         from moondream_cv.detector import Detector
 
         detector = Detector(
-            vision_model,
+            model,
             confidence=confidence,
             max_objects=max_objects,
             nms=nms,
@@ -87,32 +76,21 @@ def detect(
             min_size=min_size,
             mark_truncated=True,
         )
-        return detector if slice_size is None else sliced(detector, slice_size, nms, max_area)
+        return detector if slice_size is None else with_slices(detector, slice_size, nms, max_area)
 
-    shared = ImageOptions(
-        images,
-        ModelOptions(model, device, dtype, adapter),
-        recursive=recursive,
-        output=output,
-        overwrite=overwrite,
-        as_json=as_json,
-        as_lines=as_lines,
-        show=show,
-        verbose=verbose,
-        quiet=quiet,
-    )
-    locate("detect", make, classes, classes_file, max_objects, shared, Export(save_txt, save_crop))
+    export = Export(save_txt, save_crop)
+    run_detect_command("detect", make_detector, images, classes, classes_file, max_objects, options, export)
 
 
-def sliced(
+def with_slices(
     detector: Detector, size: int, nms: float | None, max_area: float | None
 ) -> Callable[[Any, list[str]], sv.Detections]:
     """Return a function that detects in overlapping slices of an RGB image, with supervision's slicer.
 
     Args:
-        detector: Runs on each slice.
+        detector: Detector to run on each slice.
         size: Width and height of a slice in pixels; slices overlap by a fifth of it.
-        nms: Maximum overlap of boxes of a class, as a fraction of the smaller one; None is supervision's default, 0.5.
+        nms: Maximum overlap of boxes of a class, as a fraction of the smaller box; None for supervision's default, 0.5.
         max_area: Maximum fraction of the whole image that a box may cover.
     """
     import numpy as np

@@ -1,4 +1,4 @@
-"""The common part of `detect` and `point`: all classes on every image, then a table, JSON and annotated images."""
+"""Implementation of `detect` and `point`: run the model on every image; print a table or JSON; save images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moondream_cv.arguments import check_unique
 from moondream_cv.urls import is_url
 
 from .exports import CropFolder, LabelFolder
-from .images_command import ImageOptions, ImagesCommand, Item
-from .inputs import Picture
-from .output import Report, shown
+from .image_command import ImageCommand, Item
+from .inputs import InputImage
+from .options import ImageOptions
+from .report import Report, shown
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
 
 Find = Callable[[Any, "list[str]"], Any]
-"""Finds objects of the named classes in an RGB image; returns `sv.Detections` with `data["truncated"]`."""
+"""Function of an RGB image and class names, which returns `sv.Detections` with `data["truncated"]`."""
 
 
 @dataclass(frozen=True)
@@ -32,50 +34,59 @@ class Export:
     """Files to write in addition to annotated images.
 
     Attributes:
-        labels: Folder for labels in the YOLO format.
-        crops: Folder for the parts of the images in the boxes.
+        labels: Folder for labels in YOLO format; None writes none.
+        crops: Folder for the crops of the boxes; None writes none.
     """
 
     labels: Path | None = None
     crops: Path | None = None
 
 
-def locate(
+def run_detect_command(
     command: str,
-    make_finder: Callable[[VisionModel], Find],
+    make_detector: Callable[[VisionModel], Find],
+    images: Sequence[str],
     classes: Sequence[str] | None,
     classes_file: Path | None,
     max_objects: int,
     options: ImageOptions,
     export: Export | None = None,
 ) -> None:
-    """Run a detector or a pointer over images, and report and save the objects.
+    """Run a detector or a pointer on images, and print and save the objects.
 
-    Everything that can be wrong with the arguments is found before the model is loaded.
+    All arguments are checked before the model is loaded.
 
     Args:
         command: "detect" or "point".
-        make_finder: Makes the detector or pointer from the loaded model.
-        classes: Class names, also several in one separated by commas.
-        classes_file: A text file with more of them.
-        max_objects: Limit of the finder, for messages.
-        options: Images, model and outputs.
+        make_detector: Function that creates the detector or pointer from the loaded model.
+        images: Image arguments of the command line.
+        classes: Class names; each may contain several, separated by commas.
+        classes_file: Text file with further class names.
+        max_objects: Maximum number of objects per class, for messages.
+        options: Model and outputs.
         export: Labels and crops to write.
+
+    Raises:
+        ValueError: An argument is invalid.
+        typer.Exit: With status 1 if an image failed.
     """
     export = export or Export()
-    names = class_names(classes, classes_file, options.images, command)
-    run = ImagesCommand(command, options, classes=names)
+    # Check the arguments
+    names = class_names(classes, classes_file, images, command)
+    run = ImageCommand(command, images, options, classes=names)
     overwrite = options.overwrite
-    labels = LabelFolder(export.labels, names, run.pictures, overwrite) if export.labels else None
-    crops = CropFolder(export.crops, names, run.pictures, overwrite) if export.crops else None
-    with run.opened_model() as model:
-        find = make_finder(model)
+    labels = LabelFolder(export.labels, names, run.images, overwrite) if export.labels else None
+    crops = CropFolder(export.crops, names, run.images, overwrite) if export.crops else None
 
-        def locate_one(item: Item) -> None:
+    # Run the model on each image
+    with run.opened_model() as model:
+        find = make_detector(model)
+
+        def process(item: Item) -> None:
             with run.report.working(item.progress):
-                image = item.picture.open()
+                image = item.source.open()
                 found = find(image, names)
-            entry = _report_one(run.report, item.picture, image, found, model.has_scores, max_objects)
+            entry = _report_image(run.report, item.source, image, found, model.has_scores, max_objects)
             if item.target is not None or options.show:
                 run.show_and_save(annotated(image, found, model.has_scores), item, entry)
             if labels is not None:
@@ -84,7 +95,9 @@ def locate(
                 entry["crops"] = [str(path) for path in crops.write(item.index, image, found)]
             run.report.add(entry)
 
-        run.for_each(locate_one)
+        run.for_each(process)
+
+    # Report the written files
     for folder in (export.labels, export.crops):
         if folder is not None:
             run.report.notice(f"Saved {'labels' if folder == export.labels else 'crops'} in {shown(str(folder))}")
@@ -92,8 +105,8 @@ def locate(
 
 
 def annotated(image: Image.Image, found: sv.Detections, has_scores: bool) -> Image.Image:
-    """Draw detections into a copy of an RGB image."""
-    from .images import annotate
+    """Return a copy of an RGB image with its detections drawn."""
+    from .drawing import annotate
 
     return annotate(image, found, has_scores=has_scores)
 
@@ -103,17 +116,23 @@ def class_names(
 ) -> list[str]:
     """Return the class names of `--class` and `--classes-file`, in this order.
 
+    Args:
+        classes: Values of `--class`.
+        classes_file: Value of `--classes-file`.
+        images: Image arguments, for the example in the error message.
+        command: Name of the command, for the example in the error message.
+
     Raises:
-        ValueError: There are none, one is empty or given twice, or the file cannot be read.
+        ValueError: There are no class names, one is empty or repeated, or the file cannot be read.
     """
     if not classes and classes_file is None:
-        raise ValueError(f"no class names are given; add -c NAME, for example: {_example(images, command)}")
+        raise ValueError(f"class names are missing; add -c NAME, for example: {_example(images, command)}")
     names = [name for text in classes or () for name in split_class(text)]
-    return check_unique([*names, *([] if classes_file is None else read_classes(classes_file))])
+    return check_unique("class names", [*names, *([] if classes_file is None else read_classes(classes_file))])
 
 
 def _example(images: Sequence[str], command: str) -> str:
-    """Return a command line with class names, made of the arguments of one without."""
+    """Return an example of a command line with class names, made from the arguments."""
     files = [image for image in images if Path(image).suffix or os.path.exists(image) or is_url(image)]
     files = files or list(images[:1])
     others = [image for image in images if image not in files] or ["dog", "red circle"]
@@ -130,8 +149,8 @@ def split_class(text: str) -> list[str]:
     if not all(names):
         if any(names):
             kept = ",".join(filter(None, names))
-            raise ValueError(f"the class names {text!r} contain an empty name; write {kept!r}")
-        raise ValueError(f"a class name must not be empty, got {text!r}")
+            raise ValueError(f"class names must not be empty, got {text!r}; write {kept!r}")
+        raise ValueError(f"class names must not be empty, got {text!r}")
     return names
 
 
@@ -144,7 +163,7 @@ def read_classes(path: Path) -> list[str]:
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--classes-file {path} is not UTF-8 text; save it as UTF-8, one name per line") from error
+        raise ValueError(f"--classes-file {path} must be UTF-8 text; save it as UTF-8, one name per line") from error
     except (OSError, RuntimeError, ValueError) as error:  # "~nobody", a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"--classes-file {path} cannot be read: {reason}") from error
@@ -154,45 +173,35 @@ def read_classes(path: Path) -> list[str]:
     return names
 
 
-def check_unique(names: Sequence[str]) -> list[str]:
-    """Return the names as a list.
-
-    Raises:
-        ValueError: A name is given twice.
-    """
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"class names must be unique; duplicates: {', '.join(map(repr, twice))}")
-    return list(names)
-
-
-def _report_one(
-    report: Report, picture: Picture, image: Image.Image, found: sv.Detections, has_scores: bool, max_objects: int
+def _report_image(
+    report: Report, source: InputImage, image: Image.Image, found: sv.Detections, has_scores: bool, max_objects: int
 ) -> dict[str, Any]:
-    """Print the table of one image, and return its JSON."""
+    """Print the table of one image, and return its JSON entry."""
     points = report.command == "point"
-    entry: dict[str, Any] = {"image": picture.name, "width": image.width, "height": image.height}
+    entry: dict[str, Any] = {"image": source.name, "width": image.width, "height": image.height}
     entry["points" if points else "objects"] = _entries(found, points)
-    title = shown(picture.title)
-    what = "nothing" if not len(found) else f"{len(found)} {'point' if points else 'object'}{'s' * (len(found) > 1)}"
-    report.print(f"{title}  {image.width}×{image.height}  {what} found")
+    title = shown(source.title)
+    count = "nothing" if not len(found) else f"{len(found)} {'point' if points else 'object'}{'s' * (len(found) > 1)}"
+    report.print(f"{title}  {image.width}×{image.height}  {count} found")
     if len(found):
         report.print(_table(found, points, has_scores))
-    cut_off = _cut_off(found)
-    if cut_off:
-        entry["truncated"] = cut_off
-        report.notice(f"{title}: there may be more of {', '.join(map(repr, cut_off))} than --max-objects {max_objects}")
+    truncated = _truncated_classes(found)
+    if truncated:
+        entry["truncated"] = truncated
+        report.notice(
+            f"{title}: there may be more of {', '.join(map(repr, truncated))} than --max-objects {max_objects}"
+        )
     return entry
 
 
-def _cut_off(found: sv.Detections) -> list[str]:
-    """Names of the classes of which there may be more than were asked for."""
-    rows = zip(found.data["class_name"], found.data["truncated"], strict=True)
-    return list(dict.fromkeys(str(name) for name, truncated in rows if truncated))
+def _truncated_classes(found: sv.Detections) -> list[str]:
+    """Return the class names that `max_objects` truncated."""
+    pairs = zip(found.data["class_name"], found.data["truncated"], strict=True)
+    return list(dict.fromkeys(str(name) for name, truncated in pairs if truncated))
 
 
-def _rows(found: sv.Detections, points: bool) -> list[tuple[str, int, float, list[float]]]:
-    """Class name, class id, confidence and coordinates in pixels of every object."""
+def _objects(found: sv.Detections, points: bool) -> list[tuple[str, int, float, list[float]]]:
+    """Return class name, class id, confidence and coordinates in pixels of every object."""
     assert found.confidence is not None
     assert found.class_id is not None
     coordinates = found.xyxy[:, :2] if points else found.xyxy
@@ -208,7 +217,7 @@ def _entries(found: sv.Detections, points: bool) -> list[dict[str, Any]]:
             "confidence": round(confidence, 4),
             "xy" if points else "xyxy": [round(value, 2) for value in numbers],
         }
-        for name, class_id, confidence, numbers in _rows(found, points)
+        for name, class_id, confidence, numbers in _objects(found, points)
     ]
 
 
@@ -222,6 +231,6 @@ def _table(found: sv.Detections, points: bool, has_scores: bool) -> Table:
     table.add_column("confidence", justify="right")
     for name in ("x", "y") if points else ("left", "top", "right", "bottom"):
         table.add_column(name, justify="right")
-    for name, _, confidence, numbers in _rows(found, points):
+    for name, _, confidence, numbers in _objects(found, points):
         table.add_row(Text(shown(name)), f"{confidence:.2f}" if has_scores else "-", *(f"{n:.0f}" for n in numbers))
     return table

@@ -1,4 +1,4 @@
-"""`moondream-cv download`: download a model before it is needed, or for another machine."""
+"""`moondream-cv download`: download a model ahead of time, or for another machine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated
 import typer
 
 from .options import AsJson
-from .output import SCHEMA, shown
+from .report import SCHEMA, shown
 
 
 def download(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="moondream2, a hub repo@revision with weights or a tokenizer, or a folder."
+            metavar="NAME", help="Model: moondream2, a hub repo@revision with weights or a tokenizer, or a folder."
         ),
     ] = "moondream2",
     to: Annotated[
@@ -24,7 +24,7 @@ def download(
         typer.Option(
             "--to",
             metavar="FOLDER",
-            help="Write weights, config and tokenizer into one folder, for a machine without a network.",
+            help="Folder for weights, config and tokenizer, for a machine without a network.",
             show_default=False,
         ),
     ] = None,
@@ -32,8 +32,8 @@ def download(
 ) -> None:
     """Download a model, and print the path of its folder.
 
-    An interrupted download continues when it is run again. Afterwards the model loads without a network
-    (HF_HUB_OFFLINE=1). Copy a folder from --to to another machine and use it there as --model FOLDER.
+    An interrupted download resumes when the command is run again. After the download, the model loads without a
+    network (HF_HUB_OFFLINE=1). A folder written by --to can be copied to another machine and used as --model FOLDER.
 
     \b
     [bold]Examples[/]

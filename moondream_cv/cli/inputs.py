@@ -1,6 +1,6 @@
-"""From the arguments of a command line to images: files, folders, globs, URLs and standard input.
+"""Input images of a command: files, folders, globs, URLs and standard input.
 
-Missing and damaged files are found by `Picture.check` before a model is loaded, and do not stop the other images.
+`InputImage.check` finds missing and damaged files before a model is loaded.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 
-_MAX_EARLY_DOWNLOADS = 8  # images that are downloaded and kept in memory before a model is loaded
+_MAX_EARLY_DOWNLOADS = 8  # images downloaded and kept in memory before the model is loaded
 
 
 @dataclass
-class Picture:
+class InputImage:
     """An input image.
 
     Attributes:
-        name: As the user wrote it, or the path that a folder or glob gave; "-" is standard input.
+        name: Argument of the command line, or a path from a folder or glob; "-" is standard input.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Picture:
 
     @property
     def title(self) -> str:
-        """Name for messages: a URL without its user, password and query."""
+        """Name for messages; a URL is shown without user, password and query."""
         return shown_url(self.name) if is_url(self.name) else self.name
 
     def check(self, download: bool = False) -> None:
         """Check the image by its header, without decoding it. Standard input is read and kept.
 
         Args:
-            download: Download a URL and keep its content; otherwise only the form of the URL is checked.
+            download: Download a URL and keep its content; if False, only the syntax of the URL is checked.
 
         Raises:
-            ImageError: It is missing, cannot be read, or is not an image.
+            ImageError: The image is missing, cannot be read, or is not an image.
         """
         from moondream_cv.downloads import download_image
         from moondream_cv.images import check_image_file
@@ -69,10 +69,10 @@ class Picture:
             raise self._error(error) from error
 
     def open(self) -> Image.Image:
-        """Decode the image, upright, in RGB. Content that `check` kept is released.
+        """Return the decoded upright image in RGB, and release the content that `check` kept.
 
         Raises:
-            ImageError: It is missing, damaged, or not an image.
+            ImageError: The image is missing, damaged, or not an image.
         """
         from PIL import Image
 
@@ -94,49 +94,53 @@ class Picture:
         return error
 
 
-def expand(arguments: Sequence[str], recursive: bool = False) -> list[Picture]:
-    """Expand folders and globs, each in alphabetical order; other arguments keep their place.
+def expand_inputs(arguments: Sequence[str], recursive: bool = False) -> list[InputImage]:
+    """Return the input images of a command, with folders and globs expanded in alphabetical order.
 
-    A glob gives what a shell would give: the folders among its matches are expanded as well, unless it contains `**`.
+    Globs match as in a shell: folders among the matches are expanded as well, unless the glob contains `**`.
 
     Args:
         arguments: Files, folders, globs, URLs, or "-" for standard input.
-        recursive: Search the subfolders of folders too, except hidden ones.
+        recursive: Include images in subfolders, except hidden ones.
 
     Raises:
-        ValueError: An argument is empty, a folder contains no images, or standard input is named twice or is a
-            terminal.
+        ValueError: An argument is empty, a folder contains no images, or standard input is repeated or is a terminal.
         ImageError: A folder cannot be read.
     """
     names = [name for argument in arguments for name in _expand_one(argument, recursive)]
     if STDIN in names:
         if names.count(STDIN) > 1:
-            raise ValueError("- stands for standard input, which can be read only once")
+            raise ValueError("- (standard input) must be given only once")
         if sys.stdin is None or sys.stdin.isatty():
-            raise ValueError("- reads an image from standard input, and nothing is piped in: try ... - < photo.jpg")
-    return [Picture(name) for name in names]
+            raise ValueError(
+                "- reads an image from standard input, got a terminal; pipe an image in: ... - < photo.jpg"
+            )
+    return [InputImage(name) for name in names]
 
 
-def is_several(arguments: Sequence[str], pictures: Sequence[Picture]) -> bool:
-    """Return whether a command is about several images: there is more than one, or a folder, whatever it contains."""
-    return len(pictures) > 1 or any(os.path.isdir(os.path.expanduser(argument)) for argument in arguments)
+def is_multiple(arguments: Sequence[str], images: Sequence[InputImage]) -> bool:
+    """Return whether a command has several images: more than one image, or a folder with any number of images."""
+    return len(images) > 1 or any(os.path.isdir(os.path.expanduser(argument)) for argument in arguments)
 
 
-def check_all(pictures: Sequence[Picture]) -> dict[int, ImageError]:
-    """Check all images before a model is loaded.
+def check_all(images: Sequence[InputImage]) -> dict[int, ImageError]:
+    """Check all images before the model is loaded.
 
-    The first 8 URLs are downloaded, so that a wrong URL is found before the weights are downloaded; others later.
+    The first 8 URLs are downloaded, so that an invalid URL is found before the weights are downloaded.
+
+    Args:
+        images: Input images.
 
     Returns:
-        The errors of those that fail, by index.
+        Errors by index of the image.
     """
     errors = {}
     downloads = 0
-    for index, picture in enumerate(pictures):
-        download = is_url(picture.name) and downloads < _MAX_EARLY_DOWNLOADS
+    for index, image in enumerate(images):
+        download = is_url(image.name) and downloads < _MAX_EARLY_DOWNLOADS
         downloads += download
         try:
-            picture.check(download)
+            image.check(download)
         except ImageError as error:
             errors[index] = error
     return errors
@@ -144,12 +148,12 @@ def check_all(pictures: Sequence[Picture]) -> dict[int, ImageError]:
 
 def _expand_one(argument: str, recursive: bool) -> list[str]:
     if not argument:
-        raise ValueError("an image argument is empty; name a file, a folder, a URL or -")
+        raise ValueError("an image argument must not be empty; name a file, a folder, a URL or -")
     path = os.path.expanduser(argument)
     if argument == STDIN or is_url(argument) or os.path.isfile(path):
         return [argument]
     if os.path.isdir(path):
-        return _images_of(argument, path, recursive)
+        return _images_in(argument, path, recursive)
     if glob.has_magic(argument):  # a pattern that matches nothing is reported as missing, like a file
         matches = sorted(glob.glob(path, recursive=True))
         names = []
@@ -157,41 +161,41 @@ def _expand_one(argument: str, recursive: bool) -> list[str]:
             if not os.path.isdir(match):
                 names.append(match)
             elif "**" not in argument:
-                names += _images_of(match, match, recursive)
+                names += _images_in(match, match, recursive)
         return list(dict.fromkeys(names)) or [argument]
     return [argument]
 
 
-def _images_of(name: str, path: str, recursive: bool) -> list[str]:
-    """Return the paths of a folder's images, each beginning with the folder's name as the user wrote it."""
+def _images_in(name: str, path: str, recursive: bool) -> list[str]:
+    """Return the paths of the images in a folder; each begins with the folder as given on the command line."""
     try:
-        found = sorted(os.path.join(name, relative) for relative in _files_of(path, recursive))
+        found = sorted(os.path.join(name, relative) for relative in _image_files(path, recursive))
     except OSError as error:
         raise ImageError(f"the folder {name!r} cannot be read: {error.strerror or error}") from error
     if found:
         return found
     from moondream_cv.images import IMAGE_SUFFIXES
 
-    if not recursive and next(iter(_files_of(path, recursive=True)), None) is not None:
+    if not recursive and next(iter(_image_files(path, recursive=True)), None) is not None:
         raise ValueError(f"the folder {name} contains no images, but its subfolders do; add --recursive")
     raise ValueError(f"the folder {name} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
 
 
-def _files_of(folder: str, recursive: bool) -> Iterator[str]:
+def _image_files(folder: str, recursive: bool) -> Iterator[str]:
     """Yield the relative paths of the image files in a folder; hidden files and folders are ignored."""
 
     def fail(error: OSError) -> None:
         if error.filename == folder or not recursive:
-            raise error  # a subfolder that cannot be read is skipped, as `find` does
+            raise error  # unreadable subfolders are skipped, as by `find`
 
     for place, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         for file in files:
-            if _looks_like_image(os.path.join(place, file)):
+            if _has_image_suffix(os.path.join(place, file)):
                 yield os.path.relpath(os.path.join(place, file), folder)
 
 
-def _looks_like_image(path: str) -> bool:
+def _has_image_suffix(path: str) -> bool:
     from moondream_cv.images import IMAGE_SUFFIXES
 
     suffix = os.path.splitext(path)[1].lower()

@@ -1,4 +1,4 @@
-"""Opens the model that a command asks for."""
+"""Loading of the model of a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.urls import is_url
 
-from .output import Report, shown_model
+from .report import Report, shown_model
 
 if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A model and how it is loaded.
+    """A model and its loading options.
 
     Attributes:
-        name: A name for `moondream_cv.load`, or a server's URL.
-        device: Where to load it; None is the best there is.
-        dtype: "float32", "bfloat16" or "float16"; None is the best for the device.
-        adapter: An adapter's file or id.
+        name: Model name for `moondream_cv.load`, or server URL.
+        device: Device for the model; None selects the best available.
+        dtype: "float32", "bfloat16" or "float16"; None selects the best for the device.
+        adapter: LoRA adapter, as a file or an id; None uses none.
     """
 
     name: str
@@ -35,15 +35,15 @@ class ModelOptions:
 
 @contextmanager
 def opened_model(options: ModelOptions, skills: set[str], report: Report) -> Iterator[VisionModel]:
-    """Load a model, and close it afterwards.
+    """Load a model for the length of a `with`.
 
     Args:
-        options: The model and how it is loaded.
-        skills: Skills that it must have.
-        report: Where progress is shown.
+        options: Model and loading options.
+        skills: Required skills.
+        report: Output for progress.
 
     Raises:
-        MoondreamError: It cannot be loaded, or lacks a skill.
+        MoondreamError: The model cannot be loaded, or does not have a skill.
         ValueError: The name or the device is unknown.
     """
     model = load_model(options, report)
@@ -60,10 +60,14 @@ def opened_model(options: ModelOptions, skills: set[str], report: Report) -> Ite
 
 
 def load_model(options: ModelOptions, report: Report) -> VisionModel:
-    """Load a model by name, or use the one behind a server's URL.
+    """Load a model by name, or connect to a server by URL.
+
+    Args:
+        options: Model and loading options.
+        report: Output for progress.
 
     Raises:
-        MoondreamError: It cannot be loaded.
+        MoondreamError: The model cannot be loaded.
         ValueError: The name or the device is unknown, or an option does not apply to a server.
     """
     if is_url(options.name):
@@ -77,7 +81,7 @@ def load_model(options: ModelOptions, report: Report) -> VisionModel:
     from moondream_cv.loading import choose_device, load
 
     choose_device(options.device)
-    if options.adapter is not None:  # found before the weights are downloaded
+    if options.adapter is not None:  # raises before the weights are downloaded
         from moondream_cv.model.adapters import find_adapter
 
         find_adapter(options.adapter)
@@ -89,12 +93,14 @@ def load_model(options: ModelOptions, report: Report) -> VisionModel:
 
 
 def check_remote(options: ModelOptions) -> None:
-    """Check the options of a model behind a URL.
+    """Check the options of a model on a server.
 
     Raises:
-        ValueError: An option is given that only applies to a model on this machine.
+        ValueError: An option is set that only applies to a local model.
     """
     given = [name for name in ("device", "dtype", "adapter") if getattr(options, name) is not None]
     if given:
         names = ", ".join(f"--{name}" for name in given)
-        raise ValueError(f"{names}: only for a model on this machine, and {shown_model(options.name)} is a server")
+        raise ValueError(
+            f"{names} applies to a local model only, and {shown_model(options.name)} is a server; remove it"
+        )

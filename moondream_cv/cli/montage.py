@@ -1,4 +1,4 @@
-"""One picture out of several: a title, panels in two columns, and what was said beneath each."""
+"""Montage of images: a title, and panels in two columns with text below each image."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from moondream_cv.fonts import Font, load_font
 
-from .images import RGB, WHITE
+from .drawing import RGB, WHITE
 
-GREY: RGB = (110, 114, 122)
+GRAY: RGB = (110, 114, 122)
 RED: RGB = (200, 40, 40)
 _BACKGROUND: RGB = (244, 245, 247)
 _TITLE: RGB = (30, 34, 46)
@@ -22,19 +22,25 @@ _SPACE = 6
 
 @dataclass(frozen=True)
 class Panel:
-    """An annotated picture, and the lines to write beneath it, each made of pieces of text and their colours."""
+    """An image and the text lines below it.
+
+    Attributes:
+        image: Annotated image.
+        lines: Lines, each as a sequence of texts with their colors.
+    """
 
     image: Image.Image
     lines: Sequence[Sequence[tuple[str, RGB]]]
 
 
 def make_montage(title: str, subtitle: str, panels: Sequence[Panel], *, panel_width: int = 640) -> Image.Image:
-    """Lay panels out in two columns under a title.
+    """Return an image with panels in two columns below a title.
 
     Args:
-        title: In large letters.
-        subtitle: Beneath it, in small ones.
-        panels: At least one; each picture is scaled to `panel_width` pixels.
+        title: Title text.
+        subtitle: Text below the title.
+        panels: One or more panels.
+        panel_width: Width of each panel image in pixels.
     """
     cards = [_make_card(panel, panel_width) for panel in panels]
     rows = [cards[start : start + 2] for start in range(0, len(cards), 2)]
@@ -66,21 +72,21 @@ def _make_card(panel: Panel, width: int) -> Image.Image:
     card.paste(image, (0, 0))
     draw = ImageDraw.Draw(card)
     for number, line in enumerate(lines):
-        for x, word, colour in line:
-            font.draw(draw, (padding + x, image.height + padding + number * step), word, colour)
+        for x, word, color in line:
+            font.draw(draw, (padding + x, image.height + padding + number * step), word, color)
     return card
 
 
 def _flow(pieces: Sequence[tuple[str, RGB]], font: Font, width: float) -> list[list[tuple[float, str, RGB]]]:
-    """Set words side by side and break lines; give each line's words with their x in pixels."""
+    """Return the lines of a text flow; each line has the x in pixels, the text and the color of its words."""
     lines: list[list[tuple[float, str, RGB]]] = [[]]
     x = 0.0
-    for text, colour in pieces:
+    for text, color in pieces:
         for word in text.split():
             length = font.getlength(word)
             if lines[-1] and x + length > width:
                 lines.append([])
                 x = 0.0
-            lines[-1].append((x, word, colour))
+            lines[-1].append((x, word, color))
             x += length + _SPACE
     return lines

@@ -1,11 +1,16 @@
-"""Arguments and options that several subcommands share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
+
+from .models import ModelOptions
 
 Images = Annotated[
     list[str],
@@ -15,14 +20,14 @@ Images = Annotated[
         show_default=False,
     ),
 ]
-Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Search the subfolders of folders too.")]
+Recursive = Annotated[bool, typer.Option("--recursive", "-r", help="Include images in subfolders.")]
 Classes = Annotated[
     list[str] | None,
     typer.Option(
         "--class",
         "-c",
         metavar="NAME",
-        help="Name of an object to find; repeat it or separate names by commas.",
+        help="Class name; repeat it or separate names by commas.",
         show_default=False,
     ),
 ]
@@ -43,7 +48,7 @@ Nms = Annotated[
         min=0,
         max=1,
         metavar="0..1",
-        help="Drop boxes whose IoU with a more confident box of their class is higher.",
+        help="IoU threshold of non-maximum suppression within each class. [dim]\\[default: off][/]",
         show_default=False,
     ),
 ]
@@ -54,12 +59,13 @@ MaxArea = Annotated[
         min=0,
         max=1,
         metavar="0..1",
-        help="Drop boxes that cover more than this fraction of the image, such as 0.95.",
+        help="Maximum box area as a fraction of the image, such as 0.95. [dim]\\[default: off][/]",
         show_default=False,
     ),
 ]
 MinSize = Annotated[
-    float, typer.Option("--min-size", min=0, metavar="PIXELS", help="Drop boxes with a shorter side than this.")
+    float,
+    typer.Option("--min-size", min=0, metavar="PIXELS", help="Minimum length of the shorter box side in pixels."),
 ]
 Model = Annotated[
     str,
@@ -67,7 +73,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="NAME",
-        help="Name of the model: moondream2, tiny, a hub repo@revision, a folder, or a server's URL.",
+        help="Model: moondream2, tiny, a hub repo@revision, a folder or a server URL.",
         autocompletion=lambda: ["moondream2", "tiny"],
     ),
 ]
@@ -76,7 +82,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="NAME",
-        help="cpu, mps, cuda or cuda:1. [dim]\\[default: the best available][/]",
+        help="Device: cpu, mps, cuda or cuda:1. [dim]\\[default: the best available][/]",
         show_default=False,
         autocompletion=lambda: ["cpu", "cuda", "mps"],
     ),
@@ -86,14 +92,17 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="float32|bfloat16|float16",
-        help="Number format of the weights. [dim]\\[default: the best for the device][/]",
+        help="Data type of the weights. [dim]\\[default: the best for the device][/]",
         show_default=False,
     ),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", metavar="FILE|ID", help="LoRA adapter for the model.", show_default=False),
-]
+    typer.Option(
+        "--adapter", metavar="FILE|ID", help="LoRA adapter, as a file or an id. [dim]\\[default: none][/]",
+        show_default=False,
+    ),
+]  # fmt: skip
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print JSON: a document for one image, JSON Lines for several."),
@@ -105,25 +114,102 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FILE|FOLDER",
-        help="Save the annotated image as this .png, .jpg or .webp, or several in this folder; - prints a PNG.",
+        help="File (.png, .jpg or .webp) or folder for annotated images; - prints a PNG.",
         show_default=False,
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace output files that exist.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output files.")]
 Show = Annotated[
-    bool, typer.Option("--show", help="Show each annotated image in a window; any key goes on, q closes it.")
+    bool,
+    typer.Option("--show", help="Show each annotated image in a window; any key shows the next one, q closes it."),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print debug messages on standard error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors on standard error.")]
 QuietLong = Annotated[bool, typer.Option("--quiet", help="Print only errors on standard error.")]
-"""`--quiet` of a command in which -q is taken."""
+"""`--quiet` for a command that uses -q for another option."""
 
 Temperature = Annotated[
     float,
-    typer.Option("--temperature", min=0, metavar="T", help="Sampling temperature; 0 always gives the same text."),
+    typer.Option("--temperature", min=0, metavar="T", help="Sampling temperature; 0 is greedy decoding."),
 ]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Maximum length of the text.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", min=1, metavar="N", help="Maximum length of the text in tokens.")
+]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", min=0, metavar="N", help="Random seed, for repeatable sampling.", show_default=False),
-]
+    typer.Option(
+        "--seed", min=0, metavar="N", help="Random seed for repeatable sampling. [dim]\\[default: none][/]",
+        show_default=False,
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Options that all commands about images share; `image_command` adds them to a command.
+
+    Attributes:
+        output: File, folder or "-" for annotated images, see `saving.plan_outputs`.
+        overwrite: Replace existing files.
+        recursive: Include images in subfolders.
+        model: Model name or server URL.
+        device: Device for the model.
+        dtype: Data type of the weights.
+        adapter: LoRA adapter, as a file or an id.
+        show: Show each annotated image in a window.
+        as_json: Print JSON instead of text.
+        as_lines: Print JSON Lines, even for a single image.
+        verbose: Log debug messages.
+        quiet: Print only errors on standard error.
+    """
+
+    output: Output = None
+    overwrite: Overwrite = False
+    recursive: Recursive = False
+    model: Model = "moondream2"
+    device: Device = None
+    dtype: Dtype = None
+    adapter: Adapter = None
+    show: Show = False
+    as_json: AsJson = False
+    as_lines: AsLines = False
+    verbose: Verbose = False
+    quiet: Quiet = False
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The model and its loading options."""
+        return ModelOptions(self.model, self.device, self.dtype, self.adapter)
+
+
+def image_command(**annotations: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the options of `ImageOptions` to a command.
+
+    The command receives them as its argument `options`.
+
+    Args:
+        **annotations: Annotations that replace those of `ImageOptions`, by option.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = {**get_type_hints(ImageOptions, include_extras=True), **annotations}
+        shared = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(ImageOptions)
+        ]
+        own = inspect.signature(function, eval_str=True).parameters
+        names = {parameter.name for parameter in shared}
+
+        def command(**values: Any) -> None:
+            options = ImageOptions(**{name: values.pop(name) for name in names})
+            function(**values, options=options)
+
+        parameters = [*(parameter for name, parameter in own.items() if name != "options"), *shared]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate

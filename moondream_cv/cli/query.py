@@ -1,4 +1,4 @@
-"""`moondream-cv query`: ask about images."""
+"""`moondream-cv query`: ask a question about images."""
 
 from __future__ import annotations
 
@@ -6,50 +6,43 @@ from typing import Annotated, Any
 
 import typer
 
-from . import options
-from .images_command import ImageOptions
-from .models import ModelOptions
-from .text_command import tell
+from . import options as shared
+from .text_command import run_text_command
 
 
+@shared.image_command(quiet=shared.QuietLong)
 def query(
-    question: Annotated[str, typer.Option("--question", "-q", metavar="TEXT", help="The question.")],
+    question: Annotated[str, typer.Option("--question", "-q", metavar="TEXT", help="Question about the images.")],
     images: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="IMAGE",
-            help="Files, folders, globs (quoted or not) or URLs; - reads standard input. Optional.",
+            help="Optional files, folders, globs (quoted or not) or URLs; - reads standard input.",
             show_default=False,
         ),
     ] = None,
-    reasoning: Annotated[bool, typer.Option("--reasoning", help="Reason first, and print the reasoning.")] = False,
+    reasoning: Annotated[
+        bool, typer.Option("--reasoning", help="Generate reasoning before the answer, and print it.")
+    ] = False,
     points: Annotated[
         list[str] | None,
-        typer.Option("--point", metavar="X,Y", help="Point in the image, as fractions; repeatable."),
+        typer.Option(
+            "--point", metavar="X,Y", help="Point that the question refers to, as fractions of the image; repeatable."
+        ),
     ] = None,
     boxes: Annotated[
         list[str] | None,
         typer.Option(
             "--box",
             metavar="X0,Y0,X1,Y1",
-            help="Region in the image, as fractions; repeatable.",
+            help="Box that the question refers to, as fractions of the image; repeatable.",
         ),
     ] = None,
-    temperature: options.Temperature = 0.5,
-    max_tokens: options.MaxTokens = 768,
-    seed: options.Seed = None,
-    output: options.Output = None,
-    overwrite: options.Overwrite = False,
-    recursive: options.Recursive = False,
-    model: options.Model = "moondream2",
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    adapter: options.Adapter = None,
-    show: options.Show = False,
-    as_json: options.AsJson = False,
-    as_lines: options.AsLines = False,
-    verbose: options.Verbose = False,
-    quiet: options.QuietLong = False,
+    temperature: shared.Temperature = 0.5,
+    max_tokens: shared.MaxTokens = 768,
+    seed: shared.Seed = None,
+    *,
+    options: shared.ImageOptions,
 ) -> None:
     """Ask a question about images.
 
@@ -69,39 +62,32 @@ def query(
         return Query(image, question, reasoning, refs, settings)
 
     if refs and not images:
-        raise ValueError("--point and --box are places in an image, and no image is given")
-    if not images and (output is not None or show):
-        raise ValueError("--output and --show are about annotated images, and no image is given")
-    make_request(... if images else None)  # wrong options end the command before a model is loaded
-    shared = ImageOptions(
-        images or (),
-        ModelOptions(model, device, dtype, adapter),
-        recursive=recursive,
-        output=output,
-        overwrite=overwrite,
-        as_json=as_json,
-        as_lines=as_lines,
-        show=show,
-        verbose=verbose,
-        quiet=quiet,
-    )
-    tell("query", make_request, shared, question=question)
+        raise ValueError("--point and --box need an image; name one before them")
+    if not images and (options.output is not None or options.show):
+        raise ValueError("--output and --show need an image to annotate; name one")
+    make_request(... if images else None)  # raises for invalid options before the model is loaded
+    run_text_command("query", make_request, images or (), options, question=question)
 
 
 def parse_numbers(option: str, text: str, count: int) -> tuple[float, ...]:
-    """Read numbers separated by commas.
+    """Return numbers separated by commas.
+
+    Args:
+        option: Name of the option, for error messages.
+        text: Value of the option.
+        count: Required number of numbers.
 
     Raises:
-        ValueError: There are not `count` of them, or they are no fractions in 0..1.
+        ValueError: There are more or fewer numbers, or one is not between 0 and 1.
     """
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if len(numbers) != count:
-        raise ValueError(f"{option} takes {count} numbers separated by commas, not {text!r}")
+        raise ValueError(f"{option} must be {count} numbers separated by commas, got {text!r}")
     if not all(0 <= number <= 1 for number in numbers):
         raise ValueError(
-            f"{option} {text}: coordinates are fractions of the image in 0..1; divide pixels by its width and height"
+            f"{option} must be fractions of the image between 0 and 1, got {text}; divide pixels by the image size"
         )
     return numbers

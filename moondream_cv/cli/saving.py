@@ -1,6 +1,6 @@
-"""Files that a command writes: one annotated image or a folder of them, to new files unless `--overwrite` is given.
+"""Output files of a command: paths, checks and writing.
 
-Where files go is decided and checked before a model is loaded.
+All paths are checked before the model is loaded. Existing files are replaced only with `--overwrite`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from .inputs import Picture
-from .output import writing_stdout
+from .inputs import InputImage
+from .report import writing_stdout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,61 +24,72 @@ SAVED_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 STDOUT = Path("-")
 
 
-def plan_outputs(output: str | None, pictures: Sequence[Picture], overwrite: bool = False) -> list[Path | None]:
-    """Decide where each annotated image is saved, before anything is computed.
+def plan_outputs(output: str | None, images: Sequence[InputImage], overwrite: bool = False) -> list[Path | None]:
+    """Return the path of each annotated image, after checking that it can be written.
 
     Args:
-        output: A file such as `out.png`; "-" for standard output; a folder, which ends in a slash, exists, or has no
+        output: File such as `out.png`; "-" for standard output; a folder, which ends with a slash, exists, or has no
             suffix; or None to save nothing.
-        pictures: The input images.
-        overwrite: Replace files that exist.
+        images: Input images.
+        overwrite: Replace existing files.
 
     Returns:
         A path for each image; `STDOUT` is standard output.
 
     Raises:
-        ValueError: There are several images for one file, the format is unknown, the place cannot be written, or an
-            input or, without `overwrite`, another file would be replaced.
+        ValueError: Several images have one output file, the format is unknown, the folder cannot be written, or an
+            input image or, without `overwrite`, another file would be replaced.
     """
     if output is None:
-        return [None] * len(pictures)
+        return [None] * len(images)
     if output == str(STDOUT):
-        return [_check_stdout(len(pictures))]
+        return [_check_stdout(len(images))]
     if not output:
-        raise ValueError("--output must not be empty; name a file, a folder or -")
+        raise ValueError("--output must not be empty; use a file, a folder or -")
     path = Path(os.path.expanduser(output))
     is_folder = os.path.isdir(path) or not path.suffix or output.endswith(tuple(filter(None, (os.sep, os.altsep))))
     if is_folder:
-        targets = file_names(path, pictures)
+        targets = file_names(path, images)
     else:
-        targets = [_check_file(path, len(pictures))]
+        targets = [_check_file(path, len(images))]
     check_folder("--output", path if is_folder else path.parent, "name a file that ends in .png" if is_folder else "")
-    check_targets("--output", targets, pictures, overwrite)
+    check_targets("--output", targets, images, overwrite)
     return list(targets)
 
 
 def check_folder(option: str, folder: Path, advice: str = "") -> None:
-    """Check that files can be written into a folder, which may have to be made.
+    """Check that files can be written to a folder, which need not exist yet.
+
+    Args:
+        option: Name of the option, for error messages.
+        folder: Folder.
+        advice: Advice for the error message.
 
     Raises:
-        ValueError: It is not a folder, or cannot be made or written; the message names the option.
+        ValueError: The path is not a folder, or the folder cannot be created or written.
     """
     place = folder
     while not os.path.exists(place) and place.parent != place:
         place = place.parent
     if not os.path.isdir(place):
-        raise ValueError(f"{option} {folder}: {place} is not a folder; {advice or 'choose another place'}")
+        raise ValueError(f"{option} {folder}: {place} is not a folder; {advice or 'choose another folder'}")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {folder}: no permission to write to the folder {place}; choose another place")
+        raise ValueError(f"{option} {folder}: no permission to write to the folder {place}; choose another folder")
 
 
-def check_targets(option: str, targets: Iterable[Path], pictures: Sequence[Picture], overwrite: bool) -> None:
-    """Check that no input is replaced, and no other file without being asked.
+def check_targets(option: str, targets: Iterable[Path], images: Sequence[InputImage], overwrite: bool) -> None:
+    """Check that no input image is replaced, and no other file without `overwrite`.
+
+    Args:
+        option: Name of the option, for error messages.
+        targets: Output files.
+        images: Input images.
+        overwrite: Replace existing files.
 
     Raises:
-        ValueError: One would be; the message names the option.
+        ValueError: A file would be replaced, or a path is invalid.
     """
-    originals = {picture.path.resolve() for picture in pictures if picture.path is not None}
+    originals = {image.path.resolve() for image in images if image.path is not None}
     existing = []
     for target in targets:
         try:
@@ -87,7 +98,7 @@ def check_targets(option: str, targets: Iterable[Path], pictures: Sequence[Pictu
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"{option} {str(target)[:100]}: {reason}; choose another name") from error
         if target.resolve() in originals:
-            raise ValueError(f"{option} {target} would overwrite the original; choose another file or folder")
+            raise ValueError(f"{option} {target} would replace an input image; choose another file or folder")
         if target.is_dir():
             raise ValueError(f"{option} {target} is a folder; choose another name")
         if exists:
@@ -97,8 +108,12 @@ def check_targets(option: str, targets: Iterable[Path], pictures: Sequence[Pictu
         raise ValueError(f"{option}: {existing[0]}{more}; add --overwrite, or choose another name")
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Save an image, making its folder; `STDOUT` gets a PNG. No incomplete file is left behind.
+def save(image: Image.Image, path: Path) -> None:
+    """Save an image, and create its folder if necessary. `STDOUT` receives a PNG. No incomplete file remains.
+
+    Args:
+        image: RGB image.
+        path: Path whose suffix selects the format; `STDOUT` for standard output.
 
     Raises:
         ValueError: The format cannot contain an image of this size.
@@ -108,9 +123,9 @@ def save(picture: Image.Image, path: Path) -> None:
     kind = "PNG" if path == STDOUT else {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     try:
         # Subsampled colors smear thin lines.
-        picture.save(encoded, kind, **({"quality": 92, "subsampling": 0} if kind == "JPEG" else {}))
+        image.save(encoded, kind, **({"quality": 92, "subsampling": 0} if kind == "JPEG" else {}))
     except (OSError, ValueError) as error:  # JPEG and WebP limit width and height
-        size = f"{picture.width}x{picture.height}"
+        size = f"{image.width}x{image.height}"
         raise ValueError(f"{path}: an image of {size} pixels cannot be saved as {kind}; save it as .png") from error
     if path == STDOUT:
         with writing_stdout():
@@ -121,7 +136,7 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file, making its folder. If that fails, the incomplete file is removed.
+    """Write a file, and create its folder if necessary. If writing fails, the incomplete file is removed.
 
     Raises:
         OSError: The folder or file cannot be written.
@@ -138,19 +153,18 @@ def write_file(path: Path, content: bytes) -> None:
             raise
 
 
-def file_names(folder: Path, pictures: Sequence[Picture], suffix: str | None = None) -> list[Path]:
-    """Return a path in a folder for each image, named after the input; equal names are numbered.
+def file_names(folder: Path, images: Sequence[InputImage], suffix: str | None = None) -> list[Path]:
+    """Return a path in a folder for each image, named after the input image; equal names are numbered.
 
     Args:
-        folder: Where the files go.
-        pictures: The input images.
-        suffix: Suffix of the files; None keeps those of images that are saved in their own format, and gives .png to
-            others.
+        folder: Folder of the files.
+        images: Input images.
+        suffix: Suffix of the files. None keeps the suffixes of formats that can be saved, and uses .png for others.
     """
     taken: set[str] = set()
     files = []
-    for picture in pictures:
-        original = _original_name(picture)
+    for image in images:
+        original = _original_name(image)
         kept = original.suffix.lower() if original.suffix.lower() in SAVED_SUFFIXES else ".png"
         ending = kept if suffix is None else suffix
         name, number = f"{original.stem}{ending}", 1
@@ -162,31 +176,29 @@ def file_names(folder: Path, pictures: Sequence[Picture], suffix: str | None = N
     return files
 
 
-def _original_name(picture: Picture) -> Path:
-    if picture.path is not None:
-        return picture.path
-    if "://" not in picture.name:
+def _original_name(image: InputImage) -> Path:
+    if image.path is not None:
+        return image.path
+    if "://" not in image.name:
         return Path("stdin")
-    name = Path(unquote(urlsplit(picture.name).path)).name
+    name = Path(unquote(urlsplit(image.name).path)).name
     return Path("".join(c for c in name if c.isalnum() or c in "._- ").strip(". ")[:100] or "image")
 
 
 def _check_file(output: Path, count: int) -> Path:
     if output.suffix.lower() not in SAVED_SUFFIXES:
         raise ValueError(
-            f"--output {output}: images are saved as {', '.join(SAVED_SUFFIXES)}, not {output.suffix}; "
-            f"end a folder's name in a slash: -o {output}/"
+            f"--output {output}: the suffix must be one of {', '.join(SAVED_SUFFIXES)}, got {output.suffix}; for a "
+            f"folder, end the name with a slash: -o {output}/"
         )
     if count > 1:
-        raise ValueError(
-            f"--output {output} is one file, and there are {count} images; name a folder: -o {output.stem}/"
-        )
+        raise ValueError(f"--output {output} is one file for {count} images; use a folder: -o {output.stem}/")
     return output
 
 
 def _check_stdout(count: int) -> Path:
     if count != 1:
-        raise ValueError(f"--output - prints one image, and there are {count}; name a folder")
+        raise ValueError(f"--output - prints one image, got {count}; use a folder")
     if sys.stdout.isatty():
-        raise ValueError("--output - prints a PNG, and standard output is a terminal; redirect it: ... -o - > out.png")
+        raise ValueError("--output - cannot print a PNG on a terminal; redirect standard output: ... -o - > out.png")
     return STDOUT

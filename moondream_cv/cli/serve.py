@@ -13,7 +13,7 @@ import typer
 
 from . import options
 from .models import ModelOptions, check_remote
-from .output import shown_model
+from .report import shown_model
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel

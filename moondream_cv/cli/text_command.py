@@ -1,14 +1,15 @@
-"""The common part of `query` and `caption`: one request per image, and text that is printed while it is generated."""
+"""Implementation of `query` and `caption`: one request per image; text is printed while it is generated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from moondream_cv.requests import CaptionResult, ErrorResult, QueryResult, Reasoning, Request
 
-from .images_command import ImageOptions, ImagesCommand, Item
-from .output import Report, shown
+from .image_command import ImageCommand, Item
+from .options import ImageOptions
+from .report import Report, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,25 +17,32 @@ if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
 
 
-def tell(command: str, make_request: Callable[[Any], Request], options: ImageOptions, **header: Any) -> None:
+def run_text_command(
+    command: str, make_request: Callable[[Any], Request], images: Sequence[str], options: ImageOptions, **header: Any
+) -> None:
     """Run one request per image, and print and save the answers.
 
     Args:
         command: "query" or "caption".
-        make_request: Makes the request from an image, or from None if no image is given.
-        options: Images, model and outputs; without images, the question is asked without one.
-        header: Keys at the head of the JSON output.
+        make_request: Function that creates the request for an image, or for None if there is no image.
+        images: Image arguments of the command line. Without images, one request without an image is sent.
+        options: Model and outputs.
+        **header: Keys at the head of the JSON output.
+
+    Raises:
+        ValueError: An argument is invalid.
+        typer.Exit: With status 1 if an image failed.
     """
-    run = ImagesCommand(command, options, **header)
-    several = len(run.pictures) > 1
+    run = ImageCommand(command, images, options, **header)
+    several = len(run.images) > 1
     with run.opened_model() as model:
 
-        def tell_one(item: Item) -> None:
+        def process(item: Item) -> None:
             with run.report.working(item.progress):
-                image = item.picture.open()
+                image = item.source.open()
             if several:
-                run.report.print(f"{shown(item.picture.title)}:")
-            entry: dict[str, Any] = {"image": item.picture.name, "width": image.width, "height": image.height}
+                run.report.print(f"{shown(item.source.title)}:")
+            entry: dict[str, Any] = {"image": item.source.name, "width": image.width, "height": image.height}
             request = make_request(image)
             result = _print_answer(run.report, model, request, entry)
             if several:
@@ -43,64 +51,65 @@ def tell(command: str, make_request: Callable[[Any], Request], options: ImageOpt
                 run.show_and_save(_illustrate(image, request, result), item, entry)
             run.report.add(entry)
 
-        if not run.pictures:
+        if not run.images:
             entry: dict[str, Any] = {"image": None}
             _print_answer(run.report, model, make_request(None), entry)
             run.report.add(entry)
-        run.for_each(tell_one)
+        run.for_each(process)
     run.report.finish()
 
 
 def _print_answer(
     report: Report, model: VisionModel, request: Request, entry: dict[str, Any]
 ) -> QueryResult | CaptionResult:
-    """Run a request, print its answer, and add it to the JSON of the image."""
+    """Run a request, print its text, and add the result to the JSON entry of the image."""
     if report.streams and hasattr(model, "stream"):
         result = _stream(report, model, request)
     else:
-        with report.working("Thinking"):
-            (reply,) = model.run([request])
-        if isinstance(reply, ErrorResult):
-            raise reply.error
-        result = cast("QueryResult | CaptionResult", reply)
+        with report.working("Generating"):
+            (outcome,) = model.run([request])
+        if isinstance(outcome, ErrorResult):
+            raise outcome.error
+        result = cast("QueryResult | CaptionResult", outcome)
         if isinstance(result, QueryResult) and result.reasoning is not None:
             _print_reasoning(report, result.reasoning)
         report.print(result.answer if isinstance(result, QueryResult) else result.caption)
     if result.truncated:
-        report.notice("The text was cut off; --max-tokens allows for more.")
+        report.notice("The text was truncated; increase --max-tokens.")
     entry.update(result.to_dict())
     return result
 
 
 def _stream(report: Report, model: Any, request: Request) -> QueryResult | CaptionResult:
+    """Run a request, and print its text while it is generated."""
     reasoning: Reasoning | None = None
-    with report.working("Thinking"):
-        pieces = model.stream(request)
-        first = next(pieces, "")
+    with report.working("Generating"):
+        chunks = model.stream(request)
+        first = next(chunks, "")
     if isinstance(first, Reasoning):
         reasoning, first = first, ""
         _print_reasoning(report, reasoning)
     parts = [first]
     report.print(first, end="")
-    for piece in pieces:
-        parts.append(piece)
-        report.print(piece, end="")
+    for chunk in chunks:
+        parts.append(chunk)
+        report.print(chunk, end="")
     report.print()
     text = "".join(parts)
     return QueryResult(text, reasoning) if report.command == "query" else CaptionResult(text)
 
 
 def _print_reasoning(report: Report, reasoning: Reasoning) -> None:
-    report.print(f"Thoughts: {reasoning.text.strip()}")
+    report.print(f"Reasoning: {reasoning.text.strip()}")
     report.print()
 
 
 def _illustrate(image: Image.Image, request: Request, result: QueryResult | CaptionResult) -> Image.Image:
-    """Return the image with marks at the places in the question and in the reasoning, above the text."""
+    """Return the image with the points and boxes of question and reasoning drawn, and the text below it."""
     import numpy as np
     import supervision as sv
 
-    from .images import annotate, with_text
+    from .drawing import annotate, with_text
 
     if isinstance(result, CaptionResult):
         return with_text(image, [result.caption])

@@ -1,6 +1,6 @@
-"""`moondream-cv video`: tracks what is named through a video, draws and writes it, and sums up what was there.
+"""`moondream-cv video`: track objects by name through a video, and write an annotated video or the tracks.
 
-The work is done by `moondream_cv.video.annotate_video`. Here are its options, and what can be checked before a model is
+`moondream_cv.video.annotate_video` does the work. This module has its options, and the checks before the model is
 loaded.
 """
 
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from moondream_cv._deprecation import REMOVED_IN
+
 from . import options
-from .detect_command import class_names
+from .detect_command import class_names as parse_class_names
 from .models import ModelOptions, opened_model
-from .output import Report, set_verbosity
-from .stopping import exit_status
-from .video_bar import Bar, few_of_a_kind
-from .video_summary import STDOUT, sum_up
+from .report import Report, set_verbosity
+from .signals import exit_status
+from .video_progress import VideoProgress, limit_frame_messages
+from .video_summary import STDOUT, print_summary
 
 if TYPE_CHECKING:
     from moondream_cv.video import Source
@@ -33,24 +35,22 @@ def video(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A video or an animated image, a folder of images, a glob in quotes or a pattern like "
-            "frames/%04d.png, a webcam's number, or the URL of a stream.",
+            help="Video, animated image, folder of images, glob in quotes, pattern such as frames/%04d.png, webcam "
+            "number or stream URL.",
             show_default=False,
         ),
     ],
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CLASS", help="What to look for; several, also separated by commas.", show_default=False
+            metavar="CLASS", help="Class names; repeat them or separate them by commas.", show_default=False
         ),
     ] = None,
     classes: options.Classes = None,
     classes_file: options.ClassesFile = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", metavar="FILE", help="Write the video here: .mp4, .mov or .mkv.", show_default=False
-        ),
+        typer.Option("--output", "-o", metavar="FILE", help="Annotated video: .mp4, .mov or .mkv.", show_default=False),
     ] = None,
     overwrite: options.Overwrite = False,
     every: Annotated[
@@ -58,36 +58,41 @@ def video(
         typer.Option(
             "--every",
             metavar="N|auto",
-            help="Look at every Nth frame; auto: as often as the model can while the output keeps up with the source.",
+            help="Keyframe interval in frames; auto adapts it so that the output keeps up with the source.",
         ),
     ] = "auto",
     annotate: Annotated[
         str,
         typer.Option(
-            "--annotate", metavar="KINDS", help="What to draw: box, label, trace, dot, blur and pixelate, or none."
+            "--annotate", metavar="KINDS", help="Annotations: box, label, trace, dot, blur and pixelate, or none."
         ),
     ] = "box,label",
     zone: Annotated[
         Path | None,
         typer.Option(
-            "--zone", metavar="FILE", help="JSON with lines and zones at which to count; see above.", show_default=False
+            "--zone", metavar="FILE", help="JSON file with lines and zones for counting, see above.", show_default=False
         ),
     ] = None,
-    panel: Annotated[bool, typer.Option("--panel", help="Put a table of counts beside the picture.")] = False,
-    colour_by: Annotated[str, typer.Option("--colour-by", metavar="class|id", help="What shares a colour.")] = "class",
+    panel: Annotated[bool, typer.Option("--panel", help="Add a table of counts next to the frame.")] = False,
+    color_by: Annotated[
+        str, typer.Option("--color-by", metavar="class|id", help="Color of annotations: by class or by track ID.")
+    ] = "class",
+    colour_by: Annotated[
+        str | None, typer.Option("--colour-by", hidden=True, help="Deprecated: use --color-by.", show_default=False)
+    ] = None,
     json: Annotated[
         str | None,
         typer.Option(
             "--json",
             metavar="FILE",
-            help="Write JSON lines, one a frame; - is standard output, with nothing else on it.",
+            help="JSON Lines with one object per frame; - prints them.",
             show_default=False,
         ),
     ] = None,
     mot: Annotated[
         str | None,
         typer.Option(
-            "--mot", metavar="FILE", help="Write the tracks as a MOT challenge file; or -.", show_default=False
+            "--mot", metavar="FILE", help="Tracks in MOT challenge format; - prints them.", show_default=False
         ),
     ] = None,
     fps: Annotated[
@@ -95,29 +100,30 @@ def video(
         typer.Option(
             "--fps",
             metavar="RATE",
-            help="Frames per second of images, which have no clock. Default: 30.",
+            help="Frame rate of images, in frames per second. [dim]\\[default: 30][/]",
             show_default=False,
         ),
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Show the frames in a window; q closes it and ends.")] = False,
-    no_audio: Annotated[bool, typer.Option("--no-audio", help="Leave the sound of the file out.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show the frames in a window; q closes it and stops.")] = False,
+    no_audio: Annotated[bool, typer.Option("--no-audio", help="Write no audio.")] = False,
     confidence: options.Confidence = 0.0,
     max_objects: options.MaxObjects = 50,
     nms: options.Nms = None,
     max_area: options.MaxArea = None,
     min_size: options.MinSize = 0.0,
     tracker: Annotated[
-        str, typer.Option("--tracker", metavar="NAME", help="sort, ocsort, bytetrack or botsort.")
+        str, typer.Option("--tracker", metavar="NAME", help="Tracker: sort, ocsort, bytetrack or botsort.")
     ] = "sort",
     scene_change: Annotated[
-        bool, typer.Option("--scene-change", help="Look for cuts, and carry no object over into another scene.")
+        bool, typer.Option("--scene-change", help="Detect scene cuts, and end all tracks at a cut.")
     ] = False,
     bridge: Annotated[
         float,
         typer.Option(
             "--bridge",
             metavar="SECONDS",
-            help="Seconds without a detection that are bridged; blur and pixelate cover as long before and after one.",
+            help="Maximum gap between detections of a track, in seconds; blur and pixelate also cover this time "
+            "before and after a track.",
         ),
     ] = 0.7,
     model: options.Model = "moondream2",
@@ -127,9 +133,9 @@ def video(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Track what is named through a video: boxes with numbers, drawn and written.
+    """Track objects by name through a video, and write an annotated video or the tracks.
 
-    Ctrl-C and SIGTERM end it early; what was written so far is completed and plays. A second Ctrl-C skips the sound.
+    Ctrl-C and SIGTERM stop early; the files written so far are completed. A second Ctrl-C skips the audio.
 
     \b
     [bold]Examples[/]
@@ -152,29 +158,35 @@ def video(
     targets = {option: target for option, target in files.items() if target is not None}
     if not targets and not show:
         raise ValueError(
-            "nothing to write; add -o out.mp4 for a video, --json out.jsonl for its boxes (--json - prints them), "
-            "--mot tracks.txt for its tracks, or --show to look on"
+            "an output is missing; add -o out.mp4 for a video, --json out.jsonl for boxes (--json - prints them), "
+            "--mot tracks.txt for tracks, or --show for a window"
         )
-    chosen = _class_names([*(names or ()), *(classes or ())], classes_file)
-    _keep_apart(targets, [source, *(str(file) for file in (zone, classes_file) if file is not None)])
+    # Check the arguments
+    class_names = _class_names([*(names or ()), *(classes or ())], classes_file)
+    _check_distinct(targets, [source, *(str(file) for file in (zone, classes_file) if file is not None)])
     _check_existing(targets, overwrite)
     report = Report("video", as_json=STDOUT in (json, mot), quiet=quiet)  # as_json keeps standard output clean
+    if colour_by is not None:
+        report.notice(f"Warning: --colour-by is deprecated and will be removed in {REMOVED_IN}; use --color-by")
+        color_by = colour_by
     with ExitStack() as opened:
-        opened.enter_context(few_of_a_kind())
-        # Whatever is wrong ends the command before a model is loaded.
+        opened.enter_context(limit_frame_messages())
+        # Create everything that can fail before the model is loaded.
         with report.working("Starting"):
             from moondream_cv.video import Annotator, Tracking, Zones, annotate_video
             from moondream_cv.video.sources.opening import url_name
             from moondream_cv.video.tracking.schedule import check_every
 
-            looks = check_every(int(every) if re.fullmatch(r"[+-]?\d+", every) else every)
+            keyframe_interval = check_every(int(every) if re.fullmatch(r"[+-]?\d+", every) else every)
             tracking = Tracking(tracker, scene_change=scene_change, bridge_seconds=bridge)
             tracking.create_tracker()
-            colours = cast("Literal['class', 'id']", colour_by)
-            Annotator(annotate, chosen, color_by=colours)
+            colors = cast("Literal['class', 'id']", color_by)
+            Annotator(annotate, class_names, color_by=colors)
             zones = None if zone is None else Zones.read(zone)
             frames = _checked_source(source, opened, fps)
             _check_targets(targets)
+
+        # Load the model
         vision_model = opened.enter_context(
             opened_model(ModelOptions(model, device, dtype, adapter), {"detect"}, report)
         )
@@ -188,84 +200,98 @@ def video(
             max_area=max_area,
             min_size=min_size,
         )
-        wanted = not quiet and not (report.as_json and sys.stdout.isatty())
-        bar = Bar(url_name(source) if "://" in source else source, wanted=wanted)
+
+        # Process the video
+        is_shown = not quiet and not (report.as_json and sys.stdout.isatty())
+        progress = VideoProgress(url_name(source) if "://" in source else source, is_shown=is_shown)
         try:
-            with bar:
+            with progress:
                 annotate_video(
                     frames,
                     output,
-                    chosen,
+                    class_names,
                     annotate=annotate,
                     model=detector,
-                    every=looks,
+                    every=keyframe_interval,
                     tracking=tracking,
                     zones=zones,
                     panel=panel,
-                    color_by=colours,
+                    color_by=colors,
                     json=json,
                     mot=mot,
                     show=show,
                     audio=not no_audio,
                     fps=fps if frames == source else None,
-                    on_frame=bar.update,
+                    on_frame=progress.update,
                 )
         except BaseException as error:
-            if bar.summary is not None:
-                sum_up(report, bar.summary, targets.values(), vision_model.has_scores, stopped=True)
+            if progress.summary is not None:
+                print_summary(report, progress.summary, targets.values(), vision_model.has_scores, stopped=True)
             if isinstance(error.__cause__, BrokenPipeError):
-                raise error.__cause__ from None  # whoever reads along has had enough, as `head` has
-            if isinstance(error, KeyboardInterrupt) and bar.summary is not None:
+                raise error.__cause__ from None  # the reader of the output has ended, such as `head`
+            if isinstance(error, KeyboardInterrupt) and progress.summary is not None:
                 raise typer.Exit(exit_status(error)) from None
             raise
-        if bar.summary is not None:
-            sum_up(report, bar.summary, targets.values(), vision_model.has_scores)
+        if progress.summary is not None:
+            print_summary(report, progress.summary, targets.values(), vision_model.has_scores)
 
 
 def _class_names(names: Sequence[str], classes_file: Path | None) -> list[str]:
-    """Split names at commas, add those of a file, and check them.
+    """Return the class names of the command line and of a file.
+
+    Args:
+        names: Class names; each may contain several, separated by commas.
+        classes_file: Text file with further class names.
 
     Raises:
-        ValueError: There are none, they are blank or given twice, or one is a file: of a glob that was not quoted.
+        ValueError: There are no class names, one is blank or repeated, or one is a file from a glob without quotes.
     """
     files = [name for name in names if os.path.splitext(name)[1] and os.path.isfile(name)]
     if files:
         raise ValueError(
-            f"{files[0]!r} is a file, where the name of a thing is expected; first comes one source, a glob in quotes, "
-            'then what to look for: moondream-cv video "frames/*.jpg" dog -o out.mp4'
+            f"class names must not be files, got {files[0]!r}; write one source, with quotes around a glob, then the "
+            'class names: moondream-cv video "frames/*.jpg" dog -o out.mp4'
         )
     if not names and classes_file is None:
         raise ValueError(
-            "no class names are given; add them after the source, for example: "
+            "class names are missing; add them after the source, for example: "
             'moondream-cv video in.mp4 dog "red circle" -o out.mp4'
         )
-    return class_names(names, classes_file, [], "video")
+    return parse_class_names(names, classes_file, [], "video")
 
 
-def _keep_apart(targets: Mapping[str, str], originals: Sequence[str]) -> None:
-    """Check that nothing is written twice, nor over what is read.
+def _check_distinct(targets: Mapping[str, str], inputs: Sequence[str]) -> None:
+    """Check that output files differ from each other and from the input files.
+
+    Args:
+        targets: Output file for each option.
+        inputs: Input files.
 
     Raises:
-        ValueError: It would be, or a target has no name; names the option.
+        ValueError: Two files are equal, or a target is empty.
     """
-    read = {_real(name) for name in originals if os.path.isfile(_real(name))}
+    read = {_real(name) for name in inputs if os.path.isfile(_real(name))}
     written: dict[str, str] = {}
     for option, target in targets.items():
         if not target:
-            raise ValueError(f"{option} needs the name of a file")
+            raise ValueError(f"{option} must not be empty; name a file")
         place = target if target == STDOUT else _real(target)
         if place in read:
-            raise ValueError(f"{option} {target} would overwrite the original; choose another file")
+            raise ValueError(f"{option} {target} would replace an input file; choose another file")
         if place in written:
-            raise ValueError(f"{written[place]} writes to {target} already; choose another file for {option}")
+            raise ValueError(f"{option} and {written[place]} both write to {target}; choose another file for {option}")
         written[place] = option
 
 
 def _check_existing(targets: Mapping[str, str], overwrite: bool) -> None:
-    """Check that no file is replaced without being asked; devices and pipes are written as they are.
+    """Check that no existing file is replaced without `overwrite`; devices and pipes are allowed.
+
+    Args:
+        targets: Output file for each option.
+        overwrite: Replace existing files.
 
     Raises:
-        ValueError: A target exists; names the option.
+        ValueError: A file exists.
     """
     for option, target in targets.items():
         if target != STDOUT and os.path.isfile(_real(target)) and not overwrite:
@@ -277,7 +303,7 @@ def _real(name: str) -> str:
 
 
 def _checked_source(source: str, opened: ExitStack, fps: float | None) -> str | Source:
-    """Open a source. A file is closed again, and returned by its name, because `annotate_video` copies its sound."""
+    """Open a source. A file is closed again and returned by name, because `annotate_video` copies its audio."""
     from moondream_cv.video import open_source
 
     found = opened.enter_context(open_source(source, fps=fps))
@@ -288,10 +314,13 @@ def _checked_source(source: str, opened: ExitStack, fps: float | None) -> str | 
 
 
 def _check_targets(targets: Mapping[str, str]) -> None:
-    """See that there is a place for what is to be written.
+    """Check that the output files can be written.
+
+    Args:
+        targets: Output file for each option.
 
     Raises:
-        VideoError: There is none; names the target.
+        VideoError: A folder does not exist, or a file cannot be created.
     """
     from moondream_cv.errors import VideoError
     from moondream_cv.video.writers.base import cannot_be_written
@@ -302,4 +331,4 @@ def _check_targets(targets: Mapping[str, str]) -> None:
         if target != STDOUT and (os.path.isdir(place) or not os.path.isdir(os.path.dirname(place) or ".")):
             raise VideoError(f"{target} {cannot_be_written(Path(target))}")
     if "--output" in targets:
-        VideoWriter(targets["--output"]).close()  # without a frame it leaves no file
+        VideoWriter(targets["--output"]).close()  # without frames, no file remains

@@ -1,4 +1,4 @@
-"""The end of `moondream-cv video` in words: what was seen, what went wrong, and where it all is."""
+"""Summary at the end of `moondream-cv video`: objects, counts, problems and files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .output import Report, shown
+from .report import Report, shown
 
 if TYPE_CHECKING:
     from moondream_cv.video import Summary
@@ -18,29 +18,38 @@ STDOUT = "-"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
 
 
-def sum_up(report: Report, summary: Summary, targets: Iterable[str], has_scores: bool, stopped: bool = False) -> None:
-    """Say what was seen, what went wrong, and where it all is.
+def print_summary(
+    report: Report, summary: Summary, targets: Iterable[str], has_scores: bool, stopped: bool = False
+) -> None:
+    """Print objects and counts, problems, and the written files.
+
+    Args:
+        report: Output of the command.
+        summary: Summary of the video.
+        targets: Output files.
+        has_scores: Whether the model returns confidences.
+        stopped: Whether the command was stopped early.
 
     Raises:
-        typer.Exit: With status 1 if the model failed on every frame that it was shown.
+        typer.Exit: With status 1 if the model failed on every keyframe.
     """
-    say = report.notice if report.as_json else report.print
+    output = report.notice if report.as_json else report.print
     counts = {name: _class_text(seen, has_scores) for name, seen in summary.classes.items()}
     if summary.zones is not None:
         counts |= {f"{name} (line)": _line_text(line) for name, line in summary.zones["lines"].items()}
         counts |= {f"{name} (zone)": _zone_text(zone) for name, zone in summary.zones["zones"].items()}
     width = max(map(len, counts))
     for name, text in counts.items():
-        say(f"{shown(name):{width}}  {text}")
+        output(f"{shown(name):{width}}  {text}")
     if summary.problems:
         were = "was" if summary.problems == 1 else "were"
-        report.notice(f"Warning: {_number(summary.problems, 'frame')} could not be decoded and {were} left out")
+        report.notice(f"Warning: {_number(summary.problems, 'frame')} could not be decoded and {were} skipped")
     if summary.failed:
         keyframes = summary.detections_run + summary.failed
         which = f"{summary.failed} of {keyframes} frames" if summary.detections_run else "every frame"
         report.notice(f"Warning: the model failed on {which}")
     files = [_file_text(target, summary) for target in targets if target != STDOUT and _exists(target)]
-    say(
+    output(
         f"{'Stopped after ' if stopped else ''}{_number(summary.frames, 'frame')} in {summary.elapsed:.1f} s "
         f"({summary.fps:.1f} fps), detector ran on {summary.detections_run} ({summary.detector_fps:.1f} fps)"
         + (f"; saved {', '.join(files)}" if files else "")
@@ -63,7 +72,7 @@ def _file_text(target: str, summary: Summary) -> str:
 def _class_text(seen: ClassSummary, has_scores: bool) -> str:
     if not seen.frames:
         return "nothing found"
-    text = f"{_number(seen.objects, 'object')}, on {_number(seen.frames, 'frame')}, {seen.most} at a time at the most"
+    text = f"{_number(seen.objects, 'object')}, on {_number(seen.frames, 'frame')}, at most {seen.most} at a time"
     return f"{text}, mean confidence {seen.confidence:.2f}" if has_scores else text
 
 

@@ -1,4 +1,4 @@
-"""Runs the command line in this process, with fakes in the place of weights."""
+"""Fixtures that run the command line in this process, with a fake model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> ColorModel:
-    """The model "colours", which finds patches of red, green and blue. No other name is known."""
+    """Return the model "colors", which detects red, green and blue patches; other names raise."""
     fake = ColorModel()
 
     def load_model(options: ModelOptions, report: Any) -> ColorModel:
-        if options.name not in ("colours", "moondream2"):
+        if options.name not in ("colors", "moondream2"):
             raise CheckpointError(f"there is no model {options.name!r}")
         if options.device not in (None, "cpu"):
             raise ValueError(f"there is no device {options.device!r}")
@@ -36,7 +36,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> ColorModel:
 
 @pytest.fixture
 def run(model: ColorModel) -> Run:
-    """Calls the command line: `run("detect", "a.png", "-c", "red")`."""
+    """Return a function that runs the command line: `run("detect", "a.png", "-c", "red")`."""
 
     def call(*arguments: object, stdin: bytes | None = None) -> Result:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
@@ -46,7 +46,7 @@ def run(model: ColorModel) -> Run:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with `one.png` (a red and a green patch), `two.jpg` (empty) and `broken.png`."""
+    """Return the current folder, with `one.png` (a red and a green patch), `two.jpg` (no patch) and `broken.png`."""
     monkeypatch.chdir(tmp_path)
     cv2.imwrite("one.png", picture(("red", (10, 5, 30, 45)), ("green", (50, 20, 70, 40))))
     cv2.imwrite("two.jpg", picture())

@@ -1,4 +1,4 @@
-"""The command line as a whole, in processes of its own. Run with `pytest tests/cli`."""
+"""The command line as a whole, in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "serve", "do
 
 
 def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    # GITHUB_ACTIONS and FORCE_COLOR make rich colour its output
+    # GITHUB_ACTIONS and FORCE_COLOR make rich print colors
     kept = {k: v for k, v in os.environ.items() if k not in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS")}
     command = [sys.executable, "-m", "moondream_cv", *arguments]
     root = str(Path(moondream_cv.__file__).parents[1])
@@ -80,18 +80,18 @@ def test_shell_completion_of_commands_options_and_models() -> None:
     assert completed("moondream-cv detect a.png --dtype b") == ["bfloat16"]
 
 
-def test_version() -> None:
+def test_version_prints_the_package_version() -> None:
     assert start("--version").stdout == f"moondream-cv {moondream_cv.__version__}\n"
 
 
-def test_an_unknown_command() -> None:
+def test_unknown_command_exits_with_2() -> None:
     result = start("detekt")
     assert result.returncode == 2
     assert "detect" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:
+def test_unknown_model_prints_one_line(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     result = start("detect", "a.png", "-c", "dog", "-m", "no-such-model", cwd=tmp_path)
     assert result.returncode == 1
@@ -101,24 +101,24 @@ def test_an_unknown_model_is_one_line(tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_interrupting_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(detect, "locate", interrupted)
+    monkeypatch.setattr(detect, "run_detect_command", interrupted)
     assert CliRunner().invoke(app, ["detect", "a.png", "-c", "dog"]).exit_code == 130
 
 
-def test_an_error_of_ours_that_nobody_foresaw_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(detect, "locate", broken)
+    monkeypatch.setattr(detect, "run_detect_command", broken)
     result = CliRunner().invoke(app, ["detect", "a.png", "-c", "dog"])
     assert isinstance(result.exception, KeyError)
 
 
-def test_download_prints_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_prints_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moondream_cv import loading
 
     monkeypatch.setattr(loading, "download", lambda name, to: tmp_path / name)

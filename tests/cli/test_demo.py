@@ -1,4 +1,4 @@
-"""`moondream-cv demo`, with a model that knows the truth and with one that is wrong. Run with `pytest tests/cli`."""
+"""`moondream-cv demo`, with a model that returns the ground truth and with one that is wrong."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from moondream_cv.requests import Detect, DetectedObject, DetectResult, Request,
 from moondream_cv.scenes import Scene, render_scene
 from tests.helpers.scene_model import SceneModel
 
-STEP = 16  # pixels between those by which a frame of the clip is known again
+STEP = 16  # distance in pixels of the samples by which a frame of the clip is identified
 
 
 class DemoModel(SceneModel):
-    """Knows the scenes, and the frame of the clip that is nearest to what it is shown: a codec wrong between them."""
+    """Returns the ground truth of the scenes, and of the most similar frame of the clip, which was compressed."""
 
     def __init__(self, scenes: list[Scene], wrong: bool) -> None:
         super().__init__(scenes, wrong)
         frames = list(demo_clip.render())
         self.truth = [objects for _, objects in frames]
-        self.known = np.stack([image[::STEP, ::STEP].astype(np.int16) for image, _ in frames])
+        self.samples = np.stack([image[::STEP, ::STEP].astype(np.int16) for image, _ in frames])
 
-    def _one(self, request: Request) -> Result:
+    def _run_one(self, request: Request) -> Result:
         rgb = to_rgb(request.image)
         width, height = demo_clip.RESOLUTION_WH
         if rgb.shape[:2] != (height, width):
-            return super()._one(request)
+            return super()._run_one(request)
         assert isinstance(request, Detect)
-        nearest = np.abs(self.known - rgb[::STEP, ::STEP]).mean((1, 2, 3)).argmin()
+        nearest = np.abs(self.samples - rgb[::STEP, ::STEP]).mean((1, 2, 3)).argmin()
         shrink = 0.5 if self.wrong else 1.0
         boxes = [
             np.array(o.xyxy) * shrink for o in self.truth[nearest] if o.name == request.object and o.visible > 0.25
@@ -60,13 +60,15 @@ def run(monkeypatch: pytest.MonkeyPatch, scenes: list[Scene], *arguments: str, w
 
 
 @pytest.mark.slow
-def test_what_is_right_counts_as_right(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ground_truth_is_counted_as_correct(
+    scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run(monkeypatch, scenes, "-o", str(tmp_path / "demo"))
     assert result.exit_code == 0, result.stderr
     objects = sum(len(plan.names) for plan in PLANS)
-    assert f"Found {objects} of {objects} objects, 0 wrong; 18 of 18 other answers right" in result.stdout
+    assert f"Found {objects} of {objects} objects, 0 wrong; 18 of 18 other answers correct" in result.stdout
     assert not any(line.split()[-1:] == ["wrong"] for line in result.stdout.splitlines())
-    assert "Tracked through the clip: 5 of 5 counts right; " in result.stdout
+    assert "Tracked through the clip: 5 of 5 counts correct; " in result.stdout
     assert "moondream-cv detect" in result.stdout
     saved = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"overview.png", "1-toys.png", "1-toys-boxes.png", "1-toys-points.png"} <= saved
@@ -80,7 +82,7 @@ def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     demo = CliRunner().invoke(app, ["demo", "--device", "cpu"])
     assert demo.exit_code == 0, demo.stderr
-    lines = [line.strip() for line in demo.stdout.partition("then go on:\n")[2].splitlines()]
+    lines = [line.strip() for line in demo.stdout.partition("then try:\n")[2].splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.endswith(("-m tiny", ".png", ".mp4"))]
     assert [command[0] for command in commands] == ["detect", "query", "video"]
 
@@ -92,7 +94,7 @@ def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypa
         assert f" {name} " in detect.stdout
     question = commands[1][commands[1].index("-q") + 1]
     row = next(line for line in demo.stdout.splitlines() if question in line).removeprefix(f" {question}").split()
-    assert (query.stdout.strip(), row[2]) == (row[0], "right")
+    assert (query.stdout.strip(), row[2]) == (row[0], "correct")
     assert video.stdout.startswith(commands[2][2])
     namespace: dict[str, Any] = {}
     exec("\n".join(lines[lines.index("In Python:") + 1 :]), namespace)
@@ -100,7 +102,7 @@ def test_suggested_commands_succeed_with_the_tiny_model(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_mistakes_are_shown(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_counted(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, scenes, "-o", str(tmp_path), "--json", wrong=True)
     assert result.exit_code == 0
     document = json.loads(result.stdout)
@@ -114,7 +116,7 @@ def test_mistakes_are_shown(scenes: list[Scene], tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_the_clip_is_tracked(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_is_tracked_and_saved(scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, scenes, "-o", str(tmp_path), "--json")
     assert result.exit_code == 0, result.stderr
     clip = json.loads(result.stdout)["clip"]
@@ -132,13 +134,13 @@ def test_the_clip_is_tracked(scenes: list[Scene], tmp_path: Path, monkeypatch: p
     assert 0.9 * clip["boxes"]["true"] < clip["boxes"]["found"] <= clip["boxes"]["true"]
 
 
-def test_a_file_in_the_place_of_the_folder(
+def test_output_that_is_a_file_is_rejected(
     scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "demo").touch()
     result = run(monkeypatch, scenes, "-o", str(tmp_path / "demo"))
     assert result.exit_code == 2
-    assert "is a file; the demo needs a folder" in result.stderr
+    assert "must be a folder, got a file" in result.stderr
     result = run(monkeypatch, scenes, "-o", str(tmp_path / "demo" / "images"))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "demo is not a folder; choose another place" in result.stderr
+    assert "demo is not a folder; choose another folder" in result.stderr

@@ -1,4 +1,4 @@
-"""`moondream-cv detect` and `point`, run on patches of colour. Run with `pytest tests/cli`."""
+"""`moondream-cv detect` and `point`, on images of color patches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RED, GREEN = [10, 5, 30, 45], [50, 20, 70, 40]
 
 
 def lines_of(result: Any) -> list[dict[str, Any]]:
-    """The JSON Lines on standard output."""
+    """Return the JSON Lines on standard output."""
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
@@ -34,14 +34,14 @@ def test_detect_prints_a_table(run: Run, folder: Path) -> None:
     assert result.stderr == ""
 
 
-def test_detect_json_is_alone_on_standard_output(run: Run, folder: Path) -> None:
-    result = run("detect", "one.png", "two.jpg", "-c", "blue,red", "--json", "-m", "colours", "-o", "out")
+def test_detect_json_is_the_only_standard_output(run: Run, folder: Path) -> None:
+    result = run("detect", "one.png", "two.jpg", "-c", "blue,red", "--json", "-m", "colors", "-o", "out")
     assert result.exit_code == 0
     head = {
         "schema": 2,
         "version": __version__,
         "command": "detect",
-        "model": "colours",
+        "model": "colors",
         "classes": ["blue", "red"],
         "has_scores": True,
     }
@@ -59,7 +59,7 @@ def test_detect_json_is_alone_on_standard_output(run: Run, folder: Path) -> None
     assert "Saved" in result.stderr
 
 
-def test_point(run: Run, folder: Path) -> None:
+def test_point_prints_points(run: Run, folder: Path) -> None:
     result = run("point", "one.png", "-c", "red,blue", "--json")
     assert json.loads(result.stdout)["images"] == [
         {
@@ -85,7 +85,7 @@ def test_options_reach_the_detector(run: Run, folder: Path, model: ColorModel) -
     ] == []  # fmt: skip
 
 
-def test_boxes_are_cleaned_up_where_asked(run: Run, folder: Path) -> None:
+def test_max_area_and_min_size_filter_boxes(run: Run, folder: Path) -> None:
     Image.fromarray(picture(("red", (0, 0, 80, 59)), ("green", (50, 20, 52, 40)))[..., ::-1]).save("boxes.png")
 
     def found(*options: object) -> list[str]:
@@ -98,7 +98,7 @@ def test_boxes_are_cleaned_up_where_asked(run: Run, folder: Path) -> None:
     assert found("--max-area", 0.95, "--min-size", 3) == []
 
 
-def test_what_the_limit_cuts_off_is_told(run: Run, folder: Path) -> None:
+def test_truncation_is_reported(run: Run, folder: Path) -> None:
     row = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", (50, 20, 70, 40)))
     Image.fromarray(row[..., ::-1]).save("row.png")
     result = run("detect", "row.png", "one.png", "-c", "green,red", "--max-objects", 3, "--json")
@@ -110,7 +110,7 @@ def test_what_the_limit_cuts_off_is_told(run: Run, folder: Path) -> None:
     assert run("detect", "row.png", "-c", "red").stderr == ""
 
 
-def test_no_scores_are_shown_where_there_are_none(run: Run, folder: Path, model: ColorModel) -> None:
+def test_missing_scores_are_printed_as_a_dash(run: Run, folder: Path, model: ColorModel) -> None:
     model.has_scores = False
     assert ["red", "-", *map(str, RED)] in [
         line.split() for line in run("detect", "one.png", "-c", "red").stdout.splitlines()
@@ -125,7 +125,7 @@ def names_in(result: Any) -> list[str]:
     return [image["image"] for image in lines_of(result)]
 
 
-def test_globs_folders_and_standard_input(run: Run, folder: Path) -> None:
+def test_globs_folders_and_standard_input_are_expanded(run: Run, folder: Path) -> None:
     (folder / "more").mkdir()
     for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
         (folder / "more" / name).write_bytes((folder / "one.png").read_bytes())
@@ -138,14 +138,14 @@ def test_globs_folders_and_standard_input(run: Run, folder: Path) -> None:
     assert (first["image"], first["objects"]) == ("-", second["objects"])
 
 
-def test_a_name_that_looks_like_a_glob_is_a_file_first(run: Run, folder: Path) -> None:
+def test_existing_file_takes_precedence_over_a_glob(run: Run, folder: Path) -> None:
     (folder / "[bold]x.png").write_bytes((folder / "one.png").read_bytes())
     result = run("detect", "[bold]x.png", "-c", "red")
     assert result.exit_code == 0
     assert "[bold]x.png  80×60  1 object found" in result.stdout
 
 
-def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
+def test_failed_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
     Image.new("RGB", (8, 8), (255, 0, 255)).save("magenta.png")
     result = run("detect", "missing.png", "broken.png", "no*.png", "magenta.png", "one.png", "-c", "red", "--json")
     assert result.exit_code == 1
@@ -166,28 +166,28 @@ def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
         (["one.png"], "moondream-cv detect one.png -c dog -c 'red circle'"),
         (["one.png", "dog", "red car"], "moondream-cv detect one.png -c dog -c 'red car'"),
         (["one.png", "-c", "red,red"], "must be unique; duplicates: 'red'"),
-        (["one.png", "-c", "red,"], "the class names 'red,' contain an empty name; write 'red'"),
+        (["one.png", "-c", "red,"], "class names must not be empty, got 'red,'; write 'red'"),
         (["one.png", "-c", "red,,blue"], "write 'red,blue'"),
-        (["one.png", "-c", " "], "a class name must not be empty"),
-        (["one.png", "-c", ","], "a class name must not be empty, got ','"),
+        (["one.png", "-c", " "], "class names must not be empty"),
+        (["one.png", "-c", ","], "class names must not be empty, got ','"),
         (["one.png", "-c", "red", "--device", "banana"], "no device 'banana'"),
-        (["one.png", "two.jpg", "-c", "red", "-o", "out.png"], "there are 2 images; name a folder"),
-        (["one.png", "-c", "red", "-o", "out.gif"], "not .gif"),
-        (["one.png", "-c", "red", "-o", "./one.png"], "would overwrite the original"),
-        (["one.png", "-c", "red", "-o", "."], "would overwrite the original"),
+        (["one.png", "two.jpg", "-c", "red", "-o", "out.png"], "is one file for 2 images; use a folder"),
+        (["one.png", "-c", "red", "-o", "out.gif"], "got .gif"),
+        (["one.png", "-c", "red", "-o", "./one.png"], "would replace an input image"),
+        (["one.png", "-c", "red", "-o", "."], "would replace an input image"),
         (["one.png", "-c", "red", "-o", "file"], "file is not a folder; name a file that ends in .png"),
         (["one.png", "-c", "red", "-o", f"{'x' * 255}.png"], "File name too long; choose another name"),
         (["one.png", "-c", "red", "-o", "two.jpg"], "two.jpg exists; add --overwrite"),
-        (["one.png", "-c", "red", "-o", "out.v1"], "end a folder's name in a slash: -o out.v1/"),
+        (["one.png", "-c", "red", "-o", "out.v1"], "end the name with a slash: -o out.v1/"),
         (["one.png", "-c", "red", "-o", "file/out.png"], "--output file: file is not a folder"),
         (["one.png", "-c", "red", "-o", ""], "--output must not be empty"),
-        (["one.png", "two.jpg", "-c", "red", "-o", "-"], "--output - prints one image, and there are 2"),
+        (["one.png", "two.jpg", "-c", "red", "-o", "-"], "--output - prints one image, got 2"),
         (["one.png", "-c", "red", "-o", "-", "--json"], "--output - and --json both print on standard output"),
         (["one.png", "-c", "red", "--save-txt", "file"], "--save-txt file: file is not a folder"),
         (["one.png", "-c", "red", "--save-crop", "file"], "--save-crop file: file is not a folder"),
         (["one.png", "--classes-file", "no.txt"], "--classes-file no.txt cannot be read: No such file or directory"),
         (["one.png", "--classes-file", "file"], "--classes-file file contains no names"),
-        (["one.png", "--classes-file", "one.png"], "--classes-file one.png is not UTF-8 text"),
+        (["one.png", "--classes-file", "one.png"], "--classes-file one.png must be UTF-8 text"),
         (["one.png", "-c", "red", "-v", "-q"], "--verbose and --quiet exclude each other"),
         (["nested", "-c", "red"], "the folder nested contains no images, but its subfolders do; add --recursive"),
         (["empty", "-c", "red"], "the folder empty contains no images"),
@@ -195,7 +195,7 @@ def test_a_bad_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
         (["", "-c", "red"], "empty"),
     ],
 )
-def test_wrong_arguments_end_with_one_line_and_2(
+def test_wrong_arguments_print_one_line_and_exit_with_2(
     arguments: list[str], message: str, run: Run, folder: Path, model: ColorModel
 ) -> None:
     (folder / "empty").mkdir()
@@ -224,19 +224,19 @@ def test_wrong_arguments_end_with_one_line_and_2(
         ["one.png", "-c", "red", "--min-size", "nan"],
     ],
 )
-def test_wrong_options_end_with_2(arguments: list[str], run: Run, folder: Path) -> None:
+def test_wrong_options_exit_with_2(arguments: list[str], run: Run, folder: Path) -> None:
     result = run("detect", *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
 
 
-def test_an_unknown_model_ends_with_one_line_and_1(run: Run, folder: Path) -> None:
+def test_unknown_model_prints_one_line_and_exits_with_1(run: Run, folder: Path) -> None:
     result = run("detect", "one.png", "-c", "red", "-m", "nope")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "Error: there is no model 'nope'\n"
 
 
-def test_a_model_without_the_skill_is_refused(run: Run, folder: Path, model: ColorModel) -> None:
+def test_model_without_the_skill_exits_with_1(run: Run, folder: Path, model: ColorModel) -> None:
     model.skills = frozenset({"query"})
     result = run("point", "one.png", "-c", "red")
     assert result.exit_code == 1
@@ -244,15 +244,15 @@ def test_a_model_without_the_skill_is_refused(run: Run, folder: Path, model: Col
     assert model.closed
 
 
-def test_the_model_is_closed(run: Run, folder: Path, model: ColorModel) -> None:
+def test_model_is_closed(run: Run, folder: Path, model: ColorModel) -> None:
     run("detect", "one.png", "-c", "red")
     assert model.closed
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def test_annotated_pictures_keep_size_and_colours(run: Run, folder: Path) -> None:
+def test_annotated_images_keep_size_and_colors(run: Run, folder: Path) -> None:
     assert run("detect", "one.png", "-c", "red", "-o", "deep/er/out.png").exit_code == 0
     before, after = Image.open("one.png").convert("RGB"), Image.open("deep/er/out.png")
     assert after.size == before.size
@@ -261,7 +261,7 @@ def test_annotated_pictures_keep_size_and_colours(run: Run, folder: Path) -> Non
     assert not np.array_equal(np.asarray(before), np.asarray(after))
 
 
-def test_a_folder_keeps_names_apart(run: Run, folder: Path) -> None:
+def test_equal_names_in_a_folder_are_numbered(run: Run, folder: Path) -> None:
     (folder / "a").mkdir()
     (folder / "b").mkdir()
     for name in ("a/x.png", "b/x.png", "b/x.bmp"):
@@ -271,7 +271,7 @@ def test_a_folder_keeps_names_apart(run: Run, folder: Path) -> None:
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["stdin.png", "x-2.png", "x-3.png", "x.png"]
 
 
-def test_what_cannot_be_saved_is_an_error_of_that_image(run: Run, folder: Path) -> None:
+def test_unsavable_image_reports_its_error(run: Run, folder: Path) -> None:
     Image.new("RGB", (16_384, 1)).save("wide.png")
     result = run("detect", "wide.png", "-c", "red", "-o", "out.webp")
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""Output of commands: JSON Lines, images, labels and crops. Run with `pytest tests/cli/test_outputs.py`."""
+"""Output of commands: JSON Lines, images, labels and crops."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_interrupted_commands_keep_the_lines_of_finished_images(folder: Path, na
     assert process.returncode == status
 
 
-def test_a_folder_gives_json_lines_whatever_it_contains(run: Run, folder: Path) -> None:
+def test_folder_of_one_image_prints_json_lines(run: Run, folder: Path) -> None:
     (folder / "photos").mkdir()
     (folder / "one.png").rename("photos/one.png")
     (line,) = run("detect", "photos", "-c", "red", "--json").stdout.splitlines()
     assert json.loads(line)["schema"] == 2
 
 
-def test_one_image_gives_a_document_unless_lines_are_requested(run: Run, folder: Path) -> None:
+def test_one_image_prints_a_document_unless_lines_are_requested(run: Run, folder: Path) -> None:
     document = json.loads(run("detect", "one.png", "-c", "red", "--json").stdout)
     assert document["schema"] == 1
     (line,) = run("detect", "one.png", "-c", "red", "--jsonl").stdout.splitlines()
@@ -76,7 +76,7 @@ def test_one_image_gives_a_document_unless_lines_are_requested(run: Run, folder:
     assert json.loads(line) == {**document, **image, "schema": 2}
 
 
-def test_json_of_missing_images_needs_no_model(run: Run, folder: Path, model: ColorModel) -> None:
+def test_json_of_missing_images_does_not_load_the_model(run: Run, folder: Path, model: ColorModel) -> None:
     result = run("detect", "no.png", "-c", "red", "--json", "-m", "unknown")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["images"] == [{"image": "no.png", "error": "'no.png': no such image file"}]
@@ -153,7 +153,7 @@ def test_errors_of_images_are_shown_once_and_before_the_model_is_loaded(run: Run
     assert result.stderr == "Error: 'typo.jpg': no such image file\n"
 
 
-def test_backslashes_in_a_path_are_shown_once_as_they_are(run: Run, folder: Path) -> None:
+def test_backslashes_in_a_path_are_not_doubled(run: Run, folder: Path) -> None:
     result = run("detect", r"C:\photos\typo.jpg", "-c", "red")
     assert result.stderr == "Error: 'C:\\photos\\typo.jpg': no such image file\n"
 
@@ -207,17 +207,17 @@ def test_recursive_folders(run: Run, folder: Path) -> None:
 # --- annotated images ------------------------------------------------------------------------------------------------
 
 
-def test_output_with_a_slash_is_a_folder_whatever_its_name(run: Run, folder: Path) -> None:
+def test_output_with_a_slash_is_a_folder(run: Run, folder: Path) -> None:
     assert run("detect", "one.png", "-c", "red", "-o", "out.v1/").exit_code == 0
     assert Path("out.v1/one.png").is_file()
-    assert run("detect", "two.jpg", "-c", "red", "-o", "out.v1").exit_code == 0  # it exists
+    assert run("detect", "two.jpg", "-c", "red", "-o", "out.v1").exit_code == 0  # the folder exists
     assert Path("out.v1/two.jpg").is_file()
 
 
 @pytest.mark.parametrize(
     "arguments", [("detect", "-c", "red"), ("point", "-c", "red"), ("caption",), ("query", "-qA?")]
 )
-def test_output_dash_prints_a_png_alone(run: Run, folder: Path, arguments: tuple[str, ...]) -> None:
+def test_output_dash_prints_only_a_png(run: Run, folder: Path, arguments: tuple[str, ...]) -> None:
     result = run(*arguments, "one.png", "-o", "-")
     assert result.exit_code == 0
     image = Image.open(io.BytesIO(result.stdout_bytes))
@@ -239,11 +239,11 @@ def test_existing_outputs_are_replaced_only_on_request(run: Run, folder: Path) -
     assert b"mine" not in {path.read_bytes() for path in (Path("found.png"), *Path("out").iterdir())}
 
 
-def test_an_original_is_never_overwritten(run: Run, folder: Path) -> None:
+def test_input_image_is_never_replaced(run: Run, folder: Path) -> None:
     before = Path("one.png").read_bytes()
     result = run("detect", "one.png", "-c", "red", "-o", "./one.png", "--overwrite")
     assert result.exit_code == 2
-    assert "would overwrite the original" in result.stderr
+    assert "would replace an input image" in result.stderr
     assert Path("one.png").read_bytes() == before
 
 
@@ -392,7 +392,7 @@ def test_options_of_local_models_are_rejected_for_servers(server: RemoteServer, 
     assert "is a server" in result[1]
 
 
-def test_an_adapter_is_looked_up_before_the_weights(folder: Path) -> None:
+def test_adapter_is_checked_before_the_weights_are_loaded(folder: Path) -> None:
     process = command("detect", "one.png", "-c", "red", "--adapter", "no-such-file.pt", cwd=folder)
     stderr = process.communicate()[1]
     assert "no-such-file.pt" in stderr
@@ -414,7 +414,7 @@ def test_an_adapter_is_looked_up_before_the_weights(folder: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_a_full_standard_output_is_one_line(folder: Path, arguments: tuple[str, ...]) -> None:
+def test_full_standard_output_prints_one_line(folder: Path, arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full:
         process = command(*arguments, cwd=folder, stdout=full)
         stderr = process.communicate()[1]
@@ -426,13 +426,13 @@ def test_a_full_standard_output_is_one_line(folder: Path, arguments: tuple[str, 
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full of Linux")
-def test_a_device_as_output_is_rejected(run: Run, folder: Path) -> None:
+def test_device_as_output_is_rejected(run: Run, folder: Path) -> None:
     result = run("detect", "one.png", "-c", "red", "-o", "/dev/full")
     assert result.exit_code == 2
     assert result.stderr == "Error: --output /dev/full: /dev/full is not a folder; name a file that ends in .png\n"
 
 
-def test_a_closed_pipe_ends_the_command_silently(folder: Path) -> None:
+def test_closed_pipe_ends_the_command_silently(folder: Path) -> None:
     for number in range(20):
         cv2.imwrite(f"{number}.png", picture())
     process = command("detect", *(f"{n}.png" for n in range(20)), "-c", "dog", "-m", "tiny", "--json", cwd=folder)

@@ -1,4 +1,4 @@
-"""Answers of servers and file names cannot control the terminal. Run with `pytest tests/cli/test_terminal.py`."""
+"""Responses of servers and file names are escaped on the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moondream_cv import cli
-from moondream_cv.cli import app, output
+from moondream_cv.cli import app, report
 from tests.helpers.remote_server import Answer, RemoteServer, remote_server, streamed
 
 ODD = "\x1b[31mred\x1b]0;title\x07 [red]markup[/red] :cat: \x9b2J\u202eabc\x7f\ud83d"
@@ -36,15 +36,15 @@ def safe(text: str) -> bool:
     return all(character == "\n" or character.isprintable() for character in text)
 
 
-def test_answers_are_escaped_and_keep_their_lines(server: RemoteServer, folder: Path) -> None:
+def test_answers_are_escaped_and_keep_line_breaks(server: RemoteServer, folder: Path) -> None:
     server.on("/v1/query", Answer({"answer": f"first\n\r\n{ODD}", "reasoning": {"text": ODD}}))
     server.on("/v1/caption", Answer({"caption": ODD}))
     result = call(server, "query", "one.png", "-q", "What?", "--reasoning")
-    assert result.stdout == f"Thoughts: {SHOWN}\n\nfirst\n\n{SHOWN}\n"
+    assert result.stdout == f"Reasoning: {SHOWN}\n\nfirst\n\n{SHOWN}\n"
     assert call(server, "caption", "one.png").stdout == f"{SHOWN}\n"
 
 
-def test_answers_in_json_are_exact(server: RemoteServer, folder: Path) -> None:
+def test_answers_in_json_are_unchanged(server: RemoteServer, folder: Path) -> None:
     server.on("/v1/caption", Answer({"caption": ODD}))
     result = call(server, "caption", "one.png", "--json")
     assert result.stdout.isascii()
@@ -55,7 +55,7 @@ def test_answers_in_json_are_exact(server: RemoteServer, folder: Path) -> None:
 def test_streamed_answers_are_escaped(
     server: RemoteServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output, "_console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=200))
+    monkeypatch.setattr(report, "_console", lambda stderr: Console(stderr=stderr, force_terminal=True, width=200))
     server.on("/v1/caption", streamed({"chunk": "\x1b"}, {"chunk": "[31m[red]a :cat:\n"}, {"completed": True}))
     result = call(server, "caption", "one.png")
     assert "\\x1b[31m[red]a :cat:\n" in result.stdout
@@ -63,7 +63,7 @@ def test_streamed_answers_are_escaped(
 
 
 @pytest.mark.parametrize("status", [200, 400, 404])
-def test_errors_of_servers_are_escaped(server: RemoteServer, folder: Path, status: int) -> None:
+def test_server_errors_are_escaped(server: RemoteServer, folder: Path, status: int) -> None:
     server.on("/v1/detect", Answer({"error": {"message": ODD}}, status))
     result = call(server, "detect", "one.png", "-c", "cat")
     assert result.exit_code == 1
@@ -72,14 +72,14 @@ def test_errors_of_servers_are_escaped(server: RemoteServer, folder: Path, statu
     assert safe(result.stderr)
 
 
-def test_replies_that_are_no_json_are_escaped(server: RemoteServer, folder: Path) -> None:
+def test_responses_other_than_json_are_escaped(server: RemoteServer, folder: Path) -> None:
     server.on("/v1/detect", Answer(ODD.encode("utf-8", "surrogatepass"), kind="text/\x1b[31m"))
     result = call(server, "detect", "one.png", "-c", "cat")
-    assert "is no JSON: \\x1b[31mred" in result.stderr
+    assert "instead of JSON: \\x1b[31mred" in result.stderr
     assert safe(result.stderr)
 
 
-def test_names_of_files_and_classes_are_escaped(server: RemoteServer, folder: Path) -> None:
+def test_file_and_class_names_are_escaped(server: RemoteServer, folder: Path) -> None:
     box = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.5, "y_max": 0.5}
     server.on("/v1/detect", Answer({"objects": [box]}))
     name = "a\nError: forged \x1b[31m[red] :cat:.png"
@@ -93,7 +93,7 @@ def test_names_of_files_and_classes_are_escaped(server: RemoteServer, folder: Pa
     assert safe(result.stderr)
 
 
-def test_log_lines_and_warnings_are_escaped(
+def test_log_messages_and_warnings_are_escaped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("moondream_cv")

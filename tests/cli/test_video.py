@@ -177,6 +177,15 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
     assert asked["model"].confidence == 0.5
 
 
+def test_deprecated_colour_by_still_works(run: Run, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: dict[str, Any] = {}
+    monkeypatch.setattr(moondream_cv.video, "annotate_video", lambda *_, **options: passed.update(options))
+    result = run("video", "frames", "red", "-o", "out.mp4", "--colour-by", "id")
+    assert (result.exit_code, passed["color_by"]) == (0, "id")
+    assert "Warning: --colour-by is deprecated and will be removed in 0.2; use --color-by" in result.stderr
+    assert "--colour-by" not in run("video", "--help").stdout
+
+
 # --- errors ---
 
 
@@ -189,14 +198,14 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         ("one.png two.jpg red -o out.mp4", 2, "class names must not be files, got 'two.jpg'"),
         ("missing.mp4 red -o out.mp4", 1, "'missing.mp4': no such file or folder"),
         ("broken.mp4 red -o out.mp4", 1, "broken.mp4"),
-        ("frames red -o out.mp4 --annotate boks", 2, "'boks' is unknown; known are box, label"),
+        ("frames red -o out.mp4 --annotate boks", 2, "'boks' is unknown; use any of box, label"),
         ("frames red -o out.mp4 --bridge nan", 2, "bridge_seconds must be 0 or more seconds, got nan"),
         ("frames red -o out.mp4 --every 0", 2, "an integer of at least 1, got 0"),
         ("frames red -o out.mp4 --every often", 2, "got 'often'"),
         ("frames red -o out.mp4 --tracker magic", 2, "got 'magic'"),
         ("frames red -o out.mp4 --color-by size", 2, "got 'size'"),
         ("frames red -o nowhere/out.mp4", 1, "nowhere/out.mp4 cannot be written: there is no folder"),
-        ("frames red -o out.avi", 1, "name it out.mp4"),
+        ("frames red -o out.avi", 1, "use out.mp4"),
         ("frames red -o .", 1, ". is a folder"),
         ("frames red --json nowhere/out.jsonl", 1, "nowhere/out.jsonl cannot be written: there is no folder"),
         ("frames red --mot frames", 1, "frames is a folder"),
@@ -206,7 +215,7 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         ("one.png red --json one.png", 2, "--json one.png would replace an input file"),
         ("frames red --mot zones.json --zone zones.json", 2, "zones.json would replace an input file"),
         ("frames red -o out.mp4 --zone broken.json", 1, "broken.json is not JSON"),
-        ("frames red -o out.mp4 --zone empty.json", 2, 'empty.json names neither "lines" nor "zones"'),
+        ("frames red -o out.mp4 --zone empty.json", 2, 'empty.json has neither "lines" nor "zones"'),
         (
             "frames red -o out.mp4 --zone typo.json",
             2,
@@ -215,7 +224,7 @@ def test_options_reach_annotate_video(run: Run, frames: Path, monkeypatch: pytes
         (
             "frames red -o out.mp4 --zone anchor.json",
             2,
-            '"triggering_anchors" has the unknown anchor "FEET"; known are "CE',
+            '"triggering_anchors" has the unknown anchor "FEET"; use any of "CE',
         ),
         ("frames/%04d.png red -o out.mp4", 1, "matches no file; the folder has 10 images, such as '0.png'"),
         ("nowhere/%d.png red -o out.mp4", 1, "'nowhere/%d.png' matches no file; there is no folder 'nowhere'"),
@@ -282,8 +291,8 @@ def test_gaps_in_a_pattern_are_logged_once(run: Run, frames: Path, caplog: pytes
     (frames / "4.png").unlink()
     assert run("video", "frames/%d.png", "red", "--json", "out.jsonl").exit_code == 0
     assert [record.message for record in caplog.records if "gaps in the numbers" in record.message] == [
-        "'frames/%d.png': gaps in the numbers from 0 to 9, 1 missing, the first is 4; the frames around a gap follow "
-        "each other without a pause"
+        "'frames/%d.png': gaps in the numbers from 0 to 9, 1 missing, the first is 4; the frames around a gap are "
+        "consecutive"
     ]
 
 
@@ -431,7 +440,7 @@ def test_full_disk_is_reported_with_the_number_of_saved_frames(
     stdout, stderr = running.communicate(timeout=240)
     saved = len(frame_sizes(tmp_path / "out.mp4"))
     assert running.returncode == 1, stderr
-    assert "out.mp4 cannot be written on: File too large; look for a full disk" in stderr
+    assert "out.mp4 cannot be written to: File too large; check " in stderr
     frames = int(stdout.splitlines()[1].split()[2])
     assert 0 < saved < frames < 400
     assert f"saved out.mp4 ({saved} of {frames} frames)" in stdout

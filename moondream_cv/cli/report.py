@@ -1,4 +1,4 @@
-"""The output of a command: text or JSON on standard output, notices and errors on standard error."""
+"""Output of a command: text or JSON on standard output, notices and errors on standard error."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SCHEMA = 1
-"""Number of the layout of a JSON document; it grows when a key changes its meaning or goes away."""
+"""Version of the JSON document; it increases when a key changes its meaning or is removed."""
 
 LINES_SCHEMA = 2
-"""Number of the layout of JSON Lines, one object per image."""
+"""Version of the JSON Lines, one object per image."""
 
-_WIDTH_OF_FILES = 120  # columns when the output is no terminal
+_WIDTH_OF_FILES = 120  # columns, if the output is not a terminal
 
 logger = logging.getLogger("moondream_cv")
 
 
 class OutputError(OSError):
-    """Standard output that cannot be written, such as a file on a full disk."""
+    """An error while writing standard output, such as a full disk."""
 
 
 class Report:
-    """The replies of one command.
+    """Output of one command.
 
     Attributes:
-        command: Name of the subcommand.
+        command: Name of the command.
         as_json: Print JSON instead of text.
         lines: Print one line of JSON per image as soon as it is done, instead of one document at the end.
-        quiet: Print errors only on standard error.
+        quiet: Print only errors on standard error.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Report:
         text_to_stderr: bool = False,
         **header: Any,
     ) -> None:
-        """Begin a report.
+        """Create a report without results.
 
         Args:
-            command: Name of the subcommand.
-            as_json: As the attribute.
-            lines: As the attribute.
-            quiet: As the attribute.
+            command: See the attribute.
+            as_json: See the attribute.
+            lines: See the attribute.
+            quiet: See the attribute.
             text_to_stderr: Print text on standard error, because standard output is used for an image.
-            header: Keys at the head of the JSON document, or of each line. User and password of a `model` that is a URL
+            **header: Keys at the head of the JSON document, or of each line. If `model` is a URL, its user and password
                 are removed.
         """
         if isinstance(header.get("model"), str):
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def streams(self) -> bool:
-        """Whether text appears on a terminal while it is generated."""
+        """Whether text is printed on a terminal while it is generated."""
         return not self.as_json and self._out.is_terminal
 
     @property
@@ -89,7 +89,11 @@ class Report:
         return self._failed
 
     def print(self, text: RenderableType = "", end: str = "\n") -> None:
-        """Print text without control characters; nothing is printed with `as_json`.
+        """Print text without control characters, unless `as_json`.
+
+        Args:
+            text: Text or rich renderable.
+            end: Text to append.
 
         Raises:
             OutputError: Standard output cannot be written.
@@ -109,7 +113,7 @@ class Report:
         _print(self._err, f"Error: {text}")
 
     def working(self, text: str) -> Any:
-        """Return a context in which a terminal shows that a step is running."""
+        """Return a context manager that shows a status on a terminal."""
         if self.quiet or not self._err.is_terminal:
             return nullcontext()
         from rich.text import Text
@@ -117,7 +121,10 @@ class Report:
         return self._err.status(Text(shown(text)))
 
     def add(self, image: dict[str, Any]) -> None:
-        """Add one image's reply; with `lines` it is printed at once.
+        """Add the result of one image; with `lines` it is printed immediately.
+
+        Args:
+            image: JSON entry of the image.
 
         Raises:
             OutputError: Standard output cannot be written.
@@ -129,12 +136,12 @@ class Report:
             self._images.append(image)
 
     def put(self, **items: Any) -> None:
-        """Add keys to the head of the document, or of the lines that follow."""
+        """Add keys to the head of the document, or of the following lines."""
         self._header.update(items)
 
     @contextmanager
     def image(self, name: str) -> Iterator[None]:
-        """Return a context in which an error is reported as that of one image, and the next images go on."""
+        """Return a context manager that reports errors of one image and suppresses them, so that the others are run."""
         try:
             yield
         except (OutputError, BrokenPipeError):
@@ -151,12 +158,12 @@ class Report:
         self.error(message if named else f"{shown(_shown_url_of(name))}: {message}")
 
     def add_failure(self, name: str, error: Exception) -> None:
-        """Count a failed image, and add its error in the place of its reply."""
+        """Count a failed image, and add its error instead of a result."""
         self._failed += 1
         self.add({"image": name, "error": error_text(error)})
 
     def finish(self) -> None:
-        """Print the JSON document, if one was asked for.
+        """Print the JSON document with `as_json`, unless lines were printed.
 
         Raises:
             typer.Exit: With status 1 if an image failed.
@@ -169,18 +176,22 @@ class Report:
 
 
 def set_verbosity(verbose: bool, quiet: bool) -> None:
-    """Set which messages of the package are logged: debug messages, the usual ones, or errors only.
+    """Set the minimum level of logged messages: debug, info or error.
+
+    Args:
+        verbose: Log debug messages.
+        quiet: Log only errors.
 
     Raises:
-        ValueError: Both are set.
+        ValueError: Both options are set.
     """
     if verbose and quiet:
-        raise ValueError("--verbose and --quiet exclude each other; give one of them")
+        raise ValueError("--verbose and --quiet exclude each other; use one of them")
     logger.setLevel(logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO)
 
 
 def error_text(error: Exception) -> str:
-    """Return an error as one line; the class is named unless the package raises it on purpose."""
+    """Return an error as one line; unexpected errors include their class."""
     text = " ".join(str(error).split())
     if isinstance(error, (MoondreamError, ValueError)) and text:
         return shown(text)
@@ -188,22 +199,22 @@ def error_text(error: Exception) -> str:
 
 
 def shown_model(name: str) -> str:
-    """Return a model's name for messages: a URL without its user, password and query."""
+    """Return a model name for messages; a URL is shown without user, password and query."""
     return shown_url(name) if is_url(name) else name
 
 
 def shown(text: str) -> str:
-    """Return text, such as a file name, on one line that every terminal can print: control characters are escaped."""
+    """Return text on one line with control characters escaped, so that it is safe to print on a terminal."""
     return escaped(text)
 
 
 @contextmanager
 def writing_stdout() -> Iterator[None]:
-    """Turn an error of writing standard output in the `with` into an `OutputError`.
+    """Convert errors of writing standard output in the `with` to `OutputError`.
 
     Raises:
-        OutputError: It cannot be written.
-        BrokenPipeError: The program that reads it has ended.
+        OutputError: Standard output cannot be written.
+        BrokenPipeError: The program that reads standard output has ended.
     """
     try:
         yield

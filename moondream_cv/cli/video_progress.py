@@ -1,4 +1,4 @@
-"""What `moondream-cv video` shows while it works: a bar on a terminal, and not the same warning for every frame."""
+"""Progress of `moondream-cv video`: a progress bar on a terminal, and limits for messages about single frames."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .output import shown
+from .report import shown
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from moondream_cv.video import Summary
 
-# Loggers that report single frames.
-_FRAME_BY_FRAME = ("moondream_cv.detector", "moondream_cv.video.tracking.keyframe_detector")
-_LINES_OF_A_KIND = 3
+# Loggers with messages about single frames.
+_FRAME_LOGGERS = ("moondream_cv.detector", "moondream_cv.video.tracking.keyframe_detector")
+_MAX_MESSAGES = 3
 
 
-class Bar:
-    """Shows on a terminal how far a video has come.
+class VideoProgress:
+    """Progress bar of a video on a terminal.
 
     Attributes:
-        summary: The latest that it was told; None before the first frame.
+        summary: Latest summary; None before the first frame.
     """
 
-    def __init__(self, name: str, *, wanted: bool) -> None:
-        """Make a bar that is not shown yet.
+    def __init__(self, name: str, *, is_shown: bool) -> None:
+        """Create a progress bar; a `with` statement shows it.
 
         Args:
-            name: Of the source.
-            wanted: Whether a terminal, if there is one, has room for a bar.
+            name: Name of the source.
+            is_shown: Show the bar if standard error is a terminal.
         """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.summary: Summary | None = None
         console = Console(stderr=True)
-        self._visible = wanted and console.is_terminal
+        self._visible = is_shown and console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -50,16 +50,16 @@ class Bar:
             console=console,
             disable=not self._visible,
             transient=True,
-            redirect_stdout=False,  # JSON lines are for whoever reads them
+            redirect_stdout=False,  # JSON Lines must not be mixed with the bar
             expand=True,
         )
         short = shown(name if len(name) <= 24 else f"...{name[-21:]}")
         self._task = self._progress.add_task(short, total=None, rates="")
         self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> VideoProgress:
         self._progress.start()
-        if self._visible:  # log lines go above the bar, instead of through it
+        if self._visible:  # log messages are printed above the bar
             for handler in logging.getLogger("moondream_cv").handlers:
                 if isinstance(handler, logging.StreamHandler):
                     self._streams.append((handler, handler.setStream(sys.stderr)))
@@ -74,7 +74,7 @@ class Bar:
         self._progress.stop()
 
     def update(self, summary: Summary) -> None:
-        """Show how far it is."""
+        """Update the bar from the summary of a frame."""
         self.summary = summary
         total = None if summary.frame_count is None else max(summary.frame_count, summary.frames)
         rates = f"{summary.fps:.1f} fps, detector {summary.detector_fps:.1f} fps"
@@ -82,16 +82,16 @@ class Bar:
 
 
 @contextmanager
-def few_of_a_kind() -> Iterator[None]:
-    """Give a context in which the lines that every frame could give are logged a few times, and never twice."""
+def limit_frame_messages() -> Iterator[None]:
+    """Log each kind of message about single frames a few times only, and equal messages once, inside a `with`."""
     lines: set[str] = set()
     kinds: Counter[str] = Counter()
 
     def is_new(record: logging.LogRecord) -> bool:
-        if record.name not in _FRAME_BY_FRAME:
+        if record.name not in _FRAME_LOGGERS:
             return True
         line, kind = record.getMessage(), str(record.msg)
-        if line in lines or kinds[kind] >= _LINES_OF_A_KIND:
+        if line in lines or kinds[kind] >= _MAX_MESSAGES:
             return False
         lines.add(line)
         kinds[kind] += 1

@@ -1,4 +1,4 @@
-"""Signals that stop a command. Run with `pytest tests/cli/test_stopping.py`."""
+"""Signals that stop a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 
 WAITING = """
 import signal, sys, time
-from moondream_cv.cli.stopping import Terminated, exit_status, stop_on_signals
+from moondream_cv.cli.signals import Terminated, exit_status, stop_on_signals
 signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
 stop_on_signals()
 try:
@@ -28,10 +28,10 @@ except KeyboardInterrupt as error:
 COMMAND = """
 import sys, time
 import moondream_cv.cli.detect as detect
-def locate(*arguments, **options):
+def run_detect_command(*arguments, **options):
     print("ready", flush=True)
     time.sleep(240)
-detect.locate = locate
+detect.run_detect_command = run_detect_command
 sys.argv = ["moondream-cv", "detect", "a.png", "-c", "dog"]
 from moondream_cv.cli import main
 main()
@@ -56,7 +56,7 @@ def test_signals_raise_keyboard_interrupt(name: str, status: int) -> None:
     assert stdout.strip() == ("" if name == "SIGINT" else f"stopped by {name}")
 
 
-def test_sighup_stays_ignored_under_nohup() -> None:
+def test_sighup_is_ignored_under_nohup() -> None:
     process = started(WAITING, "SIG_IGN")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
@@ -64,7 +64,7 @@ def test_sighup_stays_ignored_under_nohup() -> None:
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_commands_exit_with_the_signal(name: str, status: int) -> None:
+def test_commands_exit_with_the_status_of_the_signal(name: str, status: int) -> None:
     process = started(COMMAND)
     process.send_signal(getattr(signal, name))
     stderr = process.communicate(timeout=240)[1]
@@ -74,14 +74,14 @@ def test_commands_exit_with_the_signal(name: str, status: int) -> None:
 
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or sys.platform != "linux",
-    reason="needs root on Linux, to make a process number 1 of a PID namespace",
+    reason="needs root on Linux for process 1 of a PID namespace",
 )
 def test_process_1_of_a_container_stops_on_sigterm(tmp_path: Path) -> None:
     namespace = ["unshare", "--pid", "--fork", "--kill-child", "--"]
     try:
         subprocess.run([*namespace, "true"], check=True, capture_output=True, timeout=60)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no PID namespace can be made here: {error}")
+        pytest.skip(f"no PID namespace is available: {error}")
     code = "import os\nassert os.getpid() == 1\n" + WAITING
     process = subprocess.Popen(
         [*namespace, sys.executable, "-c", code, "SIG_DFL"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

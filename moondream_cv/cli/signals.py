@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP stop a command like Ctrl-C does, so that it completes its files before it exits."""
+"""Signal handling: SIGTERM and SIGHUP stop a command like Ctrl-C, so that it completes its output files."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import signal
 import threading
 from typing import Any
 
-_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")  # a container or service manager; a terminal that closes; Windows
+_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")  # container or service manager, closed terminal, Windows
 _INTERRUPTED = 130
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised in the main thread when a signal asks the process to stop.
+    """Raised in the main thread on a signal that stops the process.
 
     Attributes:
-        status: Exit status, 128 plus the signal's number, as shells have it.
+        status: Exit status, 128 plus the number of the signal, as in shells.
     """
 
     def __init__(self, number: int) -> None:
-        """Remember which signal it was."""
+        """Create the exception for a signal number."""
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.status = 128 + number
 
 
 def stop_on_signals() -> None:
-    """Raise `Terminated` on SIGTERM and SIGHUP, unless the process ignores them, as it does SIGHUP under nohup.
+    """Raise `Terminated` on SIGTERM and SIGHUP, unless the process ignores them, such as SIGHUP under nohup.
 
-    As process 1 of a container, a process without a handler would not stop at all.
+    Without a handler, process 1 of a container would ignore these signals.
     """
     if threading.current_thread() is not threading.main_thread():
         return

@@ -1,7 +1,7 @@
-"""Pictures for people: boxes, points, labels and text, at a size that suits the image.
+"""Drawing of boxes, points, labels and text on images, with Pillow.
 
-Drawn with Pillow. Colors come from supervision's palette by class id, so that a class keeps its color in all images of
-a command.
+Sizes depend on the image size. Colors come from supervision's palette by class id, so that a class has the same color
+in all images of a command.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SMALLEST_TEXT = 11  # pixels; smaller is not legible
 
 @dataclass(frozen=True)
 class _Pen:
-    """Sizes in pixels that suit an image."""
+    """Font and line sizes in pixels for an image size."""
 
     font: Font
     line: int
@@ -38,47 +38,47 @@ class _Pen:
 
 
 def annotate(image: Image.Image, detections: sv.Detections, *, has_scores: bool = True) -> Image.Image:
-    """Draw detections into a copy of an image.
+    """Return a copy of an image with detections drawn.
 
     Args:
-        image: In RGB.
-        detections: Boxes in pixels; those without area are drawn as dots. Labels are `data["class_name"]`.
-        has_scores: Whether the confidence is written behind the name.
+        image: RGB image.
+        detections: Boxes in pixels; boxes without area are drawn as dots. Labels are `data["class_name"]`.
+        has_scores: Write the confidence after the class name.
 
     Returns:
-        An image of the same size, in RGB.
+        RGB image of the same size.
     """
     canvas = image.convert("RGB")
     if canvas is image:
         canvas = image.copy()
     draw, pen = ImageDraw.Draw(canvas), _Pen.for_image(image)
-    rows = []
+    items = []
     for xyxy, _, confidence, class_id, _, data in detections:
         left, top, right, bottom = (float(value) for value in xyxy)
-        colour = class_colour(int(class_id) if class_id is not None else 0)
+        color = class_color(int(class_id) if class_id is not None else 0)
         name = str(data.get("class_name", ""))
         label = f"{name} {float(confidence):.2f}" if has_scores and confidence is not None else name
-        rows.append(((left, top, right, bottom), colour, label))
-    # Labels come last, so that no box crosses them.
-    marks = [_draw_mark(draw, pen, box, colour) for box, colour, _ in rows]
+        items.append(((left, top, right, bottom), color, label))
+    # Labels are drawn last, so that no box crosses them.
+    marks = [_draw_mark(draw, pen, box, color) for box, color, _ in items]
     taken: list[Rectangle] = []
-    for mark, (_, colour, label) in zip(marks, rows, strict=True):
+    for mark, (_, color, label) in zip(marks, items, strict=True):
         text = _shorten(label, pen.font, canvas.width - 2 * pen.padding)
         if text:
             size_wh = (pen.font.getlength(text) + 2 * pen.padding, float(pen.font.height + pen.padding))
             place = _place_label(mark, size_wh, marks, taken, canvas.size)
-            _draw_label(draw, pen, place, colour, text)
+            _draw_label(draw, pen, place, color, text)
             taken.append(place)
     return canvas
 
 
-def class_colour(class_id: int) -> RGB:
-    """The colour of a class, in RGB."""
+def class_color(class_id: int) -> RGB:
+    """Return the RGB color of a class."""
     return sv.ColorPalette.DEFAULT.by_idx(class_id).as_rgb()
 
 
 def with_text(image: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """Write text on a white strip beneath a copy of an image; long lines are wrapped."""
+    """Return an image with text on a white strip below it; long lines are wrapped."""
     pen = _Pen.for_image(image)
     margin = 2 * pen.padding
     wrapped = [part for line in lines for part in wrap(line, pen.font, image.width - 2 * margin)]
@@ -92,7 +92,7 @@ def with_text(image: Image.Image, lines: Sequence[str]) -> Image.Image:
 
 
 def wrap(text: str, font: Font, width: float) -> list[str]:
-    """Break text into lines of at most `width` pixels; a word that is longer is broken inside."""
+    """Return text as lines of at most `width` pixels; longer words are split."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -108,22 +108,22 @@ def wrap(text: str, font: Font, width: float) -> list[str]:
     return lines
 
 
-def _draw_mark(draw: ImageDraw.ImageDraw, pen: _Pen, box: Rectangle, colour: RGB) -> Rectangle:
-    """Draw a box, or a dot where it has no area, and return what it covers."""
+def _draw_mark(draw: ImageDraw.ImageDraw, pen: _Pen, box: Rectangle, color: RGB) -> Rectangle:
+    """Draw a box, or a dot if it has no area, and return the covered rectangle."""
     left, top, right, bottom = box
     if right > left and bottom > top:
         outer = (left, top, max(left, right - 1), max(top, bottom - 1))
-        draw.rectangle(outer, outline=colour, width=pen.line)
+        draw.rectangle(outer, outline=color, width=pen.line)
         return box
     radius = 2.0 * pen.line + 1
     dot = (left - radius, top - radius, left + radius, top + radius)
-    draw.ellipse(dot, fill=colour, outline=WHITE, width=max(1, pen.line // 2))
+    draw.ellipse(dot, fill=color, outline=WHITE, width=max(1, pen.line // 2))
     return dot
 
 
-def _draw_label(draw: ImageDraw.ImageDraw, pen: _Pen, place: Rectangle, colour: RGB, text: str) -> None:
-    draw.rectangle(place, fill=colour)
-    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+def _draw_label(draw: ImageDraw.ImageDraw, pen: _Pen, place: Rectangle, color: RGB, text: str) -> None:
+    draw.rectangle(place, fill=color)
+    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
     pen.font.draw(draw, (place[0] + pen.padding, place[1] + pen.padding / 2), text, BLACK if bright else WHITE)
 
 
@@ -134,7 +134,7 @@ def _place_label(
     taken: Sequence[Rectangle],
     resolution_wh: tuple[int, int],
 ) -> Rectangle:
-    """Find the place around a mark that hides least: above it rather than below, and other labels least of all."""
+    """Return the position around a mark where a label hides the least; other labels weigh more than marks."""
     left, top, right, bottom = mark
     width, height = size_wh
     places = []
@@ -147,7 +147,7 @@ def _place_label(
 
 
 def _hidden(place: Rectangle, others: Sequence[Rectangle]) -> float:
-    """Pixels of other rectangles that lie under a place."""
+    """Return the area in pixels that a rectangle shares with others."""
     return sum(
         max(0.0, min(place[2], other[2]) - max(place[0], other[0]))
         * max(0.0, min(place[3], other[3]) - max(place[1], other[1]))

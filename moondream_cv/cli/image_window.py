@@ -1,4 +1,4 @@
-"""`--show`: an annotated image in a window, until a key is pressed."""
+"""Window for `--show`, which shows annotated images."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ _POLL_MS = 50  # interval for checking keys and the window's close button
 
 
 class ImageWindow:
-    """A window that shows images one after the other. Any key goes on; q, Esc or the close button ends showing."""
+    """A window that shows one image at a time. Any key shows the next image; q, Esc or the close button closes it."""
 
     def __init__(self, title: str) -> None:
-        """Check that windows can be shown here; the window opens with the first image.
+        """Check that windows are available; the first image opens the window.
+
+        Args:
+            title: Title of the window.
 
         Raises:
-            VideoError: There is no screen, or OpenCV comes without windows.
+            VideoError: There is no screen, or OpenCV has no window support.
         """
         from moondream_cv.video.writers.window import Window
 
         self._title = title
         self._window: Window | None = None
-        self._ended = False
+        self._closed = False
         Window(title).close()
 
     def show(self, image: Image.Image) -> None:
-        """Show an RGB image and wait for a key. Nothing happens once showing has ended.
+        """Show an RGB image and wait for a key. Does nothing after the window was closed.
 
         Raises:
             VideoError: The window cannot be shown.
         """
-        if self._ended:
+        if self._closed:
             return
         import cv2
         import numpy as np
@@ -54,10 +57,10 @@ class ImageWindow:
                 return
             if key != -1:
                 window.close()
-        self._ended = True
+        self._closed = True
 
     def close(self) -> None:
         """Close the window. A second call does nothing."""
-        self._ended = True
+        self._closed = True
         if self._window is not None:
             self._window.close()
