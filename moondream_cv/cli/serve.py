@@ -1,4 +1,4 @@
-"""`moondream-cv serve`: the model over HTTP."""
+"""`moondream-cv serve`: serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -26,19 +26,26 @@ KEYS_VARIABLE = "MOONDREAM_CV_API_KEYS"
 def serve(
     model: options.Model = "moondream2",
     host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is every network.")
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 for all interfaces.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, metavar="N", help="Port to listen on.")] = 2020,
     name: Annotated[
         str | None,
-        typer.Option("--name", metavar="NAME", help="Model name shown to clients.", show_default=False),
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="Model name for clients. [dim]\\[default: the name of --model][/]",
+            show_default=False,
+        ),
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     adapter: options.Adapter = None,
     cache_images: Annotated[
         int,
-        typer.Option("--cache-images", min=0, metavar="N", help="Encoded images to keep; about 160 MB each."),
+        typer.Option(
+            "--cache-images", min=0, metavar="N", help="Maximum number of cached encoded images, about 160 MB each."
+        ),
     ] = 8,
     api_keys: Annotated[
         list[str] | None,
@@ -46,7 +53,8 @@ def serve(
             "--api-key",
             envvar=KEYS_VARIABLE,
             metavar="KEY",
-            help="API key clients must send; repeatable. Prefer the variable: other users can see command lines.",
+            help="API key clients must send; repeatable. Prefer the environment variable: command lines are visible to "
+            "other users.",
             show_default=False,
         ),
     ] = None,
@@ -54,33 +62,43 @@ def serve(
         int, typer.Option("--queue", min=1, metavar="N", help="Maximum concurrent requests; further ones get 429.")
     ] = 256,
     timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Limit per request; slower ones get 504.")
+        float,
+        typer.Option(
+            "--timeout", min=0.1, metavar="SECONDS", help="Per-request time limit in seconds; slower requests get 504."
+        ),
     ] = 120,
     drain: Annotated[
-        float, typer.Option("--drain", min=0.1, metavar="SECONDS", help="Time that a shutdown waits for requests.")
+        float, typer.Option("--drain", min=0.1, metavar="SECONDS", help="Time limit of a graceful shutdown in seconds.")
     ] = 30,
-    max_body: Annotated[int, typer.Option("--max-body", min=1, metavar="MIB", help="Maximum size of a request.")] = 32,
+    max_body: Annotated[
+        int, typer.Option("--max-body", min=1, metavar="MIB", help="Maximum request size in MiB.")
+    ] = 32,
     max_pixels: Annotated[
-        int, typer.Option("--max-pixels", min=1, metavar="N", help="Maximum number of pixels of an image.")
+        int, typer.Option("--max-pixels", min=1, metavar="N", help="Maximum number of pixels per image.")
     ] = 50_000_000,
     decode_timeout: Annotated[
         float,
-        typer.Option("--decode-timeout", min=0.1, metavar="SECONDS", help="Limit per image; slower ones get 400."),
+        typer.Option(
+            "--decode-timeout",
+            min=0.1,
+            metavar="SECONDS",
+            help="Time limit for decoding an image in seconds; slower images get 400.",
+        ),
     ] = 10,
     private_urls: Annotated[
         bool,
-        typer.Option("--allow-private-urls", help="Fetch image URLs also from loopback and private addresses."),
+        typer.Option("--allow-private-urls", help="Allow image URLs with loopback and private addresses."),
     ] = False,
     cors: Annotated[
         list[str] | None,
-        typer.Option("--cors", metavar="ORIGIN", help="Origin whose pages may call; repeatable.", show_default=False),
+        typer.Option("--cors", metavar="ORIGIN", help="Allowed origin for CORS; repeatable.", show_default=False),
     ] = None,
     allowed_hosts: Annotated[
         list[str] | None,
         typer.Option(
             "--allowed-host",
             metavar="NAME",
-            help="Host name to accept in the Host header, without port; repeatable; * accepts all.",
+            help="Allowed name in the Host header, without port; repeatable; * allows all names.",
             show_default=False,
         ),
     ] = None,
@@ -98,20 +116,19 @@ def serve(
         typer.Option(
             "--log-format",
             metavar="auto|json|text",
-            help="Format of the log; auto is text on a terminal, otherwise JSON.",
+            help="Log format; auto is text on a terminal and JSON otherwise.",
         ),
     ] = "auto",
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        typer.Option("--log-level", metavar="debug|info|warning|error", help="Minimum level of logged messages."),
+        typer.Option("--log-level", metavar="debug|info|warning|error", help="Minimum level of log messages."),
     ] = "info",
 ) -> None:
-    """Serve the model over HTTP, to the clients of Moondream, Roboflow Inference, OpenAI and fal.
+    """Serve a model over HTTP, with the APIs of Moondream, Roboflow Inference, OpenAI and fal.
 
     \b
-    The page at / is a playground. /health and /ready are for
-    orchestrators, /metrics for Prometheus. SIGTERM finishes what is
-    running.
+    / is a playground, /health and /ready are probes, and /metrics is
+    for Prometheus. SIGTERM waits for running requests before exiting.
 
     \b
     [bold]Examples[/]
@@ -120,7 +137,7 @@ def serve(
     $ moondream-cv detect street.jpg -c person --model http://localhost:2020
     """
     check_installed()
-    # Threads of PyTorch that wait for work would else keep the cores busy that decode the next images.
+    # Without this, idle PyTorch threads spin on the cores that decode images.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moondream_cv.server.app import create_app
     from moondream_cv.server.logs import set_up_logging
@@ -129,14 +146,15 @@ def serve(
     from moondream_cv.server.uvicorn_server import run_server
     from moondream_cv.urls import is_url
 
+    # Check the options
     loading = ModelOptions(model, device, dtype, adapter)
     if is_url(model):
         check_remote(loading)
     if (certificate is None) != (certificate_key is None):
-        raise ValueError("--tls-cert and --tls-key go together")
+        raise ValueError("--tls-cert and --tls-key must be used together")
     for file in (certificate, certificate_key):
         if file is not None and not file.is_file():
-            raise ValueError(f"there is no file {str(file)!r}")
+            raise ValueError(f"--tls-cert and --tls-key must be files, got {str(file)!r}, which does not exist")
     chosen = ServerSettings(
         api_keys=tuple(api_keys or ()),
         queue=queue,
@@ -150,6 +168,8 @@ def serve(
         decode_timeout=decode_timeout,
         page=page,
     )
+
+    # Create the app
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     set_up = partial(set_up_logging, log_level, as_json)
     set_up()
@@ -158,11 +178,15 @@ def serve(
         name=name or public_name(model),
         settings=chosen,
     )
+
+    # Announce the address and run the server
     scheme = "http" if certificate is None else "https"
     shown_host = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
     announcement = f"Serving {shown_model(model)} at {scheme}://{shown_host}:{port}"
     if not chosen.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
-        warning = f"Warning: without an API key, everyone who can reach {host} can use the server; set {KEYS_VARIABLE}"
+        warning = (
+            f"Warning: no API key is set, so everyone who can reach {host} can use the server; set {KEYS_VARIABLE}"
+        )
         typer.echo(warning, err=True)
     files = (None if file is None else str(file) for file in (certificate, certificate_key))
     announce = partial(typer.echo, announcement, err=True)
@@ -170,10 +194,10 @@ def serve(
 
 
 def check_installed() -> None:
-    """Say how to install what serving takes.
+    """Check that the packages of the extra `server` are installed.
 
     Raises:
-        ValueError: It is missing.
+        ValueError: A package is missing.
     """
     try:
         import aiohttp  # noqa: F401
@@ -183,15 +207,20 @@ def check_installed() -> None:
         import pythonjsonlogger  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ValueError(f'serving takes {error.name}; pip install "moondream-cv[server]"') from error
+        raise ValueError(f'serve needs the package {error.name}; pip install "moondream-cv[server]"') from error
 
 
 def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], None]) -> VisionModel | ProcessEngine:
-    """Load what is served, in a process of its own, or connect to what answers in its place.
+    """Load the model in a separate process, or connect to another server.
+
+    Args:
+        options: Model and loading options.
+        cache_images: Maximum number of cached encoded images.
+        set_up: Function that sets up logging in the process.
 
     Raises:
-        MoondreamError: It cannot be loaded, or the server cannot be reached.
-        ValueError: The device is not there.
+        MoondreamError: The model cannot be loaded, or the server is unreachable.
+        ValueError: The device does not exist.
     """
     from moondream_cv.urls import is_url
 
@@ -205,7 +234,7 @@ def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], No
 
 
 def load_model(options: ModelOptions, cache_images: int) -> LocalModel:
-    """Load a model onto this machine; called in the engine's process."""
+    """Load a local model; called in the engine process."""
     from moondream_cv.loading import load
 
     return load(
@@ -218,7 +247,7 @@ def load_model(options: ModelOptions, cache_images: int) -> LocalModel:
 
 
 def public_name(model: str) -> str:
-    """What clients know a model as: its name, but of a folder the last part alone, and of a server nothing."""
+    """Return the model name for clients: the last part of a folder, "moondream2" for a server, or else the name."""
     from moondream_cv.urls import is_url
 
     if is_url(model):

@@ -35,7 +35,7 @@ def uri() -> str:
     return data_uri(Image.fromarray(render_scene(5, names=("cat",), style="plain").image))
 
 
-def test_serves_logs_in_json_and_ends_well_with_sigterm(uri: str) -> None:
+def test_server_logs_json_and_exits_with_0_on_sigterm(uri: str) -> None:
     with serving("--model", "tiny", key=f"other {KEY}") as server:
         headers = {"X-Moondream-Auth": KEY, "X-Request-Id": "one"}
         body = {"image_url": uri, "object": "cat"}
@@ -53,12 +53,12 @@ def test_serves_logs_in_json_and_ends_well_with_sigterm(uri: str) -> None:
     assert lines[-1]["message"].startswith("Finished server process")
 
 
-def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri: str) -> None:
+def test_signal_completes_running_requests_and_rejects_new_ones(tmp_path: Path, uri: str) -> None:
     model = endless_model()
     save_checkpoint(model.network, model.config, model.tokenizer, tmp_path)
     with serving("--model", str(tmp_path)) as server:
         listed = httpx.get(f"{server.url}/v1/models", timeout=240).json()["data"]
-        assert [entry["id"] for entry in listed] == [tmp_path.name]  # the folder above it is nobody's business
+        assert [entry["id"] for entry in listed] == [tmp_path.name]  # without the parent folder
         answers: list[httpx.Response] = []
         body: dict[str, Any] = {"image_url": uri, "settings": {"temperature": 0, "max_tokens": 1500}}
         thread = threading.Thread(
@@ -77,10 +77,10 @@ def test_a_signal_lets_requests_finish_and_takes_no_new_ones(tmp_path: Path, uri
 
 
 @pytest.mark.parametrize(("sig", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_stop_a_server_that_is_still_loading(sig: int, status: int) -> None:
+def test_signals_stop_a_server_while_it_loads(sig: int, status: int) -> None:
     server = ServeProcess("--model", "tiny")
     try:
-        while True:  # until it listens; the model takes seconds longer
+        while True:  # until the server listens, seconds before the model is loaded
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{server.url}/health").status_code == 200:
                     break
@@ -92,7 +92,7 @@ def test_signals_stop_a_server_that_is_still_loading(sig: int, status: int) -> N
     assert (ended, "Traceback" in log) == (status, False), log
 
 
-def test_ctrl_c_ends_it_as_well() -> None:
+def test_ctrl_c_exits_with_130() -> None:
     with serving("--model", "tiny", "--log-format", "text") as server:
         status, log = server.end(signal.SIGINT)
     assert status == 130
@@ -101,31 +101,31 @@ def test_ctrl_c_ends_it_as_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["--model", "tinny"], 1, "there is no model 'tinny'"),
         (["--model", "tiny", "--device", "cuda:9"], 2, "there is no device 'cuda:9'"),
-        (["--model", "tiny", "--tls-cert", "cert.pem"], 2, "--tls-cert and --tls-key go together"),
-        (["--model", "tiny", "--tls-cert", "no.pem", "--tls-key", "no.pem"], 2, "there is no file 'no.pem'"),
+        (["--model", "tiny", "--tls-cert", "cert.pem"], 2, "--tls-cert and --tls-key must be used together"),
+        (["--model", "tiny", "--tls-cert", "no.pem", "--tls-key", "no.pem"], 2, "must be files, got 'no.pem'"),
         (["--model", "tiny", "--api-key", " "], 2, "API keys must"),
         (["--model", "tiny", "--queue", "0"], 2, "--queue"),
         (["--model", "tiny", "--log-level", "loud"], 2, "--log-level"),
         (["--model", "tiny", "--host", "256.1.1.1"], 1, "cannot listen on 256.1.1.1"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(arguments: list[str], status: int, said: str) -> None:
+def test_invalid_options_print_an_error_without_traceback(arguments: list[str], status: int, message: str) -> None:
     ended, log = ServeProcess(*arguments).finish()
     assert ended == status, log
-    assert said in log
+    assert message in log
     assert "Traceback" not in log
 
 
-def test_a_port_that_is_taken_is_said() -> None:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        holder.listen()
+def test_occupied_port_is_reported() -> None:
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
         process = subprocess.run(
-            [sys.executable, "-m", "moondream_cv", "serve", "--model", "tiny", "-p", str(holder.getsockname()[1])],
+            [sys.executable, "-m", "moondream_cv", "serve", "--model", "tiny", "-p", str(occupied.getsockname()[1])],
             capture_output=True,
             text=True,
             timeout=240,
@@ -136,7 +136,7 @@ def test_a_port_that_is_taken_is_said() -> None:
     assert "Traceback" not in process.stderr
 
 
-def test_a_server_may_stand_in_for_the_model_wherever_one_is_named(tmp_path: Path) -> None:
+def test_server_url_as_the_model_of_a_command_and_a_server(tmp_path: Path) -> None:
     picture = tmp_path / "cat.png"
     Image.fromarray(render_scene(5, names=("cat",), style="plain").image).save(picture)
 
@@ -161,7 +161,7 @@ def test_a_server_may_stand_in_for_the_model_wherever_one_is_named(tmp_path: Pat
             assert "secret" not in json.dumps(there)
 
 
-def test_a_gateway_loads_nothing() -> None:
+def test_device_with_a_server_url_is_rejected() -> None:
     refused = subprocess.run(
         [sys.executable, "-m", "moondream_cv", "serve", "--model", "http://u:secret@localhost:1", "--device", "cpu"],
         capture_output=True,
@@ -173,7 +173,7 @@ def test_a_gateway_loads_nothing() -> None:
     assert "secret" not in refused.stderr
 
 
-def test_without_its_engine_a_server_ends() -> None:
+def test_server_exits_if_its_engine_dies() -> None:
     with serving("--model", "tiny") as server:
         (engine,) = [
             child
