@@ -1,11 +1,11 @@
-"""Moondream 2 for transformers: after `register()`, `AutoModelForCausalLM.from_pretrained` gives this implementation.
+"""Moondream 2 for transformers: after `register()`, `AutoModelForCausalLM.from_pretrained` returns this implementation.
 
-Weights are read by this package's own loader, so every published layout works and every key is accounted for. What
-transformers adds is the saving, and whatever builds on `PreTrainedModel`.
+Weights are read by the loader of this package, which supports every published layout and checks every key. Saving, and
+everything that builds on `PreTrainedModel`, comes from transformers.
 
-Leave out `trust_remote_code=True`: before version 5, transformers then runs the code published with the checkpoint
-instead. A `config.json` needs `"model_type": "moondream1"`, as published files and those that this package
-writes have; by it transformers finds this implementation.
+Omit `trust_remote_code=True`: with it, transformers before version 5 runs the code published with the checkpoint
+instead. The `config.json` must contain `"model_type": "moondream1"`, as published files and those written by this
+package do; transformers selects this implementation by it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moondream_cv.requests import Request, Result
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
 _HUB_OPTIONS = ("cache_dir", "token", "local_files_only", "force_download")
-# What transformers hands on to every model, or what changes nothing here.
+# Arguments that transformers passes to every model, and arguments without an effect here
 _IGNORED = (
     "_commit_hash",
     "_from_auto",
@@ -53,21 +53,21 @@ _WHOLE_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModelForCausalLM` know this implementation; calling it again changes nothing."""
+    """Register this implementation with `AutoConfig` and `AutoModelForCausalLM`. Repeated calls have no effect."""
     AutoConfig.register(MODEL_TYPE, MoondreamHfConfig, exist_ok=True)
     AutoModelForCausalLM.register(MoondreamHfConfig, MoondreamForCausalLM, exist_ok=True)
 
 
 class MoondreamHfConfig(PretrainedConfig):
-    """What a `config.json` says: the sections `text`, `vision`, `region` and `tokenizer`, or none of them.
+    """Content of a `config.json`: the sections `text`, `vision`, `region` and `tokenizer`, or none of them.
 
-    Published files have none; the release, or the sizes of the weights, then say what they are.
+    Published files have no sections. In this case, the release or the sizes of the weights determine the configuration.
     """
 
     model_type = MODEL_TYPE
 
     def __init__(self, **kwargs: Any) -> None:
-        # The pointers to published code, and the place that it keeps its own config in.
+        # References to published code, and the nested config that it uses
         kwargs.pop("auto_map", None)
         nested = kwargs.pop("config", None)
         if isinstance(nested, Mapping):
@@ -76,15 +76,15 @@ class MoondreamHfConfig(PretrainedConfig):
 
     @property
     def explicit(self) -> MoondreamConfig | None:
-        """The config that the sections spell out, or None.
+        """Configuration in the sections; None without sections.
 
         Raises:
-            CheckpointError: The sections are incomplete or wrong.
+            CheckpointError: Sections are missing or have invalid values.
         """
         return explicit_config(vars(self))
 
-    def take(self, config: MoondreamConfig) -> None:
-        """Set the sections."""
+    def set_sections(self, config: MoondreamConfig) -> None:
+        """Set the sections to a configuration."""
         for name, section in config.to_dict().items():
             setattr(self, name, section)
 
@@ -92,12 +92,12 @@ class MoondreamHfConfig(PretrainedConfig):
 class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
     """Moondream 2 as a `PreTrainedModel`, with the published methods.
 
-    The first call of a method switches the weights to inference: they take no gradients from then on.
+    The first call of a method sets the weights to inference: they require no gradients from then on.
 
     Attributes:
-        model: The weights, under the published key names.
-        tokenizer: None in a model that was made from a config alone.
-        calibration: What turns scores into probabilities; with other weights it is no longer right, and None is.
+        model: Network with the published key names.
+        tokenizer: Tokenizer; None in a model that was created from a config alone.
+        calibration: Maps scores to probabilities; set it to None after changing the weights.
     """
 
     config_class = MoondreamHfConfig
@@ -108,7 +108,7 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
     def __init__(self, config: MoondreamHfConfig) -> None:
         super().__init__(config)
         sizes = config.explicit or MoondreamConfig()
-        config.take(sizes)
+        config.set_sections(sizes)
         self.model = MoondreamNetwork(sizes)
         if self.model.device.type != "meta":
             self.model.initialize()
@@ -135,26 +135,28 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
 
         Args:
             pretrained_model_name_or_path: A local folder, or a repository on the hub.
-            config: Overrides what the checkpoint says of itself.
-            revision: Of the repository; of a folder that says no sizes, the release that it is of.
-            device_map: A device, {"": device}, or "auto" for the best device; None: where torch makes tensors.
-            dtype: None and "auto": as the checkpoint was saved, or the best for the device.
-            torch_dtype: The older name of `dtype`.
-            output_loading_info: Give back (model, {}): there never are missing or unexpected keys.
-            kwargs: `cache_dir`, `token`, `local_files_only`, `force_download`, for the hub.
+            config: Configuration that replaces that of the checkpoint.
+            revision: Revision of the repository; for a folder without sizes, its release.
+            device_map: A device, {"": device}, or "auto" for the best device; None: torch's default device.
+            dtype: Data type of the weights; None or "auto": as saved in the checkpoint, or the best for the device.
+            torch_dtype: Older name of `dtype`.
+            output_loading_info: Return (model, info); its lists of keys are empty, because other keys are errors.
+            kwargs: `cache_dir`, `token`, `local_files_only` and `force_download`, for the hub.
 
         Raises:
-            CheckpointError: It is missing or damaged, of an unknown release, or a weight is missing, unexpected or of a
-                wrong shape.
-            ValueError: An argument is not supported, or the device is not there.
+            CheckpointError: The checkpoint is missing, damaged or of an unknown release, or a weight is missing,
+                unexpected or of a wrong shape.
+            ValueError: An argument is not supported, or the device is not available.
         """
+        # Check the arguments
         options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if kwargs.get(name) is not None}
         unsupported = sorted(k for k, v in kwargs.items() if k not in (*_HUB_OPTIONS, *_IGNORED) and v is not None)
         if unsupported or model_args:
-            raise ValueError(
-                f"from_pretrained takes no {', '.join(unsupported) or 'further positional arguments'} here"
-            )
+            names = ", ".join(unsupported) or "further positional arguments"
+            raise ValueError(f"from_pretrained does not support {names} for this model")
         device = _device(device_map)
+
+        # Find the checkpoint and its config
         path, fetched = Path(pretrained_model_name_or_path).expanduser(), None
         if not path.exists():
             fetched = hub_source(os.fspath(pretrained_model_name_or_path), revision and str(revision), **options)
@@ -164,9 +166,11 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
             config = MoondreamHfConfig.from_pretrained(path) if has_config else MoondreamHfConfig()
         source = fetched or _local_source(path, revision, config)
         chosen = _dtype(dtype if dtype is not None else torch_dtype, device, config, source.config)
+
+        # Load the weights
         tokenizer = source.tokenizer()
         network = load_network(source.weights, source.config, device, chosen)
-        config.take(source.config)
+        config.set_sections(source.config)
         with torch.device("meta"):
             model = cls(config)
         model.model, model.tokenizer = network, tokenizer
@@ -176,7 +180,13 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a folder that `from_pretrained` and `moondream_cv.load` read, tokenizer and calibration with it."""
+        """Write a folder that `from_pretrained` and `moondream_cv.load` can read, including tokenizer and calibration.
+
+        Args:
+            save_directory: Folder to write; it is created if it does not exist.
+            args: Positional arguments of `PreTrainedModel.save_pretrained`.
+            kwargs: Keyword arguments of `PreTrainedModel.save_pretrained`.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
@@ -187,13 +197,13 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
 
     @property
     def engine(self) -> LocalModel:
-        """The model that runs requests on these weights, wherever they are now.
+        """Model that runs requests with these weights on their current device.
 
         Raises:
             CheckpointError: The model has no tokenizer.
         """
         if self.tokenizer is None:
-            raise CheckpointError("this model was made from a config and has no tokenizer; set model.tokenizer to one")
+            raise CheckpointError("this model was created from a config and has no tokenizer; set model.tokenizer")
         now = (self.model.device, self.model.dtype)
         if self._engine is None or self._engine_on != now or self._engine.tokenizer is not self.tokenizer:
             tokenizer = prepare_tokenizer(self.tokenizer, self.model.config)
@@ -204,15 +214,15 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
 
     @property
     def skills(self) -> frozenset[str]:  # type: ignore[override]
-        """What the checkpoint can do."""
+        """Skills of the checkpoint."""
         return self.engine.skills
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        """As `LocalModel.run`."""
+        """Run requests; see `LocalModel.run`."""
         return self.engine.run(requests)
 
     def stream(self, request: Request) -> Iterator[Any]:
-        """As `LocalModel.stream`."""
+        """Stream one reply; see `LocalModel.stream`."""
         return self.engine.stream(request)
 
     def encode_image(
@@ -222,7 +232,7 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         previous: EncodedImage | None = None,
         tolerance: float = 0.0,
     ) -> EncodedImage:
-        """As `LocalModel.encode_image`."""
+        """Encode an image; see `LocalModel.encode_image`."""
         return self.engine.encode_image(image, settings, previous, tolerance)
 
     def generate(
@@ -234,8 +244,8 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         affect the answer.
 
         Args:
-            image_embeds: As `image` in `query`.
-            prompt: The question in the form "<image>\\n\\nQuestion: ...\\n\\nAnswer:".
+            image_embeds: Image, as in `query`.
+            prompt: Question in the form "<image>\\n\\nQuestion: ...\\n\\nAnswer:".
 
         Raises:
             ImageError: The image cannot be read.
@@ -286,15 +296,15 @@ class MoondreamForCausalLM(PreTrainedModel, PublishedMethods):
         return self.model.text.embed(ids)
 
     def compile(self, *args: Any, **kwargs: Any) -> float:
-        """As `LocalModel.compile`; the arguments of `nn.Module.compile` are not used."""
+        """Compile the vision encoder; see `LocalModel.compile`. The arguments of `nn.Module.compile` are ignored."""
         return self.engine.compile()
 
     def close(self) -> None:
-        """As `LocalModel.close`."""
+        """Free the weights; see `LocalModel.close`."""
         self.engine.close()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave the weights as `__init__` made them."""
+        """Keep the weights that `__init__` created."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_engine": None}
@@ -312,7 +322,7 @@ def _device(device_map: Any) -> torch.device:
     if isinstance(device_map, Mapping):
         devices = set(device_map.values())
         if len(devices) != 1:
-            raise ValueError(f'device_map must put everything on one device, as in {{"": "cuda"}}, not {device_map!r}')
+            raise ValueError(f'device_map must name a single device, as in {{"": "cuda"}}, got {device_map!r}')
         (device_map,) = devices
     if isinstance(device_map, str) and device_map in _WHOLE_DEVICE_MAPS:
         device_map = None
@@ -328,5 +338,5 @@ def _dtype(
         return choose_dtype(asked, device, sizes)
     saved = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if device.type == "cpu" and str(saved).endswith("float16") and not str(saved).endswith("bfloat16"):
-        saved = None  # half precision saves space in files; CPUs are slow at it
+        saved = None  # float16 saves space in files, but is slow on CPUs
     return choose_dtype(saved, device, sizes)

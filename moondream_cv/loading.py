@@ -1,6 +1,6 @@
-"""Names → models: `load("moondream2")`, `load("tiny")`, `load("./folder")`, `load("repo/name@revision")`.
+"""Load models by name: `load("moondream2")`, `load("tiny")`, `load("./folder")`, `load("repo/name@revision")`.
 
-A server's URL is a name too for `open_model`, which hands it to `connect`; then torch is not imported.
+`open_model` also accepts the URL of a server and passes it to `connect`, without importing torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TINY = "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _SMALL_WIDTH = 512  # decoders up to this width run in float32 on a CPU
-_told_about_tiny = False
+_has_logged_tiny = False
 
 
 def load(
@@ -64,27 +64,28 @@ def load(
     cache_images: int = 0,
     cache_bytes: int = 4 * 2**30,
 ) -> LocalModel:
-    """Load a model onto this machine.
+    """Load a model on this machine.
 
     Args:
         name: "moondream2" (`vikhyatk/moondream2@2025-06-21`); "tiny", the embedded demonstration model; a repository on
-            the hub, "repo/name@revision"; a local folder, or a file of weights. A folder whose `config.json` says no
-            sizes may name its release: "folder@2025-04-14".
-        device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best there is.
-        dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16, or what the device has instead, and
-            float32 for small models on a CPU.
-        quantize: None. No quantized mode exists yet.
-        adapter: A `.pt` or `.safetensors` file, or the id of a variant.
-        cache_images: Keep so many encoded images, those used last, for when the same pixels come again.
-        cache_bytes: What those may take together; one of Moondream 2 takes some 160 MB in bfloat16.
+            the hub, "repo/name@revision"; a local folder, or a file with weights. For a folder whose `config.json` has
+            no sizes, the release can be specified: "folder@2025-04-14".
+        device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best available device.
+        dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the device supports it, otherwise
+            float16; float32 for small models on a CPU.
+        quantize: Must be None; quantization is not supported yet.
+        adapter: A `.pt` or `.safetensors` file, or the ID of a published adapter.
+        cache_images: Number of encoded images to cache (least recently used), by the content of their pixels.
+        cache_bytes: Maximum total size of the cached images in bytes; an image of Moondream 2 takes about 160 MB in
+            bfloat16.
 
     Returns:
-        A model that pickles by name: spawned processes load it again with the same arguments.
+        The model. It is pickled by name: spawned processes load it again with the same arguments.
 
     Raises:
         CheckpointError: The name is unknown; or the checkpoint, its tokenizer or the adapter is missing, damaged, does
             not fit, or cannot be fetched.
-        ValueError: The device is not there, or an argument is out of range.
+        ValueError: The device is not available, or an argument is out of range.
     """
     from moondream_cv.engine.calibration import Calibration
     from moondream_cv.engine.image_cache import ImageCache
@@ -93,77 +94,81 @@ def load(
     from moondream_cv.model.checkpoints import load_network
 
     if quantize is not None:
-        raise ValueError(f"quantize must be None, not {quantize!r}: no quantised mode exists yet")
+        raise ValueError(f"quantize must be None, got {quantize!r}; quantization is not supported yet")
+    # Find the checkpoint
     target = choose_device(device)
     source = find_source(name)
     chosen = choose_dtype(dtype, target, source.config)
     tokenizer = source.tokenizer()
+
+    # Load the weights
     network = load_network(source.weights, source.config, target, chosen)
-    lora = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
+    loaded = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
     calibration = Calibration.from_folder(source.folder)
-    model = LocalModel(network, tokenizer, adapter=lora, calibration=calibration, name=os.fspath(name))
+    model = LocalModel(network, tokenizer, adapter=loaded, calibration=calibration, name=os.fspath(name))
     if cache_images:
         model.image_cache = ImageCache(cache_images, cache_bytes)
     model.reload = functools.partial(
         load,
-        _lasting_name(name) if source.origin is None else source.origin,
+        _permanent_name(name) if source.origin is None else source.origin,
         device=device,
         dtype=dtype,
-        adapter=None if adapter is None else _lasting_file(adapter),
+        adapter=None if adapter is None else _permanent_path(adapter),
     )
     return model
 
 
-def _lasting_name(name: str | os.PathLike[str]) -> str:
-    """Return a name that means the same model in another process, which may run in another folder."""
+def _permanent_name(name: str | os.PathLike[str]) -> str:
+    """Return a name for the same model in another process, which may run in another folder."""
     text = os.fspath(name)
     if isinstance(name, str) and (name == TINY or name.partition("@")[0] in ALIASES):
         return name
     if _existing(text) is not None:
-        return _lasting_file(name)
+        return _permanent_path(name)
     stem, at, release = text.rpartition("@")
-    return f"{_lasting_file(stem)}@{release}" if at and _existing(stem) is not None else text
+    return f"{_permanent_path(stem)}@{release}" if at and _existing(stem) is not None else text
 
 
-def _lasting_file(name: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a file or folder that exists, and any other name as it is."""
+def _permanent_path(name: str | os.PathLike[str]) -> str:
+    """Return the absolute path of an existing file or folder; other names are returned unchanged."""
     path = _existing(os.fspath(name))
     return os.fspath(name) if path is None else str(path.absolute())
 
 
 def open_model(name: str | os.PathLike[str], device: str | None = None) -> VisionModel:
-    """Load a model by name, or use the one behind a server's URL.
+    """Load a model by name, or connect to a server.
 
     Args:
-        name: What `load` or `connect` takes.
-        device: Where to load it; None is the best there is.
+        name: Name as in `load`, or the URL of a server as in `connect`.
+        device: Device to load the model on; None: the best available device. Must be None for a server.
 
     Raises:
-        MoondreamError: It cannot be loaded, or the server cannot be used.
-        ValueError: The device is not there, or is given for a server.
+        MoondreamError: The model cannot be loaded, or the server cannot be used.
+        ValueError: The device is not available, or is given for a server.
     """
     if not is_url(name):
         return load(name, device=device)
     if device is not None:
-        raise ValueError(f"device={device!r} is for a model on this machine; a server's URL chooses none")
+        raise ValueError(f"device must be None for the URL of a server, got {device!r}")
     return connect(os.fspath(name))
 
 
 def download(name: str | os.PathLike[str], to: str | os.PathLike[str] | None = None) -> Path:
-    """Fetch what `load(name)` needs, so that it works offline afterwards.
+    """Download all files that `load(name)` needs, so that it works offline afterwards.
 
-    Releases and branches are compared with the hub, also if they are cached.
+    Cached releases and branches are compared with the hub.
 
     Args:
-        name: As `load` takes it; also a repository that holds a tokenizer only, such as "moondream/starmie-v1@main".
-        to: Write weights, config and tokenizer into this folder, which `load` then takes on a machine without a
-            network; None: into the cache of the hub.
+        name: Name as in `load`, or a repository that contains only a tokenizer, such as "moondream/starmie-v1@main".
+        to: Folder for weights, config and tokenizer, to load on a machine without a network; None: the cache of the
+            hub.
 
     Returns:
         The folder with the weights, or with the tokenizer.
 
     Raises:
-        CheckpointError: As `load`, or the folder cannot be written.
+        CheckpointError: The name is unknown, the files cannot be fetched or are not supported, or the folder cannot be
+            written.
     """
     from moondream_cv.model.export import download_from_hub, export
 
@@ -178,11 +183,14 @@ def download(name: str | os.PathLike[str], to: str | os.PathLike[str] | None = N
 
 
 def find_source(name: str | os.PathLike[str]) -> Source:
-    """Say where a model of this name lives, fetching its files if they are not here.
+    """Return the source of a model. Its files are downloaded if they are not on this machine.
+
+    Args:
+        name: Name as in `load`.
 
     Raises:
-        CheckpointError: The name is unknown, or what it names cannot be used.
-        ValueError: It is a server's URL.
+        CheckpointError: The name is unknown, or the checkpoint cannot be fetched or is not supported.
+        ValueError: The name is the URL of a server.
     """
     from moondream_cv.model.sources import hub_source
 
@@ -193,23 +201,26 @@ def find_source(name: str | os.PathLike[str]) -> Source:
 
 
 def _fetching(name: str | os.PathLike[str], fetch: Callable[[], Fetched], revision: str | None) -> Fetched:
-    """Fetch from the hub; errors about a name that may be a misspelled folder say so."""
+    """Fetch from the hub. Errors mention that the name may be a misspelled folder."""
     try:
         return fetch()
     except CheckpointError as error:
         if revision is not None:
             raise
         raise CheckpointError(
-            f"there is no folder {os.fspath(name)!r}, so it was taken for a repository: {error}"
+            f"there is no folder {os.fspath(name)!r}, so the name was looked up on the hub: {error}"
         ) from error
 
 
 def check_name(name: str | os.PathLike[str]) -> None:
-    """Refuse what `open_model` would refuse, as far as that can be told without a network and without loading.
+    """Check a name for `open_model`, without using the network and without loading the model.
+
+    Args:
+        name: Name of a model, or the URL of a server.
 
     Raises:
-        CheckpointError: It names no model, or one that cannot be used.
-        ValueError: It is a URL of no server.
+        CheckpointError: The name is unknown, or the model is not supported.
+        ValueError: The URL cannot be that of a server.
     """
     from moondream_cv.model.sources import release_of
 
@@ -222,14 +233,14 @@ def check_name(name: str | os.PathLike[str]) -> None:
 
 
 def _local_or_repo(name: str | os.PathLike[str]) -> Source | tuple[str, str | None]:
-    """The model of this name if it is here, or else the repository and the revision that it means."""
+    """Return the source of a local model, or the repository and the revision of a name on the hub."""
     text = os.fspath(name)
     if not isinstance(text, str) or not text.strip():
-        raise CheckpointError(f"the name of a model must say something, not {text!r}; {_accepted()}")
+        raise CheckpointError(f"the name of a model must not be empty, got {text!r}; {_accepted()}")
     if is_url(text):
         raise ValueError(
-            f"{shown_url(text)!r} is a URL, and models are loaded from a folder or from the hub: give "
-            "repo@revision. A server's model is used with connect(url)"
+            f"the name of a model must be a folder or repo@revision, got the URL {shown_url(text)!r}; use connect(url) "
+            "for the model of a server"
         )
     if isinstance(name, str) and name == TINY:
         return _tiny()
@@ -248,10 +259,13 @@ def _local_or_repo(name: str | os.PathLike[str]) -> Source | tuple[str, str | No
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device of this name; None gives the best there is.
+    """Return a device of this machine.
+
+    Args:
+        device: Name of the device or a `torch.device`; None: the best available device.
 
     Raises:
-        ValueError: It is not there.
+        ValueError: The device is unknown or not available.
     """
     import torch
 
@@ -261,18 +275,23 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"unknown device {device!r}; there are {', '.join(found)}") from error
+        raise ValueError(f"unknown device {device!r}; available devices: {', '.join(found)}") from error
     single = chosen.type != "cuda" and chosen.index in (None, 0)
     if str(chosen) not in found and not (single and chosen.type in found):
-        raise ValueError(f"there is no device {str(chosen)!r}; there are {', '.join(found)}")
+        raise ValueError(f"there is no device {str(chosen)!r}; available devices: {', '.join(found)}")
     return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: MoondreamConfig) -> torch.dtype:
-    """The number format of this name; None gives the best for a device and a model.
+    """Return a data type for a model.
+
+    Args:
+        dtype: Name of the data type or a `torch.dtype`; None: the best one for the device and the model.
+        device: Device of the model.
+        config: Configuration of the model.
 
     Raises:
-        ValueError: It is no format that a model can compute in.
+        ValueError: The data type is not supported.
     """
     if dtype is None:
         return _best_dtype(device, config)
@@ -280,13 +299,13 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, config: 
 
     chosen = str(dtype).removeprefix("torch.")
     if chosen not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found: torch.dtype = getattr(torch, chosen)
     return found
 
 
 def _devices() -> list[str]:
-    """What there is, the best first."""
+    """Return the names of the available devices, best first."""
     import torch
 
     cuda = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
@@ -299,9 +318,9 @@ def _best_dtype(device: torch.device, config: MoondreamConfig) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32 if config.text.dim <= _SMALL_WIDTH else torch.bfloat16
     if device.type == "cuda":
-        # Devices from before Ampere emulate bfloat16, slowly.
-        has_it = torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if has_it else torch.float16
+        # GPUs before Ampere emulate bfloat16 slowly.
+        is_supported = torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if is_supported else torch.float16
     try:
         torch.zeros(1, dtype=torch.bfloat16, device=device)
     except (RuntimeError, TypeError):  # macOS before 14
@@ -310,20 +329,20 @@ def _best_dtype(device: torch.device, config: MoondreamConfig) -> torch.dtype:
 
 
 def _tiny() -> Source:
-    global _told_about_tiny
+    global _has_logged_tiny
     from moondream_cv.model.sources import local_source
 
     folder = Path(str(resources.files("moondream_cv") / "tiny"))
     if not (folder / "model.safetensors").is_file():
         raise CheckpointError(f"the embedded model is missing from {folder}; install moondream-cv again")
-    if not _told_about_tiny:
-        _told_about_tiny = True
-        logger.info("tiny: a demonstration model that knows only rendered shapes and icons, nothing of photographs")
+    if not _has_logged_tiny:
+        _has_logged_tiny = True
+        logger.info("tiny is a demonstration model, trained on rendered shapes and icons and not on photographs")
     return local_source(folder)
 
 
 def _local(text: str) -> Source | None:
-    """The folder or file of this name, perhaps with the release that it is of; None if there is none."""
+    """Return the source of a local folder or file, optionally with a release; None if it does not exist."""
     from moondream_cv.model.sources import local_source
 
     path = _existing(text)
@@ -335,7 +354,7 @@ def _local(text: str) -> Source | None:
         return None
     release = find_release(DEFAULT_REPO, revision)
     if release is None:
-        raise CheckpointError(f"{revision!r} in {text!r} is no known release of {path}; these are: {known_releases()}")
+        raise CheckpointError(f"unknown release {revision!r} in {text!r}; supported releases: {known_releases()}")
     return local_source(path, release)
 
 
@@ -343,14 +362,14 @@ def _existing(text: str) -> Path | None:
     try:
         path = Path(text).expanduser()
         return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, ...
+    except (OSError, RuntimeError, ValueError):  # too long, unknown user, ...
         return None
 
 
 def _suggestion(text: str) -> str:
     close = difflib.get_close_matches(text.lower(), [*ALIASES, TINY, DEFAULT_REPO], n=1)
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", text):
-        return f"; for a server write its URL, 'http://{text[:200]}';"
+        return f"; for a server, give its URL, 'http://{text[:200]}';"
     return f"; did you mean {close[0]!r}?" if close else ";"
 
 

@@ -97,7 +97,7 @@ def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
     """Choose the numbers of rows and columns of local crops.
 
     If either side fits into a window, there is one tile. Otherwise there are up to `max_crops` tiles in approximately
-    the aspect ratio of the image. Only images about ten times as long as wide get more tiles, in a single row or
+    the aspect ratio of the image. Only images with an aspect ratio above about 10 get more tiles, in a single row or
     column, as in the published tiling.
 
     Args:

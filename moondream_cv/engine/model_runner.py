@@ -179,7 +179,7 @@ class AdapterBatch:
         # Next input of each sequence unless its state has `inputs`, and head outputs for its incomplete object
         self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
         self._partial = torch.empty(0, NUM_PARTIAL_COLUMNS, device=network.device, dtype=torch.float32)
-        self._layout: StepLayout | None = None  # of the last step, if it can be reused
+        self._layout: StepLayout | None = None  # layout of the last step, if it can be reused
 
     @property
     def num_groups(self) -> int:

@@ -208,7 +208,7 @@ class Scheduler:
             del self._compiling[job]
             try:
                 grammar = future.result()
-            except Exception as error:  # of this request alone
+            except Exception as error:  # fails this request only
                 self._finish(job, ErrorResult(error))
                 continue
             self._enqueue(job, grammar)
@@ -363,7 +363,7 @@ class Scheduler:
                 if image.pixels is None:
                     source = image.source
                     image.pixels = source if isinstance(source, PreprocessedImage) else to_rgb(source)
-            except Exception as error:  # whatever a file, a server or an image library raises
+            except Exception as error:  # files, servers and image libraries can raise anything
                 self._fail(image.waiting, error)
                 continue
             batches.setdefault((self._max_crops(image.settings), image.adapter_name), []).append(image)
@@ -403,7 +403,7 @@ class Scheduler:
             try:
                 state.inputs = state.sequence.apply(output)
                 result = state.sequence.result
-            except Exception as error:  # of this request alone
+            except Exception as error:  # fails this request only
                 result = ErrorResult(error)
             if result is not None:
                 self._finish(state.job, result)

@@ -108,7 +108,7 @@ def plan_step(slots: Sequence[SequenceSlot], num_groups: Sequence[int], device: 
         ids = integers([[seq_ids[t] if t >= 0 else PADDING_ID for t in tokens] for tokens in padded])
         dense = [t for tokens in padded for t in tokens]
         flat += dense
-        # Padding repeats a token of its own group, so that NaN of another image cannot get in.
+        # Padding repeats a token of the same group, so that NaN cannot come from another image.
         filled = [tokens + tokens[:1] * (steps - len(tokens)) for tokens in table]
         slices.append(CacheSlice(ids, None if dense == in_order else integers(filled), causal))
 

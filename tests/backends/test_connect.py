@@ -163,7 +163,7 @@ def test_url_as_a_model_name(server: RemoteServer, picture: np.ndarray) -> None:
 
 
 def test_device_with_a_url_raises(server: RemoteServer) -> None:
-    with pytest.raises(ValueError, match="device='cpu' is for a model on this machine"):
+    with pytest.raises(ValueError, match="device must be None for the URL of a server, got 'cpu'"):
         Detector(server.url, device="cpu")
     assert server.asked == []
 
@@ -178,7 +178,7 @@ def test_server_without_the_skill_raises(server: RemoteServer) -> None:
 
 
 def test_load_with_a_url_advises_connect() -> None:
-    with pytest.raises(ValueError, match=r"'http://host/v1' is a URL, .*used with connect\(url\)"):
+    with pytest.raises(ValueError, match=r"got the URL 'http://host/v1'; use connect\(url\)"):
         load("http://anna:secret@host/v1?key=secret")
 
 

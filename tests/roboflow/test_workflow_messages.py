@@ -116,7 +116,7 @@ def test_unsupported_reasoning_message_uses_workflow_terms(server: RemoteServer,
         ("http://localhost:2020?key=1", "remove it, and set an environment variable such as MOONDREAM_API_KEY"),
         ("moondream3", "did you mean 'moondream2'?"),
         ("ftp://localhost", "must begin with http:// or https://"),
-        ("localhost:2020", "for a server write its URL, 'http://localhost:2020'"),
+        ("localhost:2020", "for a server, give its URL, 'http://localhost:2020'"),
     ],
 )
 def test_invalid_model_messages_use_workflow_terms(model: str, advice: str) -> None:
