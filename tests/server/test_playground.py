@@ -127,8 +127,8 @@ def test_boxes_lie_where_the_model_says(
     assert page.locator(".tag").all_inner_texts() == tags
     assert page.locator(".count").all_inner_texts() == ["1", "0", "1", "1"]
     assert page.locator("#status").inner_text() == "3 objects"
-    colours = page.locator(".box").evaluate_all("(all) => all.map((box) => getComputedStyle(box).borderColor)")
-    assert len(set(colours)) == 3
+    colors = page.locator(".box").evaluate_all("(all) => all.map((box) => getComputedStyle(box).borderColor)")
+    assert len(set(colors)) == 3
     assert page.locator("#sent").is_hidden() == sent_as_it_is
 
 
@@ -150,7 +150,7 @@ def test_a_question_is_answered(page: Any, tiny: LocalModel, png: bytes) -> None
     ask(page, "query", question)
     answer = tiny.query(png, question, settings={"temperature": 0})["answer"]
     assert page.locator("#answer").inner_text() == answer.strip() != ""
-    assert page.locator("#thoughts").is_hidden()
+    assert page.locator("#reasoning-result").is_hidden()
     assert re.fullmatch(r"[\d.]+ m?s · first word after [\d.]+ m?s", page.locator("#timing").inner_text())
 
 
@@ -161,7 +161,7 @@ def test_thoughts_are_shown(page: Any, tiny: LocalModel, png: bytes) -> None:
     page.locator("#reasoning").check()
     ask(page, "query", question)
     reply = tiny.query(png, question, reasoning=True, settings={"temperature": 0})
-    assert page.locator("#thoughts-text").inner_text() == reply["reasoning"]["text"].strip() != ""
+    assert page.locator("#reasoning-text").inner_text() == reply["reasoning"]["text"].strip() != ""
     assert page.locator("#answer").inner_text() == reply["answer"].strip()
 
 
@@ -222,10 +222,10 @@ def test_what_is_missing_is_said(page: Any, png: bytes) -> None:
     upload(page, png)
     error.wait_for(state="hidden")
     page.locator("#run").click()
-    assert error.inner_text() == "Type what to look for."
+    assert error.inner_text() == "Enter the objects to find."
     page.locator("input[value=query]").check()
     page.locator("#run").click()
-    assert error.inner_text() == "Type a question."
+    assert error.inner_text() == "Enter a question."
 
 
 def test_what_the_server_refuses_is_said(page: Any, png: bytes) -> None:
@@ -249,16 +249,16 @@ def test_a_file_that_is_too_large_is_scaled_down(visit: Open, tiny: LocalModel) 
 def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, tiny: LocalModel, png: bytes, tmp_path: Path) -> None:
     with served(tiny, api_keys=("k-secret",)) as running:
         page = visit(running)
-        page.locator("#error", has_text="asks for an API key").wait_for()
+        page.locator("#error", has_text="requires an API key").wait_for()
         upload(page, png)
         page.locator("#prompt").fill("red circle")
         page.locator("#key").fill("wrong")
         page.locator("#key").press("Enter")
-        page.locator("#error", has_text="does not accept this API key").wait_for()
+        page.locator("#error", has_text="API key is invalid").wait_for()
         page.locator("#key").fill("k-secret")
         page.locator("#key").press("Enter")
         page.locator(".box").wait_for()
-        assert page.locator("#key-row").is_hidden()
+        assert page.locator("#key-field").is_hidden()
         assert page.locator("#model").inner_text() == "tiny"
         assert "k-secret" in page.evaluate("Object.values(sessionStorage)")
         assert page.evaluate("localStorage.length + document.cookie.length") == 0
@@ -354,14 +354,14 @@ class Stuck:
     has_scores = False
 
     def __init__(self) -> None:
-        self.asked, self.release_call = threading.Event(), threading.Event()
+        self.asked, self.released = threading.Event(), threading.Event()
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         return [DetectResult(tuple(self.stream(request))) for request in requests]
 
     def stream(self, request: Request) -> Iterator[DetectedObject]:
         self.asked.set()
-        assert self.release_call.wait(240)
+        assert self.released.wait(240)
         yield DetectedObject(0.25, 0.25, 0.5, 0.5)
 
     def close(self) -> None:
@@ -390,11 +390,11 @@ def test_what_runs_can_be_cancelled_and_what_is_not_there_cannot_be_chosen(visit
             assert page.locator("#status").inner_text() == "Cancelled"
             assert page.locator("#error").is_hidden()
         finally:
-            model.release_call.set()
+            model.released.set()
         page.locator("#prompt").press("Enter")
         page.locator("#status", has_text="2 objects").wait_for()
         assert page.locator(".tag").all_inner_texts() == ["dog", "cat"]
-        assert page.locator("#threshold-row").is_hidden()
+        assert page.locator("#threshold-field").is_hidden()
 
 
 class Unstreamed:
@@ -428,7 +428,7 @@ def test_a_model_that_is_still_loading_is_waited_for(visit: Open) -> None:
     with served(load_late) as running:
         try:
             page = visit(running)
-            page.locator("#skills", has_text="is being loaded").wait_for()
+            page.locator("#skills", has_text="loading").wait_for()
         finally:
             go.set()
         page.locator(".lamp.ready").wait_for()

@@ -1,8 +1,8 @@
-// Talking to the server: requests, streams and keys, and what their errors are in plain words.
+// Requests to the server, streams and API keys. Errors have messages for users.
 
 const base = new URL(".", location.href).href.replace(/\/$/, "");
 
-class Refusal extends Error {
+class UserError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;
@@ -16,9 +16,9 @@ async function call(path, options = {}) {
     response = await fetch(`${base}${path}`, {...options, headers});
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal("The server cannot be reached. Is it still running?");
+    throw new UserError("The server cannot be reached. Check that it is running.");
   }
-  if (!response.ok) throw await refusalOf(response);
+  if (!response.ok) throw await errorOf(response);
   return response;
 }
 
@@ -27,30 +27,30 @@ function post(path, body, signal) {
   return call(path, {method: "POST", headers, body: JSON.stringify(body), signal});
 }
 
-async function refusalOf(response) {
+async function errorOf(response) {
   if (response.status === 401) {
-    const refused = "This server does not accept this API key. Type another one, and run again.";
-    const missing = "This server asks for an API key. Type it in, and run again.";
-    return new Refusal(keyStore.read() ? refused : missing, 401);
+    const invalid = "The API key is invalid. Enter another one and run again.";
+    const missing = "This server requires an API key. Enter it and run again.";
+    return new UserError(keyStore.read() ? invalid : missing, 401);
   }
   const body = await response.json().catch(() => null);
-  const said = body?.error?.message ?? body?.message ?? body?.detail;
-  const text = typeof said === "string" && said ? said : "the server does not say why";
-  return new Refusal(`${sentence(text)} (${response.status})`, response.status);
+  const message = body?.error?.message ?? body?.message ?? body?.detail;
+  const text = typeof message === "string" && message ? message : "the server returned no error message";
+  return new UserError(`${sentence(text)} (${response.status})`, response.status);
 }
 
 function sentence(text) {
   return `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }
 
-// The JSON objects of a stream of server-sent events.
+// Yields the JSON objects of a stream of server-sent events.
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const {done, value} = await reader.read().catch((error) => {
       if (error.name === "AbortError") throw error;
-      throw new Refusal("The answer broke off: the connection to the server is lost.");
+      throw new UserError("The answer is incomplete: the connection to the server was lost.");
     });
     if (done) return;
     const blocks = (rest + value).split(/\r?\n\r?\n/);
@@ -62,7 +62,7 @@ async function* eventsOf(response) {
   }
 }
 
-// The API key lives as long as the tab; where the browser allows no storage, as long as the page.
+// The API key is kept until the tab is closed, or until the page is left if the browser allows no storage.
 const keyStore = {
   kept: "",
   read() {
@@ -77,7 +77,7 @@ const keyStore = {
     try {
       sessionStorage.setItem("moondream-cv key", key);
     } catch {
-      // `kept` has it
+      // no storage; use `kept`
     }
   },
 };

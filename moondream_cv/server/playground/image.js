@@ -1,41 +1,41 @@
-// Files, pasted and dropped ones too, and the drawn example → pictures that can be shown and sent.
+// Converts files (chosen, dropped or pasted) and the built-in example to images that can be shown and sent.
 
-const SENT_AS_THEY_ARE = ["image/jpeg", "image/png", "image/webp"];
-const LONGEST_SIDE = 2048; // pixels, of a picture whose file is too large to be sent
-const ROOM = 16384; // bytes of a body for everything but the image
+const SENT_UNCHANGED = ["image/jpeg", "image/png", "image/webp"];
+const LONGEST_SIDE = 2048; // pixels; applies if the file is too large to send
+const BODY_OVERHEAD = 16384; // bytes of a request body in addition to the image
 const maxBody = Number(document.querySelector("meta[name=max-body]").content);
 
-// A picture: {name, file, url, uri, mime, width, height, own, note}. `own` says that the user has this very file.
-async function openPicture(file, name, own) {
+// Returns {name, file, url, uri, mime, width, height, own, note}. `own`: the user has exactly this file.
+async function openImage(file, name, own) {
   const url = URL.createObjectURL(file);
-  const image = new Image();
-  image.src = url;
+  const element = new Image();
+  element.src = url;
   try {
-    await image.decode();
+    await element.decode();
   } catch {
     URL.revokeObjectURL(url);
-    throw new Refusal(`${name} is not an image that this browser can show. Choose a JPEG, PNG or WebP file.`);
+    throw new UserError(`${name} is not an image that this browser can display. Choose a JPEG, PNG or WebP file.`);
   }
-  const [width, height] = [image.naturalWidth, image.naturalHeight];
-  const picture = {name, file, url, mime: file.type, width, height, own, note: ""};
-  const fits = 4 * Math.ceil(file.size / 3) + ROOM <= maxBody;
-  if (!fits) await redraw(picture, image, "jpg", "image/jpeg", Math.min(1, LONGEST_SIDE / Math.max(width, height)));
-  else if (!SENT_AS_THEY_ARE.includes(file.type)) await redraw(picture, image, "png", "image/png", 1);
-  picture.uri = await dataUri(picture.file);
-  return picture;
+  const [width, height] = [element.naturalWidth, element.naturalHeight];
+  const image = {name, file, url, mime: file.type, width, height, own, note: ""};
+  const fits = 4 * Math.ceil(file.size / 3) + BODY_OVERHEAD <= maxBody;
+  if (!fits) await redraw(image, element, "jpg", "image/jpeg", Math.min(1, LONGEST_SIDE / Math.max(width, height)));
+  else if (!SENT_UNCHANGED.includes(file.type)) await redraw(image, element, "png", "image/png", 1);
+  image.uri = await dataUri(image.file);
+  return image;
 }
 
-async function redraw(picture, image, suffix, mime, scale) {
+async function redraw(image, element, suffix, mime, scale) {
   const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(picture.width * scale));
-  canvas.height = Math.max(1, Math.round(picture.height * scale));
-  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-  const why = suffix === "jpg" ? `larger than the server takes (${bytes(maxBody)})` : "no JPEG, PNG or WebP";
-  const name = `${picture.name.replace(/\.[^.]*$/, "")}-sent.${suffix}`;
+  canvas.width = Math.max(1, Math.round(image.width * scale));
+  canvas.height = Math.max(1, Math.round(image.height * scale));
+  canvas.getContext("2d").drawImage(element, 0, 0, canvas.width, canvas.height);
+  const reason = suffix === "jpg" ? `exceeds the limit of the server (${bytes(maxBody)})` : "is not JPEG, PNG or WebP";
+  const name = `${image.name.replace(/\.[^.]*$/, "")}-sent.${suffix}`;
   const file = await blobOf(canvas, mime);
   const facts = `${canvas.width} × ${canvas.height}, ${bytes(file.size)}`;
-  const note = `The file is ${why}, so ${name} is sent in its place: ${facts}.`;
-  Object.assign(picture, {name, file, mime, own: false, note});
+  const note = `The file ${reason}. ${name} is sent instead: ${facts}.`;
+  Object.assign(image, {name, file, mime, own: false, note});
 }
 
 function blobOf(canvas, mime) {
@@ -46,7 +46,7 @@ function dataUri(file) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(new Refusal("The file cannot be read. Was it moved or changed?"));
+    reader.onerror = () => reject(new UserError("The file cannot be read. Check that it still exists."));
     reader.readAsDataURL(file);
   });
 }
@@ -55,13 +55,13 @@ function bytes(count) {
   return count < 1e6 ? `${Math.ceil(count / 1000)} kB` : `${(count / 1e6).toFixed(1)} MB`;
 }
 
-// A scene that Moondream 2 and the tiny model both know how to look at.
+// Draws a scene that both Moondream 2 and the tiny model can process.
 function drawExample() {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [640, 480];
   const pen = canvas.getContext("2d");
-  const fill = (colour, draw) => {
-    pen.fillStyle = colour;
+  const fill = (color, draw) => {
+    pen.fillStyle = color;
     pen.beginPath();
     draw();
     pen.fill();

@@ -1,25 +1,25 @@
-// The page itself: what is chosen, what runs, and what happens at which event.
+// The state of the page, its form, its images and its event handlers.
 
 const PROMPTS = {
-  object: ["What to look for", "red circle, blue square", "Several names are separated by commas."],
+  object: ["Objects to find", "red circle, blue square", "Separate several names by commas."],
   question: ["Question", "How many blue squares are there?", ""],
 };
 const state = {
-  model: null, // the entry of /v1/models
-  again: 0, // the timer after which the server is asked for it again
-  picture: null,
-  opened: null, // the promise of the picture that was asked for last
-  opening: 0, // counts the pictures that were asked for: only the last one is shown
+  model: null, // entry of /v1/models
+  retryTimer: 0, // timer of the next request for the model
+  image: null,
+  opened: null, // promise of the latest image
+  numOpened: 0, // number of opened images; only the latest one is shown
   prompts: {object: "", question: ""},
-  groups: [], // what was found, as view.js takes it
-  running: null, // the AbortController of the request that runs
+  groups: [], // results in the format of showFound in view.js
+  running: null, // AbortController of the current run
 };
 
 const task = () => document.querySelector("input[name=task]:checked").value;
 const promptKind = () => (task() === "query" ? "question" : "object");
 const namesOf = (text) => [...new Set(text.split(",").map((name) => name.trim()).filter(Boolean))];
 
-function currentAsk() {
+function currentRequest() {
   const text = $("prompt").value.trim();
   const names = namesOf(text);
   return {
@@ -29,9 +29,9 @@ function currentAsk() {
     text: text || PROMPTS.question[1],
     length: $("length").value,
     reasoning: $("reasoning").checked,
-    file: state.picture?.name ?? "photo.jpg",
-    mime: state.picture?.mime ?? "image/jpeg",
-    keyed: !$("key-row").hidden || keyStore.read() !== "",
+    file: state.image?.name ?? "photo.jpg",
+    mime: state.image?.mime ?? "image/jpeg",
+    keyed: !$("key-field").hidden || keyStore.read() !== "",
     threshold: state.model?.has_scores ? Number($("threshold").value) : 0,
   };
 }
@@ -39,15 +39,15 @@ function currentAsk() {
 // The model
 
 async function refreshModel() {
-  clearTimeout(state.again);
+  clearTimeout(state.retryTimer);
   try {
     const reply = await (await call("/v1/models")).json();
     showModel(reply.models[0]);
-    if (!state.model.skills.length) state.again = setTimeout(refreshModel, 2000); // it is still being loaded
+    if (!state.model.skills.length) state.retryTimer = setTimeout(refreshModel, 2000); // still loading
   } catch (error) {
     showLamp("failed", error.status === 401 ? "API key needed" : "not reachable");
     if (error.status === 401) showError(error);
-    else state.again = setTimeout(refreshModel, 5000);
+    else state.retryTimer = setTimeout(refreshModel, 5000);
   }
 }
 
@@ -55,12 +55,12 @@ function showModel(model) {
   state.model = model;
   const loaded = model.skills.length > 0;
   showLamp(loaded ? "ready" : "", model.name);
-  $("skills").textContent = loaded ? model.skills.join(" · ") : "is being loaded…";
+  $("skills").textContent = loaded ? model.skills.join(" · ") : "loading…";
   document.title = `${model.name} · moondream-cv`;
   const radios = [...document.querySelectorAll("input[name=task]")];
   for (const radio of radios) {
     radio.disabled = loaded && !model.skills.includes(radio.value);
-    radio.parentElement.title = radio.disabled ? `${model.name} cannot ${radio.value}` : "";
+    radio.parentElement.title = radio.disabled ? `${model.name} does not support ${radio.value}` : "";
   }
   if (radios.some((radio) => radio.checked && radio.disabled)) {
     const able = radios.find((radio) => !radio.disabled);
@@ -80,9 +80,9 @@ function showLamp(kind, text) {
 
 function showForm() {
   const [label, placeholder, hint] = PROMPTS[promptKind()];
-  $("prompt-row").hidden = task() === "caption";
-  $("reasoning-row").hidden = task() !== "query";
-  $("length-row").hidden = task() !== "caption";
+  $("prompt-field").hidden = task() === "caption";
+  $("reasoning-field").hidden = task() !== "query";
+  $("length-field").hidden = task() !== "caption";
   $("prompt-label").textContent = label;
   $("prompt").placeholder = placeholder;
   $("prompt").value = state.prompts[promptKind()];
@@ -92,14 +92,14 @@ function showForm() {
 
 function showRecipe() {
   const kind = document.querySelector("input[name=recipe]:checked").value;
-  $("code").textContent = RECIPES[kind](currentAsk());
+  $("code").textContent = RECIPES[kind](currentRequest());
   $("recipe-hint").textContent = RECIPE_HINTS[kind];
 }
 
 async function copyRecipe() {
   try {
     await navigator.clipboard.writeText($("code").textContent);
-  } catch { // browsers keep the clipboard from pages that come over plain http
+  } catch { // browsers block the clipboard on pages over plain http
     getSelection().selectAllChildren($("code"));
     document.execCommand("copy");
   }
@@ -107,44 +107,44 @@ async function copyRecipe() {
   setTimeout(() => ($("copy").textContent = "Copy"), 1500);
 }
 
-// The picture
+// The image
 
-function usePicture(file, name, own = true) {
-  state.opened = takePicture(file, name, own);
+function useImage(file, name, own = true) {
+  state.opened = loadImage(file, name, own);
   return state.opened;
 }
 
-async function takePicture(file, name, own) {
-  const turn = ++state.opening;
+async function loadImage(file, name, own) {
+  const turn = ++state.numOpened;
   stop();
   try {
-    const picture = await openPicture(file, name, own);
-    if (turn !== state.opening) return URL.revokeObjectURL(picture.url);
-    if (state.picture) URL.revokeObjectURL(state.picture.url);
-    state.picture = picture;
+    const image = await openImage(file, name, own);
+    if (turn !== state.numOpened) return URL.revokeObjectURL(image.url);
+    if (state.image) URL.revokeObjectURL(state.image.url);
+    state.image = image;
     clearResult();
-    showPicture(picture);
+    showImage(image);
   } catch (error) {
-    if (turn === state.opening) showError(error);
+    if (turn === state.numOpened) showError(error);
   }
 }
 
-function showPicture(picture) {
+function showImage(image) {
   $("drop").hidden = true;
   $("frame").hidden = $("about").hidden = false;
-  $("frame").style.setProperty("--ratio", picture.width / picture.height);
-  $("frame").style.setProperty("--width", picture.width);
-  $("image").src = picture.url;
-  $("image").alt = picture.name;
-  $("file-name").textContent = picture.name;
-  $("file-facts").textContent = `${picture.width} × ${picture.height} · ${bytes(picture.file.size)}`;
-  $("sent").textContent = picture.note;
-  $("sent").hidden = !picture.note;
-  $("save").hidden = picture.own;
-  if (!picture.own) {
+  $("frame").style.setProperty("--ratio", image.width / image.height);
+  $("frame").style.setProperty("--width", image.width);
+  $("image").src = image.url;
+  $("image").alt = image.name;
+  $("file-name").textContent = image.name;
+  $("file-facts").textContent = `${image.width} × ${image.height} · ${bytes(image.file.size)}`;
+  $("sent").textContent = image.note;
+  $("sent").hidden = !image.note;
+  $("save").hidden = image.own;
+  if (!image.own) {
     URL.revokeObjectURL($("save").href);
-    $("save").href = URL.createObjectURL(picture.file);
-    $("save").download = picture.name;
+    $("save").href = URL.createObjectURL(image.file);
+    $("save").download = image.name;
   }
   showRecipe();
 }
@@ -152,7 +152,7 @@ function showPicture(picture) {
 async function useExample() {
   for (const kind of Object.keys(PROMPTS)) state.prompts[kind] = state.prompts[kind] || PROMPTS[kind][1];
   showForm();
-  await usePicture(await drawExample(), "example.png", false);
+  await useImage(await drawExample(), "example.png", false);
   $("prompt").focus();
 }
 
@@ -170,35 +170,36 @@ function showRunning(running) {
 
 function clearResult() {
   state.groups = [];
-  $("error").hidden = $("result").hidden = $("answer").hidden = $("thoughts").hidden = $("threshold-row").hidden = true;
-  for (const id of ["overlay", "groups", "answer", "thoughts-text", "status", "timing"]) $(id).replaceChildren();
+  for (const id of ["error", "result", "answer", "reasoning-result", "threshold-field"]) $(id).hidden = true;
+  for (const id of ["overlay", "groups", "answer", "reasoning-text", "status", "timing"]) $(id).replaceChildren();
 }
 
 function showError(error) {
-  if (!(error instanceof Refusal)) console.error(error);
+  if (!(error instanceof UserError)) console.error(error);
   if (error.status === 401) {
-    $("key-row").hidden = false;
+    $("key-field").hidden = false;
     $("key").focus();
     showRecipe();
   }
-  const failed = "This page failed. The browser's console says more.";
-  $("error").textContent = error instanceof Refusal ? error.message : failed;
+  const failed = "Unexpected error. See the browser console for details.";
+  $("error").textContent = error instanceof UserError ? error.message : failed;
   $("error").hidden = false;
   if (!$("answer").textContent && !state.groups.some((group) => group.items.length)) $("result").hidden = true;
 }
 
-// Keep the key that was typed; whether it opens the server.
-async function takeKey() {
+// Stores the entered API key. Returns whether it is valid.
+async function storeKey() {
   const key = $("key").value.trim();
   if (!/^[\x21-\x7e]+$/.test(key)) {
-    showError(new Refusal(key ? "An API key has no spaces and no accents. Copy it again." : "Type the API key.", 401));
+    const invalid = "An API key has only ASCII characters and no spaces. Copy it again.";
+    showError(new UserError(key ? invalid : "Enter the API key.", 401));
     return false;
   }
   keyStore.write(key);
   $("error").hidden = true;
   await refreshModel();
   if (!$("error").hidden) return false;
-  $("key-row").hidden = true;
+  $("key-field").hidden = true;
   return true;
 }
 
@@ -225,7 +226,7 @@ function listen() {
   $("example").addEventListener("click", useExample);
   $("file").addEventListener("change", () => {
     const [file] = $("file").files;
-    if (file) usePicture(file, file.name);
+    if (file) useImage(file, file.name);
     $("file").value = "";
   });
   listenToDocument();
@@ -240,7 +241,7 @@ function listenToDocument() {
     const [file] = event.clipboardData.files;
     if (!file) return;
     event.preventDefault();
-    usePicture(file, file.name || "pasted.png", false);
+    useImage(file, file.name || "pasted.png", false);
   });
   for (const kind of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(kind, (event) => {
@@ -252,8 +253,8 @@ function listenToDocument() {
   document.addEventListener("drop", (event) => {
     if (isTextForPrompt(event)) return;
     const [file] = event.dataTransfer.files;
-    if (file) usePicture(file, file.name);
-    else showError(new Refusal("That was not a file. Save the image first, then drop the file."));
+    if (file) useImage(file, file.name);
+    else showError(new UserError("Only files can be dropped. Save the image first, then drop the file."));
   });
   window.addEventListener("resize", () => document.querySelectorAll(".box, .dot").forEach(placeTag));
 }

@@ -1,6 +1,6 @@
-// What was found, drawn over the image and listed beside it. Text of users and models goes in as text, never as HTML.
+// Draws results over the image and lists them in tables. Text of users and models is inserted as text, never as HTML.
 
-const COLOURS = [
+const COLORS = [
   "#ff8a4c", "#4fa3ff", "#36d399", "#e583f2", "#f5c531", "#ff7a93", "#3ccbe8", "#b3a1ff", "#b6d94c", "#e0b08c",
 ];
 
@@ -13,34 +13,34 @@ function make(tag, className = "", text = "") {
   return element;
 }
 
-// groups: [{name, items}], an item is a box {x_min, ...} or a point {x, y}, in fractions, with its confidence.
-function showFound(groups, picture, scored, threshold) {
+// groups: [{name, items}]. An item is a box {x_min, ...} or a point {x, y}, in fractions of the image, with confidence.
+function showFound(groups, image, scored, threshold) {
   const marks = [];
   const lists = groups.map((group, index) => {
-    const colour = COLOURS[index % COLOURS.length];
+    const color = COLORS[index % COLORS.length];
     const shown = group.items.filter((item) => !scored || item.confidence >= threshold);
-    const pairs = shown.map((item) => pairOf(item, group.name, colour, picture, scored));
+    const pairs = shown.map((item) => pairOf(item, group.name, color, image, scored));
     marks.push(...pairs.map((pair) => pair.mark));
-    return listOfGroup(group, pairs.map((pair) => pair.row), colour, scored);
+    return listOfGroup(group, pairs.map((pair) => pair.tableRow), color, scored);
   });
   $("overlay").replaceChildren(...marks);
   $("groups").replaceChildren(...lists);
   marks.forEach(placeTag);
 }
 
-function pairOf(item, name, colour, picture, scored) {
+function pairOf(item, name, color, image, scored) {
   const score = scored ? item.confidence.toFixed(2) : "";
   const mark = markOf(item);
-  mark.style.setProperty("--colour", colour);
+  mark.style.setProperty("--color", color);
   mark.append(make("span", "tag", `${name} ${score}`.trim()));
-  const row = make("tr");
-  if (scored) row.append(scoreCell(item.confidence, score));
-  row.append(...pixelsOf(item, picture).map((value) => make("td", "", value.toFixed(0))));
-  for (const element of [mark, row]) {
+  const tableRow = make("tr");
+  if (scored) tableRow.append(scoreCell(item.confidence, score));
+  tableRow.append(...pixelsOf(item, image).map((value) => make("td", "", value.toFixed(0))));
+  for (const element of [mark, tableRow]) {
     element.addEventListener("pointerenter", () => mark.classList.add("marked"));
     element.addEventListener("pointerleave", () => mark.classList.remove("marked"));
   }
-  return {mark, row};
+  return {mark, tableRow};
 }
 
 function markOf(item) {
@@ -55,8 +55,8 @@ function markOf(item) {
   return mark;
 }
 
-// A label that would leave the image is moved: that of a box under it, or into it where there is no room either, and
-// along its edge; that of a point to its left.
+// Moves a label that extends beyond the image. The label of a box moves below the box, or into it if there is no space,
+// and along its edge. The label of a point moves to its left.
 function placeTag(mark) {
   const tag = mark.querySelector(".tag");
   const isBox = mark.classList.contains("box");
@@ -87,16 +87,16 @@ function scoreCell(confidence, text) {
   return cell;
 }
 
-function listOfGroup(group, rows, colour, scored) {
+function listOfGroup(group, rows, color, scored) {
   const section = make("section", "group");
-  section.style.setProperty("--colour", colour);
+  section.style.setProperty("--color", color);
   const head = make("h2", "group-head");
   const all = group.items.length;
   const count = rows.length === all ? String(all) : `${rows.length} of ${all}`;
   head.append(make("span", "swatch"), make("span", "name", group.name), make("span", "count", count));
   section.append(head);
   if (rows.length) section.append(tableOf(rows, scored, "x" in group.items[0]));
-  if (group.truncated) section.append(make("p", "note", "There may be more: the list ended at the limit of objects."));
+  if (group.truncated) section.append(make("p", "note", "There may be more objects: the list reached its limit."));
   return section;
 }
 
