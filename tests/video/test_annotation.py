@@ -74,7 +74,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("size", [(320, 240), (641, 361), (1280, 720)])
 @pytest.mark.parametrize("what", [*annotation.KINDS, "none"])
-def test_the_input_is_never_changed(what: str, size: tuple[int, int]) -> None:
+def test_annotator_does_not_modify_its_inputs(what: str, size: tuple[int, int]) -> None:
     image = noise(*size)
     before = image.copy()
     image.flags.writeable = False
@@ -91,7 +91,7 @@ def test_the_input_is_never_changed(what: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("what", ["box,label,trace,dot,blur,pixelate", "none"])
-def test_frames_without_detections(what: str) -> None:
+def test_frames_without_detections_are_unchanged(what: str) -> None:
     image = noise()
     annotator = Annotator(what)
     for detections in (sv.Detections.empty(), found([], []), found([])):
@@ -102,12 +102,12 @@ def test_frames_without_detections(what: str) -> None:
     ("what", "unknown"),
     [("boxes", "boxes"), ("box,labels", "labels"), (["box", "mask"], "mask"), ("box,none", "none"), ("", "")],
 )
-def test_unknown_names_list_the_known(what: Any, unknown: str) -> None:
-    with pytest.raises(ValueError, match=f"'{unknown}' is unknown; known are box, label, trace, dot, blur, pixelate"):
+def test_unknown_annotations_are_rejected(what: Any, unknown: str) -> None:
+    with pytest.raises(ValueError, match=f"'{unknown}' is unknown; use any of box, label, trace, dot, blur, pixelate"):
         Annotator(what)
 
 
-def test_names_come_as_text_or_sequence() -> None:
+def test_annotations_may_be_a_string_or_a_sequence() -> None:
     assert Annotator(" box , label").what == Annotator(("label", "box")).what == Annotator().what
     assert Annotator("none").what == Annotator(()).what == frozenset()
     with pytest.raises(ValueError, match="color_by must be one of class, id, got 'size'"):
@@ -117,19 +117,19 @@ def test_names_come_as_text_or_sequence() -> None:
 @pytest.mark.parametrize(
     "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), "u1")]
 )
-def test_other_images_are_refused(image: Any) -> None:
-    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 BGR, not \["):
+def test_other_image_types_are_rejected(image: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] uint8 BGR, got \["):
         Annotator()(image, sv.Detections.empty())
 
 
-def test_views_are_drawn_into_copies() -> None:
+def test_non_contiguous_images_are_annotated() -> None:
     wide = noise(1280, 360)
     for view in (wide[:, :640], wide[::-1, ::2], wide[..., ::-1]):
         expected = Annotator()(view.copy(), found([(50, 50, 90, 90)]))
         assert (Annotator()(view, found([(50, 50, 90, 90)])) == expected).all()
 
 
-def test_labels_say_name_id_and_score(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_show_name_track_id_and_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
     written = texts(monkeypatch)
     annotator = Annotator("label", ("dog", "cat"))
     boxes = [(10, 50, 60, 90), (100, 50, 160, 90)]
@@ -140,21 +140,21 @@ def test_labels_say_name_id_and_score(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(written) == ["cat", "class 7", "dog", "dog #3 0.87", "dog 0.87", "object"]
 
 
-def test_of_a_long_name_the_end_is_left_out_and_the_score_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_names_are_shortened_before_the_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
     written = texts(monkeypatch)
     Annotator()(grey(320, 240), found([(10, 50, 60, 90)], [12], ["a person in a red jacket " * 5]))
     assert written[0].startswith("a person in")
     assert written[0].endswith("... #12 0.87")
 
 
-def test_labels_keep_their_letters_and_replace_those_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_replace_letters_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
     written = texts(monkeypatch)
     Annotator()(grey(), found([(10, 50, 60, 90)], names=["café\nсобака \U0010fffd"]))
     assert written == ["café собака ? 0.87"]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (320, 240), (1920, 1080)])
-def test_labels_stay_within_the_picture(size: tuple[int, int]) -> None:
+def test_labels_stay_inside_the_image(size: tuple[int, int]) -> None:
     width, height = size
     text_height = Pen.for_resolution(size).plate_height
     for left, top in ((0, 0), (width - 5, 0), (0, height - 5), (width - 5, height - 5), (width // 2, -3)):
@@ -165,14 +165,14 @@ def test_labels_stay_within_the_picture(size: tuple[int, int]) -> None:
         assert drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # a plate, whole
 
 
-def test_labels_do_not_cover_each_other() -> None:
+def test_labels_do_not_overlap() -> None:
     image = grey()
     one = changed(image, Annotator("label")(image, found([(300, 150, 360, 200)]))).sum()
     near = [(300 + 3 * step, 150 + 3 * step, 360, 200) for step in range(4)]
     assert changed(image, Annotator("label")(image, found(near))).sum() == 4 * one
 
 
-def test_labels_keep_their_places_when_rows_change_order() -> None:
+def test_labels_keep_their_places_if_the_order_of_objects_changes() -> None:
     image, boxes = grey(), [(100, 100, 200, 200), (110, 95, 220, 210)]
     there = Annotator("label")(image, found(boxes, [4, 9], ["dog", "cat"]))
     back = Annotator("label")(image, found(boxes[::-1], [9, 4], ["cat", "dog"]))
@@ -180,7 +180,7 @@ def test_labels_keep_their_places_when_rows_change_order() -> None:
 
 
 @pytest.mark.parametrize("ground", [0, 90, 255])
-def test_letters_stand_out_from_their_plate(ground: int) -> None:
+def test_label_text_contrasts_with_its_plate(ground: int) -> None:
     image = np.full((240, 320, 3), ground, np.uint8)
     for class_id in range(20):
         shown = Annotator("label")(image, found([(50, 100, 200, 150)], class_ids=[class_id]))
@@ -193,7 +193,7 @@ def colours_of(picture: Picture, boxes: Iterable[Sequence[int]]) -> list[tuple[i
     return [tuple(picture[(box[1] + box[3]) // 2, box[0]].tolist()) for box in boxes]
 
 
-def test_colours_follow_the_class_or_the_id() -> None:
+def test_color_by_class_or_track_id() -> None:
     boxes = [(20, 20, 90, 90), (120, 20, 190, 90), (220, 20, 290, 90), (320, 20, 390, 90)]
     detections = found(boxes, [5, 6, 25, -1], class_ids=[0, 1, 0, 21])
     by_class = colours_of(Annotator("box")(grey(), detections), boxes)
@@ -206,7 +206,7 @@ def test_colours_follow_the_class_or_the_id() -> None:
 
 
 @pytest.mark.parametrize("size", [(320, 240), (640, 360), (3840, 2160)])
-def test_a_box_that_fills_the_frame_shows_all_its_sides(size: tuple[int, int]) -> None:
+def test_box_that_fills_the_frame_shows_all_sides(size: tuple[int, int]) -> None:
     shown = Annotator("box")(grey(*size), found([(0, 0, *size)]))
     line = Pen.for_resolution(size).line
     drawn = changed(grey(*size), shown)
@@ -214,7 +214,7 @@ def test_a_box_that_fills_the_frame_shows_all_its_sides(size: tuple[int, int]) -
         assert side[:, line:-line].all()  # but for the corners, which are round
 
 
-def test_boxes_without_area_are_dots_and_those_outside_are_nothing() -> None:
+def test_boxes_without_area_are_dots_and_boxes_outside_are_not_drawn() -> None:
     image = grey()
     drawn = changed(image, Annotator("box")(image, found([(100, 100, 100, 100)])))
     assert drawn[100, 100]
@@ -239,7 +239,7 @@ def test_boxes_without_area_are_dots_and_those_outside_are_nothing() -> None:
         (0, 0, 640, 360),
     ],
 )
-def test_what_is_hidden_has_lost_its_detail_and_the_rest_is_untouched(what: str, box: tuple[int, ...]) -> None:
+def test_redacted_boxes_lose_detail_and_the_rest_is_unchanged(what: str, box: tuple[int, ...]) -> None:
     image = noise()
     shown = Annotator(what)(image, found([box]))
     left, top, right, bottom = np.clip(box, 0, (640, 360, 640, 360)).tolist()
@@ -255,7 +255,7 @@ def test_what_is_hidden_has_lost_its_detail_and_the_rest_is_untouched(what: str,
 
 @pytest.mark.parametrize("what", ["blur", "pixelate"])
 @pytest.mark.parametrize("side", [6, 24, 60, 300])
-def test_a_fine_pattern_leaves_no_trace(what: str, side: int) -> None:
+def test_fine_patterns_are_unrecognizable_after_redaction(what: str, side: int) -> None:
     """Stripes of a twelfth of the box, no finer than what a face is known by, give a nearly even grey."""
     image = grey()
     stripe = max(1, side // 12)
@@ -276,7 +276,7 @@ def at(x: float, tracker_id: int | None = 1) -> sv.Detections:
     return found([(x - 10, 180, x + 10, 200)], None if tracker_id is None else [tracker_id])
 
 
-def test_a_trace_joins_where_an_object_was() -> None:
+def test_trace_connects_past_positions() -> None:
     drawn = trace([at(100 + 5 * step) for step in range(30)], [step / 30 for step in range(30)], grey())
     assert drawn[200, 100:245].all()
     assert not drawn[:190].any()
@@ -284,36 +284,36 @@ def test_a_trace_joins_where_an_object_was() -> None:
 
 
 @pytest.mark.parametrize("times", [[step / 30 for step in range(120)], [0.0] * 120], ids=["with times", "without"])
-def test_a_trace_is_two_seconds_long(times: list[float]) -> None:
+def test_trace_is_two_seconds_long(times: list[float]) -> None:
     columns = np.flatnonzero(trace([at(20 + 5 * step) for step in range(120)], times, grey()).any(0))
     assert abs(columns[0] - (20 + 5 * 59)) <= 8
     assert abs(columns[-1] - (20 + 5 * 119)) <= 8
 
 
-def test_no_line_to_where_an_id_comes_back() -> None:
+def test_trace_restarts_where_a_track_returns_elsewhere() -> None:
     frames = [at(100), at(105), at(110), *[sv.Detections.empty()] * 5, at(400), at(405), at(410)]
     drawn = trace(frames, [step / 30 for step in range(len(frames))], grey())
     assert drawn[200, 400:410].all()
     assert not drawn[:, :390].any()
 
 
-def test_a_trace_goes_on_where_an_object_was_lost_for_a_moment() -> None:
+def test_trace_continues_after_a_short_loss() -> None:
     frames = [at(100), at(105), sv.Detections.empty(), at(115), at(120)]
     assert trace(frames, [step / 30 for step in range(5)], grey())[200, 100:120].all()
 
 
-def test_no_line_across_a_leap_from_one_frame_to_the_next() -> None:
+def test_trace_restarts_after_a_jump() -> None:
     drawn = trace([at(100), at(105), at(500), at(505)], [0.0, 0.1, 0.2, 0.3], grey())
     assert drawn[200, 500:505].all()
     assert not drawn[:, :490].any()
 
 
 @pytest.mark.parametrize("tracker_id", [None, -1])
-def test_no_trace_without_an_id(tracker_id: int | None) -> None:
+def test_untracked_objects_have_no_trace(tracker_id: int | None) -> None:
     assert not trace([at(100 + 5 * step, tracker_id) for step in range(9)], [0.0] * 9, grey()).any()
 
 
-def test_when_time_falls_another_stream_begins() -> None:
+def test_decreasing_time_resets_traces_and_panel() -> None:
     annotator = Annotator("trace", panel=True)
     for time, x in ((0.0, 100), (0.1, 110), (0.2, 120), (0.0, 130)):
         shown = annotator(grey(), at(x, int(x)), time)
@@ -322,9 +322,7 @@ def test_when_time_falls_another_stream_begins() -> None:
 
 
 @pytest.mark.parametrize("size", [(320, 240), (640, 360), (1920, 1080)])
-def test_zones_are_drawn_with_counts_that_do_not_cover_each_other(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zone_counts_do_not_overlap(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     places = []
     place = annotation._place
 
@@ -347,7 +345,7 @@ def test_zones_are_drawn_with_counts_that_do_not_cover_each_other(
     assert (shown[round(0.6 * size[1]), round(0.1 * size[0])] == 255).all()
 
 
-def test_the_arrow_of_a_line_points_to_what_is_in() -> None:
+def test_line_arrow_points_to_the_in_side() -> None:
     for start, end in (((20, 50), (180, 50)), ((180, 60), (20, 40)), ((90, 95), (110, 5))):
         zones = Zones.from_dict({"lines": [{"name": "door", "start": list(start), "end": list(end)}]})
         stem = annotation._arrow(zones.shapes((200, 100))[0].points, 30)[0].astype(float)
@@ -359,7 +357,7 @@ def test_the_arrow_of_a_line_points_to_what_is_in() -> None:
 
 
 @pytest.mark.parametrize("size", [(320, 240), (640, 360), (641, 361), (3840, 2160)])
-def test_the_panel_stands_beside_the_picture(size: tuple[int, int]) -> None:
+def test_panel_is_drawn_right_of_the_image(size: tuple[int, int]) -> None:
     image = noise(*size)
     annotator = Annotator("none", ("dog", "cat"), panel=True)
     shown = annotator(image, found([(5, 5, 90, 90)], [1]))
@@ -374,7 +372,7 @@ def panel_rows(panel: Panel, zones: Zones | None = None) -> list[list[tuple[str,
     return [[(row.name, row.first, row.second) for row in (s.head, *s.rows)] for s in panel._sections(zones)]
 
 
-def test_the_panel_counts_what_is_there_and_what_was() -> None:
+def test_panel_counts_current_and_total_objects() -> None:
     panel = Panel(("dog", "cat"), None)
     assert panel_rows(panel) == [[("Objects", "now", ""), ("dog", "0", ""), ("cat", "0", "")]]
     panel.update(found([(0, 0, 9, 9)] * 3, [1, 2, -1], ["dog", "dog", "bird"], [0, 0, 2]))
@@ -389,7 +387,7 @@ def test_the_panel_counts_what_is_there_and_what_was() -> None:
     assert panel_rows(panel)[0][1:] == [("dog", "0", ""), ("cat", "0", "")]
 
 
-def test_a_panel_of_many_classes_keeps_the_zones_and_what_was_seen() -> None:
+def test_panel_with_many_classes_keeps_zones_and_detected_classes() -> None:
     panel = Panel([f"class {number}" for number in range(50)], None)
     panel.update(found([(0, 0, 9, 9)], [1], ["class 40"], [40]))
     kept = panel._sections(None)[0].shortened(6).rows

@@ -41,27 +41,27 @@ class Stream:
 
 
 @pytest.mark.parametrize("rows", [((DOG, 100, 0.9), (DOG, 104, 0.4)), ((DOG, 104, 0.4), (DOG, 100, 0.9))])
-def test_the_lower_score_of_a_duplicate_is_not_tracked(rows: Sequence[tuple[int, float, float]]) -> None:
+def test_duplicate_with_lower_confidence_is_not_tracked(rows: Sequence[tuple[int, float, float]]) -> None:
     stream = Stream()
     for _ in range(4):
         assert dict(zip([score for *_, score in rows], stream(*rows), strict=True)) == {0.9: 1, 0.4: -1}
     assert len(stream.tracker.tracks) == 1
 
 
-def test_detections_without_different_scores_are_all_tracked() -> None:
+def test_detections_with_equal_confidences_are_all_tracked() -> None:
     stream = Stream()
     for _ in range(4):
         assert stream((DOG, 100, 1.0), (DOG, 104, 1.0), (CAT, 100, 1.0)) == [1, 2, 3]
     assert stream((DOG, 100, 1.0), (CAT, 100, 1.0), (CAT, 220, 1.0))[1] == 3
 
 
-def test_two_objects_that_meet_are_both_tracked() -> None:
+def test_two_objects_that_meet_keep_their_tracks() -> None:
     stream = Stream()
     for step in range(13):  # they meet after six steps
         assert stream((DOG, 70 + 8 * step, 0.9), (DOG, 170 - 8 * step, 0.4)) == [1, 2], step
 
 
-def test_a_contradicting_class_with_a_lower_score_is_not_tracked() -> None:
+def test_contradicting_class_with_lower_confidence_is_not_tracked() -> None:
     stream = Stream()
     assert stream((DOG, 40, 0.9), (CAT, 200, 0.9)) == [1, 2]
     for _ in range(4):
@@ -69,13 +69,13 @@ def test_a_contradicting_class_with_a_lower_score_is_not_tracked() -> None:
     assert stream((DOG, 40, 0.9), (CAT, 200, 0.8), (CAT, 42, 0.5)) == [1, 2, -1]
 
 
-def test_classes_that_always_coincide_are_both_tracked() -> None:
+def test_coinciding_classes_are_both_tracked() -> None:
     stream = Stream()
     for step in range(10):
         assert stream((DOG, 40 + step, 0.9), (CAT, 42 + step, 0.5), (DOG, 200, 0.8), (CAT, 200, 0.7)) == [1, 3, 2, 4]
 
 
-def test_a_track_continues_where_the_class_differs_once() -> None:
+def test_track_continues_through_one_detection_of_another_class() -> None:
     stream = Stream()
     for step in range(4):
         assert stream((DOG, 40 + 4 * step, 0.9), (CAT, 200, 0.8)) == [1, 2]
@@ -84,14 +84,14 @@ def test_a_track_continues_where_the_class_differs_once() -> None:
     assert [track.class_id for track in stream.tracker.tracks.values()] == [DOG, CAT]
 
 
-def test_a_detection_continues_a_track_of_its_own_class_first() -> None:
+def test_detection_prefers_a_track_of_its_class() -> None:
     stream = Stream()
     for _ in range(4):
         assert stream((DOG, 40, 0.9), (CAT, 60, 0.8)) == [1, 2]
     assert stream((CAT, 50, 0.6)) == [2]
 
 
-def test_another_class_does_not_take_a_track_from_a_higher_score_of_its_class() -> None:
+def test_other_class_does_not_continue_a_track_with_a_better_detection() -> None:
     """An object that appears from behind another one is not that one."""
     stream = Stream()
     for score in (0.9, 0.8, 0.9, 0.8):
@@ -100,14 +100,14 @@ def test_another_class_does_not_take_a_track_from_a_higher_score_of_its_class() 
     assert [track.class_id for track in stream.tracker.tracks.values()] == [DOG, CAT]
 
 
-def test_another_class_far_away_starts_a_track() -> None:
+def test_distant_detection_of_another_class_starts_a_track() -> None:
     stream = Stream()
     for _ in range(4):
         assert stream((DOG, 40, 0.9), (CAT, 240, 0.8)) == [1, 2]
     assert stream((CAT, 100, 0.6), (CAT, 240, 0.8)) == [3, 2]
 
 
-def test_counts_are_kept_over_a_cut() -> None:
+def test_coincidence_counts_survive_a_scene_cut() -> None:
     stream = Stream()
     for _ in range(6):
         stream((DOG, 40, 0.9), (CAT, 200, 0.8))
@@ -141,7 +141,7 @@ class Blinking(ScriptedDetector):
         (5, 26, 1.0, True),
     ],
 )
-def test_gaps_up_to_the_bridge_are_interpolated(every: int, gap: int, bridge: float, bridged: bool) -> None:
+def test_gaps_up_to_bridge_seconds_are_interpolated(every: int, gap: int, bridge: float, bridged: bool) -> None:
     thing = MovingObject("dog", (60, 100), (1.5, 0))
     missed = range(31, 31 + gap - 1)
     images = [numbered_image(n, SIZE) for n in range(100)]
@@ -156,14 +156,14 @@ def test_gaps_up_to_the_bridge_are_interpolated(every: int, gap: int, bridge: fl
         np.testing.assert_allclose(found[middle].detections.xyxy[0], thing.box(middle), atol=0.6)
 
 
-def test_frames_that_wait_show_tracks_that_the_tracker_has_forgotten() -> None:
+def test_waiting_frames_keep_tracks_that_the_tracker_has_dropped() -> None:
     images = [numbered_image(n, SIZE) for n in range(90)]
     model = ScriptedDetector(MovingObject("dog", (60, 100), frames=range(20, 41)))
     found = list(track_streams([images], ["dog"], model=model, every=1, tracking=Tracking(lost_track_seconds=0.0)))
     assert [n for n, tracked in enumerate(found) if len(tracked.detections)] == list(range(20, 41))
 
 
-def test_redaction_covers_what_is_not_tracked() -> None:
+def test_redaction_covers_untracked_duplicates() -> None:
     images = [numbered_image(n, SIZE) for n in range(30)]
     things = (MovingObject("dog", (100, 100), confidence=0.9), MovingObject("dog", (104, 100), confidence=0.5))
     for tracked in track_streams(

@@ -81,7 +81,7 @@ def frame_times(path: Path) -> list[float]:
         return [float(frame.time or 0) for frame in opened.decode(video=0)]
 
 
-def test_kill_9_loses_at_most_the_last_second(tmp_path: Path) -> None:
+def test_sigkill_loses_at_most_one_second(tmp_path: Path) -> None:
     for result in killed(tmp_path, "SIGKILL"):
         assert result["status"] == -9
         path, written = Path(str(result["path"])), int(result["written"])
@@ -94,7 +94,7 @@ def test_kill_9_loses_at_most_the_last_second(tmp_path: Path) -> None:
         assert not times or round(times[-1] * FPS) <= len(times) - 1 + B_FRAMES
 
 
-def test_sigterm_leaves_the_finished_file(tmp_path: Path) -> None:
+def test_sigterm_leaves_a_finished_file(tmp_path: Path) -> None:
     for result in killed(tmp_path, "SIGTERM"):
         assert result["status"] == 143
         path, written = Path(str(result["path"])), int(result["written"])

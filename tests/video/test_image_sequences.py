@@ -34,7 +34,7 @@ def shown(path: Path) -> tuple[list[int], list[float], float]:
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", *(["a.avif"] if features.check("avif") else [])])
 @pytest.mark.parametrize("every", [1, 3, "auto"])
-def test_an_animation_keeps_its_times_and_the_duration_of_its_last_frame(tmp_path: Path, name: str, every: Any) -> None:
+def test_animation_keeps_its_times_and_last_duration(tmp_path: Path, name: str, every: Any) -> None:
     images = [Image.fromarray(image[..., ::-1].copy()) for image in IMAGES[:4]]
     images[0].save(tmp_path / name, save_all=True, append_images=images[1:], duration=DURATIONS)
     summary = annotate_video(
@@ -48,7 +48,7 @@ def test_an_animation_keeps_its_times_and_the_duration_of_its_last_frame(tmp_pat
     assert summary.seconds == pytest.approx(0.39)
 
 
-def test_an_animation_slower_than_any_video_can_be_written(tmp_path: Path) -> None:
+def test_very_slow_animation_can_be_written(tmp_path: Path) -> None:
     images = [Image.fromarray(image[..., ::-1].copy()) for image in IMAGES[:2]]
     images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=[4_000_000, 4_000_000])
     annotate_video(tmp_path / "a.webp", tmp_path / "out.mp4", "dog", model=detector(), every=1, annotate="none")
@@ -58,7 +58,7 @@ def test_an_animation_slower_than_any_video_can_be_written(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("fps", [4, 29.97])
-def test_the_output_of_images_has_their_frame_rate(tmp_path: Path, fps: float) -> None:
+def test_output_of_images_has_their_frame_rate(tmp_path: Path, fps: float) -> None:
     for number, image in enumerate(IMAGES):
         (tmp_path / f"{number:04d}.jpg").write_bytes(encode_jpeg(image))
     for source in (tmp_path / "%04d.jpg", tmp_path, IMAGES):
@@ -72,7 +72,7 @@ def test_the_output_of_images_has_their_frame_rate(tmp_path: Path, fps: float) -
         assert summary.seconds == pytest.approx(7 / fps)
 
 
-def test_track_and_watch_take_a_frame_rate() -> None:
+def test_track_and_track_streams_accept_fps() -> None:
     with track_streams([IMAGES, list(IMAGES)], "dog", model=detector(), every=2, fps=4) as watched:
         times = [(tracked.source, tracked.frame.time) for tracked in watched]
     expected = [(source, number / 4) for source in (0, 1) for number in range(8)]

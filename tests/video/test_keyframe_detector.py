@@ -38,7 +38,7 @@ def red(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
     return Detector(ColorModel())(image, list(classes))
 
 
-def held(detector: Callable[..., Any]) -> tuple[Callable[..., Any], threading.Event, threading.Event]:
+def blocked_detector(detector: Callable[..., Any]) -> tuple[Callable[..., Any], threading.Event, threading.Event]:
     """A detector that waits for the second event, and sets the first one when it has begun."""
     began, go = threading.Event(), threading.Event()
 
@@ -50,8 +50,8 @@ def held(detector: Callable[..., Any]) -> tuple[Callable[..., Any], threading.Ev
     return detect, began, go
 
 
-class Counting(Detector):
-    """A detector that records with how many frames it is called, and can be held."""
+class BlockingDetector(Detector):
+    """A detector that records with how many frames it is called, and can be blocked_detector."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -66,7 +66,7 @@ class Counting(Detector):
 
 
 @pytest.fixture
-def worker() -> Iterator[Callable[..., KeyframeDetector]]:
+def make_detector() -> Iterator[Callable[..., KeyframeDetector]]:
     workers = []
 
     def make(detector: Any) -> KeyframeDetector:
@@ -79,24 +79,24 @@ def worker() -> Iterator[Callable[..., KeyframeDetector]]:
         assert not each._thread.is_alive()
 
 
-def test_results_belong_to_their_frames(worker: Callable[..., KeyframeDetector]) -> None:
-    working = worker(red)
+def test_results_match_their_frames(make_detector: Callable[..., KeyframeDetector]) -> None:
+    keyframes = make_detector(red)
     lefts = [10, 25, None, 40]
-    found = [working.submit(frame(i, left), "clip").result(240) for i, left in enumerate(lefts)]
+    found = [keyframes.submit(frame(i, left), "clip").result(240) for i, left in enumerate(lefts)]
     assert [f.xyxy[:, 0].tolist() for f in found if f is not None] == [[10], [25], [], [40]]
-    assert (working.detections_run, working.failed, working.backlog) == (4, 0, 0)
-    assert working.seconds > 0
+    assert (keyframes.detections_run, keyframes.failed, keyframes.backlog) == (4, 0, 0)
+    assert keyframes.seconds > 0
 
 
 @pytest.mark.compat
-def test_waiting_frames_become_one_call(worker: Callable[..., KeyframeDetector]) -> None:
-    detector = Counting(ColorModel())
-    working = worker(detector)
-    first = working.submit(frame(0), "clip", 0)
+def test_waiting_keyframes_of_several_sources_are_batched(make_detector: Callable[..., KeyframeDetector]) -> None:
+    detector = BlockingDetector(ColorModel())
+    keyframes = make_detector(detector)
+    first = keyframes.submit(frame(0), "clip", 0)
     assert detector.began.wait(240)
     count = MAX_BATCH + 4
-    rest = [working.submit(frame(i, 10 + i, (60 + i, 40)), "clip", i) for i in range(1, count)]
-    assert working.backlog == count
+    rest = [keyframes.submit(frame(i, 10 + i, (60 + i, 40)), "clip", i) for i in range(1, count)]
+    assert keyframes.backlog == count
     detector.go.set()
     lefts = []
     for each in (first, *rest):
@@ -105,41 +105,43 @@ def test_waiting_frames_become_one_call(worker: Callable[..., KeyframeDetector])
         lefts.append(found.xyxy[0, 0].round())
     assert lefts == [10 + i for i in range(count)]  # in order, whatever the size of the frames
     assert detector.sizes == [1, MAX_BATCH, 3]
-    assert (working.detections_run, working.failed) == (count, 0)
+    assert (keyframes.detections_run, keyframes.failed) == (count, 0)
 
 
-def test_frames_of_one_source_come_one_by_one(worker: Callable[..., KeyframeDetector]) -> None:
-    detector = Counting(ColorModel())
+def test_keyframes_of_one_source_are_not_batched(make_detector: Callable[..., KeyframeDetector]) -> None:
+    detector = BlockingDetector(ColorModel())
     detector.go.set()
-    working = worker(detector)
-    waiting = [working.submit(frame(i), "clip") for i in range(6)]
+    keyframes = make_detector(detector)
+    waiting = [keyframes.submit(frame(i), "clip") for i in range(6)]
     assert all(each.result(240) is not None for each in waiting)
     assert detector.sizes == [1] * 6
 
 
-def test_one_bad_frame_of_a_batch(worker: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture) -> None:
-    detector = Counting(ColorModel())  # which fails on magenta
-    working = worker(detector)
-    first = working.submit(frame(0), "door")
+def test_failed_batch_is_retried_frame_by_frame(
+    make_detector: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = BlockingDetector(ColorModel())  # which fails on magenta
+    keyframes = make_detector(detector)
+    first = keyframes.submit(frame(0), "door")
     assert detector.began.wait(240)
-    rest = [working.submit(frame(1), "door", 0), working.submit(Frame(MAGENTA, 5, 0.2), "yard", 1)]
-    rest.append(working.submit(frame(2), "door", 0))
+    rest = [keyframes.submit(frame(1), "door", 0), keyframes.submit(Frame(MAGENTA, 5, 0.2), "yard", 1)]
+    rest.append(keyframes.submit(frame(2), "door", 0))
     detector.go.set()
     assert [each.result(240) is None for each in (first, *rest)] == [False, False, True, False]
     assert detector.sizes == [1, 2, 1, 1, 1]  # those of the call that failed are looked at one by one
-    assert (working.detections_run, working.failed) == (3, 1)
+    assert (keyframes.detections_run, keyframes.failed) == (3, 1)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith("yard: the detector failed on frame 5: ")
 
 
-def test_the_tiny_model(worker: Callable[..., KeyframeDetector]) -> None:
+def test_tiny_model_returns_the_same_boxes_in_batches(make_detector: Callable[..., KeyframeDetector]) -> None:
     scenes = [render_scene(seed, resolution_wh=(240, 160)).image for seed in range(3)]
     with load("tiny", device="cpu", dtype="float32") as model:
         detector = Detector(model)
-        working = worker(Counting(model))
-        working._detector.go.set()  # type: ignore[union-attr]
-        waiting = [working.submit(Frame(image, i, 0.0), "clip") for i, image in enumerate(scenes)]
+        keyframes = make_detector(BlockingDetector(model))
+        keyframes._detector.go.set()  # type: ignore[union-attr]
+        waiting = [keyframes.submit(Frame(image, i, 0.0), "clip") for i, image in enumerate(scenes)]
         for image, each in zip(scenes, waiting, strict=True):
             found, alone = each.result(240), detector(image, CLASSES)
             assert found is not None
@@ -147,43 +149,43 @@ def test_the_tiny_model(worker: Callable[..., KeyframeDetector]) -> None:
             assert list(found.data["class_name"]) == list(alone.data["class_name"])
 
 
-def given(**settings: Any) -> Callable[..., Any]:
+def returning(**settings: Any) -> Callable[..., Any]:
     boxes = np.array([[1, 2, 3, 4], [5, 5, 9, 9]], np.float32)
     return lambda image, classes: sv.Detections(xyxy=boxes, **settings)
 
 
-NONSENSE: dict[str, Callable[..., Any]] = {
+INVALID: dict[str, Callable[..., Any]] = {
     "None": lambda image, classes: None,
     "a list": lambda image, classes: [(1, 2, 3, 4)],
     "an exception": lambda image, classes: 1 / 0,
     "no argument": lambda: None,
-    "a class too high": given(class_id=np.array([0, 2])),
-    "all classes below 0": given(class_id=np.array([-1, -1])),
-    "a class below 0": given(class_id=np.array([-1, 1])),
+    "a class too high": returning(class_id=np.array([0, 2])),
+    "all classes below 0": returning(class_id=np.array([-1, -1])),
+    "a class below 0": returning(class_id=np.array([-1, 1])),
     "a box of NaN": lambda image, classes: sv.Detections(np.array([[np.nan] * 4]), class_id=np.array([0])),
     "corners exchanged": lambda image, classes: sv.Detections(np.array([[9.0, 9, 5, 5]]), class_id=np.array([0])),
 }
 
 
-@pytest.mark.parametrize("detector", NONSENSE.values(), ids=list(NONSENSE))
-def test_nonsense_counts_as_not_looked_at(
-    detector: Callable[..., Any], worker: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("detector", INVALID.values(), ids=list(INVALID))
+def test_invalid_results_count_as_failed(
+    detector: Callable[..., Any], make_detector: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
 ) -> None:
-    working = worker(detector)
-    assert [working.submit(frame(i), "the yard").result(240) for i in range(2)] == [None, None]
-    assert (working.detections_run, working.failed) == (0, 2)
+    keyframes = make_detector(detector)
+    assert [keyframes.submit(frame(i), "the yard").result(240) for i in range(2)] == [None, None]
+    assert (keyframes.detections_run, keyframes.failed) == (0, 2)
     assert "the yard: the detector failed on frame 1: " in caplog.text
 
 
-def test_nothing_found_is_no_nonsense(worker: Callable[..., KeyframeDetector]) -> None:
+def test_empty_detections_are_valid(make_detector: Callable[..., KeyframeDetector]) -> None:
     for empty in (sv.Detections.empty(), sv.Detections(np.zeros((0, 4)), class_id=np.zeros(0, int))):
-        working = worker(lambda image, classes, empty=empty: empty)
-        assert working.submit(frame(0), "clip").result(240) is not None
-        assert working.failed == 0
+        keyframes = make_detector(lambda image, classes, empty=empty: empty)
+        assert keyframes.submit(frame(0), "clip").result(240) is not None
+        assert keyframes.failed == 0
 
 
-def test_a_detector_for_single_frames_gives_each_at_once(
-    worker: Callable[..., KeyframeDetector], monkeypatch: pytest.MonkeyPatch
+def test_single_frame_detector_returns_each_result_immediately(
+    make_detector: Callable[..., KeyframeDetector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, began, may_return = [0.0], threading.Event(), threading.Semaphore(0)
     monkeypatch.setattr(keyframe_detector, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -194,17 +196,17 @@ def test_a_detector_for_single_frames_gives_each_at_once(
         now[0] += 0.1
         return red(image, classes)
 
-    working = worker(slow)
-    first = working.submit(frame(0), "clip")
+    keyframes = make_detector(slow)
+    first = keyframes.submit(frame(0), "clip")
     assert began.wait(240)
-    second, *_, last = (working.submit(frame(i), "clip") for i in range(1, 6))
+    second, *_, last = (keyframes.submit(frame(i), "clip") for i in range(1, 6))
     may_return.release(2)
     first.result(240)
     second.result(240)
     assert not last.done()
     may_return.release(4)
     last.result(240)
-    assert working.seconds == pytest.approx(0.1)  # what a call takes
+    assert keyframes.seconds == pytest.approx(0.1)  # what a call takes
 
 
 class Exit(BaseException):
@@ -212,44 +214,44 @@ class Exit(BaseException):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_detector_that_exits_hangs_nobody(worker: Callable[..., KeyframeDetector]) -> None:
+def test_detector_that_exits_does_not_block_its_caller(make_detector: Callable[..., KeyframeDetector]) -> None:
     def leave(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         raise Exit
 
-    waiting = worker(leave).submit(frame(0), "clip")
+    waiting = make_detector(leave).submit(frame(0), "clip")
     end = time.monotonic() + 240
     while not waiting.done() and time.monotonic() < end:
         time.sleep(0.01)
     assert waiting.done()
 
 
-def test_closing() -> None:
-    detector, began, go = held(red)
-    working = KeyframeDetector(detector, CLASSES)
-    first = working.submit(frame(0), "clip")
+def test_close_cancels_waiting_keyframes() -> None:
+    detector, began, go = blocked_detector(red)
+    keyframes = KeyframeDetector(detector, CLASSES)
+    first = keyframes.submit(frame(0), "clip")
     assert began.wait(240)
-    second = working.submit(frame(1), "clip")
-    assert not working.close(0.1)  # returns although the detector is still running
+    second = keyframes.submit(frame(1), "clip")
+    assert not keyframes.close(0.1)  # returns although the detector is still running
     assert not first.done()
     assert second.cancelled()
-    assert working.submit(frame(2), "clip").cancelled()
+    assert keyframes.submit(frame(2), "clip").cancelled()
     go.set()
     assert first.result(240) is not None
-    assert working.close(240)
-    assert not working._thread.is_alive()
-    assert working.detections_run == 1
+    assert keyframes.close(240)
+    assert not keyframes._thread.is_alive()
+    assert keyframes.detections_run == 1
 
 
 EXIT = """
 import atexit
 import supervision as sv
-working = None
-atexit.register(lambda: print(working._thread.is_alive()))  # runs last
+keyframes = None
+atexit.register(lambda: print(keyframes._thread.is_alive()))  # runs last
 from moondream_cv.video.tracking.keyframe_detector import KeyframeDetector
-working = KeyframeDetector(lambda image, classes: sv.Detections.empty(), ["dog"])
+keyframes = KeyframeDetector(lambda image, classes: sv.Detections.empty(), ["dog"])
 """
 
 
-def test_a_worker_that_is_left_open_ends_with_the_process() -> None:
+def test_open_keyframe_detector_ends_with_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=240, check=False)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

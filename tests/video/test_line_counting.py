@@ -61,7 +61,7 @@ PATHS = [(trembling(0.04), 0), (trembling(0.12), 0), (walking, 1), (waiting, 1)]
 
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize(("path", "expected"), PATHS)
-def test_objects_in_files_count_once(path: Callable[[int], float], expected: int, every: int) -> None:
+def test_line_counts_each_object_of_a_file_once(path: Callable[[int], float], expected: int, every: int) -> None:
     summary = annotate_video(IMAGES, None, "dog", model=OnPath(path), every=every, zones=LINE)
     assert summary.zones is not None
     counts = summary.zones["lines"]["door"]
@@ -72,11 +72,11 @@ def test_objects_in_files_count_once(path: Callable[[int], float], expected: int
     ("path", "every", "expected"),
     [*((path, 1, expected) for path, expected in PATHS), (trembling(0.04), 5, 0), (walking, 5, 1), (waiting, 5, 1)],
 )
-def test_objects_of_live_sources_count_once(path: Callable[[int], float], every: int, expected: int) -> None:
+def test_line_counts_each_object_of_a_live_source_once(path: Callable[[int], float], every: int, expected: int) -> None:
     assert live_counts(path, every) == (expected, 0)
 
 
-def test_predictions_that_overshoot_the_line_again_and_again_count_once_at_most() -> None:
+def test_predictions_that_overshoot_the_line_count_at_most_once() -> None:
     assert sum(live_counts(trembling(0.12), 5)) <= 1  # predicted boxes are off by three times as much
 
 

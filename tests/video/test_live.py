@@ -73,7 +73,7 @@ def numbers(images: int) -> list[np.ndarray]:
 # The reader itself -------------------------------------------------------------------------------------------------
 
 
-def test_a_slow_consumer_gets_the_newest_frame() -> None:
+def test_slow_consumer_gets_the_newest_frame() -> None:
     camera = Camera()
     camera.push(numbered_image(0))
     with LiveReader(camera, name="camera", **TIMES) as reader:
@@ -90,7 +90,7 @@ def test_a_slow_consumer_gets_the_newest_frame() -> None:
     assert not reader._thread.is_alive()
 
 
-def test_a_fast_consumer_waits_and_gets_every_frame() -> None:
+def test_fast_consumer_gets_every_frame() -> None:
     camera = Camera()
     camera.push(numbered_image(0))
     with LiveReader(camera, name="camera", **TIMES) as reader:
@@ -105,7 +105,7 @@ def test_a_fast_consumer_waits_and_gets_every_frame() -> None:
         assert times[-1] >= 0.06
 
 
-def test_a_lost_source_is_opened_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_source_is_reconnected(caplog: pytest.LogCaptureFixture) -> None:
     camera = Camera()
     camera.push(numbered_image(0), None)
     with LiveReader(camera, name="the camera at the door", **TIMES) as reader:
@@ -122,7 +122,7 @@ def test_a_lost_source_is_opened_again(caplog: pytest.LogCaptureFixture) -> None
         assert "the camera at the door" in warnings[0]
 
 
-def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reconnection_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
     now, attempts = [0.0], []
 
     class Closing(threading.Event):
@@ -151,7 +151,7 @@ def test_pauses_between_attempts_double(monkeypatch: pytest.MonkeyPatch) -> None
     assert (camera.opened, camera.released) == (1, 1)
 
 
-def test_the_waiting_frame_comes_before_the_error() -> None:
+def test_waiting_frame_is_returned_before_the_error() -> None:
     reader = LiveReader(lambda _: iter(numbers(3)), name="short", reconnect_for=0, **TIMES)
     until(lambda: not reader._thread.is_alive())
     assert frame_number(next(reader).image) == 2
@@ -160,7 +160,7 @@ def test_the_waiting_frame_comes_before_the_error() -> None:
     reader.close()
 
 
-def test_the_first_attempt_is_not_repeated() -> None:
+def test_first_connection_is_not_retried() -> None:
     attempts: list[int] = []
 
     def gone(reader: LiveReader) -> Iterator[np.ndarray]:
@@ -178,7 +178,7 @@ def test_the_first_attempt_is_not_repeated() -> None:
     assert attempts == [1, 2]
 
 
-def test_errors_of_a_driver_are_wrapped() -> None:
+def test_driver_errors_are_wrapped_in_video_errors() -> None:
     def open_frames(reader: LiveReader) -> Iterator[np.ndarray]:
         raise OSError("no such device")
 
@@ -187,7 +187,7 @@ def test_errors_of_a_driver_are_wrapped() -> None:
     assert isinstance(raised.value.__cause__, OSError)
 
 
-def test_a_driver_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_driver_raises_after_the_maximum_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "CLOSING_SECONDS", 0.1)
     hang = threading.Event()
 
@@ -233,7 +233,7 @@ def test_closing_from_another_thread_ends_the_wait(monkeypatch: pytest.MonkeyPat
     assert list(reader) == []
 
 
-def test_closing_while_waiting_to_connect_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_ends_a_reconnection_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "FIRST_PAUSE", 1000.0)
     monkeypatch.setattr(live, "MAX_PAUSE", 1000.0)
     monkeypatch.setattr(live, "CLOSING_SECONDS", 120.0)
@@ -247,7 +247,7 @@ def test_closing_while_waiting_to_connect_again(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("source", [97, "97", np.int64(97), "/dev/video97"])
-def test_a_webcam_that_is_not_there(source: object) -> None:
+def test_missing_webcam_is_reported(source: object) -> None:
     with pytest.raises(VideoError, match=r"webcam 97 cannot be opened; check that it is connected"):
         open_source(source)  # type: ignore[arg-type]
 
@@ -267,7 +267,7 @@ def mjpeg(reply: HTTPReply) -> None:
     endless(reply)
 
 
-def test_an_mjpeg_stream() -> None:
+def test_mjpeg_stream_is_read() -> None:
     with http_server(mjpeg) as address, open_source(f"{address}/cam?token=abc", **TIMES) as source:
         assert source.live
         assert source.name == f"{address}/cam?token=..."
@@ -285,7 +285,7 @@ def test_an_mjpeg_stream() -> None:
 
 
 @pytest.mark.parametrize("failure", ["stalls", "dies", "refuses"])
-def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_stream_is_reconnected(failure: str, caplog: pytest.LogCaptureFixture) -> None:
     requests: list[int] = []
 
     def answer(reply: HTTPReply) -> None:
@@ -313,7 +313,7 @@ def test_a_stream_that_fails_and_returns(failure: str, caplog: pytest.LogCapture
         assert f"{address} was lost" in caplog.text
 
 
-def test_a_stream_that_ends_for_good() -> None:
+def test_stream_that_ends_for_good_raises() -> None:
     requests: list[int] = []
 
     def answer(reply: HTTPReply) -> None:
@@ -333,7 +333,7 @@ def test_a_stream_that_ends_for_good() -> None:
         assert len(requests) >= 2
 
 
-def test_closing_a_stream_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_stalled_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "CLOSING_SECONDS", 0.1)
 
     def answer(reply: HTTPReply) -> None:
@@ -353,7 +353,7 @@ def test_closing_a_stream_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
     until(lambda: not source._thread.is_alive())
 
 
-def test_a_damaged_picture_in_a_stream_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_image_of_a_stream_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     def answer(reply: HTTPReply) -> None:
         reply.start_mjpeg()
         for number in range(5):
@@ -369,13 +369,13 @@ def test_a_damaged_picture_in_a_stream_is_skipped(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("scheme", ["rtsp", "rtmp", "http"])
-def test_nobody_answers(scheme: str) -> None:
+def test_refused_connection_is_reported(scheme: str) -> None:
     with pytest.raises(VideoError, match=rf"^{scheme}://127\.0\.0\.1:9/live cannot be opened as a video: ") as raised:
         open_source(f"{scheme}://me:secret@127.0.0.1:9/live", **TIMES)
     assert "secret" not in str(raised.value)
 
 
-def test_a_server_that_says_nothing() -> None:
+def test_silent_server_raises_after_the_timeout() -> None:
     with (
         http_server(lambda reply: reply.stopping.wait(240) and None) as address,
         pytest.raises(VideoError, match="cannot be opened as a video: no answer in time"),
@@ -383,7 +383,7 @@ def test_a_server_that_says_nothing() -> None:
         open_source(address, open_timeout=0.4, read_timeout=0.4)
 
 
-def test_h264_over_udp() -> None:
+def test_h264_stream_over_udp_is_read() -> None:
     import av
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -415,6 +415,6 @@ def test_h264_over_udp() -> None:
         sender.join(240)
 
 
-def test_a_udp_stream_without_a_sender() -> None:
+def test_udp_stream_without_sender_raises() -> None:
     with pytest.raises(VideoError, match=r"udp://127\.0\.0\.1:\d+ (cannot be opened|sent no frame)"):
         open_source("udp://127.0.0.1:19731", open_timeout=0.3, read_timeout=0.3)

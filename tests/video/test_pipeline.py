@@ -35,7 +35,7 @@ FPS = 25
 
 
 # Seen at every=5 on 48 frames, on 21 (10 to 30) and on 21 (20 to 40).
-THINGS = (
+OBJECTS = (
     MovingObject("dog", (40, 150), (4, 0)),
     MovingObject("dog", (260, 120), (-1, 0), range(8, 33), 0.75),
     MovingObject("cat", (160, 120), (0, 0), range(20, 41)),
@@ -100,9 +100,9 @@ def only(folder: Path, *names: str) -> bool:
 
 @pytest.mark.parametrize("every", [1, 5, 1000, "auto"])
 @pytest.mark.compat
-def test_every_frame_with_its_sound(every: Any, clip: Path, tmp_path: Path) -> None:
+def test_output_has_all_frames_and_audio(every: Any, clip: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.mp4"
-    summary = annotate_video(clip, target, CLASSES, model=ScriptedDetector(*THINGS), every=every)
+    summary = annotate_video(clip, target, CLASSES, model=ScriptedDetector(*OBJECTS), every=every)
     assert numbers_of(target) == list(range(FRAMES))
     np.testing.assert_allclose(times_of(target), np.arange(FRAMES) / FPS, atol=1e-3)
     assert sound_of(target) == sound_of(clip)
@@ -111,33 +111,33 @@ def test_every_frame_with_its_sound(every: Any, clip: Path, tmp_path: Path) -> N
     assert only(tmp_path, "out.mp4")
 
 
-def test_boxes_are_drawn_where_things_are(clip: Path, tmp_path: Path) -> None:
-    annotate_video(clip, tmp_path / "none.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, annotate="none")
+def test_boxes_are_drawn_around_objects(clip: Path, tmp_path: Path) -> None:
+    annotate_video(clip, tmp_path / "none.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5, annotate="none")
     tracking = Tracking(bridge_seconds=0.3)
-    model = ScriptedDetector(*THINGS)
+    model = ScriptedDetector(*OBJECTS)
     annotate_video(clip, tmp_path / "blur.mp4", CLASSES, model=model, every=5, annotate="blur", tracking=tracking)
     originals, plain = images_of(clip), images_of(tmp_path / "none.mp4")
     for number, blurred in enumerate(images_of(tmp_path / "blur.mp4")):
-        left, top, right, bottom = THINGS[2].box(number).astype(int)
+        left, top, right, bottom = OBJECTS[2].box(number).astype(int)
         noise = [image[top + 4 : bottom - 4, left + 4 : right - 4].std() for image in (plain[number], blurred)]
         assert (noise[1] < noise[0] / 2) == (13 <= number <= 47)  # detected on 20 to 40, at 25 frames per second
         assert np.abs(plain[number].astype(int) - originals[number]).mean() < 8
 
 
 @pytest.mark.parametrize("suffix", [".mov", ".mkv"])
-def test_other_containers(suffix: str, clip: Path, tmp_path: Path) -> None:
-    annotate_video(str(clip), str(tmp_path / f"out{suffix}"), "dog", model=ScriptedDetector(THINGS[0]), every=15)
+def test_mov_and_mkv_targets(suffix: str, clip: Path, tmp_path: Path) -> None:
+    annotate_video(str(clip), str(tmp_path / f"out{suffix}"), "dog", model=ScriptedDetector(OBJECTS[0]), every=15)
     assert numbers_of(tmp_path / f"out{suffix}") == list(range(FRAMES))
     assert sound_of(tmp_path / f"out{suffix}")[-80:] == sound_of(clip)[-80:]
 
 
-def test_without_sound(clip: Path, tmp_path: Path) -> None:
-    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=15, audio=False)
+def test_audio_can_be_omitted(clip: Path, tmp_path: Path) -> None:
+    annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=15, audio=False)
     assert sound_of(tmp_path / "out.mp4") == []
     assert len(images_of(tmp_path / "out.mp4")) == FRAMES
 
 
-def test_odd_sizes(tmp_path: Path) -> None:
+def test_odd_frame_sizes(tmp_path: Path) -> None:
     images = [numbered_image(number, (161, 97)) for number in range(13)]
     summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(), every=5)
     found = images_of(tmp_path / "out.mp4")
@@ -146,15 +146,15 @@ def test_odd_sizes(tmp_path: Path) -> None:
     assert (summary.frames, summary.frame_count) == (13, 13)
 
 
-def test_sizes_that_change(tmp_path: Path) -> None:
+def test_changing_frame_sizes(tmp_path: Path) -> None:
     images = [numbered_image(n, SIZE if n % 20 < 10 else (160, 96)) for n in range(40)]
     summary = annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(), every=5, panel=True)
     assert summary.frames == len(images_of(tmp_path / "out.mp4")) == 40
 
 
-def test_a_panel_makes_it_wider(clip: Path, tmp_path: Path) -> None:
+def test_panel_widens_the_video(clip: Path, tmp_path: Path) -> None:
     annotate_video(
-        clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, panel=True, color_by="id"
+        clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5, panel=True, color_by="id"
     )
     found = images_of(tmp_path / "out.mp4")
     assert found[0].shape[0] == SIZE[1]
@@ -162,24 +162,24 @@ def test_a_panel_makes_it_wider(clip: Path, tmp_path: Path) -> None:
     assert numbers_of(tmp_path / "out.mp4") == list(range(FRAMES))
 
 
-def test_one_frame(tmp_path: Path) -> None:
+def test_video_of_one_frame(tmp_path: Path) -> None:
     write_clip(tmp_path / "one.mp4", [numbered_image(7, SIZE)])
-    summary = annotate_video(tmp_path / "one.mp4", tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(THINGS[0]))
+    summary = annotate_video(tmp_path / "one.mp4", tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(OBJECTS[0]))
     assert numbers_of(tmp_path / "out.mp4") == [7]
     assert (summary.frames, summary.detections_run, summary.classes["dog"].objects) == (1, 1, 1)
 
 
-def test_the_source_may_be_the_target(clip: Path, tmp_path: Path) -> None:
+def test_source_may_be_the_target(clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "same.mp4"
     path.write_bytes(clip.read_bytes())
-    annotate_video(path, path, CLASSES, model=ScriptedDetector(*THINGS), every=5)
+    annotate_video(path, path, CLASSES, model=ScriptedDetector(*OBJECTS), every=5)
     assert numbers_of(path) == list(range(FRAMES))
     assert sound_of(path) == sound_of(clip)
     assert path.read_bytes() != clip.read_bytes()
     assert only(tmp_path, "same.mp4")
 
 
-def test_the_tiny_model(tmp_path: Path) -> None:
+def test_tiny_model_annotates_a_video(tmp_path: Path) -> None:
     scene = render_clip(3, num_frames=8, num_objects=3, num_classes=2, resolution_wh=(240, 160))
     pictures = [image[..., ::-1] for image, _ in scene.frames()]
     summary = annotate_video(
@@ -192,14 +192,14 @@ def test_the_tiny_model(tmp_path: Path) -> None:
 # Texts and figures -------------------------------------------------------------------------------------------------
 
 
-def test_json_and_mot_say_what_track_gives(clip: Path, tmp_path: Path) -> None:
-    expected = [d for _, d in track(clip, CLASSES, model=ScriptedDetector(*THINGS), every=5)]
+def test_json_and_mot_contain_the_detections_of_track(clip: Path, tmp_path: Path) -> None:
+    expected = [d for _, d in track(clip, CLASSES, model=ScriptedDetector(*OBJECTS), every=5)]
     stream = io.StringIO()
     annotate_video(
         clip,
         None,
         CLASSES,
-        model=ScriptedDetector(*THINGS),
+        model=ScriptedDetector(*OBJECTS),
         every=5,
         json=tmp_path / "out.jsonl",
         mot=stream,
@@ -226,8 +226,8 @@ def test_json_and_mot_say_what_track_gives(clip: Path, tmp_path: Path) -> None:
     assert only(tmp_path, "out.jsonl")
 
 
-def test_the_summary_of_a_case_made_by_hand(clip: Path) -> None:
-    detector, start = ScriptedDetector(*THINGS), time.monotonic()
+def test_summary_counts_frames_objects_and_detections(clip: Path) -> None:
+    detector, start = ScriptedDetector(*OBJECTS), time.monotonic()
     summary = annotate_video(clip, None, CLASSES, model=detector, every=5)
     taken = time.monotonic() - start
     assert list(summary.classes) == CLASSES
@@ -247,11 +247,11 @@ def test_the_summary_of_a_case_made_by_hand(clip: Path) -> None:
     assert (Summary().fps, Summary().detector_fps) == (0.0, 0.0)
 
 
-def test_frames_that_failed_are_counted(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_keyframes_are_counted(clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def detector(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         if frame_number(image) in (10, 15):
             raise RuntimeError("too much")
-        return ScriptedDetector(*THINGS)(image, classes)
+        return ScriptedDetector(*OBJECTS)(image, classes)
 
     summary = annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=detector, every=5)
     assert (summary.frames, summary.detections_run, summary.failed) == (48, 9, 2)
@@ -268,7 +268,7 @@ ZONES = {
 
 
 @pytest.mark.parametrize("kind", ["dict", "file", "object"])
-def test_zones(kind: str, clip: Path, tmp_path: Path) -> None:
+def test_zones_are_counted(kind: str, clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "zones.json"
     path.write_text(json.dumps(ZONES))
     zones: Any = {"dict": ZONES, "file": path, "object": Zones.from_dict(ZONES)}[kind]
@@ -279,7 +279,7 @@ def test_zones(kind: str, clip: Path, tmp_path: Path) -> None:
         inside.append(summary.zones["zones"]["yard"]["now"])
 
     summary = annotate_video(
-        clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(THINGS[0]), every=5, zones=zones, on_frame=note
+        clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(OBJECTS[0]), every=5, zones=zones, on_frame=note
     )
     assert summary.zones is not None
     assert summary.zones["lines"]["door"] == {"in": 0, "out": 1, "classes": {"dog": {"in": 0, "out": 1}}}
@@ -288,7 +288,7 @@ def test_zones(kind: str, clip: Path, tmp_path: Path) -> None:
     assert numbers_of(tmp_path / "out.mp4") == list(range(FRAMES))
 
 
-def test_on_frame_gets_the_same_object_after_each_frame(clip: Path) -> None:
+def test_on_frame_gets_the_same_summary_after_each_frame(clip: Path) -> None:
     seen: list[tuple[int, float, int]] = []
     objects: set[int] = set()
 
@@ -296,7 +296,7 @@ def test_on_frame_gets_the_same_object_after_each_frame(clip: Path) -> None:
         objects.add(id(summary))
         seen.append((summary.frames, summary.seconds, summary.detections_run))
 
-    summary = annotate_video(clip, None, CLASSES, model=ScriptedDetector(*THINGS), every=5, on_frame=note)
+    summary = annotate_video(clip, None, CLASSES, model=ScriptedDetector(*OBJECTS), every=5, on_frame=note)
     assert objects == {id(summary)}
     assert [frames for frames, _, _ in seen] == list(range(1, FRAMES + 1))
     assert [s for _, s, _ in seen] == pytest.approx([n / FPS for n in range(FRAMES)], abs=1e-3)
@@ -308,14 +308,14 @@ def test_on_frame_gets_the_same_object_after_each_frame(clip: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("in the middle"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", [1, 7, 30])
-def test_on_frame_raises(error: BaseException, at: int, clip: Path, tmp_path: Path) -> None:
+def test_error_in_on_frame_leaves_a_playable_video(error: BaseException, at: int, clip: Path, tmp_path: Path) -> None:
     def stop(summary: Summary) -> None:
         if summary.frames == at:
             raise error
 
     with pytest.raises(type(error)):
         annotate_video(
-            clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, json=tmp_path / "out.jsonl",
+            clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5, json=tmp_path / "out.jsonl",
             on_frame=stop,
         )  # fmt: skip
     assert numbers_of(tmp_path / "out.mp4") == list(range(at))
@@ -325,17 +325,17 @@ def test_on_frame_raises(error: BaseException, at: int, clip: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("argument", ["json", "mot"])
-def test_a_text_file_does_not_overwrite_the_source(argument: str, clip: Path, tmp_path: Path) -> None:
+def test_text_output_must_not_overwrite_the_source(argument: str, clip: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.txt"
     link.symlink_to(clip)
     before = clip.read_bytes()
     for target in (str(clip), link):
         with pytest.raises(ValueError, match=f"{argument} would overwrite the source, .*; choose another file"):
-            annotate_video(clip, None, CLASSES, model=ScriptedDetector(*THINGS), **{argument: target})
+            annotate_video(clip, None, CLASSES, model=ScriptedDetector(*OBJECTS), **{argument: target})
     assert clip.read_bytes() == before
 
 
-def test_an_exception_leaves_no_half_source(clip: Path, tmp_path: Path) -> None:
+def test_exception_keeps_the_source_if_it_is_the_target(clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "same.mp4"
     path.write_bytes(clip.read_bytes())
 
@@ -343,7 +343,7 @@ def test_an_exception_leaves_no_half_source(clip: Path, tmp_path: Path) -> None:
         raise RuntimeError("at once")
 
     with pytest.raises(RuntimeError, match="at once"):
-        annotate_video(path, path, CLASSES, model=ScriptedDetector(*THINGS), every=5, on_frame=stop)
+        annotate_video(path, path, CLASSES, model=ScriptedDetector(*OBJECTS), every=5, on_frame=stop)
     assert numbers_of(path)[:1] == [0]  # plays, be it the source or what was made of it
     assert only(tmp_path, "same.mp4")
 
@@ -365,7 +365,7 @@ annotate_video(frames, sys.argv[1], ["dog"], model=detect, every=5, on_frame=say
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to another process")
-def test_ctrl_c(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_playable_video(tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     process = subprocess.Popen(
         [sys.executable, "-c", CTRL_C, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -384,10 +384,10 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert only(tmp_path, "out.mp4")
 
 
-def test_a_source_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_source_is_written_to_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [numbered_image(number, SIZE) for number in range(FRAMES)]
     source = truncate(write_clip(tmp_path / "in.mkv", images), 0.6)
-    summary = annotate_video(source, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5)
+    summary = annotate_video(source, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5)
     numbers = numbers_of(tmp_path / "out.mp4")
     assert numbers == list(range(summary.frames))
     assert 10 < summary.frames < FRAMES
@@ -399,9 +399,9 @@ def breaking() -> Iterator[np.ndarray]:
     raise OSError("the disk is gone")
 
 
-def test_a_source_that_breaks_off_leaves_a_file_that_plays(tmp_path: Path) -> None:
+def test_failing_source_leaves_a_playable_video(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
-        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5)
+        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5)
     numbers = numbers_of(tmp_path / "out.mp4")
     assert numbers == list(range(len(numbers)))
     assert len(numbers) >= 10
@@ -409,13 +409,13 @@ def test_a_source_that_breaks_off_leaves_a_file_that_plays(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("every", [5, 100])
-def test_all_frames_before_a_source_breaks_off_are_written(every: int, tmp_path: Path) -> None:
+def test_all_frames_before_a_source_failure_are_written(every: int, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="the disk is gone"):
-        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=every)
+        annotate_video(breaking(), tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=every)
     assert numbers_of(tmp_path / "out.mp4") == list(range(23))
 
 
-def test_a_live_source_that_dies(tmp_path: Path) -> None:
+def test_lost_live_source_leaves_a_playable_video(tmp_path: Path) -> None:
     def camera(reader: LiveReader) -> Iterator[np.ndarray]:
         for number in range(20):
             yield numbered_image(number, SIZE)
@@ -423,7 +423,7 @@ def test_a_live_source_that_dies(tmp_path: Path) -> None:
 
     live = LiveReader(camera, name="the camera", open_timeout=120, read_timeout=120, reconnect_for=0)
     with pytest.raises(VideoError, match="the camera is lost"):
-        annotate_video(live, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=1)
+        annotate_video(live, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=1)
     numbers = numbers_of(tmp_path / "out.mp4")
     assert numbers[0] == 0
     assert numbers[-1] == 19
@@ -433,25 +433,25 @@ def test_a_live_source_that_dies(tmp_path: Path) -> None:
 OUTSIDE = {"zones": [{"name": "far", "polygon": [[900, 900], [990, 900], [990, 990]]}]}
 
 
-def test_a_zone_outside_the_frame(clip: Path, tmp_path: Path) -> None:
+def test_zone_outside_the_frame_is_rejected(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out.mp4").write_bytes(b"an earlier one")
-    with pytest.raises(ValueError, match=r'zone "far" .* lies outside a frame of 320x192'):
-        annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, zones=OUTSIDE)
+    with pytest.raises(ValueError, match=r'zone "far" .* is outside a frame of 320x192'):
+        annotate_video(clip, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5, zones=OUTSIDE)
     assert (tmp_path / "out.mp4").read_bytes() == b"an earlier one"
     assert only(tmp_path, "out.mp4")
 
 
-def test_a_zone_outside_the_frame_is_told_first(clip: Path) -> None:
-    detector = ScriptedDetector(*THINGS)
+def test_zone_outside_the_frame_is_rejected_before_detection(clip: Path) -> None:
+    detector = ScriptedDetector(*OBJECTS)
     with pytest.raises(ValueError, match='zone "far"'):
         annotate_video(clip, None, CLASSES, model=detector, every=5, zones=OUTSIDE)
     assert detector.keyframes == []
 
 
-def test_a_zone_outside_smaller_frames_that_come_later(tmp_path: Path) -> None:
+def test_zone_outside_later_smaller_frames_raises(tmp_path: Path) -> None:
     images = [numbered_image(n, SIZE if n < 20 else (64, 48)) for n in range(40)]
-    with pytest.raises(ValueError, match=r'line "door" .* lies outside a frame of 64x48'):
-        annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*THINGS), every=5, zones=ZONES)
+    with pytest.raises(ValueError, match=r'line "door" .* is outside a frame of 64x48'):
+        annotate_video(images, tmp_path / "out.mp4", CLASSES, model=ScriptedDetector(*OBJECTS), every=5, zones=ZONES)
     assert numbers_of(tmp_path / "out.mp4") == list(range(20))
 
 
@@ -463,9 +463,11 @@ UNWRITABLE = [
 
 
 @pytest.mark.parametrize(("name", "message"), UNWRITABLE)
-def test_a_target_that_cannot_be_written(name: str, message: str, clip: Path, tmp_path: Path) -> None:
+def test_target_without_folder_is_rejected_before_detection(
+    name: str, message: str, clip: Path, tmp_path: Path
+) -> None:
     (tmp_path / "folder.mp4").mkdir()
-    detector = ScriptedDetector(*THINGS)
+    detector = ScriptedDetector(*OBJECTS)
     for options in ({"target": tmp_path / name}, {"target": None, "json": tmp_path / "folder.mp4"}):
         with pytest.raises(VideoError, match=message if options["target"] else "is a folder"):
             annotate_video(clip, classes=CLASSES, model=detector, every=5, **options)
@@ -474,7 +476,7 @@ def test_a_target_that_cannot_be_written(name: str, message: str, clip: Path, tm
     assert only(tmp_path, "folder.mp4")
 
 
-def test_a_target_that_cannot_be_written_leaves_the_texts_alone(clip: Path, tmp_path: Path) -> None:
+def test_unwritable_target_does_not_overwrite_text_files(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("an earlier one")
     with pytest.raises(VideoError, match="must end in"):
         annotate_video(clip, tmp_path / "out.avi", CLASSES, model=ScriptedDetector(), json=tmp_path / "out.jsonl")
@@ -490,7 +492,7 @@ def test_a_target_that_cannot_be_written_leaves_the_texts_alone(clip: Path, tmp_
         ({"color_by": "size"}, ValueError, "color_by"),
     ],
 )
-def test_wrong_arguments_are_told_before_a_model_is_loaded(
+def test_invalid_arguments_are_rejected_before_the_model_is_loaded(
     wrong: dict[str, Any], error: type[Exception], message: str, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
@@ -513,12 +515,12 @@ def test_wrong_arguments_are_told_before_a_model_is_loaded(
         ({"classes": []}, "classes must have at least one"),
         ({"annotate": "circles"}, "circles"),
         ({"color_by": "size"}, "color_by"),
-        ({"zones": {}}, "nothing to count"),
+        ({"zones": {}}, "add at least one of them"),
         ({"tracking": Tracking("deepsort")}, "tracker must be one of"),
     ],
 )
-def test_wrong_arguments(wrong: dict[str, Any], message: str, clip: Path, tmp_path: Path) -> None:
-    detector = ScriptedDetector(*THINGS)
+def test_invalid_arguments_are_rejected(wrong: dict[str, Any], message: str, clip: Path, tmp_path: Path) -> None:
+    detector = ScriptedDetector(*OBJECTS)
     arguments = {
         "source": clip, "target": tmp_path / "out.mp4", "classes": CLASSES, "model": detector, **wrong,
     }  # fmt: skip
@@ -528,12 +530,12 @@ def test_wrong_arguments(wrong: dict[str, Any], message: str, clip: Path, tmp_pa
     assert only(tmp_path)
 
 
-def test_what_is_blurred_is_covered_on_the_frames_around(clip: Path, tmp_path: Path) -> None:
+def test_blur_covers_frames_around_detections(clip: Path, tmp_path: Path) -> None:
     """Detected on frames 10 to 30, at every 5th: 0.32 s before and after that are covered only if it is blurred."""
     counts = {}
     for annotate in ("box", "blur"):
         target = tmp_path / f"{annotate}.jsonl"
-        model, tracking = ScriptedDetector(THINGS[1]), Tracking(bridge_seconds=0.32)
+        model, tracking = ScriptedDetector(OBJECTS[1]), Tracking(bridge_seconds=0.32)
         annotate_video(clip, None, CLASSES, model=model, every=5, annotate=annotate, tracking=tracking, json=target)
         lines = [json.loads(line) for line in target.read_text().splitlines()]
         counts[annotate] = [line["frame"] for line in lines if line["detections"]]

@@ -121,7 +121,7 @@ class Seen(logging.Handler):
 
 
 @pytest.mark.parametrize("server", ["TCP", "UDP"], indirect=True)
-def test_frames_are_as_far_apart_as_in_the_stream(server: Server) -> None:
+def test_frame_times_follow_the_stream_clock(server: Server) -> None:
     with open_source(server.url, reconnect_for=0) as source:
         frames = [next(source) for _ in range(60)]
         assert (source.live, source.fps, source.resolution_wh) == (True, FPS, (256, 128))
@@ -135,7 +135,7 @@ def test_frames_are_as_far_apart_as_in_the_stream(server: Server) -> None:
 
 
 @pytest.mark.parametrize("server", ["TCP", "UDP"], indirect=True)
-def test_an_interruption_is_a_gap_of_its_length_in_the_output(server: Server, tmp_path: Path) -> None:
+def test_interruption_becomes_a_gap_of_the_same_length(server: Server, tmp_path: Path) -> None:
     target, before, after = tmp_path / "out.mp4", 30, 30
     lost = Seen("was lost")
     logging.getLogger("moondream_cv.video.sources.live").addHandler(lost)
@@ -175,7 +175,7 @@ def test_an_interruption_is_a_gap_of_its_length_in_the_output(server: Server, tm
         assert opened.duration / 1e6 == pytest.approx(times[-1] - times[0] + 1 / FPS, abs=1 / FPS)
 
 
-def test_a_stream_that_is_not_there(clip: Path) -> None:
+def test_missing_rtsp_stream_is_reported(clip: Path) -> None:
     server = Server(clip, "TCP")
     try:
         with pytest.raises(VideoError, match=r"rtsp://127\.0\.0\.1:\d+/none cannot be opened as a video: .*404"):

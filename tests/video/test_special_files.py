@@ -52,7 +52,7 @@ def ffmpeg(*arguments: object, data: bytes | None = None) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_b_frames_in_avi_keep_their_number_and_times(tmp_path: Path, suffix: str) -> None:
+def test_b_frames_in_avi_keep_count_and_times(tmp_path: Path, suffix: str) -> None:
     source = Path(shutil.copy(DATA / "h264_b.avi", tmp_path))
     target, summary = annotated(source, suffix)
     times, _ = video_frames(target)
@@ -63,7 +63,7 @@ def test_b_frames_in_avi_keep_their_number_and_times(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_sound_of_a_recording_that_starts_inside_a_group_of_pictures(tmp_path: Path, suffix: str) -> None:
+def test_audio_stays_in_sync_if_a_recording_starts_within_a_gop(tmp_path: Path, suffix: str) -> None:
     target, _ = annotated(Path(shutil.copy(DATA / "sync_cut.ts", tmp_path)), suffix)
     times, flashes = video_frames(target)
     heard = beeps(target)
@@ -71,7 +71,7 @@ def test_sound_of_a_recording_that_starts_inside_a_group_of_pictures(tmp_path: P
     assert np.subtract(heard[-8:], [times[number] for number in flashes]) == pytest.approx([0] * 8, abs=0.04)
 
 
-def test_a_writer_alone_finds_the_first_image_of_its_sound(tmp_path: Path) -> None:
+def test_writer_finds_the_first_image_of_its_audio_source(tmp_path: Path) -> None:
     with (
         open_source(DATA / "sync_cut.ts") as source,
         VideoWriter(tmp_path / "a.mp4", fps=30, audio_from=DATA / "sync_cut.ts") as writer,
@@ -85,7 +85,7 @@ def test_a_writer_alone_finds_the_first_image_of_its_sound(tmp_path: Path) -> No
 
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
-def test_slides_last_as_long_as_in_the_input(tmp_path: Path, suffix: str) -> None:
+def test_long_frame_durations_are_kept(tmp_path: Path, suffix: str) -> None:
     source = tmp_path / f"slides{suffix}"
     every_fifth_second = "select='eq(mod(n,125),0)'"
     clip = "testsrc=s=128x96:r=25:d=21"
@@ -98,7 +98,7 @@ def test_slides_last_as_long_as_in_the_input(tmp_path: Path, suffix: str) -> Non
 
 
 @needs_ffmpeg
-def test_more_than_1000_frames_a_second(tmp_path: Path) -> None:
+def test_more_than_1000_fps(tmp_path: Path) -> None:
     source = tmp_path / "fast.mp4"
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=128x96:r=1200:d=0.2", "-c:v", "libx264", source)
     target, summary = annotated(source, ".mp4")
@@ -108,7 +108,7 @@ def test_more_than_1000_frames_a_second(tmp_path: Path) -> None:
     assert cv2.VideoCapture(str(target)).get(cv2.CAP_PROP_FPS) == pytest.approx(1200)
 
 
-def test_mkv_output_has_the_frame_rate_and_can_be_read_again(tmp_path: Path) -> None:
+def test_mkv_output_has_the_frame_rate_and_is_readable(tmp_path: Path) -> None:
     source = write_clip(tmp_path / "a.mp4", [numbered_image(number) for number in range(50)], fps=25)
     once, _ = annotated(source, ".mkv")
     assert opencv_frames(once)[0] == pytest.approx(25)
@@ -118,7 +118,7 @@ def test_mkv_output_has_the_frame_rate_and_can_be_read_again(tmp_path: Path) -> 
     assert (summary.frames, len(opencv_frames(again)[1])) == (50, 50)
 
 
-def test_a_file_that_gives_the_unit_of_its_clock_as_its_frame_rate(tmp_path: Path) -> None:
+def test_implausible_frame_rate_of_a_container_is_ignored(tmp_path: Path) -> None:
     """As earlier versions of this package wrote .mkv files."""
     path = tmp_path / "clock.mkv"
     with av.open(str(path), "w") as output:
@@ -141,7 +141,7 @@ def test_a_file_that_gives_the_unit_of_its_clock_as_its_frame_rate(tmp_path: Pat
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("kind", ["ts", "mpg"])
-def test_sound_stays_in_sync_in_a_file_of_two_recordings(
+def test_audio_stays_in_sync_in_a_file_of_two_recordings(
     tmp_path: Path, kind: str, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As `cat a.ts b.ts` makes it: the clock begins again in the middle."""
@@ -160,7 +160,7 @@ def test_sound_stays_in_sync_in_a_file_of_two_recordings(
 
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_streams_that_begin_in_the_middle_of_a_file(tmp_path: Path, suffix: str) -> None:
+def test_streams_that_start_within_a_file_are_read(tmp_path: Path, suffix: str) -> None:
     """A second program with other numbers of streams, as after a change of the channel."""
     make(tmp_path / "one.ts", FORMATS["ts"])
     renumbered = ["-mpegts_start_pid", "0x300", "-mpegts_pmt_start_pid", "0x500", "-output_ts_offset", "4"]
@@ -174,7 +174,7 @@ def test_streams_that_begin_in_the_middle_of_a_file(tmp_path: Path, suffix: str)
 
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_frames_that_are_stored_as_repetitions(tmp_path: Path, suffix: str) -> None:
+def test_repeated_frames_extend_durations(tmp_path: Path, suffix: str) -> None:
     """Theora stores an empty packet for a frame like the one before it."""
     source = tmp_path / "still.ogv"
     ffmpeg("-f", "lavfi", "-i", "color=gray:s=128x96:r=25:d=3", "-c:v", "libtheora", "-g", "25", source)
@@ -208,7 +208,7 @@ def with_tracks(folder: Path) -> Path:
 
 
 @needs_ffmpeg
-def test_all_sound_tracks_and_subtitles_are_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_audio_and_subtitle_tracks_are_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target, _ = annotated(with_tracks(tmp_path), ".mkv")
     assert not caplog.records
     with av.open(str(target)) as opened:
@@ -230,7 +230,7 @@ def test_all_sound_tracks_and_subtitles_are_copied(tmp_path: Path, caplog: pytes
     ("suffix", "kept", "left_out"),
     [(".mp4", 2, "subtitles (srt, fra)"), (".mov", 1, "audio (opus, deu), subtitles (srt, fra)")],
 )
-def test_tracks_that_a_container_cannot_hold_are_named(
+def test_unsupported_tracks_are_logged(
     tmp_path: Path, suffix: str, kept: int, left_out: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = with_tracks(tmp_path)
@@ -238,14 +238,16 @@ def test_tracks_that_a_container_cannot_hold_are_named(
     with av.open(str(target)) as opened:
         assert len(opened.streams.audio) == kept
     assert [record.getMessage() for record in caplog.records] == [
-        f"{target} is written without the {left_out} of {source}: its format cannot hold that; write a .mkv file to "
+        f"{target} is written without the {left_out} of {source}, which its format does not support; write a .mkv file to "
         "keep them"
     ]
 
 
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_sound_whose_times_do_not_rise(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_audio_with_non_monotonic_times_is_copied(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     make(tmp_path / "input.mp4", FORMATS["mp4"])
     source = tmp_path / "fragments.mp4"
     ffmpeg("-i", tmp_path / "input.mp4", "-c", "copy", "-movflags", "empty_moov+delay_moov+frag_every_frame", source)
@@ -258,7 +260,7 @@ def test_sound_whose_times_do_not_rise(tmp_path: Path, suffix: str, caplog: pyte
 
 
 @needs_ffmpeg
-def test_a_damaged_packet_of_sound_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_audio_packet_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "input.ts"
     make(source, FORMATS["ts"])
     content = bytearray(source.read_bytes())
@@ -267,16 +269,14 @@ def test_a_damaged_packet_of_sound_is_left_out(tmp_path: Path, caplog: pytest.Lo
     source.write_bytes(content)
     target, _ = annotated(source, ".mp4")
     assert [record.getMessage() for record in caplog.records] == [
-        f"{source}: 1 damaged packets of sound or subtitles were left out"
+        f"{source}: 1 damaged packets of audio or subtitles were skipped"
     ]
     assert beeps(target) == pytest.approx(FLASHES, abs=0.04)
 
 
 @needs_ffmpeg
 @pytest.mark.parametrize("name", ["12:30.mp4", "file:a.mp4"])
-def test_the_relative_path_of_a_file_that_looks_like_a_url(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_path_that_looks_like_a_url(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make(Path("a.mp4").absolute(), FORMATS["mp4"])
     Path("a.mp4").rename(name)
@@ -299,7 +299,7 @@ def test_languages_are_kept_in_mov(tmp_path: Path) -> None:
 
 
 @needs_ffmpeg
-def test_a_subtitle_from_before_the_first_frame_is_cut(tmp_path: Path) -> None:
+def test_subtitle_that_starts_before_the_first_frame_is_trimmed(tmp_path: Path) -> None:
     source = with_tracks(tmp_path)
     with open_source(source) as opened, VideoWriter(tmp_path / "a.mkv", fps=25, audio_from=source) as writer:
         for frame in opened:
@@ -316,7 +316,7 @@ def test_a_subtitle_from_before_the_first_frame_is_cut(tmp_path: Path) -> None:
 
 @needs_ffmpeg
 @pytest.mark.parametrize("ratio", ["32767/1", "1/300"])
-def test_a_sample_aspect_ratio_that_cannot_be_right_is_ignored(tmp_path: Path, ratio: str) -> None:
+def test_implausible_sample_aspect_ratio_is_ignored(tmp_path: Path, ratio: str) -> None:
     source = tmp_path / "input.mkv"
     clip = f"testsrc=s=128x96:r=25:d=0.2,setsar={ratio}:max=100000"
     ffmpeg("-f", "lavfi", "-i", clip, "-c:v", "mpeg4", source)
@@ -328,7 +328,7 @@ def test_a_sample_aspect_ratio_that_cannot_be_right_is_ignored(tmp_path: Path, r
 # Closing ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_interrupt_while_closing_says_what_is_missing(
+def test_second_interrupt_while_closing_logs_the_missing_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -343,7 +343,7 @@ def test_a_second_interrupt_while_closing_says_what_is_missing(
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'a.mp4'} was interrupted while it was closed; it plays, without its index in front and the sound "
+        f"{tmp_path / 'a.mp4'} was interrupted while closing; it is playable, without an index at the front and the audio "
         f"of {source}"
     ]
     assert len(video_frames(tmp_path / "a.mp4")[0]) == writer.saved_frames == 255
@@ -401,7 +401,7 @@ def test_hdr_is_mapped_to_sdr(tmp_path: Path, transfer: str) -> None:
 
 @needs_ffmpeg
 @pytest.mark.skipif(HAS_TONE_MAPPING, reason="this PyAV maps HDR to SDR")
-def test_hdr_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
+def test_unsupported_hdr_is_rejected(tmp_path: Path) -> None:
     source = hdr_clip(tmp_path / "input.mp4", "smpte2084")
     with pytest.raises(VideoError, match=r"input\.mp4' is HDR video \(PQ\), and PyAV .* cannot convert it to SDR"):
         open_source(source)

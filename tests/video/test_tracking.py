@@ -90,7 +90,7 @@ def mean_scores(clips: list[Any], every: int) -> TrackScores:
 
 
 @pytest.mark.slow
-def test_objects_keep_their_numbers(clips: list[Any]) -> None:
+def test_hota_and_id_switches_reach_their_targets(clips: list[Any]) -> None:
     """The promise: at every 5th frame HOTA of 0.75 and 2 switches in 300 frames; and no worse than was measured."""
     assert all(6 <= len(clip.names) <= 10 and len(clip.class_names) == 3 for clip, _ in clips)
     for every, hota, switches in ((1, 0.95, 2.0), (5, 0.93, 2.0), (10, 0.87, 2.5), (15, 0.81, 4.0)):
@@ -101,7 +101,7 @@ def test_objects_keep_their_numbers(clips: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_tiny_model_tracks() -> None:
+def test_tiny_model_reaches_its_hota_target() -> None:
     scores = []
     with load("tiny", device="cpu") as model:
         for number in (0, 6):
@@ -114,7 +114,7 @@ def test_the_tiny_model_tracks() -> None:
     assert mean.coverage > 0.82, scores
 
 
-def test_scores_of_what_is_known() -> None:
+def test_scores_of_exact_renumbered_and_missing_tracks() -> None:
     clip = tracking_clip(0)
     truth = truth_of(clip)[:60]
     exact = [
@@ -139,7 +139,7 @@ def test_scores_of_what_is_known() -> None:
 # --- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_start_at_1_and_differ_across_classes() -> None:
+def test_track_ids_start_at_1_and_are_unique_across_classes() -> None:
     tracker = Tracker()
     first = tracker.update(found((100, 100), (300, 100), (500, 100), class_ids=[1, 0, 1]), frame(0))
     assert sorted(ids(first)) == [1, 2, 3]
@@ -148,7 +148,7 @@ def test_numbers_start_at_1_and_differ_across_classes() -> None:
     assert {t.tracker_id: t.class_id for t in tracker.tracks.values()} == dict(zip(ids(first), (1, 0, 1), strict=True))
 
 
-def test_what_is_given_is_not_changed() -> None:
+def test_update_does_not_modify_its_input() -> None:
     detections = found((100, 100), (300, 100))
     tracked = Tracker().update(detections, frame(0))
     assert detections.tracker_id is None
@@ -158,14 +158,14 @@ def test_what_is_given_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 5, 15])
-def test_a_thing_that_moves_by_more_than_its_size_keeps_its_number(every: int) -> None:
+def test_object_that_moves_by_more_than_its_size_keeps_its_track_id(every: int) -> None:
     """4 pixels a frame: at every 15th frame it is 60 away, and 40 wide."""
     numbers = follow(Tracker(), lambda i: [(40 + 4 * i, 180.0)], every, 140)
     assert set(map(tuple, numbers)) == {(1,)}
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 6.0])
-def test_points_and_tiny_things_keep_their_numbers(size: float) -> None:
+def test_points_and_tiny_objects_keep_their_track_ids(size: float) -> None:
     tracker = Tracker()
     for index in range(0, 90, 5):
         places = [(100 + 2 * index, 100.0), (500 - 2 * index, 250.0)]
@@ -173,19 +173,19 @@ def test_points_and_tiny_things_keep_their_numbers(size: float) -> None:
         assert ids(tracked) == [1, 2], index
 
 
-def test_things_of_a_class_that_cross_do_not_change_numbers() -> None:
+def test_crossing_objects_of_one_class_keep_their_track_ids() -> None:
     numbers = follow(Tracker(), lambda i: [(100 + 3 * i, 100 + i), (400 - 3 * i, 200 - i)], 5, 100)
     assert set(map(tuple, numbers)) == {(1, 2)}
 
 
-def test_things_of_two_classes_at_one_place_are_two() -> None:
+def test_overlapping_objects_of_two_classes_have_two_tracks() -> None:
     tracker = Tracker()
     for index in range(0, 50, 5):
         tracked = tracker.update(found((100 + index, 100), (102 + index, 100), class_ids=[0, 1]), frame(index))
     assert ids(tracked) == [1, 2]
 
 
-def test_what_was_missed_for_a_while_keeps_its_number() -> None:
+def test_missed_object_keeps_its_track_id() -> None:
     tracker = Tracker()
     for index in range(0, 60, 5):
         there = index not in (20, 25, 30, 35)
@@ -194,7 +194,7 @@ def test_what_was_missed_for_a_while_keeps_its_number() -> None:
 
 
 @pytest.mark.parametrize(("side", "start", "step"), [("right", 560.0, 4.0), ("left", 80.0, -4.0)])
-def test_what_leaves_and_comes_back_at_that_side_keeps_its_number(side: str, start: float, step: float) -> None:
+def test_object_that_returns_at_the_same_edge_keeps_its_track_id(side: str, start: float, step: float) -> None:
     tracker, x = Tracker(), start
     xs = list(itertools.accumulate([step] * 20, initial=x)) + [None] * 60
     xs += [xs[20] - step * i for i in range(20)]  # type: ignore[operator]
@@ -207,7 +207,7 @@ def test_what_leaves_and_comes_back_at_that_side_keeps_its_number(side: str, sta
     assert set(seen) == {1}
 
 
-def test_what_comes_in_elsewhere_is_another_one() -> None:
+def test_object_that_enters_at_another_edge_gets_a_new_track_id() -> None:
     tracker = Tracker()
     for index in range(0, 30, 5):
         tracker.update(found((560.0 + 4 * index, 60.0)), frame(index))
@@ -217,7 +217,7 @@ def test_what_comes_in_elsewhere_is_another_one() -> None:
     assert ids(tracker.update(found((15.0, 300.0), (625.0, 70.0)), frame(95))) == [2, 1]
 
 
-def test_what_is_gone_for_long_is_forgotten() -> None:
+def test_tracks_are_dropped_after_lost_track_seconds() -> None:
     tracker = Tracker(lost_track_seconds=2.0)
     tracker.update(found((600, 100)), frame(0))
     tracker.update(found((615, 100)), frame(5))
@@ -227,7 +227,7 @@ def test_what_is_gone_for_long_is_forgotten() -> None:
     assert ids(tracker.update(found((615, 100)), frame(90))) == [2]
 
 
-def test_no_number_is_given_twice_at_a_time() -> None:
+def test_track_ids_are_unique_on_each_keyframe() -> None:
     """Many things of one class that come, go and jump about."""
     rng, tracker = np.random.default_rng(0), Tracker()
     for index in range(0, 600, 5):
@@ -237,7 +237,7 @@ def test_no_number_is_given_twice_at_a_time() -> None:
         assert len(numbers) == len(places)
 
 
-def test_memory_is_bounded_when_things_come_and_go() -> None:
+def test_memory_is_bounded() -> None:
     tracker = Tracker(lost_track_seconds=1.0)
     for index in range(0, 5000, 5):
         tracker.update(found((30 + (index * 37) % 580, 30 + (index * 61) % 300)), frame(index))
@@ -245,7 +245,7 @@ def test_memory_is_bounded_when_things_come_and_go() -> None:
         assert sum(len(adapter._tracks) for adapter in tracker._adapters.values()) <= 30
 
 
-def test_another_one_goes_on_counting() -> None:
+def test_successor_continues_the_track_ids() -> None:
     tracker = Tracker()
     tracker.update(found((100, 100), (300, 100)), frame(0))
     other = tracker.successor()
@@ -254,13 +254,13 @@ def test_another_one_goes_on_counting() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n, kind in TRACKERS.items() if hasattr(trackers, kind)])
-def test_every_tracker_can_be_chosen(name: str) -> None:
+def test_every_tracker_keeps_track_ids(name: str) -> None:
     numbers = follow(Tracker(name), lambda i: [(100 + i, 100.0), (500 - i, 250.0)], 3, 90)
     assert len(set(map(tuple, numbers[3:]))) == 1
     assert min(numbers[-1]) >= 1
 
 
-def test_a_tracker_that_gives_rows_back_in_another_order() -> None:
+def test_tracker_that_reorders_detections() -> None:
     class Reversed(trackers.SORTTracker):
         tracker_id = None
 
@@ -273,7 +273,7 @@ def test_a_tracker_that_gives_rows_back_in_another_order() -> None:
     assert set(map(tuple, numbers)) == {(1, 2, 3)}
 
 
-def test_a_tracker_of_ones_own() -> None:
+def test_custom_tracker_factory_and_options() -> None:
     made = []
 
     def make() -> Any:
@@ -290,7 +290,7 @@ def test_a_tracker_of_ones_own() -> None:
     assert only.tracker.maximum_frames_without_update == 7
 
 
-def test_unknown_trackers_and_options() -> None:
+def test_unknown_trackers_and_options_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"tracker must be one of sort, ocsort, .*, got 'deepsort'"):
         Tracker("deepsort")
     with pytest.raises(ValueError, match="unknown option of the tracker 'sort': buffer; it has lost_track_buffer"):
@@ -307,7 +307,7 @@ def track_of(*sightings: tuple[float, Place, float], tracker_id: int = 1) -> Tra
     return track
 
 
-def test_boxes_are_interpolated_between_sightings() -> None:
+def test_boxes_are_interpolated_between_observations() -> None:
     track = track_of((0.0, (100, 100), 0.8), (1.0, (200, 140), 0.4))
     for time, place, confidence in ((0.0, (100, 100), 0.8), (0.25, (125, 110), 0.7), (1.0, (200, 140), 0.4)):
         (seen,) = interpolate_boxes([track], time, 1.0, SIZE)
@@ -315,13 +315,13 @@ def test_boxes_are_interpolated_between_sightings() -> None:
         assert seen.confidence == pytest.approx(confidence)
 
 
-def test_one_keyframe_that_missed_is_bridged_and_not_two() -> None:
+def test_one_missed_keyframe_is_bridged_and_two_are_not() -> None:
     for gap, bridged in ((1.0, True), (2.0, True), (3.0, False)):
         track = track_of((0.0, (300, 100), 0.8), (gap, (320, 100), 0.8))
         assert len(interpolate_boxes([track], gap / 2, 1.0, SIZE)) == bridged
 
 
-def test_what_comes_in_and_goes_out_is_shown_as_far_as_the_edge() -> None:
+def test_objects_are_extrapolated_to_the_edge_of_the_frame() -> None:
     track = track_of((1.0, (40, 100), 0.8), (1.5, (100, 100), 0.8), (2.0, (160, 100), 0.8))
     (entering,) = interpolate_boxes([track], 0.75, 0.5, SIZE)
     np.testing.assert_allclose(entering.box, box((10, 100)))
@@ -332,7 +332,7 @@ def test_what_comes_in_and_goes_out_is_shown_as_far_as_the_edge() -> None:
     np.testing.assert_allclose(going.box, box((620, 100)))
 
 
-def test_caution_covers_the_way_to_the_next_keyframe() -> None:
+def test_pad_to_keyframes_extends_tracks_to_the_next_keyframes() -> None:
     once = track_of((1.0, (300, 100), 0.8))
     twice = track_of((1.0, (300, 100), 0.8), (1.5, (320, 100), 0.8), tracker_id=2)
     for time, seen_once, seen_twice in ((0.4, 0, 0), (0.6, 1, 1), (1.0, 1, 1), (1.4, 1, 1), (1.9, 0, 1), (2.1, 0, 0)):
@@ -341,7 +341,7 @@ def test_caution_covers_the_way_to_the_next_keyframe() -> None:
     assert interpolate_boxes([once, twice], 0.6, 0.5, SIZE) == []
 
 
-def test_boxes_are_predicted_until_a_second_keyframe_missed_them() -> None:
+def test_boxes_are_predicted_until_two_keyframes_are_missed() -> None:
     track = track_of((0.0, (100, 100), 0.8), (0.2, (120, 110), 0.6))
     (seen,) = predict_boxes([track], 0.3, 0.2, SIZE)
     np.testing.assert_allclose(seen.box, box((130, 115)))
@@ -351,14 +351,14 @@ def test_boxes_are_predicted_until_a_second_keyframe_missed_them() -> None:
     assert predict_boxes([track_of((0.0, (500, 100), 0.8), (0.2, (600, 100), 0.6))], 0.3, 0.2, SIZE) == []  # has left
 
 
-def test_speed_is_that_of_the_last_moments() -> None:
+def test_velocity_is_averaged_over_the_latest_observations() -> None:
     track = track_of((0.0, (100, 100), 1.0), (0.1, (200, 100), 1.0), (0.4, (200, 160), 1.0), (0.5, (200, 180), 1.0))
     np.testing.assert_allclose(track.velocity(), (0.0, 200.0))
     np.testing.assert_allclose(track.velocity(0), (1000.0, 0.0))
     np.testing.assert_allclose(track_of((0.0, (1, 1), 1.0)).velocity(), (0.0, 0.0))
 
 
-def test_detections_are_as_a_detector_gives_them() -> None:
+def test_to_detections_has_the_format_of_a_detector() -> None:
     track = track_of((0.0, (10, 100), 0.8), tracker_id=7)
     looked = found((300, 100), (400, 100), class_ids=[1, 0])
     looked.tracker_id = np.array([-1, 9])
@@ -373,7 +373,7 @@ def test_detections_are_as_a_detector_gives_them() -> None:
     assert len(sv.Detections.merge([detections, empty, detections])) == 4
 
 
-def test_returning_takes_each_track_once_and_the_nearest() -> None:
+def test_lost_tracks_are_matched_once_to_the_nearest_box() -> None:
     lost = [
         track_of((0.0, (600, 60), 1.0), (0.2, (625, 60), 1.0), tracker_id=1),
         track_of((0.0, (600, 300), 1.0), (0.2, (625, 300), 1.0), tracker_id=2),

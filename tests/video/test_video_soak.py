@@ -136,14 +136,14 @@ def check_bounds(course: Course) -> None:
     assert course.tracklets <= 1.5 * remembered
 
 
-def test_a_fiftieth_forgets_what_is_gone(tmp_path: Path) -> None:
+def test_ended_tracks_are_dropped(tmp_path: Path) -> None:
     before = threading.active_count()
     check_bounds(annotated(tmp_path, FRAMES // 50))
     assert threading.active_count() <= before
 
 
 @pytest.mark.soak
-def test_twenty_thousand_frames_do_not_grow(tmp_path: Path) -> None:
+def test_memory_is_constant_over_20000_frames(tmp_path: Path) -> None:
     course = annotated(tmp_path, FRAMES)
     check_bounds(course)
     if not course.resident:
@@ -159,7 +159,7 @@ def test_twenty_thousand_frames_do_not_grow(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_frames_of_three_sources_leave_nothing_behind(tmp_path: Path) -> None:
+def test_frames_of_three_sources_are_freed(tmp_path: Path) -> None:
     """What Python and NumPy hold, since so many threads' allocators take tens of megabytes to settle."""
     paths = [written(tmp_path / f"in{number}.mp4", FRAMES // 4) for number in range(3)]
     traced, count = [], 0

@@ -38,7 +38,7 @@ def dogs(tracker_id: list[int] | None = None) -> sv.Detections:
 
 
 class TestJsonLines:
-    def test_one_line_a_frame(self, tmp_path: Path) -> None:
+    def test_one_line_per_frame(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
         with JsonLinesWriter(path) as writer:
             writer.write(frame_of(0, 0.0), dogs([7, -1]))
@@ -52,7 +52,7 @@ class TestJsonLines:
         ]
         assert "-0.0" not in path.read_text("utf-8")
 
-    def test_what_is_not_known_is_null(self) -> None:
+    def test_unknown_values_are_null(self) -> None:
         stream = io.StringIO()
         bare = sv.Detections(xyxy=np.array([[0.0, 0.0, 5.0, np.nan]]), confidence=np.array([np.nan]))
         JsonLinesWriter(stream).write(frame_of(2, float("nan")), bare)
@@ -62,7 +62,7 @@ class TestJsonLines:
             {"xyxy": [0, 0, 5, None], "class_name": None, "class_id": None, "confidence": None, "tracker_id": None}
         ]
 
-    def test_a_reader_sees_every_line_at_once(self, tmp_path: Path) -> None:
+    def test_every_line_is_flushed(self, tmp_path: Path) -> None:
         writer = JsonLinesWriter(tmp_path / "a.jsonl")
         for index in range(3):
             writer.write(frame_of(index), NOTHING)
@@ -72,7 +72,7 @@ class TestJsonLines:
         with pytest.raises(VideoError, match=r"a\.jsonl is closed"):
             writer.write(frame_of(3), NOTHING)
 
-    def test_streams_stay_open(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_text_streams_stay_open(self, capsys: pytest.CaptureFixture[str]) -> None:
         stream = io.StringIO()
         for target in (stream, "-"):
             with JsonLinesWriter(target) as writer:
@@ -80,12 +80,12 @@ class TestJsonLines:
         assert stream.getvalue() == capsys.readouterr().out == '{"frame": 0, "time": 0.0, "detections": []}\n'
         print("still open")
         stream.close()
-        with pytest.raises(VideoError, match="cannot be written on: I/O operation on closed file"):
+        with pytest.raises(VideoError, match="cannot be written to: I/O operation on closed file"):
             JsonLinesWriter(stream).write(frame_of(0), NOTHING)
 
 
 class TestMot:
-    def test_trackers_reads_it(self, tmp_path: Path) -> None:
+    def test_output_is_readable_by_trackers(self, tmp_path: Path) -> None:
         mot = pytest.importorskip("trackers.io.mot")
         path = tmp_path / "mot.txt"
         with MotWriter(path) as writer:
@@ -99,29 +99,29 @@ class TestMot:
         np.testing.assert_allclose(frames[1].boxes, [[1.23, 2, 29.33, 39], [0, 0, 5, 6]], atol=0.011)
         np.testing.assert_allclose(frames[1].confidences, [0.9, 0.1235], atol=1e-4)
 
-    def test_without_a_confidence_it_is_1(self) -> None:
+    def test_confidence_defaults_to_1(self) -> None:
         stream = io.StringIO()
         boxes = sv.Detections(xyxy=np.array([[0.0, 1, 5, 6], [np.nan, 0, 1, 1]]), tracker_id=np.array([3, 4]))
         MotWriter(stream).write(frame_of(9), boxes)
         assert stream.getvalue() == "10,3,0.00,1.00,5.00,5.00,1.0000,-1,-1,-1\n"
 
-    def test_says_that_nothing_was_tracked(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_missing_track_ids_log_a_warning(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with MotWriter(tmp_path / "mot.txt") as writer:
             writer.write(frame_of(0), dogs())
         writer.close()
         assert [record.getMessage() for record in caplog.records] == [
-            f"{tmp_path / 'mot.txt'} is empty: no detection had a tracker's id; track before writing"
+            f"{tmp_path / 'mot.txt'} is empty: no detection had a track ID; track before writing"
         ]
 
 
 @pytest.mark.parametrize("kind", [JsonLinesWriter, MotWriter])
 class TestTextTargets:
-    def test_what_cannot_be_written(self, tmp_path: Path, kind: type[JsonLinesWriter | MotWriter]) -> None:
+    def test_unwritable_targets_are_rejected(self, tmp_path: Path, kind: type[JsonLinesWriter | MotWriter]) -> None:
         (tmp_path / "file").write_text("")
         for name, message in (
-            ("none/a.txt", "there is no folder .*none; make it first"),
-            ("file/a.txt", "file is not a folder; choose another place"),
-            (".", "is a folder; name a file in it"),
+            ("none/a.txt", "there is no folder .*none; create it first"),
+            ("file/a.txt", "file is not a folder; choose another path"),
+            (".", "is a folder; pass a file in it"),
             ("nul\0", "cannot be written: embedded null"),
         ):
             with pytest.raises(VideoError, match=message) as caught:
@@ -129,17 +129,15 @@ class TestTextTargets:
             assert str(caught.value).startswith(str(tmp_path / name))
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-    def test_a_full_disk(self, kind: type[JsonLinesWriter | MotWriter]) -> None:
+    def test_full_disk_is_reported(self, kind: type[JsonLinesWriter | MotWriter]) -> None:
         writer = kind("/dev/full")
         for _ in range(2):
-            with pytest.raises(VideoError, match=r"^/dev/full cannot be written on: No space left on device"):
+            with pytest.raises(VideoError, match=r"^/dev/full cannot be written to: No space left on device"):
                 writer.write(frame_of(0), dogs([1, 2]))
         writer.close()
         writer.close()
 
-    def test_what_came_before_an_exception_is_there(
-        self, tmp_path: Path, kind: type[JsonLinesWriter | MotWriter]
-    ) -> None:
+    def test_lines_before_an_exception_are_kept(self, tmp_path: Path, kind: type[JsonLinesWriter | MotWriter]) -> None:
         def fail() -> None:
             with kind(tmp_path / "a.txt") as writer:
                 writer.write(frame_of(0), dogs([1, 2]))
@@ -158,7 +156,7 @@ class Failing(Writer):
         raise VideoError("the close failed")
 
 
-def test_the_first_error_is_the_one_that_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+def test_first_error_is_raised(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(VideoError, match="the write failed"), Failing() as writer:
         writer.write(frame_of(0), NOTHING)
     assert "the close failed" in caplog.text
@@ -225,7 +223,7 @@ class TestWindow:
         return screen
 
     @pytest.mark.parametrize(("key", "visible"), [(ord("q"), 1.0), (27, 1.0), (-1, 0.0), (0x100000 | 27, 1.0)])
-    def test_the_user_closes_it(self, screen: FakeScreen, key: int, visible: float) -> None:
+    def test_keys_and_close_button_close_the_window(self, screen: FakeScreen, key: int, visible: float) -> None:
         with Window("dogs") as window:
             window.write(frame_of(0), NOTHING)
             window.write(Frame(np.zeros((2160, 3840, 3), np.uint8), 1, 0.1), NOTHING)
@@ -236,7 +234,7 @@ class TestWindow:
             window.write(frame_of(3), NOTHING)
         assert screen.calls == ["open", "80x60", "show", "show", "show", "close"]
 
-    def test_a_large_frame_fits_the_screen(self, screen: FakeScreen) -> None:
+    def test_large_frames_fit_the_screen(self, screen: FakeScreen) -> None:
         window = Window("dogs")
         window.write(Frame(np.zeros((2160, 3840, 3), np.uint8), 0, 0.0), NOTHING)
         window.close()
@@ -246,7 +244,7 @@ class TestWindow:
 
     @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no DISPLAY")
     @pytest.mark.parametrize(("display", "message"), [("", "DISPLAY is not set"), (":987", "no screen answers at")])
-    def test_without_a_screen(self, monkeypatch: pytest.MonkeyPatch, display: str, message: str) -> None:
+    def test_missing_screen_is_reported(self, monkeypatch: pytest.MonkeyPatch, display: str, message: str) -> None:
         if display and not any(
             Path(folder).glob("libxcb.so.1") for folder in ("/usr/lib", "/usr/lib/x86_64-linux-gnu")
         ):
@@ -257,12 +255,12 @@ class TestWindow:
         with pytest.raises(VideoError, match=f"the window 'dogs' cannot be shown: .*{message}"):
             Window("dogs")
 
-    def test_opencv_without_windows(self) -> None:
+    def test_opencv_without_window_support_is_reported(self) -> None:
         said = self.output(WITHOUT_WINDOWS + SHOW)
         assert "the window 'dogs' cannot be shown: The function is not implemented" in said
         assert "opencv-python-headless" in said
 
-    def test_without_opencv(self) -> None:
+    def test_missing_opencv_is_reported(self) -> None:
         assert "pip install opencv-python" in self.output("import sys\nsys.modules['cv2'] = None\n" + SHOW)
 
     @staticmethod

@@ -1,11 +1,10 @@
-"""Line crossings of tracked boxes, counted once even if the boxes tremble.
+"""Line crossings of tracked boxes, counted once even if the boxes jitter.
 
-`sv.LineZone` decides by the sign of the distance to the line. A box that trembles on the line counts again and again
-there, unless a crossing must last for more frames than the tremble. A track that is lost for two frames on the line is
-missed, and one that walks around the end of the line does. `LineCrossings` requires a distance instead: a track gets a
-side when it is clear of the line, and crosses when it is clear of it on the other side, if its path went through the
-line. The distance doubles with every crossing of the same track, so that larger tremble cannot go on counting. Reading
-zone files and summing by class is left to `zones`.
+`sv.LineZone` compares the sign of the distance to the line. It counts a box that jitters on the line repeatedly, unless
+a crossing must last for more frames than the jitter. It misses a track that is lost for two frames on the line, and
+counts a track that walks around the end of the line. `LineCrossings` requires a distance instead. A track gets a side
+when it is clear of the line, and crosses when it is clear on the other side, if its path intersects the line. The
+distance doubles with every crossing of the same track, so that larger jitter does not keep counting.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import supervision as sv
 
-MAX_TRACKS = 10_000  # tracks that are remembered; beyond that, those that were seen longest ago are forgotten
+MAX_TRACKS = 10_000  # beyond that, the tracks that were updated least recently are forgotten
 _MAX_DOUBLINGS = 10
-_COORDINATE_STEPS = 512  # two steps of the model's coordinates: smaller movements of a box are rounding
+_COORDINATE_STEPS = 512  # double steps of the model's coordinates; smaller movements are rounding errors
 
 
 @dataclass
 class _Track:
-    """The state of one track ID at one line.
+    """State of one track at one line.
 
     Attributes:
         along: Position along the line at the last observation, in pixels from its start.
         across: Distance from the line at the last observation, in pixels; positive on the left.
         side: 1 on the left, -1 on the right, 0 before the track was clear of the line.
-        run: Consecutive observations clear of the line on the other side.
-        crossings: Crossings so far.
-        changes: Changes of the sign of `across` so far.
-        through: Whether the last of those changes was between the line's ends.
+        run: Number of consecutive observations clear of the line on the other side.
+        crossings: Number of crossings.
+        changes: Number of sign changes of `across`.
+        through: Whether the path intersected the line between its ends at the last sign change.
     """
 
     along: float
@@ -46,7 +45,13 @@ class _Track:
     through: bool = False
 
     def move(self, along: float, across: float, length: float) -> None:
-        """Take the next position, and find where the path from the last one meets the line."""
+        """Set the next position, and update the intersection of the path with the line.
+
+        Args:
+            along: Position along the line in pixels.
+            across: Distance from the line in pixels.
+            length: Length of the line in pixels.
+        """
         if (across > 0) != (self.across > 0):
             share = self.across / (self.across - across)
             self.changes += 1
@@ -54,16 +59,16 @@ class _Track:
         self.along, self.across = along, across
 
     def cross(self, clear: int, threshold: int) -> int:
-        """Return 1 for a crossing to the left, -1 for one to the right, and 0 for none.
+        """Return 1 for a crossing to the left, -1 for a crossing to the right, and 0 for none.
 
         Args:
-            clear: The side on which the box is clear of the line, 1 or -1; 0 if it is on the line.
-            threshold: Consecutive observations on the new side that make a crossing.
+            clear: Side on which the box is clear of the line, 1 or -1; 0 if it touches the line.
+            threshold: Number of consecutive observations on the new side for a crossing.
         """
         if not clear:
             return 0
         if not self.side:
-            # First seen on the line: it has crossed if it went straight to the other side.
+            # A track that starts on the line has crossed if it moved straight to the other side.
             self.side = -clear if self.changes == 1 else clear
         if clear == self.side:
             self.run = 0
@@ -79,7 +84,7 @@ class _Track:
 
 
 class LineCrossings:
-    """Finds the boxes that cross a line, in a stream of frames of one size."""
+    """Detects the boxes that cross a line in a stream of frames of one size."""
 
     def __init__(
         self,
@@ -93,13 +98,13 @@ class LineCrossings:
         """Prepare a line.
 
         Args:
-            points: [2, 2] pixels: start and end, which differ.
+            points: [2, 2] start and end in pixels, which differ.
             resolution_wh: Width and height of the frames.
             anchors: Points of a box that must all be on one side for the box to be on that side.
-            threshold: Consecutive observations on the new side that make a crossing.
-            distance: How far beyond the line a box must be, as a fraction of its size across the line. At least two
-                steps of the model's coordinates and at most half the way to the frame's border; doubled with every
-                crossing of a track, up to the size of the box. 0 for no distance.
+            threshold: Number of consecutive observations on the new side for a crossing.
+            distance: Distance that a box must have from the line, as a fraction of its size across the line. It is at
+                least two steps of the model's coordinates and at most half the distance to the edge of the frame. It
+                doubles with every crossing of a track, up to the size of the box. 0 for no distance.
         """
         self._start, (dx, dy) = points[0], points[1] - points[0]
         self._length = float(np.hypot(dx, dy))
@@ -109,8 +114,8 @@ class LineCrossings:
         width, height = resolution_wh
         corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
         reach = (corners - self._start) @ self._normal
-        self._room = max(0.0, float(reach.max())) / 2, max(0.0, -float(reach.min())) / 2  # left and right
-        self._least = max(resolution_wh) / _COORDINATE_STEPS if distance else 0.0
+        self._limits = max(0.0, float(reach.max())) / 2, max(0.0, -float(reach.min())) / 2  # left and right
+        self._min_margin = max(resolution_wh) / _COORDINATE_STEPS if distance else 0.0
         self._tracks: OrderedDict[int, _Track] = OrderedDict()
 
     def update(
@@ -119,11 +124,11 @@ class LineCrossings:
         """Return which boxes have just crossed the line to the left, and which to the right.
 
         Args:
-            xyxy: [N, 4] pixels.
-            ids: [N] track IDs; boxes with a negative one are ignored.
+            xyxy: [N, 4] boxes in pixels.
+            ids: [N] track IDs; boxes with a negative ID are ignored.
 
         Returns:
-            Two arrays [N]. A crossing is reported once, on the frame that completes it.
+            Two masks, [N] each. A crossing is reported once, on the frame that completes it.
         """
         crossed = np.zeros(len(xyxy), np.int64)
         rows = np.flatnonzero(ids >= 0)
@@ -138,15 +143,15 @@ class LineCrossings:
         for row, at, away, size in zip(rows, along, across.T, sizes, strict=True):
             track = self._track(int(ids[row]), float(at), float(away.mean()))
             margin = self._margin(float(size), track.crossings)
-            left, right = away.min() > min(margin, self._room[0]), away.max() <= -min(margin, self._room[1])
+            left, right = away.min() > min(margin, self._limits[0]), away.max() <= -min(margin, self._limits[1])
             crossed[row] = track.cross(int(left) - int(right), self._threshold)
         while len(self._tracks) > MAX_TRACKS + len(rows):
             self._tracks.popitem(last=False)
         return crossed > 0, crossed < 0
 
     def _margin(self, size: float, crossings: int) -> float:
-        """Return how far from the line a box must be, in pixels, given its size across the line."""
-        margin = max(self._distance * size, self._least)
+        """Return the distance in pixels that a box must have from the line, for its size across the line."""
+        margin = max(self._distance * size, self._min_margin)
         return min(margin * 2 ** min(crossings, _MAX_DOUBLINGS), max(margin, size))
 
     def _track(self, number: int, along: float, across: float) -> _Track:

@@ -1,4 +1,4 @@
-"""Text on images, and the panel of counts beside them. Colors are BGR."""
+"""Text on images, and the panel of counts to the right of them. Colors are BGR."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moondream_cv.fonts import legible, load_font
 from moondream_cv.video.drawing.zones import Zones, class_names, track_ids
 
 BGR = tuple[int, int, int]
-Picture = npt.NDArray[np.uint8]
+BGRImage = npt.NDArray[np.uint8]
 """[H, W, 3] uint8 BGR."""
 
 BLACK: BGR = (24, 20, 20)
@@ -29,12 +29,12 @@ _SMALLEST_TEXT = 11  # pixels; smaller is not legible
 
 @dataclass(frozen=True)
 class Pen:
-    """Sizes in pixels that suit a resolution.
+    """Text and line sizes for a resolution.
 
     Attributes:
-        text: Of the letters.
-        line: Thickness of lines.
-        padding: Around text.
+        text: Font size in pixels.
+        line: Line thickness in pixels.
+        padding: Padding around text in pixels.
     """
 
     text: int
@@ -43,55 +43,55 @@ class Pen:
 
     @classmethod
     def for_resolution(cls, resolution_wh: tuple[int, int]) -> Pen:
-        """Choose sizes for pictures of a width and height; computed once for each."""
+        """Return the cached sizes for images of a width and height."""
         return _pen(resolution_wh)
 
     @property
     def plate_height(self) -> int:
-        """Height of a plate."""
+        """Height of a text plate in pixels."""
         return line_height(self.text) + self.padding
 
-    def plate(self, text: str, color: BGR) -> Picture:
-        """Return text on a ground of a color, in black or white, whichever is legible; not to be written to."""
+    def plate(self, text: str, color: BGR) -> BGRImage:
+        """Return text on a background color, in black or white by contrast. The image is cached and read-only."""
         return _plate(text, self.text, self.padding, color)
 
     def shorten(self, text: str, width: float, rest: str = "") -> str:
-        """Return text and rest as they fit on a plate of a width; of the text, the end is left out."""
+        """Return `text` followed by `rest`, with `text` shortened to fit on a plate of a width in pixels."""
         return _shorten(text, rest, self.text, width - 2 * self.padding)
 
 
 class Panel:
-    """A table beside the picture: classes, zones and lines, with their counts.
+    """Table of classes, zones and lines with their counts, next to the image.
 
-    It is as wide at every frame of a resolution, whatever it shows.
+    The width depends on the resolution only.
     """
 
     def __init__(self, classes: Sequence[str], colors: Sequence[BGR] | None) -> None:
-        """Make a panel that has seen nothing.
+        """Create a panel without counts.
 
         Args:
-            classes: Names that are listed from the start; others are added as they appear.
-            colors: Of the classes by class id, repeated; None leaves the color marks out.
+            classes: Class names to list from the start. Others are added when they appear.
+            colors: Colors by class ID, repeated; None for no color marks.
         """
         self._classes = tuple(classes)
         self._colors = colors
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Clear the counts."""
         self._ids: dict[str, set[int]] = {name: set() for name in self._classes}
         self._class_ids = {name: number for number, name in enumerate(self._classes)}
         self._now: Counter[str] = Counter()
         self._seen: set[str] = set()
-        self._drawn: tuple[object, Picture] = (None, np.zeros((0, 0, 3), np.uint8))
+        self._drawn: tuple[object, BGRImage] = (None, np.zeros((0, 0, 3), np.uint8))
 
     @staticmethod
     def width(resolution_wh: tuple[int, int]) -> int:
-        """Width of the panel for pictures of a size; always even, so that an even width stays one."""
+        """Return the width of the panel for images of a size. It is even, so that an even image width stays even."""
         return 2 * round(7.5 * Pen.for_resolution(resolution_wh).text)
 
     def update(self, detections: sv.Detections) -> None:
-        """Count one frame."""
+        """Add the objects of one frame."""
         names = class_names(detections, self._classes)
         self._now = Counter(names)
         self._seen.update(self._now)
@@ -102,8 +102,8 @@ class Panel:
             if tracker_id >= 0:
                 seen.add(tracker_id)
 
-    def draw(self, target: Picture, pen: Pen, zones: Zones | None) -> None:
-        """Fill a part of a picture with the table."""
+    def draw(self, target: BGRImage, pen: Pen, zones: Zones | None) -> None:
+        """Draw the table into a part of an image."""
         sections = self._sections(zones)
         key = (target.shape, pen, repr(sections))
         if self._drawn[0] != key:
@@ -146,7 +146,7 @@ class _Section:
     rows: list[_Row]
 
     def shortened(self, room: int) -> _Section:
-        """Return a section of at most as many lines, its head included; what was never seen goes first."""
+        """Return the section with at most `room` lines, including its header; rows without objects are cut first."""
         if len(self.rows) + 1 <= room:
             return self
         kept = max(0, room - 2)
@@ -154,15 +154,15 @@ class _Section:
         return _Section(self.head, [*rows, _Row(f"+{len(self.rows) - kept} more", "", "")])
 
 
-def _table(width: int, height: int, pen: Pen, sections: list[_Section]) -> Picture:
-    """Draw a table, [height, width, 3]; of what does not fit, the number is given."""
+def _table(width: int, height: int, pen: Pen, sections: list[_Section]) -> BGRImage:
+    """Return a table, [height, width, 3]. Rows that do not fit are replaced by their number."""
     canvas = np.full((height, width, 3), BLACK, np.uint8)
     if not sections:
         return canvas
     margin, step = max(4, pen.text // 2), round(1.45 * pen.text)
     gap = step // 2  # between sections
     room = (height - 2 * margin - gap * (len(sections) - 1)) // step
-    # The classes come first and are the longest list, so that they make room for what stands below.
+    # The class list is the longest one, so it is shortened to make room for the sections below it.
     below = sum(len(section.rows) + 1 for section in sections[1:])
     sections = [sections[0].shortened(max(3, room - below)), *sections[1:]]
     column = round(2.9 * pen.text)
@@ -189,13 +189,20 @@ def _table(width: int, height: int, pen: Pen, sections: list[_Section]) -> Pictu
     return canvas
 
 
-def _letter(canvas: Picture, text: str, x: int, y: int, pen: Pen, color: BGR) -> None:
+def _letter(canvas: BGRImage, text: str, x: int, y: int, pen: Pen, color: BGR) -> None:
     if text:
         paste(canvas, _ramp(BLACK, color)[_coverage(text, pen.text)], x, y)
 
 
-def paste(canvas: Picture, patch: Picture, x: int, y: int) -> None:
-    """Write a patch into a picture, as much of it as lies inside."""
+def paste(canvas: BGRImage, patch: BGRImage, x: int, y: int) -> None:
+    """Copy a patch into an image, clipped to the image.
+
+    Args:
+        canvas: Image to modify.
+        patch: Image to copy.
+        x: Left edge of the patch in pixels.
+        y: Top edge of the patch in pixels.
+    """
     height, width = canvas.shape[:2]
     left, top = max(0, x), max(0, y)
     right, bottom = min(width, x + patch.shape[1]), min(height, y + patch.shape[0])
@@ -211,31 +218,31 @@ def _pen(resolution_wh: tuple[int, int]) -> Pen:
 
 
 def line_height(size: int) -> int:
-    """Height of a line in pixels, from the top of its tallest letter to the bottom of its lowest."""
+    """Return the height of a text line in pixels, from the top of its tallest letter to the lowest descender."""
     return load_font(size).height
 
 
 def _layout(text: str, size: int) -> tuple[list[tuple[int, npt.NDArray[np.uint8]]], int]:
-    """Return where each word begins, with its image, and the width of all, in pixels."""
-    # In small sizes the font's own space nearly vanishes, and "#1 0.55" would read "#10.55".
+    """Return the start and the image of each word, and the total width in pixels."""
+    # The space of small fonts nearly vanishes, so that "#1 0.55" would look like "#10.55".
     space = round(0.4 * size)
     words, x = [], 0
     plain = text.isascii()  # the words of a text share a font
-    for word in [text] if _is_from_the_right(text) else text.split():
+    for word in [text] if _is_right_to_left(text) else text.split():
         image = _word(word, size, plain)
         words.append((x, image))
         x += image.shape[1] + space
     return words, max(0, x - space)
 
 
-def _is_from_the_right(text: str) -> bool:
-    """Return whether a text has letters that are written from right to left: the font then orders its words."""
+def _is_right_to_left(text: str) -> bool:
+    """Return whether a text has right-to-left letters. Then the font orders its words."""
     return not text.isascii() and any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text)
 
 
-@lru_cache(maxsize=512)  # by words, since names, ids and scores come back in other combinations
+@lru_cache(maxsize=512)  # by word, since names, IDs and scores recur in other combinations
 def _word(word: str, size: int, plain: bool) -> npt.NDArray[np.uint8]:
-    """Return how much of each pixel a word covers, [h, w] uint8; as high for every word."""
+    """Return the coverage of each pixel by a word, [h, w] uint8. All words have the same height."""
     font = load_font(size)
     image = Image.new("L", (max(1, math.ceil(font.getlength(word, plain=plain))), font.height))
     font.draw(ImageDraw.Draw(image), (0, 0), word, 255, plain=plain)
@@ -251,7 +258,7 @@ def _shorten(text: str, rest: str, size: int, width: float) -> str:
     text = " ".join(legible(text).split())
     if _length(text + rest, size) <= width:
         return text + rest
-    low, high = 0, len(text)  # letters of the text that fit, and those that do not
+    low, high = 0, len(text)  # numbers of letters that fit and do not fit
     while high - low > 1:
         middle = (low + high) // 2
         if _length(f"{text[:middle].rstrip()}...{rest}", size) <= width:
@@ -263,28 +270,28 @@ def _shorten(text: str, rest: str, size: int, width: float) -> str:
 
 @lru_cache(maxsize=256)
 def _coverage(text: str, size: int) -> npt.NDArray[np.uint8]:
-    """Return how much of each pixel text covers, [h, w] uint8; as high for every text."""
+    """Return the coverage of each pixel by text, [h, w] uint8. All texts have the same height."""
     words, width = _layout(text, size)
     covered = np.zeros((line_height(size), max(1, width)), np.uint8)
-    for x, picture in words:
-        covered[:, x : x + picture.shape[1]] = picture
+    for x, image in words:
+        covered[:, x : x + image.shape[1]] = image
     return covered
 
 
 @lru_cache(maxsize=64)
-def _ramp(ground: BGR, color: BGR) -> npt.NDArray[np.uint8]:
-    """Return the colors between two, [256, 3]."""
-    colors: npt.NDArray[np.uint8] = np.rint(np.linspace(ground, color, 256)).astype(np.uint8)
+def _ramp(background: BGR, color: BGR) -> npt.NDArray[np.uint8]:
+    """Return a gradient between two colors, [256, 3]."""
+    colors: npt.NDArray[np.uint8] = np.rint(np.linspace(background, color, 256)).astype(np.uint8)
     return colors
 
 
-@lru_cache(maxsize=128)  # of 150 kB each in 4K
-def _plate(text: str, size: int, padding: int, color: BGR) -> Picture:
+@lru_cache(maxsize=128)  # 150 kB each in 4K
+def _plate(text: str, size: int, padding: int, color: BGR) -> BGRImage:
     letters = _coverage(text, size)
     height, width = letters.shape
     covered = np.zeros((height + padding, width + 2 * padding), np.uint8)
     covered[padding // 2 : padding // 2 + height, padding : padding + width] = letters
     bright = 0.114 * color[0] + 0.587 * color[1] + 0.299 * color[2] > 140
-    plate: Picture = _ramp(color, BLACK if bright else WHITE)[covered]
+    plate: BGRImage = _ramp(color, BLACK if bright else WHITE)[covered]
     plate.flags.writeable = False
     return plate

@@ -1,8 +1,4 @@
-"""The format of zone files: their JSON schema, and the checks with their messages.
-
-The models are the only description of the format: pydantic validates the data with them and generates the schema from
-them. Counting is left to `zones`.
-"""
+"""Zone files: their format as pydantic models, which validate the data and generate the JSON schema."""
 
 from __future__ import annotations
 
@@ -29,9 +25,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-ANCHORS = tuple(anchor.value for anchor in sv.Position if anchor is not sv.Position.CENTER_OF_MASS)  # that needs masks
+ANCHORS = tuple(anchor.value for anchor in sv.Position if anchor is not sv.Position.CENTER_OF_MASS)  # needs masks
 
-_LARGEST = 1e12  # of a coordinate; far beyond any frame, and its square is still exact enough
+_LARGEST = 1e12  # maximum coordinate, far beyond any frame; its square is still exact enough
 
 
 def _problem(message: str) -> PydanticCustomError:
@@ -40,69 +36,69 @@ def _problem(message: str) -> PydanticCustomError:
 
 def _point(value: object) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise _problem(f"must be [x, y], not {shown(value)}")
+        raise _problem(f"must be [x, y], got {shown(value)}")
     if not all(_is_number(number) and abs(number) <= _LARGEST for number in value):
-        raise _problem(f"must be two finite numbers, not {shown(value)}")
+        raise _problem(f"must be two finite numbers, got {shown(value)}")
     return float(value[0]), float(value[1])
 
 
 def _corners(value: object) -> object:
     if not isinstance(value, (list, tuple)) or len(value) < 3:
-        raise _problem(f"needs at least 3 corners [x, y], not {shown(value)}")
+        raise _problem(f"needs at least 3 corners [x, y], got {shown(value)}")
     return value
 
 
 def _name(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise _problem(f"must be a text that is not empty, not {shown(value)}")
+        raise _problem(f"must be a non-empty string, got {shown(value)}")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise _problem(f"must be a text, not {shown(value)}")
+        raise _problem(f"must be a string, got {shown(value)}")
     return value
 
 
 def _anchors(value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise _problem(f'must be a list of one or more anchors, such as ["BOTTOM_CENTER"], not {shown(value)}')
+        raise _problem(f'must be a list of one or more anchors, such as ["BOTTOM_CENTER"], got {shown(value)}')
     for anchor in value:
         if anchor not in ANCHORS:
-            raise _problem(f"has the unknown anchor {shown(anchor)}; known are {_listed(ANCHORS)}")
+            raise _problem(f"has the unknown anchor {shown(anchor)}; use any of {_listed(ANCHORS)}")
     if len(set(value)) < len(value):
-        raise _problem(f"must not name an anchor twice: {shown(value)}")
+        raise _problem(f"must have unique anchors, got {shown(value)}")
     return tuple(value)
 
 
 def _threshold(value: Any) -> int:
     if not _is_number(value) or value != int(value) or not 1 <= value <= 1000:
-        raise _problem(f"must be a whole number of frames from 1 to 1000, not {shown(value)}")
+        raise _problem(f"must be an integer number of frames from 1 to 1000, got {shown(value)}")
     return int(value)
 
 
 def _distance(value: Any) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
-        raise _problem(f"must be a fraction of the box from 0 to 1, not {shown(value)}")
+        raise _problem(f"must be a fraction of the box from 0 to 1, got {shown(value)}")
     return float(value)
 
 
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise _problem(f"must be true or false, not {shown(value)}")
+        raise _problem(f"must be true or false, got {shown(value)}")
     return value
 
 
 def _entries(value: object) -> object:
     if not isinstance(value, (list, tuple)):
-        raise _problem(f"must be a list, not {shown(value)}")
+        raise _problem(f"must be a list, got {shown(value)}")
     return [dict(entry) if isinstance(entry, Mapping) else entry for entry in value]
 
 
 def _is_number(value: Any) -> bool:
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
+    except OverflowError:  # an integer above the largest float
         return False
 
 
@@ -129,7 +125,7 @@ Flag = Annotated[bool, BeforeValidator(_flag), WithJsonSchema({"type": "boolean"
 
 
 class LineEntry(BaseModel):
-    """A line at which crossings are counted, by direction and class."""
+    """Line at which crossings are counted by direction and class."""
 
     model_config = ConfigDict(extra="forbid", title="Line")
 
@@ -166,7 +162,7 @@ class LineEntry(BaseModel):
 
 
 class ZoneEntry(BaseModel):
-    """A polygon in which objects are counted."""
+    """Polygon in which objects are counted."""
 
     model_config = ConfigDict(extra="forbid", title="Zone")
 
@@ -189,7 +185,7 @@ class ZoneEntry(BaseModel):
     def _has_area(self) -> ZoneEntry:
         points = self.array()
         if np.linalg.matrix_rank(points - points.mean(0), tol=1e-9 * max(1.0, float(np.abs(points).max()))) < 2:
-            raise _problem(f"the corners lie on one line and enclose nothing: {_pairs(*self.polygon)}")
+            raise _problem(f"the corners are collinear and enclose no area: {_pairs(*self.polygon)}")
         return self
 
     def array(self) -> npt.NDArray[np.float64]:
@@ -237,7 +233,7 @@ class ZoneFile(BaseModel):
     @model_validator(mode="after")
     def _is_consistent(self) -> ZoneFile:
         if not self.lines and not self.zones:
-            raise _problem('names neither "lines" nor "zones"; there is nothing to count')
+            raise _problem('has neither "lines" nor "zones"; add at least one of them')
         if {"normalized", "normalised"} <= self.model_fields_set:
             raise _problem('has both "normalized" and "normalised"; remove the second')
         found: dict[str, Sequence[LineEntry | ZoneEntry]] = {"lines": self.lines, "zones": self.zones}
@@ -254,20 +250,20 @@ class ZoneFile(BaseModel):
 
 
 def check_zone_file(data: object, source: str) -> ZoneFile:
-    """Validate what a zone file holds.
+    """Validate the contents of a zone file.
 
     Args:
-        data: The decoded JSON.
+        data: Decoded JSON.
         source: Name of the file in messages.
 
     Raises:
-        ValueError: It does not follow the format; names the source, the place in it, the value and the remedy.
+        ValueError: The data does not follow the format. The message has the source, the place, the value and a fix.
     """
     try:
         return ZoneFile.model_validate(dict(data) if isinstance(data, Mapping) else data)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        # An unknown key is usually a typo of the one that is missing, so it comes first.
+        # An unknown key is usually a typo of the missing one, so report it first.
         first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
         raise ValueError(_message(first, data, source)) from None
 
@@ -280,20 +276,20 @@ def zone_schema() -> dict[str, Any]:
 def _check_names(kind: str, names: list[str]) -> None:
     for number, name in enumerate(names):
         if name in names[:number]:
-            raise _problem(f'{kind}[{number}]: the name "{name}" is taken; each of the {kind} needs its own')
+            raise _problem(f'{kind}[{number}]: the name "{name}" is taken; names of {kind} must be unique')
 
 
 def _check_scale(where: str, points: npt.NDArray[np.float64], fractions: bool) -> None:
     inside = bool(points.min() >= 0 and points.max() <= 1)
     if fractions and not inside:
         outside = points[((points < 0) | (points > 1)).any(1)][0]
-        raise _problem(f'{where} must have fractions from 0 to 1, because "normalized" is true, not {_pairs(outside)}')
+        raise _problem(f'{where} must have fractions from 0 to 1, because "normalized" is true, got {_pairs(outside)}')
     if inside and not fractions:
-        raise _problem(f'{where} is not larger than a pixel; if these are fractions, add "normalized": true')
+        raise _problem(f'{where} is not larger than one pixel; if these are fractions, add "normalized": true')
 
 
 def _message(problem: ErrorDetails, data: object, source: str) -> str:
-    """Return the message of one problem that pydantic found."""
+    """Return the message for a pydantic error."""
     place, kind, value = problem["loc"], problem["type"], shown(problem["input"])
     model: type[BaseModel] = ZoneFile
     where = source
@@ -308,17 +304,17 @@ def _message(problem: ErrorDetails, data: object, source: str) -> str:
     if kind == "extra_forbidden":
         key = str(place[-1])
         close = get_close_matches(key, known, 1)
-        hint = f'did you mean "{close[0]}"?' if close else f"known are {_listed(known)}"
+        hint = f'did you mean "{close[0]}"?' if close else f"known keys are {_listed(known)}"
         return f"{where}: unknown key {shown(key)}; {hint}"
     if kind == "missing":
-        return f'{where}: "{place[-1]}" is missing; needed are {_listed(needed)}'
+        return f'{where}: "{place[-1]}" is missing; required are {_listed(needed)}'
     if kind == "model_type":
         if model is ZoneFile:
-            return f'{where} must hold an object with "lines" or "zones", not {value}'
-        return f"{where} must be an object with {_listed(needed)}, not {value}"
+            return f'{where} must contain an object with "lines" or "zones", got {value}'
+        return f"{where} must be an object with {_listed(needed)}, got {value}"
     text = problem["msg"]
     if not place:
-        separator = " " if text.startswith(("names", "has")) else ": "
+        separator = " " if text.startswith("has") else ": "
         return f"{where}{separator}{text}"
     part = f'"{place[0]}"' if len(place) == 1 else f"corner {place[1]}"
     return f"{where}: {part} {text}"
@@ -336,7 +332,7 @@ def _listed(keys: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a value as JSON has it, shortened so that it fits in a message."""
+    """Return a value as JSON, shortened for messages."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):

@@ -1,8 +1,8 @@
-"""Lines that objects cross and zones that they enter: read from JSON, counted on every frame.
+"""`Zones`: count objects that cross lines and enter polygons.
 
-An object is at the middle of its box's lower edge, unless the file names other anchors. `crossings` detects line
-crossings and `sv.PolygonZone` the boxes inside a zone; the counts are kept here, so that they survive a change of
-resolution. The format of the files is in `zone_files`, drawing is left to `Annotator`.
+The position of an object is the bottom center of its box, unless the file has other anchors. `crossings` detects line
+crossings, and `sv.PolygonZone` the boxes inside a zone. The counts are stored here, so they survive a change of
+resolution.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from moondream_cv.video.drawing.zone_files import LineEntry, ZoneEntry, check_zo
 
 
 class Shape(NamedTuple):
-    """A line or zone as it is drawn.
+    """Line or zone to draw.
 
     Attributes:
         points: [K, 2] int32 pixels: the start and end of a line, or the corners of a zone.
-        closed: Whether it is a zone.
-        text: Its name and counts.
+        closed: Whether the shape is a zone.
+        text: Name and counts.
     """
 
     points: npt.NDArray[np.int32]
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class _Line:
-    """A line and its crossings so far."""
+    """Line with its crossings so far."""
 
     def __init__(self, entry: LineEntry) -> None:
         self.name, self.points = entry.name, entry.array()
@@ -81,7 +81,7 @@ class _Line:
 
 
 class _Area:
-    """A polygon, the objects that are inside, and the IDs of those that ever were."""
+    """Polygon with the objects inside and the IDs of all objects that have been inside."""
 
     def __init__(self, entry: ZoneEntry) -> None:
         self.name, self.points = entry.name, entry.array()
@@ -118,16 +118,20 @@ class _Area:
 
 
 class _Presence:
-    """Whether tracks are in a zone: from so many frames inside in a row to so many outside."""
+    """Tracks in a zone, which enter after `threshold` consecutive frames inside and leave after as many outside."""
 
     def __init__(self, threshold: int) -> None:
         self._threshold = threshold
-        self._tracks: OrderedDict[int, tuple[bool, int]] = OrderedDict()  # in the zone, and frames that say otherwise
+        self._tracks: OrderedDict[int, tuple[bool, int]] = (
+            OrderedDict()
+        )  # in the zone, and consecutive frames of the opposite
 
     def update(self, inside: npt.NDArray[np.bool_], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return which boxes count as in the zone, [N], given which are inside on this frame.
+        """Return which boxes count as in the zone, [N]. Boxes without a track ID count immediately.
 
-        Boxes without a track ID count at once.
+        Args:
+            inside: [N] whether each box is inside on this frame.
+            ids: [N] track IDs; negative if there is none.
         """
         if self._threshold == 1:
             return inside
@@ -145,11 +149,11 @@ class _Presence:
 
 
 class Zones:
-    """Lines and zones of one stream, with their counts; made by `Zones.read` or `Zones.from_dict`.
+    """Lines and zones of one stream with their counts. Create them with `Zones.read` or `Zones.from_dict`.
 
-    Seen from a line's start to its end, a crossing to the left counts as in and one to the right as out: at a line
-    drawn from left to right, upwards is in. An object that trembles on a line does not count, because a crossing must
-    be clear of the line by a fraction of the box (`minimum_crossing_distance`).
+    Seen from a line's start to its end, a crossing to the left counts as in and a crossing to the right as out. At a
+    line from left to right, upwards is in. An object that jitters on a line does not count, because it must be clear of
+    the line by a fraction of its box (`minimum_crossing_distance`).
     """
 
     def __init__(self, lines: Sequence[_Line], areas: Sequence[_Area], *, normalized: bool, source: str) -> None:
@@ -160,11 +164,14 @@ class Zones:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Zones:
-        """Read a JSON file; `from_dict` describes the format.
+        """Read a zone file in JSON. `from_dict` describes the format.
+
+        Args:
+            path: Path of the file; `~` is expanded.
 
         Raises:
             VideoError: The file cannot be read, or is not JSON.
-            ValueError: It holds something else; the message names the file and the place in it.
+            ValueError: The content is invalid. The message has the file and the place in it.
         """
         name = os.fspath(path)
         try:
@@ -174,25 +181,25 @@ class Zones:
             raise VideoError(f"{name}: the zones cannot be read: {error.strerror or error}") from error
         except _DuplicateKey as error:
             raise ValueError(f"{name}: {error}") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
             raise VideoError(f"{name} is not JSON: {error}") from error
         return cls.from_dict(data, source=name)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = "zones") -> Zones:
-        """Make zones from the contents of a zone file.
+        """Create zones from the contents of a zone file.
 
         Args:
             data: `{"lines": [{"name": "door", "start": [x, y], "end": [x, y]}],
-                "zones": [{"name": "queue", "polygon": [[x, y], ...]}]}`, either of which may be left out. Coordinates
-                are pixels, or with `"normalized": true` fractions of the frame's width and height. Lines and
-                zones take `triggering_anchors` and `minimum_crossing_threshold`, lines also
-                `minimum_crossing_distance`. `json_schema` describes all of them.
+                "zones": [{"name": "queue", "polygon": [[x, y], ...]}]}`. One of the two keys may be omitted.
+                Coordinates are pixels, or fractions of the frame's width and height with `"normalized": true`. Lines
+                and zones have the options `triggering_anchors` and `minimum_crossing_threshold`, lines also
+                `minimum_crossing_distance`. `json_schema` describes all keys.
             source: Name of the data in messages.
 
         Raises:
-            ValueError: A key is unknown or missing, two lines or two zones share a name, a value is out of range, a
-                line has no length or a polygon no area.
+            ValueError: A key is unknown or missing, two lines or two zones have the same name, a value is out of range,
+                a line has no length, or a polygon has no area.
         """
         file = check_zone_file(data, source)
         lines, areas = [_Line(entry) for entry in file.lines], [_Area(entry) for entry in file.zones]
@@ -208,14 +215,14 @@ class Zones:
         return f"Zones({len(self._lines)} lines, {len(self._areas)} zones: {names})"
 
     def update(self, detections: sv.Detections, resolution_wh: tuple[int, int]) -> None:
-        """Count one frame; once for every frame, those without detections too.
+        """Count one frame. Call this for every frame, including frames without detections.
 
         Args:
-            detections: Boxes in pixels. Rows without an id (`tracker_id` None or -1) count in zones, but at no line.
+            detections: Boxes in pixels. Objects without a track ID (None or -1) count in zones, but not at lines.
             resolution_wh: Width and height of the frame.
 
         Raises:
-            ValueError: A line or zone lies outside a frame of this size.
+            ValueError: A line or zone is outside a frame of this size.
         """
         if resolution_wh != self._resolution_wh:
             for item in self._items:
@@ -226,12 +233,12 @@ class Zones:
             item.update(detections, names)
 
     def counts(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Return all counts, ready for JSON.
+        """Return all counts as JSON-compatible values.
 
         Returns:
             `{"lines": {name: {"in": 3, "out": 1, "classes": {"dog": {"in": 3, "out": 1}}}},
-            "zones": {name: {"now": 2, "ids": 5, "classes": {"dog": 2}}}}`. Lines have the crossings so far. Zones have
-            the objects inside on the last frame, the number of different track IDs that were ever inside, and the
+            "zones": {name: {"now": 2, "ids": 5, "classes": {"dog": 2}}}}`. Lines have their crossings so far. Zones
+            have the number of objects inside on the last frame, the number of track IDs that have been inside, and the
             classes of the objects inside.
         """
         return {
@@ -240,16 +247,19 @@ class Zones:
         }
 
     def reset(self) -> None:
-        """Set all counts to zero, for another stream."""
+        """Reset all counts, for another stream."""
         for item in self._items:
             item.reset()
         self._resolution_wh = None
 
     def shapes(self, resolution_wh: tuple[int, int]) -> list[Shape]:
-        """Return the lines and zones to draw in a frame of a size, lines first.
+        """Return the lines and zones to draw, lines first.
+
+        Args:
+            resolution_wh: Width and height of the frame.
 
         Raises:
-            ValueError: A line or zone lies outside a frame of this size.
+            ValueError: A line or zone is outside a frame of this size.
         """
         return [
             Shape(np.rint(self._pixels(item, resolution_wh)).astype(np.int32), isinstance(item, _Area), item.text)
@@ -261,20 +271,20 @@ class Zones:
         size = np.array(resolution_wh, np.float64)
         points = item.points * size if self._normalized else item.points
         outside = (points.max(0) < 0) | (points.min(0) > size)
-        # A zone's mask reaches to its last corner, so that a distant one would take memory without end.
+        # The mask of a zone extends to its last corner, so a distant corner would need unlimited memory.
         if outside.any() or (points < -size).any() or (points > 2 * size).any():
             kind = "zone" if isinstance(item, _Area) else "line"
             corners = ", ".join(f"[{x:g}, {y:g}]" for x, y in points[:4])
             raise ValueError(
-                f'{self._source}: {kind} "{item.name}" at {corners} lies outside a frame of '
+                f'{self._source}: {kind} "{item.name}" at {corners} is outside a frame of '
                 f"{resolution_wh[0]}x{resolution_wh[1]} pixels; correct it, or use fractions and "
-                '"normalized": true to fit every size'
+                '"normalized": true for all sizes'
             )
         return points
 
 
 def class_names(detections: sv.Detections, classes: Sequence[str] = ()) -> list[str]:
-    """Return a name for each row: its `class_name`, or that of its class id in `classes`, or the id, or "object"."""
+    """Return a name for each object: its `class_name`, the name of its class ID, "class ID", or "object"."""
     given = detections.data.get("class_name")
     if given is not None:
         return [str(name) for name in given]
@@ -285,7 +295,7 @@ def class_names(detections: sv.Detections, classes: Sequence[str] = ()) -> list[
 
 
 def track_ids(detections: sv.Detections) -> npt.NDArray[np.int64]:
-    """Return the track ID of each row, [N]; negative if it has none or the tracker has not confirmed it."""
+    """Return the track ID of each object, [N]; negative if it has none or is unconfirmed."""
     if detections.tracker_id is None:
         return np.full(len(detections), -1)
     return np.asarray(detections.tracker_id, np.int64)
@@ -296,13 +306,13 @@ def _positions(anchors: Sequence[str]) -> list[sv.Position]:
 
 
 class _DuplicateKey(Exception):
-    """A JSON object has a key twice, of which Python keeps the last one."""
+    """A JSON object has a key twice; Python would keep the last one."""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _DuplicateKey(f'an object has the key "{key}" twice; merge the two')
+            raise _DuplicateKey(f'an object has the key "{key}" twice; merge them')
         found[key] = value
     return found

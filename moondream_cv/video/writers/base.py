@@ -1,6 +1,6 @@
-"""What takes frames and detections: the `Writer` protocol, and what the writers of files share.
+"""`Writer`: the protocol of all writers of frames and detections, and the base of text writers.
 
-The writers themselves: `video_file` (H.264), `json_lines`, `mot` and `window`.
+The writers are `video_file` (H.264), `json_lines`, `mot` and `window`.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ _Self = TypeVar("_Self", bound="Writer")
 
 
 class Writer(Protocol):
-    """Takes frames one after another, each with what was found on it.
+    """Protocol of objects that accept frames with their detections.
 
-    As a context manager it closes itself, after an exception as well; whoever derives from it inherits that.
+    As a context manager, a writer closes itself, also after an exception. Subclasses inherit this.
     """
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        """Take one frame.
+        """Write one frame.
 
         Args:
-            frame: Its image is what is to be seen: already annotated.
-            detections: What was found on it, in pixels of the image, with `data["class_name"]`.
+            frame: Frame with the annotated image.
+            detections: Detections on the frame, in pixels, with `data["class_name"]`.
 
         Raises:
-            VideoError: The frame cannot be written; the message names the target.
+            VideoError: The frame cannot be written. The message has the name of the target.
         """
         ...
 
     def close(self) -> None:
-        """Complete what was written. A second call does nothing.
+        """Complete the output. A second call does nothing.
 
         Raises:
-            VideoError: It cannot be completed. After a `write` that failed, close logs this instead.
+            VideoError: The output cannot be completed. After a failed `write`, this is not raised again.
         """
         ...
 
@@ -62,17 +62,17 @@ class Writer(Protocol):
         except VideoError as second:
             if error is None:
                 raise
-            logger.warning("%s", second)  # the first error is the one to be seen
+            logger.warning("%s", second)  # the first error is more informative
 
 
 class TextTarget:
-    """A text file, standard output or an open text stream, whose reader sees every line at once."""
+    """A text file, standard output or a text stream, flushed after every write."""
 
     def __init__(self, target: str | Path | TextIO) -> None:
-        """Open the target; an existing file is written anew.
+        """Open the target. An existing file is overwritten.
 
         Args:
-            target: A path (`~` is expanded), "-" for standard output, or a text stream, which is not closed.
+            target: Path (`~` is expanded), "-" for standard output, or text stream, which is not closed.
 
         Raises:
             VideoError: The file cannot be written.
@@ -90,25 +90,25 @@ class TextTarget:
             self.name, self._stream, self._owned = str(getattr(target, "name", "the text stream")), target, False
 
     def write(self, text: str) -> None:
-        """Write lines, which end in a newline each.
+        """Write lines, each of which ends with a newline.
 
         Raises:
-            VideoError: They cannot be written, or the target is closed.
+            VideoError: The lines cannot be written, or the target is closed.
         """
         if self._closed:
-            raise VideoError(f"{self.name} is closed; make a new writer")
+            raise VideoError(f"{self.name} is closed; create a new writer")
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError) as error:  # ValueError: the stream was closed by whoever opened it
+        except (OSError, ValueError) as error:  # ValueError: the caller has closed the stream
             self._failed = True
-            raise VideoError(f"{self.name} cannot be written on: {reason(error)}") from error
+            raise VideoError(f"{self.name} cannot be written to: {reason(error)}") from error
 
     def close(self) -> None:
-        """Close a file that was opened here. A second call does nothing.
+        """Close the file; streams of the caller stay open. A second call does nothing.
 
         Raises:
-            VideoError: The file cannot be completed, and no `write` failed before.
+            VideoError: The file cannot be completed, and no `write` has failed before.
         """
         if self._closed:
             return
@@ -123,13 +123,13 @@ class TextTarget:
 
 
 class TextWriter(Writer):
-    """A writer of lines of text."""
+    """Base of writers of text lines."""
 
     def __init__(self, target: str | Path | TextIO) -> None:
-        """Open the target; an existing file is written anew.
+        """Open the target. An existing file is overwritten.
 
         Args:
-            target: A path, "-" for standard output, or a text stream, which is flushed but not closed.
+            target: Path, "-" for standard output, or text stream, which is flushed but not closed.
 
         Raises:
             VideoError: The file cannot be written.
@@ -143,26 +143,31 @@ class TextWriter(Writer):
         """Close the file. A second call does nothing.
 
         Raises:
-            VideoError: The file cannot be completed, and no `write` failed before.
+            VideoError: The file cannot be completed, and no `write` has failed before.
         """
         self._target.close()
 
 
 def cannot_be_written(path: Path, error: Exception | None = None) -> str:
-    """Say why a file cannot be written at a path, and the way out; to follow the file's name in a message."""
-    full = os.path.expanduser(path)  # os.path: Path's own methods raise where a name is too long
+    """Return the reason why a file cannot be written and a fix, to follow the file name in a message.
+
+    Args:
+        path: Path of the file.
+        error: Error of the attempt; None if the target is not a regular file.
+    """
+    full = os.path.expanduser(path)  # os.path: methods of Path raise if a name is too long
     folder = os.path.dirname(full) or "."
     if os.path.isdir(full):
-        return f"is a folder; name a file in it, such as {path / 'output'}{path.suffix}"
+        return f"is a folder; pass a file in it, such as {path / 'output'}{path.suffix}"
     if not os.path.lexists(folder) and "\0" not in full:
-        return f"cannot be written: there is no folder {folder}; make it first (mkdir -p)"
+        return f"cannot be written: there is no folder {folder}; create it first (mkdir -p)"
     if not os.path.isdir(folder):
-        return f"cannot be written: {folder} is not a folder; choose another place"
+        return f"cannot be written: {folder} is not a folder; choose another path"
     why = "it is not a regular file" if error is None else reason(error)
-    return f"cannot be written: {why}; choose another name or place, or mend the permissions of {folder}"
+    return f"cannot be written: {why}; choose another path, or fix the permissions of {folder}"
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, without the path that a message already names."""
+    """Return the text of an error without its path."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""`H264Encoder`: images → H.264 in an MP4 of short fragments, which plays up to its last fragment at any time."""
+"""`H264Encoder`: encode images as H.264 in a fragmented MP4, which is playable at any time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 Preset = Literal[
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
 ]
-"""Of libx264: how much time it takes for a smaller file."""
+"""Preset of libx264: slower presets make smaller files."""
 
-TICKS = 90_000  # a second; the usual frame rates are whole numbers of ticks
+TICKS = 90_000  # per second; usual frame durations are whole numbers of ticks
 
 _FRAGMENT_MICROSECONDS = 250_000
-_BUFFERED_SECONDS = 0.5  # of video that the encoder may hold back
-_USUAL_LOOKAHEAD = 10  # frames, as the preset veryfast has it
+_BUFFERED_SECONDS = 0.5  # maximum delay of the encoder
+_USUAL_LOOKAHEAD = 10  # frames, as in the preset veryfast
 _BT709, _BT601 = 1, 6  # H.273 code points
 _LIMITED_RANGE = 1
 
@@ -33,7 +33,7 @@ _LIMITED_RANGE = 1
 class H264Encoder:
     """Writes yuv420p in limited range to a fragmented MP4.
 
-    At most 0.5 s of video wait in the encoder and 0.25 s in a fragment; everything else is on the disk.
+    At most 0.5 s of video are in the encoder and 0.25 s in a fragment. The rest is on disk.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class H264Encoder:
 
         Args:
             path: File to write.
-            size: Width and height of the images; an odd side becomes even.
+            size: Width and height of the images. Odd sides are rounded up to even ones.
             rate: Nominal frames per second.
             crf: Quality from 1 (best) to 51.
-            preset: Speed of libx264.
-            colorspace: Matrix from RGB to YUV, stored in the file.
+            preset: Preset of libx264.
+            colorspace: Color matrix from RGB to YUV, stored in the file.
             sample_aspect_ratio: Width of a pixel divided by its height; None for square pixels.
 
         Raises:
@@ -85,16 +85,21 @@ class H264Encoder:
         context.color_range = _LIMITED_RANGE
         context.sample_aspect_ratio = sample_aspect_ratio or Fraction(1)
         self._colorspace = colorspace
-        self._reformatter = VideoReformatter()  # one for all images: it keeps its tables
+        self._reformatter = VideoReformatter()  # reuses its tables for all images
 
     def write(self, image: npt.NDArray[np.uint8], ticks: int) -> None:
-        """Encode one image, [H, W, 3] uint8 BGR, contiguous, both sides even."""
+        """Encode one image.
+
+        Args:
+            image: [H, W, 3] uint8 BGR, contiguous, with even sides.
+            ticks: Presentation time.
+        """
         import av
         from av.video.reformatter import ColorRange
         from av.video.reformatter import Colorspace as Matrix
 
         frame = self._reformatter.reformat(
-            av.VideoFrame.from_numpy_buffer(image, format="bgr24"),  # no copy: it is only read
+            av.VideoFrame.from_numpy_buffer(image, format="bgr24"),  # no copy: the buffer is only read
             format="yuv420p",
             interpolation=ACCURATE,
             dst_colorspace=Matrix.ITU709 if self._colorspace == "bt709" else Matrix.ITU601,
@@ -102,30 +107,30 @@ class H264Encoder:
             dst_color_range=ColorRange.MPEG,
         )
         frame.pts, frame.time_base = ticks, Fraction(1, TICKS)
-        self._feed(frame)
+        self._encode(frame)
 
     def close(self) -> None:
-        """Write what the encoder holds back, and close the file in any case."""
+        """Flush the encoder, and close the file in any case."""
         try:
-            self._feed(None)
+            self._encode(None)
         finally:
             self._container.close()
 
-    def _feed(self, frame: av.VideoFrame | None) -> None:
-        # One call into C: between two statements a Ctrl-C would lose the packets, and with them images.
+    def _encode(self, frame: av.VideoFrame | None) -> None:
+        # One call into C: Ctrl-C between two statements would lose packets.
         deque(map(self._container.mux, map(self._stream.encode, (frame,))), maxlen=0)
 
 
 def _delay_options(rate: Fraction, preset: Preset) -> dict[str, str]:
-    """Return options of libx264 with which it holds back at most `_BUFFERED_SECONDS`, and stores the nominal rate.
+    """Return libx264 options that limit its delay to `_BUFFERED_SECONDS`, and make it store the nominal frame rate.
 
-    Without force-cfr it would store the ticks of its clock as the frame rate.
+    Without force-cfr, it would store the tick rate as the frame rate.
     """
     frames = int(rate * Fraction(_BUFFERED_SECONDS))
     if frames < 2:
         return {"tune": "zerolatency", "x264-params": "force-cfr=1"}
     parameters = ["force-cfr=1", "sync-lookahead=0"]
-    if preset not in ("ultrafast", "superfast"):  # those have neither lookahead nor B-frames that need one
+    if preset not in ("ultrafast", "superfast"):  # these presets have no lookahead
         b_frames = min(3, frames // 3)
         lookahead = min(_USUAL_LOOKAHEAD, frames - b_frames)
         parameters += [f"bframes={b_frames}", f"rc-lookahead={lookahead}"]

@@ -1,4 +1,4 @@
-"""Detections as JSON lines: one line a frame, for programs that read along."""
+"""Detections as JSON lines, one line per frame, for programs that read them while they are written."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 class JsonLinesWriter(TextWriter):
-    """Writes one line a frame, which is flushed at once.
+    """Writes one line per frame, and flushes it.
 
-    A line is `{"frame": 0, "time": 0.0, "detections": [...]}`: the frame's number from 0 and its time in seconds. A
-    detection is `{"xyxy": [x1, y1, x2, y2], "class_name": "dog", "class_id": 0, "confidence": 0.9, "tracker_id": 1}`,
-    in pixels with 2 decimals, the confidence with 4. What is not known is null: the tracker's id too where it is −1.
+    A line is `{"frame": 0, "time": 0.0, "detections": [...]}`, with the frame index from 0 and the time in seconds. A
+    detection is `{"xyxy": [x1, y1, x2, y2], "class_name": "dog", "class_id": 0, "confidence": 0.9, "tracker_id": 1}`.
+    Coordinates are pixels with 2 decimals, and the confidence has 4. Unknown values are null, including a track ID of
+    -1.
     """
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        """Write one line; the image is not looked at.
+        """Write one line. The image is ignored.
 
         Raises:
             VideoError: The line cannot be written, or the writer is closed.
@@ -30,12 +31,12 @@ class JsonLinesWriter(TextWriter):
         line = {
             "frame": frame.index,
             "time": _number(frame.time, 6),
-            "detections": [_described(detections, row) for row in range(len(detections))],
+            "detections": [_to_dict(detections, row) for row in range(len(detections))],
         }
         self._target.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def _described(detections: sv.Detections, row: int) -> dict[str, Any]:
+def _to_dict(detections: sv.Detections, row: int) -> dict[str, Any]:
     names, tracker = detections.data.get("class_name"), detections.tracker_id
     confidence = detections.confidence
     tracker_id = -1 if tracker is None else int(tracker[row])
@@ -49,6 +50,6 @@ def _described(detections: sv.Detections, row: int) -> dict[str, Any]:
 
 
 def _number(value: SupportsFloat, digits: int) -> float | None:
-    """Round a number; None where it is not finite, because JSON knows neither NaN nor infinity."""
+    """Return a rounded number; None if it is not finite, because JSON has neither NaN nor infinity."""
     number = float(value)
-    return round(number, digits) + 0.0 if math.isfinite(number) else None  # + 0.0 makes 0.0 of -0.0
+    return round(number, digits) + 0.0 if math.isfinite(number) else None  # + 0.0 turns -0.0 into 0.0

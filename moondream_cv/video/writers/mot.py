@@ -1,4 +1,4 @@
-"""Tracks as a MOT challenge file, which tools for measuring trackers read."""
+"""Tracks in the MOT Challenge format, which evaluation tools for trackers read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class MotWriter(TextWriter):
-    """Writes `frame,id,left,top,width,height,confidence,-1,-1,-1`, one line a tracked object.
+    """Writes one line per tracked object: `frame,id,left,top,width,height,confidence,-1,-1,-1`.
 
-    Frames count from 1, boxes are in pixels with 2 decimals, the confidence has 4 and is 1 where there is none. Rows
-    without an id of 0 or above are left out.
+    Frames count from 1. Boxes are in pixels with 2 decimals. The confidence has 4 decimals and defaults to 1. Objects
+    without a track ID of 0 or more are omitted.
     """
 
     def __init__(self, target: str | Path | TextIO) -> None:
@@ -28,10 +28,10 @@ class MotWriter(TextWriter):
         self._rows = self._rows_without_id = 0
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        """Write the rows of one frame; the image is not looked at.
+        """Write the objects of one frame. The image is ignored.
 
         Raises:
-            VideoError: They cannot be written, or the writer is closed.
+            VideoError: The lines cannot be written, or the writer is closed.
         """
         lines = []
         for row in range(len(detections)):
@@ -47,7 +47,12 @@ class MotWriter(TextWriter):
         self._rows_without_id += len(detections) - len(lines)
 
     def close(self) -> None:
+        """Close the file. Log a warning if no detection had a track ID.
+
+        Raises:
+            VideoError: The file cannot be completed, and no `write` has failed before.
+        """
         if self._rows_without_id and not self._rows:
-            logger.warning("%s is empty: no detection had a tracker's id; track before writing", self._target.name)
+            logger.warning("%s is empty: no detection had a track ID; track before writing", self._target.name)
             self._rows_without_id = 0
         super().close()

@@ -1,4 +1,4 @@
-"""Copying the packets of an encoded video, and the sound and subtitles of another file, into one file."""
+"""Remuxing: copy the packets of a video, and audio and subtitles of another file, into one file without re-encoding."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MATROSKA = "matroska"
-_COPIED_TYPES = {"audio": "audio", "subtitle": "subtitles"}  # FFmpeg's names of stream types → those in messages
+_COPIED_TYPES = {"audio": "audio", "subtitle": "subtitles"}  # names of stream types in FFmpeg and in messages
 _COPIED_TAGS = ("language", "title", "handler_name")
-_MOV_LANGUAGES = {  # codes of ISO 639-2 that FFmpeg writes to MP4 only → their synonyms that it writes to MOV
+_MOV_LANGUAGES = {  # ISO 639-2 codes that FFmpeg writes to MP4 only, and synonyms that it writes to MOV
     "deu": "ger", "ell": "gre", "fre": "fra", "hye": "arm", "isl": "ice", "kat": "geo", "mkd": "mac", "nld": "dut",
     "rum": "ron", "sqi": "alb", "zho": "chi", "cze": "ces", "slo": "slk", "swe": "sve", "fas": "per", "eus": "baq",
     "msa": "may", "mya": "bur", "bod": "tib", "cym": "wel",
 }  # fmt: skip
-_PREROLL = 0.1  # seconds of sound kept before the first image, not played: decoders need some to set in
-_CLOCK_FALL = 0.1  # seconds by which a clock falls back where another recording begins
+_PREROLL = 0.1  # seconds of audio before the first image, not played, for decoders to start
+_CLOCK_STEP_BACK = 0.1  # minimum seconds by which the clock steps back at the start of another recording
 
 
 @dataclass(frozen=True)
 class SideStreams:
-    """Sound and subtitles of a file, to be copied beside a video.
+    """Audio and subtitle streams of a file, to copy into a video.
 
     Attributes:
-        path: The file.
-        indices: Numbers of its streams that the target can hold, in the file's order.
+        path: Path of the file.
+        indices: Indices of the streams that the target format supports, in file order.
         recordings: Recordings of the file, with their times in the video.
-        has_sound: Whether one of the streams is sound.
+        has_sound: Whether one of the streams is audio.
     """
 
     path: Path
@@ -59,22 +59,22 @@ class SideStreams:
 
 
 def av_errors() -> tuple[type[Exception], ...]:
-    """Return what PyAV raises when a file cannot be read or written."""
+    """Return the exceptions that PyAV raises if a file cannot be read or written."""
     import av
 
     return (av.error.FFmpegError, OSError, ValueError)
 
 
 def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tuple[int, ...], bool]:
-    """Return which streams of sound and subtitles a target can hold; log a warning that names the others.
+    """Return the audio and subtitle streams that a target format supports; log a warning for the others.
 
     Args:
-        source: A media file.
-        target: Named in the warning.
-        file_format: FFmpeg's name of the target's format.
+        source: Media file.
+        target: Target file, for the warning.
+        file_format: FFmpeg's name of the target format.
 
     Returns:
-        The streams' numbers in the source, and whether one of them is sound.
+        Indices of the streams in the source, and whether one of them is audio.
 
     Raises:
         VideoError: The source cannot be read.
@@ -95,26 +95,27 @@ def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tupl
                     copied.append(stream.index)
                     has_sound = has_sound or kind == "audio"
                 else:
-                    left_out.append(_described(stream))
+                    left_out.append(_stream_name(stream))
                     is_held = stream.codec_context is not None and _can_hold(MATROSKA, stream)
                     matroska_holds_all = matroska_holds_all and is_held
     except av_errors() as error:
         raise VideoError(
-            f"the sound of {source} cannot be read: {reason(error)}; leave audio_from out for a silent video"
+            f"the audio of {source} cannot be read: {reason(error)}; omit audio_from for a video without audio"
         ) from error
     if left_out:
         names = ", ".join(left_out)
         advice = "; write a .mkv file to keep them" if matroska_holds_all and file_format != MATROSKA else ""
         logger.warning(
-            "%s is written without the %s of %s: its format cannot hold that%s", target, names, source, advice
+            "%s is written without the %s of %s, which its format does not support%s", target, names, source, advice
         )
     return tuple(copied), has_sound
 
 
 def image_times(path: Path) -> npt.NDArray[np.int64]:
-    """Return the timestamps of a file's images that are whole, up to where it can be read: [N] ticks, as stored.
+    """Return the timestamps of the complete images of a file in storage order, [N] ticks.
 
-    Their number is how a full disk is noticed at the end of a file: FFmpeg does not always report it.
+    Reading ends at the first error. The number of images reveals a full disk at the end of a file, which FFmpeg does
+    not always report.
     """
     import av
 
@@ -129,18 +130,18 @@ def image_times(path: Path) -> npt.NDArray[np.int64]:
 def remux(
     video: Path, target: Path, file_format: str, times: npt.NDArray[np.int64], last: float, side: SideStreams | None
 ) -> None:
-    """Copy a video's packets into a file with its index in front, and the packets of other streams with them.
+    """Copy the packets of a video and of other streams into a file with its index at the front.
 
     Args:
-        video: A file with one stream of H.264; may end in the middle.
+        video: File with one H.264 stream, which may be truncated.
         target: File to write.
-        file_format: FFmpeg's name of the target's format.
+        file_format: FFmpeg's name of the target format.
         times: `image_times` of the video.
-        last: Seconds for which its last image is shown.
-        side: Sound and subtitles to copy; those before the first image and after the last are left out.
+        last: Duration of the last image in seconds.
+        side: Audio and subtitles to copy, without the parts before the first image and after the last one.
 
     Raises:
-        One of `av_errors`: The target cannot be written, the video not be opened, or the streams not be copied.
+        One of `av_errors`: The video cannot be opened, or the target or a stream cannot be written.
     """
     import av
 
@@ -153,25 +154,27 @@ def remux(
         timeline = _Timeline(times, max(1, round(last / unit)))
         total = float(timeline.total * unit)
         stream = output.add_stream_from_template(source, opaque=True)
-        # Matroska stores this rate, from which OpenCV derives its own.
+        # Matroska stores this rate, and OpenCV reads it.
         stream.codec_context.framerate = Fraction(len(times) / total).limit_denominator(1001)
         merged = [timeline.timed(_packets(images, [source]), stream)]
         if side is not None and side.indices:
             other = files.enter_context(av.open(os.path.abspath(side.path), metadata_errors="replace"))
             copies = {index: _copied_stream(output, other.streams[index]) for index in side.indices}
-            preroll = 0.0 if file_format == MATROSKA else _PREROLL  # Matroska has no times below 0; it would move all
+            preroll = (
+                0.0 if file_format == MATROSKA else _PREROLL
+            )  # Matroska has no negative times, and would shift all streams
             merged.append(_shifted(other, copies, side.recordings or [Recording(0.0, 0.0)], total, preroll))
-        output.start_encoding()  # from here on, the streams have the time bases of the target
+        output.start_encoding()  # from here on, streams have the time bases of the target
         damaged = 0
         for packet in heapq.merge(*merged, key=_decoding_time):
             try:
                 output.mux(packet)
-            except (av.error.InvalidDataError, av.error.PatchWelcomeError):  # of a filter that reads the packet
+            except (av.error.InvalidDataError, av.error.PatchWelcomeError):  # raised by bitstream filters
                 if packet.stream is stream:
                     raise
                 damaged += 1
         if damaged and side is not None:
-            logger.warning("%s: %d damaged packets of sound or subtitles were left out", side.path, damaged)
+            logger.warning("%s: %d damaged packets of audio or subtitles were skipped", side.path, damaged)
 
 
 def _can_hold(file_format: str, stream: Stream) -> bool:
@@ -186,7 +189,7 @@ def _can_hold(file_format: str, stream: Stream) -> bool:
     return True
 
 
-def _described(stream: Stream) -> str:
+def _stream_name(stream: Stream) -> str:
     codec = stream.codec_context.name if stream.codec_context else "unknown codec"
     language = stream.metadata.get("language", "")
     details = ", ".join([codec, *([language] if language and language != "und" else [])])
@@ -194,7 +197,7 @@ def _described(stream: Stream) -> str:
 
 
 def _copied_stream(output: OutputContainer, stream: Stream) -> Stream:
-    """Add a stream like another one, with its language and title."""
+    """Add a copy of a stream, with its language and title."""
     copy = output.add_stream_from_template(stream, opaque=True)
     copy.metadata.update({key: stream.metadata[key] for key in _COPIED_TAGS if key in stream.metadata})
     if output.format.name == "mov" and "language" in copy.metadata:
@@ -202,12 +205,12 @@ def _copied_stream(output: OutputContainer, stream: Stream) -> Stream:
         copy.metadata["language"] = _MOV_LANGUAGES.get(language, language)
     disposition: Any = getattr(stream, "disposition", None)
     if disposition is not None:
-        copy.disposition = getattr(disposition, "value", disposition)  # PyAV 14 takes the number only
+        copy.disposition = getattr(disposition, "value", disposition)  # PyAV 14 accepts only the number
     return copy
 
 
 def _packets(opened: InputContainer, streams: list[Any]) -> Iterator[Packet[Any]]:
-    """Give the packets of some streams that are whole and have a time, as far as they can be read."""
+    """Yield the complete packets of some streams that have times, up to the first read error."""
     import av
 
     try:
@@ -219,22 +222,22 @@ def _packets(opened: InputContainer, streams: list[Any]) -> Iterator[Packet[Any]
 
 
 class _Timeline:
-    """Decoding times and durations of a video's packets, from the times at which their images are shown.
+    """Decoding times and durations of a video's packets, computed from the presentation times.
 
-    The decoding times are the presentation times in rising order, all moved back by what the order of the packets
-    needs. MP4 stores only their differences, which are then the durations of all images but in another order, so that
-    the total is right, gaps included.
+    The decoding times are the sorted presentation times, shifted back by the delay that the packet order needs. MP4
+    stores only their differences. These are the durations of all images in another order, so the total duration is
+    right, including gaps.
 
     Attributes:
         total: Ticks from the first image to the end of the last one.
     """
 
     def __init__(self, shown: npt.NDArray[np.int64], last: int) -> None:
-        """Plan the packets.
+        """Compute the decoding times.
 
         Args:
-            shown: [N] ticks at which the images are shown, in the order of the packets.
-            last: Ticks for which the last image is shown.
+            shown: [N] presentation times in ticks, in packet order.
+            last: Duration of the last image in ticks.
         """
         rising = np.sort(shown)
         self._rising, self._last = rising, last
@@ -243,12 +246,14 @@ class _Timeline:
         self.total = int(rising[-1] - rising[0]) + last if len(rising) else 0
 
     def timed(self, packets: Iterator[Packet[Any]], stream: Stream) -> Iterator[Packet[Any]]:
-        """Give the packets to another stream, with their decoding times and durations."""
+        """Assign packets to another stream, with their decoding times and durations, and yield them."""
         for number, packet in enumerate(packets):
             if number == len(self._decoded):
                 return
             packet.dts = int(self._decoded[number])
-            is_last = number == len(self._decoded) - 1  # its duration ends the file, although another image may be last
+            is_last = (
+                number == len(self._decoded) - 1
+            )  # its duration ends the file, although it may not be the last image
             packet.duration = (
                 self._last if is_last else int(self._durations[np.searchsorted(self._rising, packet.pts or 0)])
             )
@@ -258,13 +263,13 @@ class _Timeline:
 
 @dataclass
 class _Track:
-    """A stream that is copied.
+    """State of a copied stream.
 
     Attributes:
         copy: Stream of the target.
-        recording: Index of the recording that its last packet belongs to.
-        newest: Decoding time of its last packet, in seconds on the file's clock.
-        written: Decoding time of the last packet that was copied, in ticks of the file.
+        recording: Index of the recording of the last packet.
+        newest: Decoding time of the last packet in seconds on the clock of the file.
+        written: Decoding time of the last copied packet in ticks of the file.
     """
 
     copy: Stream
@@ -272,28 +277,34 @@ class _Track:
     newest: float = -math.inf
     written: int | None = None
 
-    def least_dts(self, unit: Fraction) -> int:
-        """Return the decoding time, in ticks of the file, that the next packet must have at least."""
+    def min_dts(self, unit: Fraction) -> int:
+        """Return the minimum decoding time of the next packet in ticks of the file.
+
+        Args:
+            unit: Seconds per tick of the file.
+        """
         if self.written is None:
             return -(2**62)
         if self.copy.type == "subtitle":
             return self.written
-        return self.written + math.ceil((self.copy.time_base or unit) / unit)  # sound must rise in ticks of the target
+        return self.written + math.ceil(
+            (self.copy.time_base or unit) / unit
+        )  # audio times must rise in ticks of the target
 
 
 def _shifted(
     opened: InputContainer, copies: dict[int, Stream], recordings: Sequence[Recording], end: float, preroll: float
 ) -> Iterator[Packet[Any]]:
-    """Give the packets of several streams to their copies, moved to the video's time.
+    """Assign the packets of several streams to their copies, shifted to the time of the video, and yield them.
 
-    Where the clock of a stream falls back, the next recording begins. Decoding times that do not rise are raised.
+    The next recording starts when the clock of a stream steps back. Decoding times that do not rise are increased.
 
     Args:
-        opened: File that they come from.
-        copies: Number of a stream in that file → its copy.
+        opened: File of the streams.
+        copies: Copied stream for each index of a stream in the file.
         recordings: Recordings of the file, with their times in the video.
-        end: Seconds from the first image after which nothing begins.
-        preroll: Seconds before the first image from which sound is kept.
+        end: Duration of the video in seconds. Packets that start later are omitted.
+        preroll: Seconds of audio to keep before the first image.
     """
     tracks = {index: _Track(copy) for index, copy in copies.items()}
     last = len(recordings) - 1
@@ -305,14 +316,14 @@ def _shifted(
 
         # Find the recording
         seconds = float(packet_dts * unit)
-        if seconds < track.newest - _CLOCK_FALL and track.recording < last:
+        if seconds < track.newest - _CLOCK_STEP_BACK and track.recording < last:
             track.recording += 1
         track.newest = seconds
-        if is_subtitle:  # too few to see by themselves where a recording begins
+        if is_subtitle:  # too few subtitles to find the start of a recording
             track.recording = max(other.recording for other in tracks.values())
         recording = recordings[track.recording]
 
-        # Move the packet, or leave it out
+        # Shift the packet, or omit it
         start = recording.seconds - recording.time
         begin = float(packet_pts * unit) - start
         if begin >= end:
@@ -326,13 +337,13 @@ def _shifted(
         ticks = round(start / unit)
         pts, dts = packet_pts - ticks, packet_dts - ticks
         if is_subtitle:
-            if begin < 0:  # shown since before the first image: keep the rest
+            if begin < 0:  # starts before the first image: keep the rest
                 packet.duration, pts, dts = max(0, (packet.duration or 0) + pts), 0, 0
             if not packet.duration:
                 continue
         elif begin < max(-preroll, recording.time if track.recording else -preroll):
             continue
-        dts = max(dts, track.least_dts(unit))
+        dts = max(dts, track.min_dts(unit))
         track.written = dts
         packet.pts, packet.dts, packet.stream = max(pts, dts), dts, track.copy
         yield packet

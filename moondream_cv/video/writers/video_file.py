@@ -1,8 +1,8 @@
-"""Frames as an H.264 file that browsers play, with the times of the frames, and sound and subtitles of another file.
+"""`VideoWriter`: H.264 files for browsers, with variable frame times, and audio and subtitles of another file.
 
-While frames come, `NAME.part.mp4` next to the target holds everything but the last second: an MP4 in fragments, which
-plays after a crash and on a full disk. `close` copies its packets, unchanged, and those of the sound and the subtitles
-into the final form, with the index in front, and moves that to the target.
+While frames are written, `NAME.part.mp4` next to the target contains everything except the last second. It is a
+fragmented MP4, which stays playable after a crash and on a full disk. `close` remuxes it together with audio and
+subtitles, with the index at the front, and moves the result to the target.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 import numpy.typing as npt
 
+from moondream_cv.arguments import check_choice, check_range
 from moondream_cv.errors import VideoError
 from moondream_cv.video.sources.base import MAX_ASPECT_RATIO, MIN_ASPECT_RATIO, Colorspace, Recording
 from moondream_cv.video.sources.colors import usual_colorspace
@@ -36,21 +37,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMATS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-_LONGEST_STEP = 6 * 3600 * TICKS  # an image's duration has 32 bits in MP4, 13 hours of ticks
-_SHORTEST_STEP = TICKS // 1000  # what Matroska can store
+_MAX_STEP = 6 * 3600 * TICKS  # durations have 32 bits in MP4, 13 hours of ticks
+_MIN_STEP = TICKS // 1000  # resolution of Matroska
 _DEFAULT_FPS = 30.0
 MIN_FPS, MAX_FPS = 0.001, TICKS
 
 
 class VideoWriter(Writer):
-    """Writes an H.264 file that plays in browsers: yuv420p, its index in front.
+    """Writes an H.264 file that plays in browsers (yuv420p, index at the front).
 
-    Frames keep the times that they have, so a variable frame rate stays one. What was written plays after `close`, also
-    when an exception or Ctrl-C came between; until then the target is not touched. Closing copies the file, so for a
-    moment it takes its size twice. Without a frame there is no file.
+    Frames keep their times, so a variable frame rate is preserved. The target is replaced by `close`, and stays
+    playable after exceptions and Ctrl-C. Closing copies the file, which needs twice its size on disk for a moment.
+    Without frames, no file is written.
 
     Attributes:
-        path: The target.
+        path: Path of the target.
         saved_frames: Number of frames in the file; None before `close`.
     """
 
@@ -66,39 +67,39 @@ class VideoWriter(Writer):
         crf: int = 23,
         preset: Preset = "veryfast",
     ) -> None:
-        """Open the file, and look at the source of the sound.
+        """Open the file, and find the audio and subtitle streams to copy.
 
         Args:
-            path: The target, which ends in .mp4, .mov or .mkv; `~` is expanded, an existing file is replaced.
-            fps: Frames per second, nominally: the duration of the last frame, unless that has one, and the step if
-                times do not rise. None for the step before, 1/30 s at the start.
-            audio_from: A file whose sound tracks and subtitles are copied, as they are. Time 0 of the frames is its
-                first image (its beginning, if it has none); what begins before the first frame written and after the
-                last is left out. Tracks that the target cannot hold are left out with a logged warning; a file without
-                sound too, silently.
-            start_time: Seconds on the clock of `audio_from` that belong to time 0 of the frames, or the
-                `Source.recordings` of the file, which are read when the writer is closed. None to decode the first
-                image of the file and take the time of that.
+            path: Path of the target, which ends in .mp4, .mov or .mkv. `~` is expanded, and an existing file is
+                replaced.
+            fps: Nominal frames per second: the duration of the last frame if it has none, and the step between frames
+                whose times do not rise. Default: the previous step, which is 1/30 s at the start.
+            audio_from: File whose audio and subtitle tracks are copied without re-encoding. Time 0 of the frames is its
+                first image, or its start if it has no images. Parts before the first frame and after the last one are
+                omitted. Tracks that the target format does not support are omitted with a warning.
+            start_time: Time on the clock of `audio_from` for time 0 of the frames, in seconds; or the
+                `Source.recordings` of that file, which are read by `close`. Default: the time of its first image.
             sample_aspect_ratio: Width of a pixel divided by its height; None for square pixels.
-            colorspace: Matrix with which colors are stored, "bt601" or "bt709"; None for BT.709 from 1280 columns or
-                720 lines up and BT.601 below, which programs assume that ignore the tag, OpenCV among them.
+            colorspace: Color matrix of the file, "bt601" or "bt709". Default: BT.709 from 1280 columns or 720 rows, and
+                BT.601 below, as assumed by programs that ignore the tag, such as OpenCV.
             crf: Quality of libx264, from 1 (best, large) to 51.
-            preset: Speed of libx264.
+            preset: Preset of libx264, which trades speed for size.
 
         Raises:
             ValueError: A number, the preset or the colorspace is out of range.
-            VideoError: The target cannot be written, or the source of the sound not be read.
+            VideoError: The target cannot be written, or `audio_from` cannot be read.
         """
-        if fps is not None and not MIN_FPS <= fps <= MAX_FPS:  # also false of NaN
-            raise ValueError(f"fps must be between {MIN_FPS} and {MAX_FPS}, got {fps}")
-        if not 1 <= crf <= 51:
-            raise ValueError(f"crf must be from 1 (best) to 51, not {crf}")
-        if preset not in get_args(Preset):
-            raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}, not {preset!r}")
-        if colorspace is not None and colorspace not in get_args(Colorspace):
-            raise ValueError(f"colorspace must be one of {', '.join(get_args(Colorspace))}, got {colorspace!r}")
-        if sample_aspect_ratio is not None and not MIN_ASPECT_RATIO <= sample_aspect_ratio <= MAX_ASPECT_RATIO:
-            raise ValueError(f"sample_aspect_ratio must be between 0.01 and 100, got {sample_aspect_ratio}")
+        # Check the arguments
+        if fps is not None:
+            check_range("fps", fps, MIN_FPS, MAX_FPS)
+        check_range("crf", crf, 1, 51)
+        check_choice("preset", preset, get_args(Preset))
+        if colorspace is not None:
+            check_choice("colorspace", colorspace, get_args(Colorspace))
+        if sample_aspect_ratio is not None:
+            check_range("sample_aspect_ratio", sample_aspect_ratio, MIN_ASPECT_RATIO, MAX_ASPECT_RATIO)
+
+        # Set the options
         self.path = Path(path)
         self.saved_frames: int | None = None
         self._crf, self._preset, self._colorspace = crf, preset, colorspace
@@ -123,24 +124,26 @@ class VideoWriter(Writer):
         return f"VideoWriter({str(self.path)!r})"
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        """Encode one frame; the detections are not looked at.
+        """Encode one frame.
 
         Args:
-            frame: Its image may have odd sides: the last row or column is then repeated. An image of another size than
-                the first one is fitted into that size, with black bars. Times that do not rise go on by `1 / fps`.
-            detections: Anything.
+            frame: Frame to write. If a side is odd, the last row or column is repeated. Images of another size than the
+                first one are scaled to fit, with black bars. Times that do not rise advance by `1 / fps`.
+            detections: Ignored.
 
         Raises:
             ValueError: The image is not [H, W, 3] uint8.
-            VideoError: The target cannot be written on, or is closed.
+            VideoError: The target cannot be written to, or is closed.
         """
         if self._closed:
-            raise VideoError(f"{self.path} is closed; make a new writer")
+            raise VideoError(f"{self.path} is closed; create a new writer")
         if self._failed:
-            raise VideoError(f"{self.path} could not be written on before; close it, make room and make a new writer")
+            raise VideoError(
+                f"{self.path} could not be written to before; close it, free disk space and create a new writer"
+            )
         image = frame.image
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise ValueError(f"an image must be [H, W, 3] uint8 BGR, not {list(image.shape)} {image.dtype}")
+            raise ValueError(f"image must be [H, W, 3] uint8 BGR, got {list(image.shape)} {image.dtype}")
         try:
             if self._encoder is None:
                 self._size = (image.shape[1], image.shape[0])
@@ -163,7 +166,7 @@ class VideoWriter(Writer):
         """Complete the file and move it to the target. A second call does nothing.
 
         Raises:
-            VideoError: The end cannot be written, and no `write` failed before. What came before it plays.
+            VideoError: The end cannot be written, and no `write` has failed before. The rest is playable.
         """
         if self._closed:
             return
@@ -184,12 +187,12 @@ class VideoWriter(Writer):
             raise self._write_error(failure or OSError(f"{kept} of {self._frames} frames fit")) from failure
 
     def _fitted(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Return the image in the size of the first one, its sides made even."""
+        """Return an image scaled to the size of the first one, with even sides."""
         width, height = self._size
         if image.shape[:2] != (height, width):
             if not self._size_changed:
                 logger.warning(
-                    "%s: a frame of %dx%d pixels after %dx%d; it is fitted into the first size",
+                    "%s: a frame of %dx%d pixels after %dx%d; frames are scaled to the first size",
                     self.path, image.shape[1], image.shape[0], width, height,
                 )  # fmt: skip
             self._size_changed = True
@@ -199,7 +202,7 @@ class VideoWriter(Writer):
         return np.ascontiguousarray(image)
 
     def _publish(self) -> None:
-        """Move what was written to the target, in its final form or else as it is, and count its images."""
+        """Remux the part to the target, or move it unchanged if that fails, and count its images."""
         times = image_times(self._part)
         if not len(times):
             self._part.unlink(missing_ok=True)
@@ -208,10 +211,10 @@ class VideoWriter(Writer):
         try:
             if (self._side is not None and self._finish(final, times, self._side)) or self._finish(final, times, None):
                 best = final
-        except BaseException:  # a second Ctrl-C leaves the file in fragments, which plays too
-            lost = ["its index in front", *([] if self._side is None else [f"the sound of {self._side.path}"])]
+        except BaseException:  # a second Ctrl-C leaves the fragmented file, which is playable
+            lost = ["an index at the front", *([] if self._side is None else [f"the audio of {self._side.path}"])]
             logger.warning(
-                "%s was interrupted while it was closed; it plays, without %s", self.path, " and ".join(lost)
+                "%s was interrupted while closing; it is playable, without %s", self.path, " and ".join(lost)
             )
             raise
         finally:
@@ -219,20 +222,20 @@ class VideoWriter(Writer):
                 os.replace(best, self._target)
                 self.saved_frames = len(times)
             except OSError as error:
-                raise VideoError(f"{self.path} cannot be replaced: {reason(error)}; the video is {best}") from error
+                raise VideoError(f"{self.path} cannot be replaced: {reason(error)}; the video is in {best}") from error
             for left in (self._part, final):
                 with contextlib.suppress(OSError):
                     left.unlink(missing_ok=True)
 
     def _finish(self, final: Path, times: npt.NDArray[np.int64], side: SideStreams | None) -> bool:
-        """Copy the packets of the part and of sound and subtitles into the final file; log why if that fails."""
+        """Remux the part with audio and subtitles into the final file; log a warning and return False on failure."""
         try:
             moved = None if side is None else replace(side, recordings=self._written_recordings(side))
             remux(self._part, final, self._format, times, self._clock.last_duration, moved)
             if len(image_times(final)) < len(times):
-                raise OSError("there is no room for a second copy")
+                raise OSError("no disk space for a second copy")
         except av_errors() as error:
-            lost = f"the sound of {side.path}" if side else "its index in front, so it may start later"
+            lost = f"the audio of {side.path}" if side else "an index at the front, so playback may start later"
             logger.warning("%s is without %s: %s", self.path, lost, reason(error))
             return False
         return True
@@ -244,31 +247,38 @@ class VideoWriter(Writer):
     def _write_error(self, error: Exception) -> VideoError:
         if not self._frames and not isinstance(error, OSError):
             size = "x".join(map(str, self._size))
-            return VideoError(f"{self.path}: H.264 refuses frames of {size} pixels ({reason(error)}); scale them first")
+            return VideoError(
+                f"{self.path}: H.264 does not support frames of {size} pixels ({reason(error)}); scale them first"
+            )
         return VideoError(
-            f"{self.path} cannot be written on: {reason(error)}; look for a full disk or a quota at "
-            f"{self._target.parent}. What was written so far is kept"
+            f"{self.path} cannot be written to: {reason(error)}; check {self._target.parent} for a full disk or a "
+            "quota. The frames written so far are kept"
         )
 
 
 class _Clock:
-    """The times of frames in ticks: from 0, strictly rising.
+    """Frame times in ticks, from 0 and strictly rising.
 
-    Frames whose times do not rise follow each other at the nominal rate. The frames after them catch up in short steps.
+    Frames whose times do not rise are placed at the nominal rate. Later frames catch up in short steps.
     """
 
     def __init__(self, fps: float | None) -> None:
         self.rate = Fraction(fps or _DEFAULT_FPS).limit_denominator(1001)
         self.origin = 0.0  # the time of the first frame, in seconds
         self._nominal = fps and max(1, round(TICKS / fps))
-        self._step = round(TICKS / _DEFAULT_FPS)  # the last one, or what is to be expected
+        self._step = round(TICKS / _DEFAULT_FPS)  # the last step, or the expected one
         self._last: int | None = None
         self._newest = 0  # latest time of a frame in the source, in ticks
-        self._last_duration: float | None = None  # seconds, as the source has it
+        self._last_duration: float | None = None  # seconds, from the source
         self._skipped = 0  # ticks
 
     def at(self, time: float, duration: float | None = None) -> int:
-        """Return when a frame of this time, in seconds, is shown, in ticks."""
+        """Return the presentation time of the next frame in ticks.
+
+        Args:
+            time: Time of the frame in seconds.
+            duration: Duration of the frame in seconds; None if unknown.
+        """
         usual = int(self._nominal or self._step)
         self._last_duration = duration
         if self._last is None:
@@ -279,18 +289,18 @@ class _Clock:
         is_later, self._newest = ticks > self._newest, max(ticks, self._newest)
         step = ticks - self._skipped - self._last
         if step <= 0 and is_later:
-            self._last += min(usual, _SHORTEST_STEP)
+            self._last += min(usual, _MIN_STEP)
             return self._last
-        if step > _LONGEST_STEP:
+        if step > _MAX_STEP:
             self._skipped += step - usual
-        self._step = step if 0 < step <= _LONGEST_STEP else usual
+        self._step = step if 0 < step <= _MAX_STEP else usual
         self._last += self._step
         return self._last
 
     @property
     def last_duration(self) -> float:
-        """Seconds for which the last frame is shown."""
-        if self._last_duration is not None and 1 <= self._last_duration * TICKS <= _LONGEST_STEP:
+        """Duration of the last frame in seconds."""
+        if self._last_duration is not None and 1 <= self._last_duration * TICKS <= _MAX_STEP:
             return self._last_duration
         return int(self._nominal or self._step) / TICKS
 
@@ -298,7 +308,7 @@ class _Clock:
 def _side_streams(
     source: Path, target: Path, file_format: str, start_time: float | Sequence[Recording] | None
 ) -> SideStreams | None:
-    """Return the sound and subtitles to copy from a file; None if it has none that fit."""
+    """Return the audio and subtitles to copy from a file; None if the target supports none."""
     indices, has_sound = copyable_streams(source, target, file_format)
     if not indices:
         return None
@@ -309,21 +319,21 @@ def _side_streams(
 
 
 def _first_image(path: Path) -> float:
-    """Return when a file's first image that can be decoded is shown, in seconds on its own clock; 0 if it has none."""
+    """Return the time of the first decodable image on the clock of a file in seconds; 0 if it has no images."""
     try:
         with open_file(path, str(path)) as source:
             return source.start_time or 0.0
-    except VideoError:  # a file of sound
+    except VideoError:  # an audio file
         return 0.0
 
 
 def _checked_target(path: Path) -> Path:
-    """Return the file that a path leads to, if an H.264 file can stand there."""
+    """Return the resolved path of a target, after checking that an H.264 file can be written there."""
     if path.suffix.lower() not in _FORMATS:
         better = path.with_suffix(".mp4") if path.name else "out.mp4"
-        raise VideoError(f"{path} must end in {', '.join(_FORMATS)}; name it {better}")
+        raise VideoError(f"{path} must end in {', '.join(_FORMATS)}; use {better}")
     try:
-        target = path.expanduser().resolve()  # so that a link stays one
+        target = path.expanduser().resolve()  # keeps symbolic links
         if target.is_dir() or (target.exists() and not (target.is_file() and os.access(target, os.W_OK))):
             why = PermissionError(0, "it is write-protected") if target.is_file() else None
             raise VideoError(f"{path} {cannot_be_written(target, why)}")
@@ -339,22 +349,22 @@ def _checked_target(path: Path) -> Path:
 
 
 def _new_part(target: Path) -> Path:
-    """Make an empty file beside the target; one that an earlier, killed run left is not touched."""
+    """Create an empty file next to the target. Parts of earlier, killed runs are kept."""
     for number in itertools.count(1):
         part = target.with_name(f"{target.stem}.part{number if number > 1 else ''}.mp4")
         with contextlib.suppress(FileExistsError):
             part.open("xb").close()
             return part
-    raise AssertionError("counting has no end")
+    raise AssertionError("unreachable")
 
 
 def _letterboxed(image: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
-    """Fit an image into a size with black bars, its proportions kept."""
+    """Return an image scaled to fit a size, with black bars."""
     from PIL import Image
 
     scale = min(width / image.shape[1], height / image.shape[0])
     inner = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    scaled = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR))  # channels keep their order
+    scaled = np.asarray(Image.fromarray(image).resize(inner, Image.Resampling.BILINEAR))  # the channel order is kept
     canvas = np.zeros((height, width, 3), np.uint8)
     left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
     canvas[top : top + inner[1], left : left + inner[0]] = scaled

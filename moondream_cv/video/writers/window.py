@@ -1,4 +1,4 @@
-"""Frames in a window on the screen, with OpenCV."""
+"""Show frames in a window, with OpenCV."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     import supervision as sv
 
 _CLOSING_KEYS = (ord("q"), ord("Q"), 27)  # 27 is Esc
-_LARGEST = (1280, 800)  # width and height in pixels that a window opens with; the user may draw it larger
+_MAX_INITIAL_SIZE = (1280, 800)  # maximum initial width and height in pixels; the user can enlarge the window
 
 
 class Window(Writer):
-    """Shows the frames that it is given, until the user closes it with q, Esc or its close button.
+    """Window that shows frames until the user closes it with q, Esc or its close button.
 
-    To be made and used on one thread, the main one on macOS. What is written after it was closed is not shown.
+    Create and use it on one thread, which must be the main thread on macOS. Frames after closing are ignored.
     """
 
     def __init__(self, title: str) -> None:
-        """Open the window; with the first frame it takes the frame's size, as far as that fits a screen.
+        """Open the window. The first frame sets its size, limited to common screen sizes.
 
         Args:
-            title: What stands above the picture. Two windows need two titles.
+            title: Title of the window, which must be unique.
 
         Raises:
-            VideoError: There is no screen, or OpenCV comes without windows.
+            VideoError: There is no screen, or OpenCV has no window support.
         """
         self.title = title
         self._sized = self._closed = False
@@ -51,11 +51,11 @@ class Window(Writer):
 
     @property
     def closed(self) -> bool:
-        """Whether the user closed it, or `close` did."""
+        """Whether the window is closed, by the user or by `close`."""
         return self._closed
 
     def write(self, frame: Frame, detections: sv.Detections) -> None:
-        """Show the frame's image, and see whether the user closed the window; the detections are not looked at.
+        """Show an image, and process the events of the window. The detections are ignored.
 
         Raises:
             VideoError: The window cannot be shown.
@@ -68,7 +68,7 @@ class Window(Writer):
             if not self._sized:
                 self._resize(*frame.image.shape[1::-1])
             cv2.imshow(self.title, frame.image)
-            key = cv2.waitKey(1) & 0xFF  # the event loop too: without it nothing is drawn
+            key = cv2.waitKey(1) & 0xFF  # also runs the event loop, which draws the window
             visible = cv2.getWindowProperty(self.title, cv2.WND_PROP_VISIBLE) >= 1
         except cv2.error as error:
             raise self._error(error) from error
@@ -82,7 +82,7 @@ class Window(Writer):
         self._closed = True
         import cv2
 
-        with contextlib.suppress(cv2.error):  # the user's close button has destroyed it already
+        with contextlib.suppress(cv2.error):  # the close button has destroyed it already
             cv2.destroyWindow(self.title)
             cv2.waitKey(1)
 
@@ -90,7 +90,7 @@ class Window(Writer):
         import cv2
 
         self._sized = True
-        scale = min(1.0, _LARGEST[0] / width, _LARGEST[1] / height)
+        scale = min(1.0, _MAX_INITIAL_SIZE[0] / width, _MAX_INITIAL_SIZE[1] / height)
         cv2.resizeWindow(self.title, max(1, round(width * scale)), max(1, round(height * scale)))
 
     def _error(self, error: Exception) -> VideoError:
@@ -102,7 +102,7 @@ class Window(Writer):
 
 
 def _check_screen(title: str) -> None:
-    """Look for an X server, where one is needed: without it OpenCV's Qt ends the process instead of raising."""
+    """Raise VideoError if there is no X server on Linux: without it, Qt aborts the process instead of raising."""
     if not sys.platform.startswith("linux") or os.environ.get("QT_QPA_PLATFORM", "xcb") != "xcb":
         return
     display = os.environ.get("DISPLAY")
@@ -114,7 +114,7 @@ def _check_screen(title: str) -> None:
     if display and not _x_server_answers():
         raise VideoError(
             f"the window {title!r} cannot be shown: no screen answers at DISPLAY={display}; "
-            "write a file instead, or mend DISPLAY"
+            "write a file instead, or fix DISPLAY"
         )
 
 
@@ -122,7 +122,7 @@ def _x_server_answers() -> bool:
     try:
         xcb = ctypes.CDLL("libxcb.so.1")
     except OSError:
-        return True  # nothing to ask with; OpenCV brings a library of its own
+        return True  # no library to check with; OpenCV bundles one
     xcb.xcb_connect.restype = ctypes.c_void_p
     connection = ctypes.c_void_p(xcb.xcb_connect(None, None))
     answers: bool = xcb.xcb_connection_has_error(connection) == 0
