@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-def test_float32_boxes_are_those_of_the_cpu() -> None:
+def test_float32_boxes_on_a_gpu_equal_those_on_a_cpu() -> None:
     with load("tiny", device="cpu") as here, load("tiny", device="cuda", dtype="float32") as there:
         agreed = total = 0
         for scene in held_out_scenes("own", 20):
@@ -48,14 +48,14 @@ def mixed(count: int) -> list[Request]:
     return requests
 
 
-def test_the_same_answers_in_any_company() -> None:
+def test_replies_on_a_gpu_do_not_depend_on_the_batch() -> None:
     model = random_model(device="cuda")
     requests = mixed(24)
     for request, together in zip(requests, model.run(requests), strict=True):
         assert_same(model, request, model.run([request])[0], together)
 
 
-def test_a_device_that_is_full_goes_on_with_less() -> None:
+def test_full_gpu_lowers_limits_and_keeps_results() -> None:
     """Memory is taken away until the batch does not fit; the answers stay."""
     with load("tiny", device="cuda", dtype="float32") as model:
         requests = mixed(64)
@@ -78,7 +78,7 @@ def test_a_device_that_is_full_goes_on_with_less() -> None:
             assert_same(model, request, expected, result)
 
 
-def test_closing_frees_the_memory() -> None:
+def test_close_frees_gpu_memory() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     model = load("tiny", device="cuda")

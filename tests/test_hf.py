@@ -69,7 +69,7 @@ def answers(model: Any, picture: Image.Image) -> list[Any]:
 
 
 @pytest.mark.parametrize("device_map", [None, {"": "cpu"}, "cpu", torch.device("cpu"), {"": torch.device("cpu")}])
-def test_from_pretrained_gives_this_implementation(published: Path, picture: Image.Image, device_map: Any) -> None:
+def test_from_pretrained_returns_this_implementation(published: Path, picture: Image.Image, device_map: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(published, device_map=device_map, dtype=torch.float32)
     assert isinstance(model, hf.MoondreamForCausalLM)
     assert isinstance(model, VisionModel)
@@ -80,7 +80,7 @@ def test_from_pretrained_gives_this_implementation(published: Path, picture: Ima
     assert model.detect(encoded, "dog", settings=settings) == ours.detect(picture, "dog", settings=settings)
 
 
-def test_golden_answers(tmp_path: Path) -> None:
+def test_from_pretrained_gives_golden_answers(tmp_path: Path) -> None:
     for name in ("model.safetensors", "tokenizer.json"):
         shutil.copy(GOLDEN / name, tmp_path / name)
     sizes = json.loads((GOLDEN / "config.json").read_text())
@@ -95,7 +95,7 @@ def test_golden_answers(tmp_path: Path) -> None:
     assert model.caption(image, "short", settings=text)["caption"] == expected["caption"]["short"]
 
 
-def test_saved_and_loaded_again(published: Path, picture: Image.Image, tmp_path: Path) -> None:
+def test_saved_model_loads_again(published: Path, picture: Image.Image, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(published), dtype=torch.float32)
     expected = answers(model, picture)
     model.save_pretrained(tmp_path / "single")
@@ -108,7 +108,7 @@ def test_saved_and_loaded_again(published: Path, picture: Image.Image, tmp_path:
         assert "auto_map" not in json.loads((folder / "config.json").read_text())
 
 
-def test_a_calibration_comes_and_goes_with_the_weights(picture: Image.Image, tmp_path: Path) -> None:
+def test_calibration_is_saved_and_loaded_with_the_weights(picture: Image.Image, tmp_path: Path) -> None:
     write_small(tmp_path / "checkpoint")
     Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))}).write(tmp_path / "checkpoint" / "calibration.json")
     expected = load(tmp_path / "checkpoint", device="cpu").point(picture, "dog")
@@ -120,7 +120,7 @@ def test_a_calibration_comes_and_goes_with_the_weights(picture: Image.Image, tmp
     assert model.point(picture, "dog") != expected
 
 
-def test_copies_answer_too(published: Path, picture: Image.Image) -> None:
+def test_copies_give_the_same_answers(published: Path, picture: Image.Image) -> None:
     model = AutoModelForCausalLM.from_pretrained(published)
     expected = answers(model, picture)
     assert answers(copy.deepcopy(model), picture) == expected
@@ -131,14 +131,14 @@ def test_no_code_from_the_checkpoint_is_run(published: Path) -> None:
     assert isinstance(AutoModelForCausalLM.from_pretrained(published), hf.MoondreamForCausalLM)
 
 
-def test_nothing_but_weights_is_in_the_model(published: Path) -> None:
+def test_state_dict_contains_only_weights(published: Path) -> None:
     """Non-persistent buffers would come out of `from_pretrained` uninitialised."""
     model = AutoModelForCausalLM.from_pretrained(published)
     assert not list(model.named_buffers())
     assert set(model.state_dict()) == set(load_file(published / "model.safetensors"))
 
 
-def test_dtypes(published: Path, tmp_path: Path) -> None:
+def test_dtype_argument_sets_the_dtype(published: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(published).dtype == torch.bfloat16  # as its config.json says
     assert AutoModelForCausalLM.from_pretrained(published, dtype="auto").dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(published, dtype="float32").dtype == torch.float32
@@ -152,7 +152,7 @@ def test_dtypes(published: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
 
 
-def test_a_model_that_moves_keeps_answering(published: Path, picture: Image.Image) -> None:
+def test_model_answers_after_moving_to_another_dtype(published: Path, picture: Image.Image) -> None:
     model = AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16)
     expected = answers(model, picture)
     engine = model.engine
@@ -165,7 +165,7 @@ def test_a_model_that_moves_keeps_answering(published: Path, picture: Image.Imag
     assert answers(model, picture) == expected
 
 
-def test_older_key_names_and_pt_files(tmp_path: Path) -> None:
+def test_older_key_names_and_pt_files_load(tmp_path: Path) -> None:
     network = write_small(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -176,7 +176,7 @@ def test_older_key_names_and_pt_files(tmp_path: Path) -> None:
     assert torch.equal(model.model.text.blocks[1].mlp.fc1.weight, network.text.blocks[1].mlp.fc1.weight)
 
 
-def test_mismatched_checkpoints_are_errors_not_warnings(tmp_path: Path) -> None:
+def test_mismatched_checkpoints_raise(tmp_path: Path) -> None:
     write_small(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["model.text.wte"]
@@ -188,7 +188,7 @@ def test_mismatched_checkpoints_are_errors_not_warnings(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_config_given_by_hand(tmp_path: Path) -> None:
+def test_config_argument_overrides_the_checkpoint(tmp_path: Path) -> None:
     write_small(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "moondream1"}))
     config = hf.MoondreamHfConfig(**small_config().to_dict())
@@ -196,7 +196,7 @@ def test_a_config_given_by_hand(tmp_path: Path) -> None:
     assert model.model.config == small_config()
 
 
-def test_from_a_config_alone() -> None:
+def test_model_can_be_created_from_a_config() -> None:
     model = AutoModelForCausalLM.from_config(hf.MoondreamHfConfig(**small_config().to_dict()))
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert 0.4 < float(model.model.text.wte.detach().std()) < 0.6
@@ -204,7 +204,7 @@ def test_from_a_config_alone() -> None:
         model.caption(Image.new("RGB", (8, 8)))
 
 
-def test_loading_info(published: Path) -> None:
+def test_output_loading_info_has_no_missing_keys(published: Path) -> None:
     _, info = AutoModelForCausalLM.from_pretrained(published, output_loading_info=True)
     assert not any(info.values())
 
@@ -220,12 +220,12 @@ def test_loading_info(published: Path) -> None:
         ({"subfolder": "x"}, "subfolder|config"),
     ],
 )
-def test_arguments_that_are_not_supported(published: Path, arguments: dict[str, Any], says: str) -> None:
+def test_unsupported_arguments_raise(published: Path, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises((ValueError, OSError), match=says):
         AutoModelForCausalLM.from_pretrained(published, **arguments)
 
 
-def test_a_repository_that_is_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_uncached_repository_raises_when_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = hf.MoondreamHfConfig(**small_config().to_dict())
     with pytest.raises(CheckpointError, match="vikhyatk/moondream2@2025-06-21 is not in the cache"):

@@ -37,7 +37,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
-def test_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("HOME", str(folder.parent))
     for name in (folder, str(folder), "./checkpoint", "checkpoint", "~/checkpoint", folder / "model.safetensors"):
@@ -49,7 +49,7 @@ def test_a_local_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layout", ["top", "nested", "with model_type"])
-def test_layouts_of_the_config(folder: Path, layout: str) -> None:
+def test_every_config_layout_loads(folder: Path, layout: str) -> None:
     values = small_config().to_dict()
     values = {"top": values, "nested": {"config": values}, "with model_type": values | {"model_type": "moondream1"}}[
         layout
@@ -66,7 +66,7 @@ def test_golden_sets_load_and_answer(name: str) -> None:
     assert len(model.detect(Image.new("RGB", (40, 30)), "dog", settings=settings)["objects"]) <= 1
 
 
-def test_the_setting_variant_takes_an_adapter_file() -> None:
+def test_variant_setting_accepts_an_adapter_file() -> None:
     image, settings = Image.open(GOLDEN / "mha" / "images" / "4_50x40.png"), {"max_objects": 2}
     variant = settings | {"variant": str(GOLDEN / "mha" / "adapter.pt")}
     plain, adapted = (
@@ -79,12 +79,12 @@ def test_the_setting_variant_takes_an_adapter_file() -> None:
 
 
 @pytest.mark.skipif(not TINY.is_file(), reason="the embedded weights are not in this tree yet")
-def test_tiny_says_once_what_it_is(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiny_logs_its_purpose_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_has_logged_tiny", False)
     with caplog.at_level(logging.INFO, logger="moondream_cv"):
         load("tiny", device="cpu")
         load("tiny", device="cpu")
-    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("tiny:")]
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("tiny is")]
     assert told == ["tiny is a demonstration model, trained on rendered shapes and icons and not on photographs"]
 
 
@@ -114,7 +114,7 @@ def test_tiny_says_once_what_it_is(caplog: pytest.LogCaptureFixture, monkeypatch
         (Path("nowhere"), "there is no model 'nowhere'"),
     ],
 )
-def test_names_that_do_not_work(name: str | Path, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_names_raise(name: str | Path, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=says) as caught:
         load(name)
@@ -133,7 +133,7 @@ def test_names_that_do_not_work(name: str | Path, says: str, tmp_path: Path, mon
         "http://localhost:9001",
     ],
 )
-def test_names_that_may_work_pass_the_check(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_name_accepts_valid_names(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     check_name(name)
 
@@ -151,27 +151,25 @@ def test_names_that_may_work_pass_the_check(name: str, folder: Path, monkeypatch
         ("ftp://localhost", "must begin with http:// or https://"),
     ],
 )
-def test_names_that_cannot_work_do_not(name: str, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_name_rejects_invalid_names(name: str, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     with pytest.raises((CheckpointError, ValueError), match=says):
         check_name(name)
 
 
 @pytest.mark.parametrize("name", [None, 3])
-def test_names_of_a_wrong_type(name: object) -> None:
+def test_names_of_a_wrong_type_raise(name: object) -> None:
     with pytest.raises(TypeError):
         load(name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("url", ["http://localhost:9001", "HTTPS://api.moondream.ai/v1"])
-def test_urls_are_not_checkpoints(url: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"must be a folder or repo@revision, got the URL .*connect\(url\)"
-    ):
+def test_load_rejects_urls(url: str) -> None:
+    with pytest.raises(ValueError, match=r"must be a folder or repo@revision, got the URL .*connect\(url\)"):
         load(url)
 
 
-def test_empty_folders_and_damaged_checkpoints(tmp_path: Path, folder: Path) -> None:
+def test_empty_folders_and_damaged_checkpoints_raise(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty is empty"):
         load(tmp_path / "empty")
@@ -194,7 +192,7 @@ def test_empty_folders_and_damaged_checkpoints(tmp_path: Path, folder: Path) -> 
         load(folder)
 
 
-def test_a_folder_may_name_its_release(folder: Path) -> None:
+def test_folder_name_may_include_the_release(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "moondream1"}')
     with pytest.raises(CheckpointError, match=r"unknown release '2024-01-01' in"):
         load(f"{folder}@2024-01-01")
@@ -205,7 +203,7 @@ def test_a_folder_may_name_its_release(folder: Path) -> None:
         load(f"{folder}@2025-04-14")
 
 
-def test_adapters_that_do_not_fit(folder: Path) -> None:
+def test_adapters_that_do_not_fit_raise(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not fit|is not an adapter"):
         load(folder, device="cpu", adapter=GOLDEN / "mha" / "adapter.pt")
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -215,12 +213,12 @@ def test_adapters_that_do_not_fit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["int8", "int4", "", 8])
-def test_quantize_is_not_there_yet(folder: Path, value: object) -> None:
+def test_quantize_raises(folder: Path, value: object) -> None:
     with pytest.raises(ValueError, match="quantize must be None"):
         load(folder, quantize=value)  # type: ignore[arg-type]
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device_returns_available_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_devices", lambda: ["cuda", "cuda:0", "cuda:1", "cpu"])
     assert choose_device(None) == torch.device("cuda")
     assert choose_device("cuda:1") == torch.device("cuda", 1)
@@ -235,7 +233,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda")
 
 
-def test_number_formats(folder: Path) -> None:
+def test_choose_dtype_depends_on_device_and_size(folder: Path) -> None:
     cpu, small = torch.device("cpu"), small_config()
     assert choose_dtype(None, cpu, small) == torch.float32
     assert choose_dtype(None, cpu, MOONDREAM_2B) == torch.bfloat16
@@ -248,14 +246,14 @@ def test_number_formats(folder: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_straight_to_the_gpu(folder: Path) -> None:
+def test_weights_load_directly_to_the_gpu(folder: Path) -> None:
     model = load(folder)
     assert model.device.type == "cuda"
     assert model.dtype in (torch.bfloat16, torch.float16)
     assert load(folder, device="cuda:0", dtype="float32").network.device == torch.device("cuda:0")
 
 
-def test_a_calibration_beside_the_weights(folder: Path) -> None:
+def test_calibration_next_to_the_weights_is_loaded(folder: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
     plain = load(folder, device="cpu")
     assert not plain.calibrated
@@ -272,7 +270,7 @@ def test_a_calibration_beside_the_weights(folder: Path) -> None:
         load(folder, device="cpu")
 
 
-def test_an_adapter_is_not_what_was_calibrated() -> None:
+def test_model_with_adapter_is_not_calibrated() -> None:
     adapter = GOLDEN / "mha" / "adapter.pt"
     model = load(GOLDEN / "mha", device="cpu")
     model.calibration = Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))})

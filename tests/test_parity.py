@@ -77,7 +77,7 @@ def test_crops_are_byte_equal(golden: GoldenSet, image: str) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(IMAGES)), ids=IMAGES)
-def test_embeddings_and_caches(golden: GoldenSet, index: int) -> None:
+def test_embeddings_and_kv_caches_equal_published_values(golden: GoldenSet, index: int) -> None:
     encoded = golden.model.encode_image(golden.image(IMAGES[index]))
     first_keys, last_values = encoded.prefix.layers[0][0][0], encoded.prefix.layers[-1][1][0]
     for got, name in (
@@ -89,26 +89,26 @@ def test_embeddings_and_caches(golden: GoldenSet, index: int) -> None:
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_replies(golden: GoldenSet, image: str) -> None:
+def test_replies_equal_published_values(golden: GoldenSet, image: str) -> None:
     got, expected = replies(golden.model, golden.image(image)), golden.expected["images"][image]
     for skill, value in got.items():
         assert value == expected[skill], skill
 
 
-def test_query_without_image(golden: GoldenSet) -> None:
+def test_query_without_image_equals_published_values(golden: GoldenSet) -> None:
     answer = golden.model.query(question="what colour is the car?", settings=TEXT)["answer"]
     assert answer == golden.expected["query_without_image"]
 
 
 @pytest.mark.parametrize("image", IMAGES[:3])
-def test_replies_with_adapter(golden: GoldenSet, image: str) -> None:
+def test_replies_with_adapter_equal_published_values(golden: GoldenSet, image: str) -> None:
     adapted = load(str(golden.folder), device="cpu", dtype="float32", adapter=str(golden.folder / "adapter.pt"))
     got, expected = replies(adapted, golden.image(image)), golden.expected["adapter"]["images"][image]
     for skill, value in expected.items():
         assert {key: got[skill][key] for key in value} == value, skill
 
 
-def test_variant_setting_is_the_adapter(golden: GoldenSet) -> None:
+def test_variant_setting_selects_the_adapter(golden: GoldenSet) -> None:
     variant = {"variant": str(golden.folder / "adapter.pt"), "max_objects": 6}
     reply = golden.model.detect(golden.image(IMAGES[1]), "dog", settings=variant)
     expected = golden.expected["adapter"]["images"][IMAGES[1]]["detect"]["dog"]
@@ -116,7 +116,7 @@ def test_variant_setting_is_the_adapter(golden: GoldenSet) -> None:
     assert expected != golden.expected["images"][IMAGES[1]]["detect"]["dog"]
 
 
-def test_run_gives_the_same_as_single_calls(golden: GoldenSet) -> None:
+def test_run_equals_single_calls(golden: GoldenSet) -> None:
     image, expected = golden.image(IMAGES[2]), golden.expected["images"][IMAGES[2]]
     results = golden.model.run(
         [

@@ -49,14 +49,14 @@ class Frames(Dataset[np.ndarray]):
 
 
 @pytest.mark.parametrize("kind", [Detector, Pointer])
-def test_detectors_go_to_spawned_processes(kind: type[Detector], frame: np.ndarray) -> None:
+def test_detectors_are_pickled_to_spawned_processes(kind: type[Detector], frame: np.ndarray) -> None:
     detector = kind("tiny", device="cpu", confidence=0.1, max_objects=3)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert np.array_equal(pool.apply(detect, (detector, frame)), detect(detector, frame))
 
 
 @pytest.mark.slow
-def test_detectors_go_to_the_workers_of_a_data_loader(frame: np.ndarray) -> None:
+def test_detectors_are_pickled_to_data_loader_workers(frame: np.ndarray) -> None:
     detector = Detector("tiny", device="cpu")
     frames = [frame, frame[::-1].copy()]
     loader = DataLoader(
@@ -98,7 +98,7 @@ def test_folders_are_pickled_by_absolute_path(path: str, tmp_path: Path, monkeyp
     assert pickle.loads(pickled).fingerprint() == model.fingerprint()
 
 
-def test_models_without_a_name_are_rejected_with_the_way_out(model: LocalModel) -> None:
+def test_pickling_unnamed_models_raises_with_advice(model: LocalModel) -> None:
     for unnamed in (model, Detector(model)):
         with pytest.raises(
             MoondreamError, match=r"LocalModel\('random'.*not loaded by name; load it with moondream_cv"
@@ -106,7 +106,7 @@ def test_models_without_a_name_are_rejected_with_the_way_out(model: LocalModel) 
             pickle.dumps(unnamed)
 
 
-def test_closed_models_are_rejected() -> None:
+def test_pickling_closed_models_raises() -> None:
     model = load("tiny", device="cpu")
     model.close()
     for copied in (pickle.dumps, copy.deepcopy):
@@ -114,7 +114,7 @@ def test_closed_models_are_rejected() -> None:
             copied(model)
 
 
-def test_deep_copies_have_weights_of_their_own(model: LocalModel, frame: np.ndarray) -> None:
+def test_deep_copies_have_separate_weights(model: LocalModel, frame: np.ndarray) -> None:
     expected = point(model, frame)
     copied = copy.deepcopy(model)
     assert point(copied, frame) == expected
@@ -124,7 +124,7 @@ def test_deep_copies_have_weights_of_their_own(model: LocalModel, frame: np.ndar
     assert point(model, frame) == expected
 
 
-def test_deep_copies_keep_what_the_original_was_loaded_with(frame: np.ndarray) -> None:
+def test_deep_copies_keep_adapter_and_settings(frame: np.ndarray) -> None:
     model = load(GOLDEN / "mha", device="cpu", adapter=ADAPTER, cache_images=2)
     copied = copy.deepcopy(model)
     assert copied.fingerprint() == model.fingerprint()
@@ -159,7 +159,7 @@ def test_detectors_on_a_server_are_pickled_by_url(frame: np.ndarray) -> None:
             pickle.dumps(detector)
 
 
-def test_models_on_a_server_without_connect_are_rejected() -> None:
+def test_pickling_remote_models_without_connect_raises() -> None:
     says = r"MoondreamAPI at http://localhost:9.* cannot be pickled or copied, because it was not made by connect\(\)"
     with MoondreamAPI("http://localhost:9") as model, pytest.raises(MoondreamError, match=says):
         pickle.dumps(model)

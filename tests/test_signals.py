@@ -34,7 +34,7 @@ def ignored() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_the_test_run_has_default_signals() -> None:
+def test_test_run_has_default_signals() -> None:
     assert signals_of_a_child() == ["True", "0"]
 
 

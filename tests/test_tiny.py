@@ -43,14 +43,14 @@ def scene() -> Scene:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("renderer", ["own", "alternate"])
-def test_knows_its_world(tiny: LocalModel, renderer: str) -> None:
+def test_tiny_finds_objects_in_held_out_scenes(tiny: LocalModel, renderer: str) -> None:
     figures = evaluate_scenes(tiny, held_out_scenes(renderer, 25)).metrics()
     assert figures["F1 at IoU 0.5"] >= 0.8
     assert figures["absent names answered with nothing"] >= 0.9
 
 
 @pytest.mark.slow
-def test_bfloat16_drifts_little(tiny: LocalModel) -> None:
+def test_bfloat16_boxes_are_close_to_float32(tiny: LocalModel) -> None:
     scenes = list(held_out_scenes("own", 25))
     with load("tiny", device="cpu", dtype="bfloat16") as rounded:
         drifted, exact = (evaluate_scenes(m, scenes).metrics() for m in (rounded, tiny))
@@ -59,7 +59,7 @@ def test_bfloat16_drifts_little(tiny: LocalModel) -> None:
         assert abs(drifted[name] - exact[name]) <= 0.05, name
 
 
-def test_finds_what_is_there_and_nothing_else(tiny: LocalModel, scene: Scene) -> None:
+def test_tiny_finds_present_objects_and_no_absent_ones(tiny: LocalModel, scene: Scene) -> None:
     found = Detector(tiny)(Image.fromarray(scene.image), [*NAMES, "banana", "green heart"])
     assert sorted(found.data["class_name"]) == sorted(NAMES)
     for item in scene.objects:
@@ -98,7 +98,7 @@ KINDS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_the_same_picture_gives_the_same_boxes(tiny: LocalModel, scene: Scene, kind: str) -> None:
+def test_every_image_type_gives_the_same_boxes(tiny: LocalModel, scene: Scene, kind: str) -> None:
     detector = Detector(tiny)
     expected = detector(Image.fromarray(scene.image), NAMES)
     found = detector(KINDS[kind](scene.image), NAMES)
@@ -108,7 +108,7 @@ def test_every_kind_of_the_same_picture_gives_the_same_boxes(tiny: LocalModel, s
 
 
 @pytest.mark.parametrize("orientation", EXIF_TURNS)
-def test_every_exif_orientation_gives_the_upright_boxes(
+def test_every_exif_orientation_gives_upright_boxes(
     tiny: LocalModel, scene: Scene, orientation: int, tmp_path: Path
 ) -> None:
     exif = Image.Exif()
@@ -128,16 +128,14 @@ def test_every_exif_orientation_gives_the_upright_boxes(
     [cmyk_jpeg, lambda rgb: Image.fromarray(rgb).convert("P", palette=Image.Palette.ADAPTIVE)],
     ids=["CMYK", "palette"],
 )
-def test_kinds_that_lose_something_keep_the_boxes(
-    tiny: LocalModel, scene: Scene, make: Callable[[np.ndarray], Any]
-) -> None:
+def test_lossy_formats_keep_the_boxes(tiny: LocalModel, scene: Scene, make: Callable[[np.ndarray], Any]) -> None:
     found = Detector(tiny)(make(scene.image), NAMES)
     for item in scene.objects:
         boxes = found[found.data["class_name"] == item.name].xyxy
         assert np.abs(boxes - item.xyxy).max(1).min() < 12
 
 
-def test_every_kind_of_grey_gives_the_same_boxes(tiny: LocalModel, scene: Scene) -> None:
+def test_every_gray_format_gives_the_same_boxes(tiny: LocalModel, scene: Scene) -> None:
     grey = cv2.cvtColor(scene.image, cv2.COLOR_RGB2GRAY)
     kinds = [grey, grey[..., None], Image.fromarray(grey), cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), file_of(grey, "PNG")]
     first, *others = Detector(tiny)(kinds, ["object"])

@@ -64,7 +64,7 @@ def crowded(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
     return scheduler, jobs
 
 
-def test_a_detection_among_texts_does_not_wait_for_those_that_came_before(talker: LocalModel) -> None:
+def test_rare_detection_is_admitted_before_earlier_texts(talker: LocalModel) -> None:
     scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
     short = scheduler.submit(detect(30))
@@ -73,7 +73,7 @@ def test_a_detection_among_texts_does_not_wait_for_those_that_came_before(talker
     assert running(late) == 0
 
 
-def test_texts_wait_for_it_but_not_for_ever(talker: LocalModel) -> None:
+def test_texts_are_deferred_for_at_most_max_deferred_steps(talker: LocalModel) -> None:
     scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
     seeds = iter(range(30, 1000))
@@ -87,7 +87,7 @@ def test_texts_wait_for_it_but_not_for_ever(talker: LocalModel) -> None:
     assert 1 <= running(late) <= MAX_TEXT_IMAGES
 
 
-def test_after_a_detection_images_for_texts_are_encoded_a_few_at_a_time(talker: LocalModel) -> None:
+def test_text_images_per_step_are_limited_after_a_detection(talker: LocalModel) -> None:
     scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
     short = scheduler.submit(detect(30))
     steps_until(scheduler, lambda: short.done)
@@ -100,21 +100,21 @@ def test_after_a_detection_images_for_texts_are_encoded_a_few_at_a_time(talker: 
     assert max(after - before for before, after in itertools.pairwise(grown)) <= MAX_TEXT_IMAGES
 
 
-def test_where_they_are_not_rare_all_go_in_their_order(talker: LocalModel) -> None:
+def test_frequent_detections_get_no_priority(talker: LocalModel) -> None:
     scheduler = talker.scheduler()
     jobs = [scheduler.submit(request) for i in range(6) for request in (caption(i), detect(50 + i))]
     scheduler.step()
     assert running(jobs) == len(jobs)  # all of them at once
 
 
-def test_texts_alone_are_not_held_back(talker: LocalModel) -> None:
+def test_texts_alone_are_admitted_at_once(talker: LocalModel) -> None:
     scheduler = talker.scheduler()
     jobs = [scheduler.submit(caption(seed)) for seed in range(12)]
     scheduler.step()
     assert running(jobs) == 12
 
 
-def test_newcomers_join_together(talker: LocalModel) -> None:
+def test_admissions_are_at_least_an_interval_apart(talker: LocalModel) -> None:
     scheduler, _ = crowded(talker, 2)
     late = []
     joined = []
@@ -127,7 +127,7 @@ def test_newcomers_join_together(talker: LocalModel) -> None:
     assert all(not (a and b) for a, b in itertools.pairwise(joined))  # never in two steps running
 
 
-def test_nobody_is_left_behind_whatever_the_room(talker: LocalModel) -> None:
+def test_small_limits_do_not_starve_requests(talker: LocalModel) -> None:
     model = random_model()
     scheduler = model.scheduler()
     scheduler.limits = Limits(max_num_seqs=3, max_images=2)
@@ -137,7 +137,7 @@ def test_nobody_is_left_behind_whatever_the_room(talker: LocalModel) -> None:
     assert not any(isinstance(job.result, ErrorResult) for job in jobs)
 
 
-def test_small_models_take_more_images_at_a_time(talker: LocalModel) -> None:
+def test_max_images_grows_for_small_prefixes(talker: LocalModel) -> None:
     assert Limits.for_prefix_size(150 * 2**20).max_images == 16  # Moondream 2
     assert Limits.for_prefix_size(64 * 2**20).max_images == 32
     assert Limits.for_prefix_size(1).max_images == Limits().max_num_seqs

@@ -86,7 +86,7 @@ def memory(request: pytest.FixtureRequest) -> Memory:
 @pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_company_changes_nothing(memory: Memory, data: st.DataObject) -> None:
+def test_replies_do_not_depend_on_the_batch(memory: Memory, data: st.DataObject) -> None:
     adapter = GOLDEN / Path(memory.model.name).name / "adapter.pt"
     variants = st.sampled_from((None, None, str(adapter))) if adapter.is_file() else st.none()
     chosen = some_settings(variant=variants)
@@ -100,7 +100,7 @@ def test_company_changes_nothing(memory: Memory, data: st.DataObject) -> None:
 @pytest.mark.slow
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_rows_that_come_and_go_change_nothing(memory: Memory, seed: int) -> None:
+def test_arrivals_and_cancellations_do_not_change_replies(memory: Memory, seed: int) -> None:
     """Requests arrive between steps, and half of them are cancelled in mid-flight."""
     draw = random.Random(seed)
     strategy = (

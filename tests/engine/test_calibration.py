@@ -26,39 +26,41 @@ def curves(draw: st.DrawFn) -> Curve:
 
 
 @pytest.mark.parametrize(("score", "expected"), [(0.0, 0.1), (0.25, 0.45), (0.5, 0.8), (0.75, 0.85), (1.0, 0.9)])
-def test_straight_between_the_knots(score: float, expected: float) -> None:
+def test_curve_is_linear_between_knots(score: float, expected: float) -> None:
     assert CURVE(score) == pytest.approx(expected)
     assert Calibration({"point": CURVE}).apply("point", score) == pytest.approx(expected)
 
 
 @given(curves(), UNIT, UNIT)
-def test_the_order_is_never_reversed(curve: Curve, a: float, b: float) -> None:
+def test_calibration_keeps_the_order_of_scores(curve: Curve, a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert 0.0 <= curve(low) <= curve(high) <= 1.0
 
 
-def test_scores_that_differ_stay_different() -> None:
+def test_distinct_scores_stay_distinct() -> None:
     values = [CURVE(i / 10_000) for i in range(10_001)]
     assert len(set(values)) == len(values)
 
 
-def test_a_skill_without_a_curve_keeps_its_scores() -> None:
+def test_skill_without_curve_keeps_scores() -> None:
     assert Calibration({"detect": CURVE}).apply("point", 0.3) == 0.3
 
 
-def test_nan_stays_nan() -> None:
+def test_nan_score_stays_nan() -> None:
     assert math.isnan(CURVE(math.nan))
     assert math.isnan(Calibration().apply("detect", math.nan))
 
 
 @pytest.mark.parametrize("score", [-0.001, 1.001, math.inf])
-def test_a_score_out_of_range_is_refused(score: float) -> None:
+def test_out_of_range_score_raises(score: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         CURVE(score)
 
 
 @given(st.dictionaries(st.sampled_from(["detect", "point"]), curves()))
-def test_a_file_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, found: dict[str, Curve]) -> None:
+def test_calibration_round_trips_through_a_file(
+    tmp_path_factory: pytest.TempPathFactory, found: dict[str, Curve]
+) -> None:
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
     Calibration(found).write(path)
     assert Calibration.read(path) == Calibration(found)
@@ -94,7 +96,7 @@ def skill(**changes: Any) -> dict[str, Any]:
         (skill(probabilities=[0, math.nan, 1]), "probabilities must increase strictly within"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, wrong: Any, message: str) -> None:
+def test_invalid_calibration_file_raises(tmp_path: Path, wrong: Any, message: str) -> None:
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps(wrong))
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -103,7 +105,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, wrong: Any, message: str) -> No
 
 
 @pytest.mark.parametrize("data", [None, b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])
-def test_what_is_no_json_is_refused(tmp_path: Path, data: bytes | None) -> None:
+def test_calibration_file_that_is_not_json_raises(tmp_path: Path, data: bytes | None) -> None:
     path = tmp_path / "calibration.json"
     if data is not None:
         path.write_bytes(data)

@@ -29,19 +29,19 @@ PROBABILITY = st.floats(0, 1)
 FEATURES = st.tuples(PROBABILITY, PROBABILITY, PROBABILITY).map(lambda p: ((1 - p[2]) * p[0], p[1], p[2]))
 
 
-def test_continue_probability_is_what_is_not_the_end() -> None:
+def test_continue_probability_excludes_eos() -> None:
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3], [0.9, 0.05, 0.05]]))
     torch.testing.assert_close(continue_probability(logits, 0), torch.tensor([0.8, 0.1]))
 
 
-def test_a_sharp_peak_has_all_the_mass() -> None:
+def test_sharp_peak_has_full_mass() -> None:
     logits = torch.full((1024,), -30.0)
     logits[300] = 10.0
     torch.testing.assert_close(axis_features(logits), torch.tensor(SHARP))
 
 
 @pytest.mark.parametrize("peak", [0, 5, 20, 512, 1000, 1023])
-def test_a_flat_distribution_has_the_mass_of_the_windows(peak: int) -> None:
+def test_flat_distribution_has_the_mass_of_its_windows(peak: int) -> None:
     logits = torch.zeros(1024)
     logits[peak] = 1e-5  # marks the windows' middle
     near, wide = (
@@ -52,7 +52,7 @@ def test_a_flat_distribution_has_the_mass_of_the_windows(peak: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_features_of_batches_are_float32(dtype: torch.dtype) -> None:
+def test_axis_features_of_batches_are_float32(dtype: torch.dtype) -> None:
     logits = torch.randn(3, 2, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
     features = axis_features(logits)
     assert features.dtype == torch.float32
@@ -61,29 +61,31 @@ def test_features_of_batches_are_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(features, expected)
 
 
-def test_fewer_bins_than_the_reach_are_all_within() -> None:
+def test_fewer_bins_than_the_reach_have_full_mass() -> None:
     torch.testing.assert_close(axis_features(torch.randn(8)), torch.tensor(SHARP))
 
 
-def test_a_point_and_an_object() -> None:
+def test_confidence_of_a_point_and_an_object() -> None:
     x, y, w, h = (0.5, 0.9, 0.25), (0.8, 0.9, 0.1), (0.3, 0.7, 0.2), (0.2, 0.6, 0.0)
     point = 0.8 * 0.5 * 0.8 / (1 - 0.8 * 0.25)
     assert confidence(0.8, (0.1, 0.2), (x, y)) == pytest.approx(point)
     assert confidence(0.8, (0.1, 0.2, 0.3, 0.4), (x, y, w, h)) == pytest.approx(point * 0.7 * 0.6)
 
 
-def test_sharp_numbers_leave_the_probability_of_going_on() -> None:
+def test_sharp_distributions_give_the_continue_probability() -> None:
     assert confidence(0.7, (0.5, 0.5), (SHARP, SHARP)) == pytest.approx(0.7)
 
 
-def test_what_may_come_first_does_not_count_against_an_object() -> None:
+def test_mass_of_earlier_objects_does_not_lower_confidence() -> None:
     """Two objects that are both sure to be there, the model undecided which is further left: each is as good."""
     assert confidence(1.0, (0.6, 0.5), ((0.5, 0.5, 0.5), SHARP)) == pytest.approx(1.0)
     assert confidence(1.0, (0.2, 0.5), ((0.5, 0.5, 0.0), SHARP)) == pytest.approx(0.5)
 
 
 @given(PROBABILITY, st.lists(FEATURES, min_size=4, max_size=4), st.sampled_from([2, 4]))
-def test_lies_within_0_and_1_and_rises_with_going_on(going_on: float, features: list, count: int) -> None:
+def test_confidence_is_in_range_and_increases_with_continue_probability(
+    going_on: float, features: list, count: int
+) -> None:
     box = (0.5,) * count
     value = confidence(going_on, box, features[:count])
     assert 0.0 <= value <= 1.0
@@ -91,7 +93,7 @@ def test_lies_within_0_and_1_and_rises_with_going_on(going_on: float, features: 
 
 
 @pytest.mark.parametrize("axis", range(-1, 4))
-def test_nan_gives_nan(axis: int) -> None:
+def test_nan_input_gives_nan_confidence(axis: int) -> None:
     features = [SHARP] * 4
     if axis >= 0:
         features[axis] = (math.nan,) * 3
@@ -99,7 +101,7 @@ def test_nan_gives_nan(axis: int) -> None:
     assert axis_features(torch.full((2, 1024), math.nan))[:, :2].isnan().all()
 
 
-def test_every_number_has_a_distribution() -> None:
+def test_box_and_features_must_have_the_same_length() -> None:
     with pytest.raises(ValueError, match="must have the same length, got 4 and 2"):
         confidence(0.5, (0.5,) * 4, (SHARP, SHARP))
 
@@ -113,7 +115,7 @@ PINNED = {
 
 
 @pytest.mark.parametrize(("name", "kind"), PINNED)
-def test_the_golden_checkpoints_keep_their_confidences(name: str, kind: type[Detect] | type[Point]) -> None:
+def test_golden_checkpoints_keep_their_confidences(name: str, kind: type[Detect] | type[Point]) -> None:
     with load(str(GOLDEN / name), device="cpu", dtype="float32") as model:
         image = model.encode_image(str(GOLDEN / name / "images" / "1_640x480.png"))
         request = kind(image, "dog", {"max_objects": 3})

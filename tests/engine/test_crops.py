@@ -26,13 +26,13 @@ CONFIG = VisionConfig(crop_size=112, max_crops=4, overlap_margin=1)
         ((1000, 1000), (3, 3)),
     ],
 )
-def test_tilings_of_the_full_size(resolution_wh: tuple[int, int], tiling: tuple[int, int]) -> None:
+def test_tilings_of_full_size_crops(resolution_wh: tuple[int, int], tiling: tuple[int, int]) -> None:
     width, height = resolution_wh
     assert cut_crops(np.zeros((height, width, 3), np.uint8), VisionConfig()).tiling == tiling
 
 
 @given(st.integers(-200, 5000), st.integers(-200, 5000), st.integers(1, 20))
-def test_tiling_keeps_the_limit(height: int, width: int, max_crops: int) -> None:
+def test_tiling_respects_max_crops(height: int, width: int, max_crops: int) -> None:
     rows, columns = select_tiling(height, width, 266, max_crops)
     assert rows >= 1
     assert columns >= 1
@@ -52,7 +52,7 @@ def test_max_crops_must_be_positive() -> None:
         cut_crops(np.zeros((10, 10, 3), np.uint8), CONFIG, 0)
 
 
-def test_neighbouring_crops_share_their_overlap() -> None:
+def test_neighboring_crops_share_their_overlap() -> None:
     rng = np.random.default_rng(0)
     crops = cut_crops(rng.integers(0, 256, (400, 400, 3), dtype=np.uint8), CONFIG)
     assert crops.tiling == (2, 2)
@@ -62,6 +62,6 @@ def test_neighbouring_crops_share_their_overlap() -> None:
     np.testing.assert_array_equal(left[-margin:], below[:margin])
 
 
-def test_normalize_maps_bytes_to_plus_minus_one() -> None:
+def test_normalize_maps_bytes_to_minus_one_to_one() -> None:
     pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3)
     torch.testing.assert_close(normalize(pixels, torch.float32).flatten(), torch.tensor([-1.0, 1.0, -0.6]))

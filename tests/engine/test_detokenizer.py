@@ -30,15 +30,15 @@ def pieces_of(text: str) -> list[str]:
         ("", []),
     ],
 )
-def test_pieces_end_at_words(text: str, pieces: list[str]) -> None:
+def test_text_is_emitted_word_by_word(text: str, pieces: list[str]) -> None:
     assert pieces_of(text) == pieces
 
 
 @given(st.text(max_size=60))
-def test_pieces_add_up_to_the_text(text: str) -> None:
+def test_emitted_pieces_concatenate_to_the_text(text: str) -> None:
     assert "".join(pieces_of(text)) == text
 
 
 @given(st.text(max_size=60))
-def test_no_piece_holds_half_a_character(text: str) -> None:
+def test_pieces_contain_no_partial_characters(text: str) -> None:
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces_of(text))

@@ -80,7 +80,7 @@ def boxes(model: LocalModel, encoded: EncodedImage, names: Sequence[str] = NAMES
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [encoding.TOKENS_PER_PASS, 3000], ids=["one pass", "passes of 4"])
 @pytest.mark.parametrize("name", ["mha", "gqa"])
-def test_a_batch_gives_the_published_values(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_encoding_equals_published_values(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "TOKENS_PER_PASS", tokens)
     model = load(str(GOLDEN / name), device="cpu", dtype="float32")
     expected = load_file(GOLDEN / name / "expected.safetensors")
@@ -97,7 +97,7 @@ def test_a_batch_gives_the_published_values(name: str, tokens: int, monkeypatch:
             torch.testing.assert_close(got, expected[f"{image[0]}.{key}"], atol=1e-4, rtol=0)
 
 
-def test_a_batch_with_an_adapter_equals_single_images() -> None:
+def test_batch_encoding_with_adapter_equals_single_images() -> None:
     model = load(str(GOLDEN / "gqa"), device="cpu", dtype="float32")
     lora = load_adapter(str(GOLDEN / "gqa" / "adapter.pt"), model.config, device=model.device, dtype=model.dtype).layers
     frames = [to_rgb(GOLDEN / "gqa" / "images" / IMAGES[i]) for i in (0, 3)]
@@ -114,7 +114,7 @@ def test_a_batch_with_an_adapter_equals_single_images() -> None:
     max_crops=st.sampled_from([None, 1, 2, 6]),
     tokens=st.sampled_from([1, 200, 12_000]),
 )
-def test_frames_of_any_sizes_batch(
+def test_frames_of_different_sizes_are_encoded_together(
     model: LocalModel, sizes: list[tuple[int, int]], max_crops: int | None, tokens: int
 ) -> None:
     rng = np.random.default_rng(0)
@@ -127,11 +127,11 @@ def test_frames_of_any_sizes_batch(
         assert_same(encoded, encode_images(model.network, [frame], **{**SETTINGS, "max_crops": max_crops})[0])
 
 
-def test_no_frames_give_none(model: LocalModel) -> None:
+def test_encoding_no_frames_returns_an_empty_list(model: LocalModel) -> None:
     assert encode_images(model.network, [], **SETTINGS) == []
 
 
-def test_crops_go_through_in_few_even_passes(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_are_split_into_few_even_passes(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [np.zeros((480, 640, 3), np.uint8)] * 5  # three crops each
     with crops_seen(tiny.network) as seen:
         encode_images(tiny.network, frames, **SETTINGS)
@@ -141,7 +141,7 @@ def test_crops_go_through_in_few_even_passes(tiny: LocalModel, monkeypatch: pyte
         assert seen[1:] == [5, 5, 5]
 
 
-def test_the_equal_crops_of_a_small_image_are_encoded_once(tiny: LocalModel) -> None:
+def test_identical_crops_of_a_small_image_are_encoded_once(tiny: LocalModel) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (100, 90, 3), dtype=np.uint8)
     with crops_seen(tiny.network) as seen:
         (encoded,) = encode_images(tiny.network, [frame], **SETTINGS)
@@ -151,7 +151,7 @@ def test_the_equal_crops_of_a_small_image_are_encoded_once(tiny: LocalModel) -> 
     assert torch.equal(encoded.features[0], encoded.features[1])
 
 
-def test_an_encoded_image_holds_no_memory_of_another(model: LocalModel, frame: np.ndarray) -> None:
+def test_encoded_images_share_no_memory(model: LocalModel, frame: np.ndarray) -> None:
     batch = encode_images(model.network, [frame, frame[:50, :40], frame[::-1]], **SETTINGS)
     for encoded in batch:
         for tensor in (encoded.features, encoded.embedding):
@@ -161,12 +161,12 @@ def test_an_encoded_image_holds_no_memory_of_another(model: LocalModel, frame: n
     assert len(set.union(*storages)) == sum(map(len, storages))
 
 
-def test_nbytes_counts_everything(model: LocalModel, frame: np.ndarray) -> None:
+def test_nbytes_counts_all_tensors(model: LocalModel, frame: np.ndarray) -> None:
     (encoded,) = encode_images(model.network, [frame], **SETTINGS)
     assert encoded.nbytes == encoded.crops.size + 4 * sum(tensor.numel() for tensor in tensors(encoded))
 
 
-def test_max_crops_is_checked(model: LocalModel, frame: np.ndarray) -> None:
+def test_non_positive_max_crops_raises(model: LocalModel, frame: np.ndarray) -> None:
     with pytest.raises(ValueError, match="max_crops must be at least 1, got 0"):
         encode_images(model.network, [frame], **{**SETTINGS, "max_crops": 0})
 
@@ -200,7 +200,7 @@ def again(
     return encoded, sum(seen)
 
 
-def test_an_equal_frame_costs_nothing(tiny: LocalModel, scene: np.ndarray) -> None:
+def test_identical_frame_is_not_encoded_again(tiny: LocalModel, scene: np.ndarray) -> None:
     (first,) = encode_images(tiny.network, [scene], **SETTINGS)
     for tolerance in (0.0, 5.0):
         second, count = again(tiny, scene.copy(), first, tolerance)
@@ -209,7 +209,7 @@ def test_an_equal_frame_costs_nothing(tiny: LocalModel, scene: np.ndarray) -> No
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 3.0])
-def test_only_what_changed_is_encoded_again(tiny: LocalModel, scene: np.ndarray, tolerance: float) -> None:
+def test_only_changed_crops_are_encoded_again(tiny: LocalModel, scene: np.ndarray, tolerance: float) -> None:
     (first,) = encode_images(tiny.network, [scene], **SETTINGS)
     before = [tensor.clone() for tensor in tensors(first)], first.crops.copy()
     moved = scene.copy()
@@ -225,7 +225,7 @@ def test_only_what_changed_is_encoded_again(tiny: LocalModel, scene: np.ndarray,
 
 
 @pytest.mark.slow
-def test_two_of_nine_crops_of_the_full_size() -> None:
+def test_change_in_two_of_nine_crops_encodes_two() -> None:
     model = load(str(GOLDEN / "mha"), device="cpu", dtype="float32")
     frame = to_rgb(GOLDEN / "mha" / "images" / "1_640x480.png")
     changed = frame.copy()
@@ -266,7 +266,7 @@ def test_detections_along_a_clip_agree(tiny: LocalModel) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_a_frame_of_another_size_is_encoded_in_full(model: LocalModel, frame: np.ndarray) -> None:
+def test_frame_of_another_size_is_encoded_completely(model: LocalModel, frame: np.ndarray) -> None:
     few = {**SETTINGS, "max_crops": 2}
     (first,) = encode_images(model.network, [frame], **few)
     for other in (frame[:100], np.ascontiguousarray(frame.transpose(1, 0, 2)), frame[:50, :50]):
@@ -283,7 +283,7 @@ def test_a_frame_of_another_size_is_encoded_in_full(model: LocalModel, frame: np
         ({"adapter_name": "other"}, "adapter None, not 'other'"),
     ],
 )
-def test_another_model_or_other_settings_are_refused(
+def test_previous_image_of_another_model_or_settings_raises(
     model: LocalModel, frame: np.ndarray, different: dict[str, Any], message: str
 ) -> None:
     (first,) = encode_images(model.network, [frame], **SETTINGS)
@@ -293,7 +293,7 @@ def test_another_model_or_other_settings_are_refused(
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
-def test_a_tolerance_that_is_none_is_refused(model: LocalModel, frame: np.ndarray, tolerance: float) -> None:
+def test_invalid_tolerance_raises(model: LocalModel, frame: np.ndarray, tolerance: float) -> None:
     (first,) = encode_images(model.network, [frame], **SETTINGS)
     with pytest.raises(ValueError, match=f"tolerance must be 0 or more gray levels, got {tolerance}"):
         reencode(model.network, frame, first, tolerance, **SETTINGS)
@@ -309,7 +309,7 @@ def exposures(rgb: np.ndarray, sigma: float, seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sigma", [2.0, 5.0, 10.0])
-def test_noise_stays_below_its_standard_deviation(sigma: float) -> None:
+def test_difference_of_noise_stays_below_its_standard_deviation(sigma: float) -> None:
     view = np.random.default_rng(0).integers(40, 216, (4, 378, 378, 3))
     differences = largest_differences(exposures(view, sigma, 1), exposures(view, sigma, 2))
     assert differences.shape == (4,)
@@ -317,7 +317,7 @@ def test_noise_stays_below_its_standard_deviation(sigma: float) -> None:
     assert (differences > 0.5 * sigma).all()
 
 
-def test_a_small_thing_shows_more_than_noise_though_its_crop_changes_less() -> None:
+def test_small_object_differs_more_than_noise() -> None:
     view = np.random.default_rng(0).integers(40, 176, (1, 378, 378, 3)).astype(np.uint8)
     thing = view.copy()
     thing[0, 200:204, 301:305] += 80
@@ -331,7 +331,7 @@ def test_a_small_thing_shows_more_than_noise_though_its_crop_changes_less() -> N
     shift=st.tuples(st.integers(-3, 3), st.integers(-3, 3)).filter(any),
     channel=st.integers(0, 2),
 )
-def test_a_dot_of_four_pixels_that_moves_is_seen_wherever_it_is(
+def test_moving_four_pixel_dot_is_detected_anywhere(
     place: tuple[int, int], shift: tuple[int, int], channel: int
 ) -> None:
     crops = np.zeros((2, 1, 112, 112, 3), np.uint8)
@@ -344,13 +344,13 @@ def test_a_dot_of_four_pixels_that_moves_is_seen_wherever_it_is(
 
 
 @pytest.mark.parametrize("value", [1, 255])
-def test_a_change_everywhere_is_itself(value: int) -> None:
+def test_uniform_change_equals_its_difference(value: int) -> None:
     old, new = np.zeros((2, 42, 42, 3), np.uint8), np.full((2, 42, 42, 3), value, np.uint8)
     np.testing.assert_array_equal(largest_differences(new, old), [value, value])
     np.testing.assert_array_equal(largest_differences(old, new), [value, value])
 
 
-def test_noise_is_kept_and_a_small_object_is_not(tiny: LocalModel, scene: np.ndarray) -> None:
+def test_noise_within_tolerance_is_unchanged_and_a_small_object_is_not(tiny: LocalModel, scene: np.ndarray) -> None:
     (first,) = encode_images(tiny.network, [exposures(scene, 4, 1)], **SETTINGS)
     second, count = again(tiny, exposures(scene, 4, 2), first, 4.0)
     assert second is first
@@ -368,7 +368,7 @@ def test_noise_is_kept_and_a_small_object_is_not(tiny: LocalModel, scene: np.nda
     assert torch.equal(third.features[2], first.features[2])
 
 
-def test_slow_drift_adds_up_until_it_is_noticed(tiny: LocalModel, scene: np.ndarray) -> None:
+def test_slow_drift_accumulates_until_it_exceeds_the_tolerance(tiny: LocalModel, scene: np.ndarray) -> None:
     (encoded,) = encode_images(tiny.network, [scene // 2], **SETTINGS)
     counts = []
     for step in range(1, 10):

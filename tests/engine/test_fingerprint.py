@@ -35,7 +35,7 @@ def loaded() -> LocalModel:
     return load(FOLDER, device="cpu")
 
 
-def test_images_of_another_object_with_the_same_weights_are_accepted(loaded: LocalModel) -> None:
+def test_encoded_images_of_equal_weights_are_accepted(loaded: LocalModel) -> None:
     again = load(FOLDER, device="cpu")
     assert again.fingerprint() == loaded.fingerprint()
     encoded = again.encode_image(IMAGE)
@@ -43,7 +43,7 @@ def test_images_of_another_object_with_the_same_weights_are_accepted(loaded: Loc
     assert loaded.point(encoded, "dog", FEW) == loaded.point(IMAGE, "dog", FEW)
 
 
-def test_images_of_another_process_are_accepted(loaded: LocalModel) -> None:
+def test_encoded_images_of_another_process_are_accepted(loaded: LocalModel) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         encoded: EncodedImage = pickle.loads(pool.apply(encode_elsewhere, (FOLDER,)))
     assert encoded.fingerprint == loaded.fingerprint()
@@ -56,7 +56,7 @@ def test_images_of_another_process_are_accepted(loaded: LocalModel) -> None:
         assert got == pytest.approx(wanted, abs=1e-4)
 
 
-def test_images_of_other_weights_are_rejected(loaded: LocalModel) -> None:
+def test_encoded_images_of_other_weights_are_rejected(loaded: LocalModel) -> None:
     fine_tuned = copy.deepcopy(loaded.network)
     with torch.no_grad():
         fine_tuned.region.size_encoder.bias += 1e-3
@@ -78,7 +78,7 @@ def test_images_of_other_weights_are_rejected(loaded: LocalModel) -> None:
             loaded.encode_image(IMAGE, previous=encoded)
 
 
-def test_the_adapter_of_a_variant_counts_by_its_content(loaded: LocalModel, tmp_path: Path) -> None:
+def test_adapter_fingerprint_depends_on_content(loaded: LocalModel, tmp_path: Path) -> None:
     variant = tmp_path / "variant.pt"
     variant.write_bytes(ADAPTER.read_bytes())
     settings = {"variant": str(variant), "max_objects": 3}
@@ -95,7 +95,7 @@ def test_the_adapter_of_a_variant_counts_by_its_content(loaded: LocalModel, tmp_
     assert isinstance(result, ErrorResult)
 
 
-def test_fingerprints_survive_a_change_of_the_device(loaded: LocalModel) -> None:
+def test_fingerprint_does_not_depend_on_the_device(loaded: LocalModel) -> None:
     assert fingerprint(copy.deepcopy(loaded.network), None) == loaded.fingerprint()
     if torch.cuda.is_available():
         assert fingerprint(copy.deepcopy(loaded.network).cuda(), None) == loaded.fingerprint()

@@ -53,7 +53,7 @@ def kept(cache: ImageCache, key: ImageKey) -> EncodedImage | None:
     return None
 
 
-def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
+def test_put_image_is_returned_by_key(model: LocalModel, frame: np.ndarray) -> None:
     cache = ImageCache(4, 10_000_000)
     key = cache.key(frame, None, None)
     assert kept(cache, key) is None
@@ -68,7 +68,7 @@ def test_gives_back_what_was_put(model: LocalModel, frame: np.ndarray) -> None:
     assert (cache.hits, cache.misses) == (1, 2)
 
 
-def test_keys_differ_by_content_shape_and_settings() -> None:
+def test_keys_depend_on_content_shape_and_settings() -> None:
     rgb = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
     other = rgb.copy()
     other[2, 3, 2] += 1
@@ -86,12 +86,12 @@ def test_keys_differ_by_content_shape_and_settings() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_a_view_has_the_key_of_its_copy() -> None:
+def test_view_and_copy_have_the_same_key() -> None:
     wide = np.random.default_rng(0).integers(0, 256, (10, 20, 3), dtype=np.uint8)
     assert ImageCache.key(wide[::2, ::-1], 2, "a") == ImageCache.key(wide[::2, ::-1].copy(), 2, "a")
 
 
-def test_the_image_not_used_for_longest_goes_first() -> None:
+def test_least_recently_used_image_is_evicted() -> None:
     cache = ImageCache(2, 1000)
     cache.put(key_of(1), image_of(100))
     cache.put(key_of(2), image_of(100))
@@ -100,7 +100,7 @@ def test_the_image_not_used_for_longest_goes_first() -> None:
     assert [kept(cache, key_of(i)) is not None for i in (1, 2, 3)] == [True, False, True]
 
 
-def test_a_large_image_pushes_out_several() -> None:
+def test_large_image_evicts_several() -> None:
     cache = ImageCache(10, 1000)
     for number in range(5):
         cache.put(key_of(number), image_of(200))
@@ -109,7 +109,7 @@ def test_a_large_image_pushes_out_several() -> None:
     assert cache.nbytes == 900
 
 
-def test_an_image_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
+def test_image_above_max_bytes_is_not_cached() -> None:
     cache = ImageCache(10, 1000)
     cache.put(key_of(1), image_of(1000))
     cache.put(key_of(2), image_of(1001))
@@ -117,7 +117,7 @@ def test_an_image_above_the_budget_is_not_kept_and_pushes_nothing_out() -> None:
     assert kept(cache, key_of(2)) is None
 
 
-def test_putting_again_replaces() -> None:
+def test_put_replaces_an_existing_key() -> None:
     cache = ImageCache(2, 1000)
     cache.put(key_of(1), image_of(700))
     second = image_of(600)
@@ -132,7 +132,7 @@ def test_putting_again_replaces() -> None:
     ("max_images", "max_bytes", "message"),
     [(0, 1, "max_images must be at least 1, got 0"), (1, -5, "max_bytes must be at least 1, got -5")],
 )
-def test_limits_below_one_are_refused(max_images: int, max_bytes: int, message: str) -> None:
+def test_limits_below_one_raise(max_images: int, max_bytes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageCache(max_images, max_bytes)
 
@@ -144,7 +144,9 @@ def test_limits_below_one_are_refused(max_images: int, max_bytes: int, message: 
     max_images=st.integers(1, 5),
     max_bytes=st.integers(1, 300),
 )
-def test_does_what_a_plain_list_would(steps: list[tuple[str, int, int]], max_images: int, max_bytes: int) -> None:
+def test_cache_equals_a_reference_implementation(
+    steps: list[tuple[str, int, int]], max_images: int, max_bytes: int
+) -> None:
     cache = ImageCache(max_images, max_bytes)
     expected: OrderedDict[int, int] = OrderedDict()  # number → bytes
     for step, number, nbytes in steps:
@@ -166,7 +168,7 @@ def test_does_what_a_plain_list_would(steps: list[tuple[str, int, int]], max_ima
         assert (len(cache), cache.nbytes) == (len(expected), sum(expected.values()))
 
 
-def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
+def test_concurrent_access_keeps_the_cache_consistent(request: pytest.FixtureRequest) -> None:
     interval = sys.getswitchinterval()
     request.addfinalizer(lambda: sys.setswitchinterval(interval))
     sys.setswitchinterval(1e-6)  # otherwise a thread hardly ever stops in the middle of a put
@@ -198,7 +200,7 @@ def test_threads_leave_it_whole(request: pytest.FixtureRequest) -> None:
     assert sum(image.nbytes for image in left) == cache.nbytes <= 1000
 
 
-def test_what_one_thread_is_encoding_others_wait_for() -> None:
+def test_second_lookup_gets_the_in_flight_entry() -> None:
     cache, key, image = ImageCache(4, 10_000), key_of(1), image_of(100)
     promise, mine = cache.get_or_start(key)
     assert isinstance(promise, Future)
@@ -211,7 +213,7 @@ def test_what_one_thread_is_encoding_others_wait_for() -> None:
     assert (cache.hits, cache.misses) == (2, 1)
 
 
-def test_what_is_not_kept_reaches_those_who_wait() -> None:
+def test_image_too_large_to_cache_resolves_the_in_flight_entry() -> None:
     cache, key, image = ImageCache(4, 50), key_of(1), image_of(100)
     promise, _ = cache.get_or_start(key)
     cache.put(key, image)
@@ -220,7 +222,7 @@ def test_what_is_not_kept_reaches_those_who_wait() -> None:
     assert cache.get_or_start(key)[1]
 
 
-def test_what_one_thread_gives_up_another_encodes() -> None:
+def test_abandoned_entry_resolves_to_none_and_can_be_restarted() -> None:
     cache, key = ImageCache(4, 10_000), key_of(1)
     promise, _ = cache.get_or_start(key)
     assert isinstance(promise, Future)
@@ -231,7 +233,7 @@ def test_what_one_thread_gives_up_another_encodes() -> None:
     assert mine
 
 
-def test_a_promise_is_given_up_by_who_made_it_alone() -> None:
+def test_abandon_does_not_affect_a_newer_entry_of_another_owner() -> None:
     """Put, pushed out and promised anew by another thread, before the first one is done."""
     cache, key = ImageCache(1, 10_000), key_of(1)
     first, _ = cache.get_or_start(key)
@@ -247,7 +249,7 @@ def test_a_promise_is_given_up_by_who_made_it_alone() -> None:
 
 
 @pytest.mark.parametrize("failures", [0, 1, 3])
-def test_threads_that_meet_at_an_image_encode_it_once(
+def test_concurrent_misses_encode_an_image_once(
     model: LocalModel, frame: np.ndarray, failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = 8

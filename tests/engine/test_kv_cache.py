@@ -189,7 +189,7 @@ def feed(cache: PrefixSharedKVCache, seq_ids: list[list[int]], live: list[int]) 
     return inputs
 
 
-def test_memory_grows_with_entries_and_not_with_rows_times_prefix() -> None:
+def test_memory_grows_with_entries_not_with_sequences_times_prefix() -> None:
     prefix = prefix_of(200)
     assert prefix is not None
     entry = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 + DIM * 4 + 8  # keys and values, the input, the owner
@@ -208,7 +208,7 @@ def test_memory_grows_with_entries_and_not_with_rows_times_prefix() -> None:
         assert rows * steps * entry <= grown <= (1.5 * rows * steps + GROWTH_STEPS * rows) * entry, (rows, steps)
 
 
-def test_rows_that_have_ended_reserve() -> None:
+def test_finished_sequences_free_cache_space() -> None:
     """A cache through which rows pass one after another stays as large as one row."""
     cache = PrefixSharedKVCache(network(), 0, 1, 20)
     cache.add_group(None)
@@ -219,7 +219,7 @@ def test_rows_that_have_ended_reserve() -> None:
 
 
 @pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan, 65504.0])
-def test_overflow_of_a_row_in_half_precision_does_not_reach_the_others(broken: float) -> None:
+def test_float16_overflow_does_not_affect_other_sequences(broken: float) -> None:
     torch.manual_seed(0)
     cache = PrefixSharedKVCache(network(torch.float16), 0, 2, 64)
     cache.add_group(None)
@@ -240,7 +240,7 @@ def test_overflow_of_a_row_in_half_precision_does_not_reach_the_others(broken: f
             assert torch.allclose(out[number, place].float(), expected, atol=5e-3), key
 
 
-def test_a_context_takes_nothing_over_from_the_one_before_it() -> None:
+def test_new_group_does_not_see_entries_of_a_removed_group() -> None:
     """A row that gave no numbers leaves them in its group; the next image there must not see them."""
     cache = PrefixSharedKVCache(network(), 3, 2, 32)
     stays, goes = prefix_of(3), prefix_of(3)
@@ -281,7 +281,7 @@ class OutOfMemoryAt(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_was_fed_survives_running_out_of_memory_while_making_room() -> None:
+def test_input_embeddings_survive_out_of_memory_in_reserve() -> None:
     """Whatever allocation fails, `fed` must still tell what a row goes on from."""
 
     def filled() -> tuple[PrefixSharedKVCache, dict[tuple[int, int], Tensor]]:

@@ -35,13 +35,13 @@ from tests.helpers.models import random_model
 GREEDY = {"temperature": 0, "max_tokens": 12}
 
 
-def test_is_a_vision_model(model: LocalModel) -> None:
+def test_local_model_is_a_vision_model(model: LocalModel) -> None:
     assert isinstance(model, VisionModel)
     assert model.has_scores
     assert model.skills == {"detect", "point", "query", "caption", "gaze"}
 
 
-def test_an_encoded_image_stands_for_its_image(model: LocalModel, frame: np.ndarray) -> None:
+def test_encoded_image_gives_the_replies_of_its_image(model: LocalModel, frame: np.ndarray) -> None:
     encoded = model.encode_image(frame)
     assert isinstance(encoded, EncodedImage)
     assert encoded.size == (320, 240)
@@ -56,7 +56,7 @@ def test_an_encoded_image_stands_for_its_image(model: LocalModel, frame: np.ndar
         assert ask(encoded) == ask(frame)
 
 
-def test_an_encoded_image_remembers_its_settings(model: LocalModel, frame: np.ndarray) -> None:
+def test_encoded_image_rejects_other_settings(model: LocalModel, frame: np.ndarray) -> None:
     encoded = model.encode_image(frame, settings={"max_crops": 1})
     assert encoded.tiling == (1, 1)
     model.detect(encoded, "dog", settings={"max_crops": 1})
@@ -66,7 +66,7 @@ def test_an_encoded_image_remembers_its_settings(model: LocalModel, frame: np.nd
         random_model(seed=1).detect(encoded, "dog")
 
 
-def test_streams_add_up_to_the_reply(model: LocalModel, frame: np.ndarray) -> None:
+def test_streamed_pieces_concatenate_to_the_reply(model: LocalModel, frame: np.ndarray) -> None:
     settings = {"temperature": 0, "max_tokens": 40}
     whole = model.caption(frame, settings=settings)["caption"]
     assert "".join(model.caption(frame, stream=True, settings=settings)["caption"]) == whole
@@ -93,7 +93,7 @@ def test_objects_are_streamed_as_they_are_found(model: LocalModel, frame: np.nda
     assert next(stream).confidence > 0  # long before ten thousand
 
 
-def test_texts_have_a_mean_log_probability(model: LocalModel, frame: np.ndarray) -> None:
+def test_text_results_have_a_mean_log_probability(model: LocalModel, frame: np.ndarray) -> None:
     """Against the model's own distributions, step by step."""
     logits: list[torch.Tensor] = []
     hook = model.network.text.lm_head.register_forward_hook(lambda _module, _args, output: logits.append(output[0]))
@@ -108,13 +108,13 @@ def test_texts_have_a_mean_log_probability(model: LocalModel, frame: np.ndarray)
     assert "logprob" not in model.detect(frame, "dog", settings={"max_objects": 1})
 
 
-def test_max_objects_truncates(model: LocalModel, frame: np.ndarray) -> None:
+def test_max_objects_truncates_the_list(model: LocalModel, frame: np.ndarray) -> None:
     reply = model.detect(frame, "dog", settings={"max_objects": 2})
     assert len(reply["objects"]) == 2
     assert reply["truncated"]
 
 
-def test_the_context_ends_a_list_that_never_ends(model: LocalModel, frame: np.ndarray) -> None:
+def test_full_context_truncates_an_endless_list(model: LocalModel, frame: np.ndarray) -> None:
     reply = model.point(frame, "dog", settings={"max_objects": 100_000})
     assert reply["truncated"]
     room = model.config.text.max_context - model.config.prefix_length
@@ -122,7 +122,7 @@ def test_the_context_ends_a_list_that_never_ends(model: LocalModel, frame: np.nd
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
-def test_max_tokens_truncates(model: LocalModel, frame: np.ndarray, max_tokens: int) -> None:
+def test_max_tokens_truncates_the_text(model: LocalModel, frame: np.ndarray, max_tokens: int) -> None:
     result = model.run([Query(frame, "What?", settings=Settings(temperature=0, max_tokens=max_tokens))])[0]
     assert isinstance(result, QueryResult)
     assert result.truncated
@@ -130,13 +130,13 @@ def test_max_tokens_truncates(model: LocalModel, frame: np.ndarray, max_tokens: 
     assert result.logprob < 0
 
 
-def test_the_context_ends_a_text_that_never_ends(model: LocalModel) -> None:
+def test_full_context_truncates_an_endless_text(model: LocalModel) -> None:
     result = model.run([Query(None, "What?", settings=Settings(temperature=0, max_tokens=100_000))])[0]
     assert isinstance(result, QueryResult)
     assert result.truncated
 
 
-def test_thoughts_leave_room_for_the_answer(model: LocalModel, frame: np.ndarray) -> None:
+def test_reasoning_leaves_context_for_the_answer(model: LocalModel, frame: np.ndarray) -> None:
     settings = Settings(temperature=0, max_tokens=100_000)
     result = model.run([Query(frame, "What?", reasoning=True, settings=settings)])[0]
     assert isinstance(result, QueryResult)
@@ -145,14 +145,14 @@ def test_thoughts_leave_room_for_the_answer(model: LocalModel, frame: np.ndarray
     assert result.answer
 
 
-def test_a_prompt_longer_than_the_context_is_refused(model: LocalModel, frame: np.ndarray) -> None:
+def test_prompt_longer_than_the_context_raises(model: LocalModel, frame: np.ndarray) -> None:
     with pytest.raises(
         ValueError, match=r"the prompt must have at most \d+ tokens, got \d+; .* context has 512 tokens"
     ):
         model.detect(frame, "dog " * 600)
 
 
-def test_seeds_repeat_sampled_text(model: LocalModel, frame: np.ndarray) -> None:
+def test_seed_makes_sampling_repeatable(model: LocalModel, frame: np.ndarray) -> None:
     def sample(seed: int) -> str:
         settings = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 12, "seed": seed}
         return str(model.caption(frame, settings=settings)["caption"])
@@ -161,13 +161,13 @@ def test_seeds_repeat_sampled_text(model: LocalModel, frame: np.ndarray) -> None
     assert len({sample(seed) for seed in range(5)}) > 1
 
 
-def test_sampling_leaves_the_global_generator_alone(model: LocalModel, frame: np.ndarray) -> None:
+def test_sampling_does_not_change_the_global_generator(model: LocalModel, frame: np.ndarray) -> None:
     state = torch.get_rng_state()
     model.caption(frame, settings={"temperature": 1.0, "max_tokens": 3, "seed": 0})
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_failed_item_stands_in_its_place(model: LocalModel, frame: np.ndarray, tmp_path: Path) -> None:
+def test_failed_request_gets_an_error_result_in_order(model: LocalModel, frame: np.ndarray, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.png")
     requests = [Detect(frame, "dog"), Detect(missing, "dog"), Point(missing, "dog"), Point(frame, "dog " * 600)]
     first, second, third, fourth = model.run(requests)
@@ -188,7 +188,7 @@ def test_each_image_is_encoded_once(model: LocalModel, frame: np.ndarray, monkey
     assert len(calls) == 1
 
 
-def test_threads_get_the_same_replies(model: LocalModel, frame: np.ndarray) -> None:
+def test_concurrent_calls_give_the_same_replies(model: LocalModel, frame: np.ndarray) -> None:
     images = [np.roll(frame, 20 * i, axis=1) for i in range(4)]
     alone = [model.detect(image, "dog", settings={"max_objects": 3}) for image in images]
     with ThreadPoolExecutor(4) as pool:
@@ -196,7 +196,7 @@ def test_threads_get_the_same_replies(model: LocalModel, frame: np.ndarray) -> N
     assert together == alone * 2
 
 
-def test_gaze(model: LocalModel, frame: np.ndarray) -> None:
+def test_forced_gaze_returns_a_point(model: LocalModel, frame: np.ndarray) -> None:
     forced = model.run([Gaze(frame, (0.4, 0.3), force=True)])[0]
     assert isinstance(forced, GazeResult)
     assert forced.gaze is not None
@@ -218,13 +218,13 @@ def test_accurate_gaze_is_repeatable_and_averages_mirror_images(model: LocalMode
         encoded, face=face, unstable_settings={**options, "flip_enc_img": model.encode_image(mirror)}
     )
     assert given == reply
-    with pytest.raises(ValueError, match="face must be given"):
+    with pytest.raises(ValueError, match="face must be a box"):
         model.detect_gaze(frame, unstable_settings=options)
-    with pytest.raises(ValueError, match="eye must be given"):
+    with pytest.raises(ValueError, match="eye must be \\(x, y\\)"):
         model.detect_gaze(frame)
 
 
-def test_points_carry_confidence(model: LocalModel, frame: np.ndarray) -> None:
+def test_points_have_a_confidence(model: LocalModel, frame: np.ndarray) -> None:
     result = model.run([Point(frame, "dog", Settings(max_objects=5))])[0]
     assert isinstance(result, PointResult)
     assert all(0 < p.confidence < 1 for p in result.points)
@@ -239,8 +239,8 @@ def test_points_carry_confidence(model: LocalModel, frame: np.ndarray) -> None:
         (lambda m, f: m.detect(f, 3), "object must be a string, got int"),
         (lambda m, f: m.detect(f, "x" * 200_000), "at most 100000 characters, got 200000"),
         (lambda m, f: m.detect(f, "\ud800"), "must be valid Unicode"),
-        (lambda m, f: m.query(f), "question must be given"),
-        (lambda m, f: m.query(f, None), "question must be given"),
+        (lambda m, f: m.query(f), "question must be a string"),
+        (lambda m, f: m.query(f, None), "question must be a string"),
         (lambda m, f: m.query(None, "What?", spatial_refs=[(0.1, 0.2)]), "image=None"),
         (lambda m, f: m.query(f, "What?", spatial_refs=[(0.1,)]), "2 or 4 numbers, got 1"),
         (lambda m, f: m.query(f, "What?", spatial_refs=[(0.1, 1.2)]), "fractions between 0 and 1"),
@@ -257,12 +257,14 @@ def test_points_carry_confidence(model: LocalModel, frame: np.ndarray) -> None:
         (lambda m, f: m.detect(f, "dog", settings=3), "settings must be a mapping"),
     ],
 )
-def test_bad_arguments_are_named(model: LocalModel, frame: np.ndarray, call: Any, message: str) -> None:
+def test_invalid_arguments_raise_with_the_argument_name(
+    model: LocalModel, frame: np.ndarray, call: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         call(model, frame)
 
 
-def test_a_closed_model_says_so(frame: np.ndarray) -> None:
+def test_closed_model_raises(frame: np.ndarray) -> None:
     with random_model() as opened:
         opened.detect(frame, "dog", settings={"max_objects": 1})
     opened.close()
@@ -270,13 +272,13 @@ def test_a_closed_model_says_so(frame: np.ndarray) -> None:
         opened.detect(frame, "dog")
 
 
-def test_compile_is_rejected_on_a_cpu_with_the_reason(model: LocalModel) -> None:
+def test_compile_on_a_cpu_raises(model: LocalModel) -> None:
     with pytest.raises(MoondreamError, match=r"compile\(\) needs a CUDA device, and this model is on 'cpu'; omit"):
         model.compile()
 
 
 @pytest.mark.slow
-def test_compile_warms_up_the_encoder_and_leaves_the_decoder(frame: np.ndarray) -> None:
+def test_compile_compiles_the_encoder_only(frame: np.ndarray) -> None:
     model, plain = random_model(), random_model()
     compiled: list[int] = []
 

@@ -21,7 +21,9 @@ SHORT = Settings(temperature=0, max_tokens=6, max_objects=2)
 
 
 @pytest.mark.parametrize("max_crops", [None, 1, 2])
-def test_replies_are_those_of_the_image(model: LocalModel, frame: np.ndarray, max_crops: int | None) -> None:
+def test_preprocessed_image_gives_the_replies_of_its_image(
+    model: LocalModel, frame: np.ndarray, max_crops: int | None
+) -> None:
     settings = Settings(temperature=0, max_tokens=6, max_objects=2, max_crops=max_crops)
     prepared = model.preprocess_image(frame)  # with as many crops as by default: others are cut when they are asked for
     for ask in (Detect, lambda i, s: Caption(i, "short", s), lambda i, s: Query(i, "What?", settings=s)):
@@ -30,7 +32,7 @@ def test_replies_are_those_of_the_image(model: LocalModel, frame: np.ndarray, ma
         assert_same(model, request, model.run([request])[0], model.run([same])[0])
 
 
-def test_what_is_cut_is_what_would_be_cut(model: LocalModel, frame: np.ndarray) -> None:
+def test_crops_equal_those_of_the_encoder(model: LocalModel, frame: np.ndarray) -> None:
     prepared = model.preprocess_image(frame, {"max_crops": 2})
     rgb = np.ascontiguousarray(frame[..., ::-1])
     for max_crops in (2, 4):
@@ -43,7 +45,7 @@ def test_what_is_cut_is_what_would_be_cut(model: LocalModel, frame: np.ndarray) 
     assert model.preprocess_image(prepared) is prepared
 
 
-def test_works_wherever_an_image_does(model: LocalModel, frame: np.ndarray) -> None:
+def test_preprocessed_image_is_accepted_in_place_of_an_image(model: LocalModel, frame: np.ndarray) -> None:
     prepared = model.preprocess_image(frame)
     assert model.encode_image(prepared).size == (320, 240)
     encoded = model.encode_image(frame)
@@ -52,7 +54,7 @@ def test_works_wherever_an_image_does(model: LocalModel, frame: np.ndarray) -> N
     assert np.array_equal(detector(prepared, "dog").xyxy, detector(frame, "dog").xyxy)
 
 
-def test_it_is_found_among_images_that_came_as_something_else(frame: np.ndarray) -> None:
+def test_preprocessed_image_hits_the_cache_of_equal_arrays(frame: np.ndarray) -> None:
     model = random_model()
     model.image_cache = ImageCache(4, 1 << 30)
     model.run([Detect(frame, "dog", SHORT)])
@@ -60,7 +62,7 @@ def test_it_is_found_among_images_that_came_as_something_else(frame: np.ndarray)
     assert (model.image_cache.hits, model.image_cache.misses) == (1, 1)
 
 
-def test_the_image_may_change_afterwards(model: LocalModel, frame: np.ndarray) -> None:
+def test_source_array_may_change_after_preprocessing(model: LocalModel, frame: np.ndarray) -> None:
     changing = frame.copy()
     prepared = model.preprocess_image(changing)
     changing[:] = 0
@@ -68,7 +70,7 @@ def test_the_image_may_change_afterwards(model: LocalModel, frame: np.ndarray) -
     assert_same(model, request, model.run([request])[0], model.run([Detect(prepared, "dog", SHORT)])[0])
 
 
-def test_many_threads_may_prepare(model: LocalModel) -> None:
+def test_preprocess_image_is_thread_safe(model: LocalModel) -> None:
     pictures = [Image.new("RGB", (50 + 30 * i, 90), (i, 2 * i, 255 - i)) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
         prepared = list(pool.map(model.preprocess_image, pictures))
@@ -77,7 +79,7 @@ def test_many_threads_may_prepare(model: LocalModel) -> None:
     assert set(tilings) == {(1, 1)}
 
 
-def test_what_is_no_image_is_refused(model: LocalModel) -> None:
+def test_invalid_image_or_settings_raise(model: LocalModel) -> None:
     with pytest.raises(ImageError):
         model.preprocess_image(b"junk")
     with pytest.raises(ValueError, match="max_crops"):

@@ -38,7 +38,7 @@ def ids(text: str) -> tuple[int, ...]:
     ],
     ids=str,
 )
-def test_templates(request_: Any, expected: tuple[int, ...]) -> None:
+def test_prompts_follow_the_templates(request_: Any, expected: tuple[int, ...]) -> None:
     assert write_prompt(request_, TOKENIZER, CONFIG).ids == expected
 
 
@@ -63,7 +63,7 @@ def test_earlier_releases_have_no_control_tokens(extra: dict[str, Any]) -> None:
         write_prompt(Query(IMAGE, "What?", **extra), TOKENIZER, config)
 
 
-def test_a_skill_without_template_is_refused() -> None:
+def test_skill_without_template_raises() -> None:
     config = TokenizerConfig(templates={"caption": {"short": [1]}, "detect": None})
     with pytest.raises(UnsupportedSkill, match="cannot detect"):
         write_prompt(Detect(IMAGE, "dog"), TOKENIZER, config)

@@ -25,7 +25,7 @@ def tokens(draws: list[float], temperature: float = 1.0, top_p: float = 1.0, ban
     return chosen.tolist()
 
 
-def test_without_a_random_number_it_is_the_likeliest() -> None:
+def test_greedy_sampling_selects_the_most_likely_token() -> None:
     chosen, logprobs = sample(LOGITS[None], [SamplingParams(0.0, 0.3, None)])
     assert chosen.tolist() == [0]
     assert float(logprobs) == pytest.approx(math.log(0.5))
@@ -34,19 +34,19 @@ def test_without_a_random_number_it_is_the_likeliest() -> None:
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.0, {0}), (0.3, {0}), (0.6, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
 )
-def test_top_p_keeps_the_likeliest(top_p: float, kept: set[int]) -> None:
+def test_top_p_keeps_the_most_likely_tokens(top_p: float, kept: set[int]) -> None:
     assert set(tokens(DRAWS, top_p=top_p)) == kept
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_even_random_numbers_choose_in_proportion(temperature: float) -> None:
+def test_sampled_tokens_follow_their_probabilities(temperature: float) -> None:
     chosen = tokens(DRAWS, temperature)
     powers = [p ** (1 / temperature) for p in PROBABILITIES]
     for token, power in enumerate(powers):
         assert chosen.count(token) / len(DRAWS) == pytest.approx(power / sum(powers), abs=1e-3)
 
 
-def test_banned_tokens_are_never_chosen() -> None:
+def test_banned_tokens_are_never_sampled() -> None:
     assert set(tokens(DRAWS, banned=(0, 2))) == {1, 3}
     chosen, logprobs = sample(LOGITS[None], [SamplingParams(0.0, 0.3, None, (0,))])
     assert chosen.tolist() == [1]
@@ -67,7 +67,7 @@ def test_banned_tokens_are_never_chosen() -> None:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_row_chooses_as_if_it_were_alone(
+def test_sampling_does_not_depend_on_the_batch(
     rows: list[tuple[float, float, float | None, tuple[int, ...]]], seed: int
 ) -> None:
     logits = 3 * torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed))

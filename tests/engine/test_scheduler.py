@@ -112,7 +112,7 @@ def not_a_number(encoded: EncodedImage) -> EncodedImage:
 
 
 @pytest.mark.parametrize("what", ["cancelled", "failed", "cut short", "everything"])
-def test_rows_that_end_early_leave_the_others_unchanged(model: LocalModel, what: str) -> None:
+def test_early_ends_do_not_change_other_results(model: LocalModel, what: str) -> None:
     scheduler = model.scheduler()
     stay = [scheduler.submit(request) for request in mixed()]
     go: list[Job] = []
@@ -144,7 +144,7 @@ def test_rows_that_end_early_leave_the_others_unchanged(model: LocalModel, what:
 # --- What a server drives -------------------------------------------------------------------------------------------
 
 
-def test_nothing_to_do(model: LocalModel) -> None:
+def test_step_without_requests_returns_false(model: LocalModel) -> None:
     scheduler = model.scheduler()
     assert not scheduler.step()
     assert scheduler.results() == []
@@ -155,7 +155,7 @@ def test_nothing_to_do(model: LocalModel) -> None:
     assert job.done
 
 
-def test_pieces_come_one_by_one_and_add_up(model: LocalModel) -> None:
+def test_taken_pieces_come_one_by_one_and_equal_the_result(model: LocalModel) -> None:
     scheduler = model.scheduler()
     long = dataclasses.replace(SHORT, max_objects=6)
     requests = [*mixed(), Detect(SECOND, "dog", long), Point(FIRST, "dog", long)]
@@ -188,7 +188,7 @@ def test_pieces_come_one_by_one_and_add_up(model: LocalModel) -> None:
     assert sum(before_the_end) > 15
 
 
-def test_text_comes_in_words(model: LocalModel) -> None:
+def test_text_pieces_are_words(model: LocalModel) -> None:
     scheduler = model.scheduler()
     jobs = [
         scheduler.submit(Caption(FIRST, "short", Settings(temperature=3.0, top_p=1.0, max_tokens=40, seed=seed)))
@@ -203,7 +203,7 @@ def test_text_comes_in_words(model: LocalModel) -> None:
         assert all(" " not in piece.rstrip(" ") or piece.startswith(" ") for piece in pieces), pieces
 
 
-def test_results_come_in_the_order_of_their_ends_and_once(model: LocalModel) -> None:
+def test_results_are_returned_once_in_order_of_completion(model: LocalModel) -> None:
     scheduler = model.scheduler()
     lengths = (9, 2, 5)
     jobs = [
@@ -221,7 +221,7 @@ def test_results_come_in_the_order_of_their_ends_and_once(model: LocalModel) -> 
 
 
 @pytest.mark.parametrize("when", ["before any step", "waiting", "running", "done"])
-def test_cancel(model: LocalModel, when: str) -> None:
+def test_cancel_finishes_the_job_with_request_cancelled(model: LocalModel, when: str) -> None:
     scheduler = model.scheduler()
     if when == "waiting":
         scheduler.limits = Limits(max_num_seqs=1)
@@ -248,7 +248,7 @@ def test_cancel(model: LocalModel, when: str) -> None:
     assert scheduler._running == {}
 
 
-def test_a_cancelled_row_keeps_what_it_has_said(model: LocalModel) -> None:
+def test_cancelled_job_keeps_its_pieces(model: LocalModel) -> None:
     scheduler = model.scheduler()
     job = scheduler.submit(Detect(FIRST, "dog", Settings(max_objects=40)))
     while len(job.sequence.pieces if job.sequence else ()) < 3:
@@ -259,7 +259,7 @@ def test_a_cancelled_row_keeps_what_it_has_said(model: LocalModel) -> None:
     assert len(job.take()) == 3
 
 
-def test_requests_come_from_other_threads_meanwhile(model: LocalModel) -> None:
+def test_requests_can_be_submitted_from_other_threads(model: LocalModel) -> None:
     scheduler = model.scheduler()
     jobs: list[Job] = []
 
@@ -281,7 +281,7 @@ def test_requests_come_from_other_threads_meanwhile(model: LocalModel) -> None:
     assert sorted(map(id, scheduler.results())) == sorted(map(id, jobs))
 
 
-def test_a_closed_model_says_so_at_the_next_step(model: LocalModel) -> None:
+def test_step_raises_after_the_model_is_closed(model: LocalModel) -> None:
     scheduler = model.scheduler()
     scheduler.submit(Caption(FIRST, "short", SHORT))
     scheduler.step()
@@ -317,7 +317,7 @@ def contexts(scheduler: Scheduler) -> int:
     return scheduler._runner.num_images
 
 
-def test_rows_of_an_image_share_a_context(model: LocalModel) -> None:
+def test_sequences_on_an_image_share_a_cache_group(model: LocalModel) -> None:
     scheduler = model.scheduler()
     encoded = model.encode_image(FIRST)
     jobs = [scheduler.submit(Caption(encoded, "short", SHORT)) for _ in range(3)]
@@ -332,7 +332,7 @@ def test_rows_of_an_image_share_a_context(model: LocalModel) -> None:
     assert_alone(model, jobs)
 
 
-def test_jobs_tell_what_they_take_of_the_context(model: LocalModel) -> None:
+def test_jobs_count_prompt_and_completion_tokens(model: LocalModel) -> None:
     scheduler = model.scheduler()
     requests = [
         Query(None, "Why?", settings=dataclasses.replace(SHORT, max_tokens=4)),
@@ -353,7 +353,7 @@ def test_jobs_tell_what_they_take_of_the_context(model: LocalModel) -> None:
     assert (too_long.prompt_tokens, too_long.completion_tokens) == (0, 0)
 
 
-def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
+def test_modified_array_is_encoded_again(model: LocalModel) -> None:
     scheduler = model.scheduler()
     frame = FIRST.copy()
     before = scheduler.submit(Caption(frame, "short", SHORT))
@@ -370,7 +370,7 @@ def test_an_array_that_changed_is_encoded_anew(model: LocalModel) -> None:
         assert_same(model, request, alone(model, request), job.result)
 
 
-def test_an_array_that_changed_while_others_wait_for_it_is_encoded_anew(model: LocalModel) -> None:
+def test_array_modified_while_requests_wait_is_encoded_again(model: LocalModel) -> None:
     scheduler = model.scheduler()
     scheduler.limits = Limits(max_num_seqs=1)
     frame = FIRST.copy()
@@ -399,7 +399,7 @@ def test_each_image_is_encoded_once(model: LocalModel, limits: Limits, tmp_path:
     assert sum(crops) == expected
 
 
-def test_an_unreadable_image_fails_its_requests_and_no_others(model: LocalModel, tmp_path: Path) -> None:
+def test_unreadable_image_fails_only_its_requests(model: LocalModel, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
     requests = [
@@ -420,7 +420,7 @@ def test_an_unreadable_image_fails_its_requests_and_no_others(model: LocalModel,
         assert_same(model, requests[i], alone(model, requests[i]), results[i])
 
 
-def test_the_cache_knows_images_by_content() -> None:
+def test_image_cache_matches_images_by_content() -> None:
     model = load("tiny", device="cpu", dtype="float32", cache_images=2)
     frame = blots(4)
     with counting(model) as crops:
@@ -450,7 +450,7 @@ def test_the_cache_knows_images_by_content() -> None:
     assert len(cache) == 0
 
 
-def test_equal_pixels_in_one_call_are_encoded_once_with_a_cache() -> None:
+def test_equal_pixels_in_one_call_are_encoded_once_with_image_cache() -> None:
     model = load("tiny", device="cpu", dtype="float32", cache_images=4)
     once = crops_of(load("tiny", device="cpu", dtype="float32"), [FIRST])
     with counting(model) as crops:
@@ -458,7 +458,7 @@ def test_equal_pixels_in_one_call_are_encoded_once_with_a_cache() -> None:
     assert sum(crops) == once
 
 
-def test_a_frame_is_encoded_from_the_one_before(model: LocalModel) -> None:
+def test_encode_image_reuses_crops_of_the_previous_frame(model: LocalModel) -> None:
     frame = blots(6)
     previous = model.encode_image(frame)
     with counting(model) as crops:
@@ -488,7 +488,7 @@ def test_a_frame_is_encoded_from_the_one_before(model: LocalModel) -> None:
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_limits_change_no_result(model: LocalModel, rows: int, images: int) -> None:
+def test_limits_do_not_change_results(model: LocalModel, rows: int, images: int) -> None:
     requests = [*mixed(), *mixed(SMALL, FIRST)]
     scheduler = model.scheduler()
     scheduler.limits = Limits(rows, images)
@@ -499,7 +499,7 @@ def test_limits_change_no_result(model: LocalModel, rows: int, images: int) -> N
     assert_alone(model, jobs)
 
 
-def test_those_that_came_first_run_first(model: LocalModel) -> None:
+def test_images_are_admitted_in_order_of_their_first_requests(model: LocalModel) -> None:
     """With room for one row, images are begun in the order of their first requests."""
     scheduler = model.scheduler()
     scheduler.limits = Limits(max_num_seqs=1)
@@ -512,9 +512,7 @@ def test_those_that_came_first_run_first(model: LocalModel) -> None:
 
 
 @pytest.mark.parametrize("popular", ["image", "path", "no image"])
-def test_an_image_that_is_asked_about_all_the_time_does_not_starve_others(
-    model: LocalModel, popular: str, tmp_path: Path
-) -> None:
+def test_popular_image_does_not_starve_other_images(model: LocalModel, popular: str, tmp_path: Path) -> None:
     path = tmp_path / "popular.png"
     cv2.imwrite(str(path), FIRST)
     image = {"image": model.encode_image(FIRST), "path": path, "no image": None}[popular]
@@ -532,7 +530,7 @@ def test_an_image_that_is_asked_about_all_the_time_does_not_starve_others(
     pytest.fail("200 steps, and not yet begun")
 
 
-def test_an_image_without_room_waits_for_no_newcomers(model: LocalModel) -> None:
+def test_full_image_budget_does_not_starve_waiting_images(model: LocalModel) -> None:
     scheduler = model.scheduler()
     scheduler.limits = Limits(max_images=1)
     popular = model.encode_image(FIRST)
@@ -549,7 +547,7 @@ def test_an_image_without_room_waits_for_no_newcomers(model: LocalModel) -> None
 # --- Adapters and bad requests --------------------------------------------------------------------------------------
 
 
-def test_requests_with_and_without_an_adapter_run_together() -> None:
+def test_requests_with_and_without_adapter_run_together() -> None:
     model = load(GOLDEN, device="cpu", dtype="float32")
     variant = str(GOLDEN / "adapter.pt")
     plain = [r for r in mixed(SMALL, SMALL) if r.image is not None]
@@ -572,7 +570,7 @@ def test_requests_with_and_without_an_adapter_run_together() -> None:
         assert_same(whole, request, alone(whole, request), result)
 
 
-def test_a_bad_request_is_named_in_its_place(model: LocalModel, tmp_path: Path) -> None:
+def test_invalid_requests_get_error_results_in_order(model: LocalModel, tmp_path: Path) -> None:
     model.config.tokenizer.templates["point"] = None
     missing = str(tmp_path / "missing.pt")
     bad = {
@@ -639,7 +637,7 @@ def at_calls(*numbers: int) -> Callable[[Tensor], bool]:
 
 @pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("MPS backend out of memory (3 GB)")])
 @pytest.mark.parametrize("tokens", [50, 30])
-def test_steps_that_are_too_large_are_taken_with_fewer_rows(
+def test_out_of_memory_lowers_max_num_seqs_and_keeps_results(
     model: LocalModel, tokens: int, error: Failure, caplog: pytest.LogCaptureFixture
 ) -> None:
     requests = mixed()
@@ -655,7 +653,7 @@ def test_steps_that_are_too_large_are_taken_with_fewer_rows(
 
 
 @pytest.mark.parametrize("calls", [(1,), (2,), (5,), (9,), (3, 4), (2, 5, 9)])
-def test_running_out_of_memory_in_the_middle_loses_nothing(model: LocalModel, calls: tuple[int, ...]) -> None:
+def test_out_of_memory_between_steps_loses_no_pieces(model: LocalModel, calls: tuple[int, ...]) -> None:
     requests = mixed()
     before = [alone(model, request) for request in requests]
     images = [model.encode_image(image) for image in (FIRST, SECOND)]
@@ -683,7 +681,7 @@ def test_running_out_of_memory_in_the_middle_loses_nothing(model: LocalModel, ca
 
 
 @pytest.mark.parametrize("image", ["an array", "no image"])
-def test_requests_that_came_one_after_another_all_survive(model: LocalModel, image: str) -> None:
+def test_preempted_requests_on_equal_images_all_finish(model: LocalModel, image: str) -> None:
     """They wait under the same key again, each for its own image."""
     source = FIRST if image == "an array" else None
     scheduler = model.scheduler()
@@ -698,7 +696,7 @@ def test_requests_that_came_one_after_another_all_survive(model: LocalModel, ima
     assert_alone(model, jobs)
 
 
-def test_a_row_goes_on_with_the_pixels_it_began_with(model: LocalModel) -> None:
+def test_preempted_sequence_keeps_its_original_pixels(model: LocalModel) -> None:
     scheduler = model.scheduler()
     frame = FIRST.copy()
     jobs = [scheduler.submit(Caption(image, "short", SAMPLED)) for image in (frame, SECOND)]
@@ -712,9 +710,7 @@ def test_a_row_goes_on_with_the_pixels_it_began_with(model: LocalModel) -> None:
         assert_same(model, Caption(image, "short", SAMPLED), alone(model, Caption(image, "short", SAMPLED)), job.result)
 
 
-def test_images_that_are_too_many_are_encoded_with_fewer_at_a_time(
-    model: LocalModel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_out_of_memory_lowers_max_images_and_keeps_results(model: LocalModel, caplog: pytest.LogCaptureFixture) -> None:
     images = [FIRST, SECOND, SMALL, blots(7), blots(8, 400, 400)]
     requests: list[Request] = [Caption(image, "short", SHORT) for image in images]
     before = [alone(model, request) for request in requests]
@@ -727,7 +723,7 @@ def test_images_that_are_too_many_are_encoded_with_fewer_at_a_time(
         assert_same(model, request, expected, result)
 
 
-def test_an_image_waits_for_memory_until_a_row_has_ended(model: LocalModel) -> None:
+def test_image_waits_for_memory_until_a_sequence_finishes(model: LocalModel) -> None:
     scheduler = model.scheduler()
     scheduler.limits = Limits()
     jobs = [scheduler.submit(Caption(SECOND, "short", SAMPLED)), scheduler.submit(Query(SECOND, "A?", settings=SHORT))]
@@ -739,7 +735,7 @@ def test_an_image_waits_for_memory_until_a_row_has_ended(model: LocalModel) -> N
     assert_alone(model, jobs)
 
 
-def test_an_image_waits_for_memory_that_others_of_its_step_took(model: LocalModel) -> None:
+def test_image_waits_for_memory_of_images_in_the_same_step(model: LocalModel) -> None:
     scheduler = model.scheduler()
     settings = [dataclasses.replace(SHORT, max_crops=crops) for crops in (1, 2, None)]
     jobs = [scheduler.submit(Caption(FIRST, "short", one)) for one in settings]
@@ -756,7 +752,7 @@ def test_an_image_waits_for_memory_that_others_of_its_step_took(model: LocalMode
 
 
 @pytest.mark.parametrize("part", ["text", "vision"])
-def test_a_request_that_never_fits_says_what_to_change(model: LocalModel, part: str) -> None:
+def test_too_large_request_gets_an_error_with_advice(model: LocalModel, part: str) -> None:
     encoded = model.encode_image(SECOND)
     long = Query(encoded, "why " * 40, settings=SHORT) if part == "text" else Caption(SECOND, "short", SHORT)
     requests = [Caption(encoded, "short", SHORT), long, Detect(encoded, "dog", SHORT)]
@@ -774,7 +770,7 @@ def test_a_request_that_never_fits_says_what_to_change(model: LocalModel, part: 
     assert not isinstance(alone(model, long), ErrorResult)
 
 
-def test_one_that_never_fits_alone(model: LocalModel) -> None:
+def test_single_too_large_request_fails_after_few_retries(model: LocalModel) -> None:
     for module in (model.network.text, model.network.vision):
         with failing(module, lambda _x: True) as refused:
             (failed,) = model.run([Caption(FIRST, "short", SHORT)])
@@ -783,7 +779,7 @@ def test_one_that_never_fits_alone(model: LocalModel) -> None:
         assert "max_crops" in str(failed.error)
 
 
-def test_another_error_fails_what_was_running_and_nothing_later(model: LocalModel) -> None:
+def test_other_errors_fail_running_requests_only(model: LocalModel) -> None:
     scheduler = model.scheduler()
     limits = dataclasses.replace(scheduler.limits)
     running = [scheduler.submit(request) for request in mixed()[:5]]
@@ -798,7 +794,7 @@ def test_another_error_fails_what_was_running_and_nothing_later(model: LocalMode
 
 
 @pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("device-side assert")])
-def test_an_error_result_holds_no_device_memory(model: LocalModel, error: Failure) -> None:
+def test_error_result_keeps_no_kv_cache_alive(model: LocalModel, error: Failure) -> None:
     request = Caption(model.encode_image(FIRST), "short", SHORT)
 
     def caches() -> int:
@@ -831,7 +827,7 @@ class OutOfMemoryAt(TorchFunctionMode):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(4))
-def test_running_out_of_memory_anywhere_loses_nothing(model: LocalModel, start: int) -> None:
+def test_out_of_memory_at_any_operation_loses_no_request(model: LocalModel, start: int) -> None:
     """A prime stride, so that the faults of several runs fall on different operations."""
     images = [model.encode_image(image) for image in (FIRST, SECOND)]
     requests = mixed(*images)
@@ -858,7 +854,7 @@ def test_running_out_of_memory_anywhere_loses_nothing(model: LocalModel, start: 
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("skill", ["detect", "query", "sampled"])
-def test_an_image_without_numbers_fails_by_itself(model: LocalModel, skill: str, order: int) -> None:
+def test_nan_image_fails_only_its_requests(model: LocalModel, skill: str, order: int) -> None:
     broken = not_a_number(model.encode_image(FIRST))
     ask: dict[str, list[Request]] = {
         "detect": [Detect(broken, "dog", SHORT), Point(broken, "a very long name of a thing", SHORT)],
@@ -880,7 +876,7 @@ def test_an_image_without_numbers_fails_by_itself(model: LocalModel, skill: str,
             assert "numbers overflowed" in str(result.error)
 
 
-def test_images_that_come_after_one_without_numbers_are_unharmed(model: LocalModel) -> None:
+def test_nan_image_does_not_affect_later_images(model: LocalModel) -> None:
     scheduler = model.scheduler()
     stays = scheduler.submit(Caption(SECOND, "short", SAMPLED))
     scheduler.step()
@@ -893,7 +889,7 @@ def test_images_that_come_after_one_without_numbers_are_unharmed(model: LocalMod
     assert_alone(model, [stays, comes])
 
 
-def test_a_temperature_next_to_zero_takes_the_likeliest(model: LocalModel) -> None:
+def test_tiny_temperature_equals_greedy_sampling(model: LocalModel) -> None:
     cold = Query(FIRST, "What?", settings=Settings(temperature=1e-40, max_tokens=6))
     other = Caption(SECOND, "short", SHORT)
     result, beside = model.run([cold, other])

@@ -123,7 +123,7 @@ def test_properties_keep_the_order_of_the_schema(model: LocalModel) -> None:
     seed=st.integers(0, 3),
     temperature=st.sampled_from((0.0, 2.0)),
 )
-def test_a_batch_gives_the_answers_that_its_requests_have_alone(
+def test_constrained_answers_do_not_depend_on_the_batch(
     model: LocalModel, frame: np.ndarray, names: list[str], seed: int, temperature: float
 ) -> None:
     free = Settings(temperature=temperature, max_tokens=30, seed=seed)
@@ -154,7 +154,7 @@ def test_reasoning_is_not_constrained(model: LocalModel) -> None:
     assert json.loads(constrained.answer) in SCHEMAS["enum"]["enum"]
 
 
-def test_an_answer_that_max_tokens_ends_is_truncated(model: LocalModel) -> None:
+def test_max_tokens_truncates_a_constrained_answer(model: LocalModel) -> None:
     whole, cut = model.run([ask(PERSON), ask(PERSON, max_tokens=4)])
     assert isinstance(whole, QueryResult)
     assert isinstance(cut, QueryResult)
@@ -162,7 +162,7 @@ def test_an_answer_that_max_tokens_ends_is_truncated(model: LocalModel) -> None:
     assert whole.answer.startswith(cut.answer)
 
 
-def test_the_stream_is_the_answer(model: LocalModel) -> None:
+def test_streamed_constrained_answer_equals_the_answer(model: LocalModel) -> None:
     (whole,) = model.run([ask(PERSON)])
     assert isinstance(whole, QueryResult)
     assert "".join(model.stream(ask(PERSON))) == whole.answer
@@ -237,7 +237,7 @@ def test_control_tokens_are_never_allowed(model: LocalModel) -> None:
 
 
 @pytest.mark.parametrize("draw", [None, 0.5])
-def test_a_bitmask_constrains_only_its_row(draw: float | None) -> None:
+def test_bitmask_constrains_only_its_sequence(draw: float | None) -> None:
     logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
     bitmask = np.zeros(3, np.int32)
     bitmask[2] = 1 << 4  # token 68

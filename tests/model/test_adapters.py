@@ -68,7 +68,7 @@ def assert_same(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("short", [False, True])
-def test_layouts(tmp_path: Path, suffix: str, short: bool) -> None:
+def test_every_key_layout_gives_the_same_adapter(tmp_path: Path, suffix: str, short: bool) -> None:
     path, tensors = tmp_path / f"adapter{suffix}", state()
     written = renamed(tensors) if short else tensors
     torch.save(written, path) if suffix == ".pt" else save_file(written, path)
@@ -78,7 +78,7 @@ def test_layouts(tmp_path: Path, suffix: str, short: bool) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_saved_and_loaded_again(tmp_path: Path, suffix: str) -> None:
+def test_saved_adapter_loads_again(tmp_path: Path, suffix: str) -> None:
     torch.save(state(), tmp_path / "first.pt")
     save_adapter(load(tmp_path / "first.pt"), tmp_path / "new" / f"second{suffix}")
     assert_same(load(tmp_path / "new" / f"second{suffix}"), state())
@@ -87,7 +87,7 @@ def test_saved_and_loaded_again(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa"])
-def test_golden_adapters(name: str) -> None:
+def test_golden_adapters_fit_only_their_checkpoint(name: str) -> None:
     config = MoondreamConfig.from_dict(read_config_file(GOLDEN / name / "config.json"))
     adapter = load_adapter(GOLDEN / name / "adapter.pt", config, "cpu", torch.float32)
     assert len(adapter.layers) == config.text.n_layers
@@ -96,13 +96,13 @@ def test_golden_adapters(name: str) -> None:
         load_adapter(GOLDEN / other / "adapter.pt", config, "cpu", torch.float32)
 
 
-def test_a_projection_may_be_left_alone_in_all_layers(tmp_path: Path) -> None:
+def test_projection_may_be_missing_in_all_layers(tmp_path: Path) -> None:
     torch.save({k: v for k, v in state().items() if "Wqkv" in k}, tmp_path / "a.pt")
     layers = load(tmp_path / "a.pt").layers
     assert all(set(layer["attn"]) == {"qkv"} and not layer["mlp"] for layer in layers)
 
 
-def test_one_that_does_not_fit_names_the_keys(tmp_path: Path) -> None:
+def test_adapter_that_does_not_fit_names_the_keys(tmp_path: Path) -> None:
     path, stem = tmp_path / "a.pt", "text_model.transformer.h.1.mlp.fc1.parametrizations.weight.0"
     tensors = state()
     del tensors[f"{stem}.B"]
@@ -124,7 +124,7 @@ def test_one_that_does_not_fit_names_the_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04"])
-def test_damaged_files(tmp_path: Path, content: bytes) -> None:
+def test_damaged_adapter_files_raise(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pt"):
         load(tmp_path / "a.pt")
@@ -146,7 +146,9 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
         "a\0b",
     ],
 )
-def test_sources_that_are_neither_files_nor_ids(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_are_neither_files_nor_ids_raise(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MOONDREAM_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tmp_path)
@@ -155,7 +157,7 @@ def test_sources_that_are_neither_files_nor_ids(source: str, tmp_path: Path, mon
     assert not (tmp_path / "home").exists()
 
 
-def test_where_variants_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_variant_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.delenv("HF_HOME", raising=False)
     assert variant_cache() == Path("~/.cache/huggingface/hub/md_variants").expanduser()
@@ -165,7 +167,7 @@ def test_where_variants_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert variant_cache() == tmp_path / "c" / "md_variants"
 
 
-def test_a_cached_id_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cached_id_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(CheckpointError, match=r"'ft_1' is not in .*md_variants, and HF_HUB_OFFLINE is set"):
@@ -225,14 +227,14 @@ def cached_files(tmp_path: Path) -> list[str]:
     return sorted(p.name for p in (tmp_path / "cache").rglob("*") if p.is_file())
 
 
-def test_an_id_is_fetched_once(service: type[_Service], tmp_path: Path) -> None:
+def test_id_is_fetched_once(service: type[_Service], tmp_path: Path) -> None:
     assert_same(load("ft_1"), state())
     assert_same(load("ft_1"), state())
     assert service.seen == [("/v1/variants/ft_1/download", SECRET)]
     assert cached_files(tmp_path) == ["final.pt"]
 
 
-def test_the_key_does_not_follow_a_redirect_elsewhere(service: type[_Service], tmp_path: Path) -> None:
+def test_api_key_is_not_sent_to_another_host(service: type[_Service], tmp_path: Path) -> None:
     class Storage(_Service):
         body = service.body
         seen: list[tuple[str, str | None]] = []  # noqa: RUF012
@@ -257,7 +259,7 @@ def test_the_key_does_not_follow_a_redirect_elsewhere(service: type[_Service], t
         (500, "out of order"),
     ],
 )
-def test_refusals_leave_nothing_and_do_not_tell_the_key(
+def test_failed_downloads_leave_no_file_and_hide_the_key(
     service: type[_Service], tmp_path: Path, status: int, reason: str
 ) -> None:
     service.status = status
@@ -267,7 +269,7 @@ def test_refusals_leave_nothing_and_do_not_tell_the_key(
     assert cached_files(tmp_path) == []
 
 
-def test_broken_downloads_leave_nothing(service: type[_Service], tmp_path: Path) -> None:
+def test_broken_downloads_leave_no_file(service: type[_Service], tmp_path: Path) -> None:
     service.length = len(service.body) + 10
     with pytest.raises(CheckpointError, match="ft_1"):
         fetch_variant("ft_1")
@@ -283,9 +285,7 @@ def test_broken_downloads_leave_nothing(service: type[_Service], tmp_path: Path)
     "endpoint",
     ["http://127.0.0.1:9", "file:///etc", "nonsense", "http://user:hidden@127.0.0.1:9", "http://127.0.0.1:99999"],
 )
-def test_services_that_cannot_be_reached(
-    service: type[_Service], monkeypatch: pytest.MonkeyPatch, endpoint: str
-) -> None:
+def test_unreachable_service_raises(service: type[_Service], monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("MOONDREAM_ENDPOINT", endpoint)
     with pytest.raises(
         CheckpointError, match=r"MOONDREAM_ENDPOINT|cannot fetch the adapter 'ft_1' from http://127.*no connection to"
@@ -295,7 +295,7 @@ def test_services_that_cannot_be_reached(
     assert "hidden" not in str(caught.value)
 
 
-def test_a_malformed_key_is_not_repeated(service: type[_Service], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_key_is_not_in_the_message(service: type[_Service], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOONDREAM_API_KEY", f"{SECRET}\nInjected: x")
     with pytest.raises(CheckpointError, match="MOONDREAM_API_KEY is malformed") as caught:
         fetch_variant("ft_1")

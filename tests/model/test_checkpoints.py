@@ -140,12 +140,12 @@ def test_every_layout_gives_the_same_weights(
     assert all(p.is_contiguous() for p in loaded.parameters())
 
 
-def test_a_file_by_itself(tmp_path: Path, state: State, network: MoondreamNetwork) -> None:
+def test_single_file_loads_without_a_folder(tmp_path: Path, state: State, network: MoondreamNetwork) -> None:
     save_file(state, tmp_path / "anything.safetensors")
     assert_same(load(tmp_path / "anything.safetensors"), network)
 
 
-def test_weights_come_in_the_asked_dtype_and_leave_the_file_alone(tmp_path: Path, state: State) -> None:
+def test_weights_have_the_requested_dtype_and_are_copies(tmp_path: Path, state: State) -> None:
     write_single(tmp_path, state)
     before = (tmp_path / "model.safetensors").read_bytes()
     loaded = load(tmp_path, dtype=torch.bfloat16)
@@ -162,7 +162,7 @@ def test_caches_and_tables_in_a_file_are_ignored(tmp_path: Path, state: State, n
     assert_same(load(tmp_path), network)
 
 
-def test_the_network_computes_everything_that_is_not_a_weight(network: MoondreamNetwork) -> None:
+def test_network_computes_all_ignored_tables(network: MoondreamNetwork) -> None:
     # transformers' from_pretrained leaves non-persistent buffers uninitialised.
     assert not list(network.named_buffers())
 
@@ -178,7 +178,7 @@ def test_the_network_computes_everything_that_is_not_a_weight(network: Moondream
         ("optimizer.step", "optimizer.step", None),
     ],
 )
-def test_keys(key: str, name: str, part: str | None) -> None:
+def test_parse_key_maps_every_layout(key: str, name: str, part: str | None) -> None:
     parsed = parse_key(key)
     assert parsed is not None
     assert (parsed.name, parsed.part) == (name, part)
@@ -204,7 +204,7 @@ def quantized_state(state: State) -> State:
     return written
 
 
-def test_4_bit_weights_become_full_ones(tmp_path: Path, state: State, network: MoondreamNetwork) -> None:
+def test_4_bit_weights_are_dequantized(tmp_path: Path, state: State, network: MoondreamNetwork) -> None:
     write_single(tmp_path, quantized_state(state))
     loaded = load(tmp_path)
     for name, tensor in network.state_dict().items():
@@ -214,7 +214,7 @@ def test_4_bit_weights_become_full_ones(tmp_path: Path, state: State, network: M
     assert not torch.equal(loaded.text.blocks[0].attn.qkv.weight, network.text.blocks[0].attn.qkv.weight)
 
 
-def test_a_4_bit_weight_lacks_its_scale(tmp_path: Path, state: State) -> None:
+def test_4_bit_weight_without_scale_raises(tmp_path: Path, state: State) -> None:
     written = quantized_state(state)
     del written["model.text.blocks.1.mlp.fc2.weight.scale"]
     write_single(tmp_path, written)
@@ -222,7 +222,7 @@ def test_a_4_bit_weight_lacks_its_scale(tmp_path: Path, state: State) -> None:
         load(tmp_path)
 
 
-def test_a_4_bit_weight_of_another_size(tmp_path: Path, state: State) -> None:
+def test_4_bit_weight_of_another_size_raises(tmp_path: Path, state: State) -> None:
     written = quantized_state(state)
     written["model.text.blocks.1.mlp.fc2.weight.packed"] = torch.zeros(3, 128, dtype=torch.uint8)
     write_single(tmp_path, written)
@@ -230,7 +230,7 @@ def test_a_4_bit_weight_of_another_size(tmp_path: Path, state: State) -> None:
         load(tmp_path)
 
 
-def test_saved_and_loaded_again(tmp_path: Path, network: MoondreamNetwork) -> None:
+def test_saved_checkpoint_loads_again(tmp_path: Path, network: MoondreamNetwork) -> None:
     save_checkpoint(network, CONFIG, byte_tokenizer(), tmp_path, max_shard_size=20_000)
     shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
@@ -247,14 +247,14 @@ def test_saved_and_loaded_again(tmp_path: Path, network: MoondreamNetwork) -> No
     assert saved["model_type"] == "moondream1"
 
 
-def test_shapes_without_reading(tmp_path: Path, state: State) -> None:
+def test_stored_shapes_reads_no_weights(tmp_path: Path, state: State) -> None:
     write_older(tmp_path, state)
     shapes = stored_shapes(tmp_path)
     assert shapes["region.size_features"] == (2, 6)
     assert shapes["text.wte"] == (272, 64)
 
 
-def test_all_that_is_wrong_with_the_keys_is_said_at_once(tmp_path: Path, state: State) -> None:
+def test_all_key_problems_are_in_one_error(tmp_path: Path, state: State) -> None:
     for i in range(6):
         state[f"model.text.blocks.7.strange_{i}"] = torch.zeros(1)
     del state["model.text.wte"]
@@ -270,13 +270,13 @@ def test_all_that_is_wrong_with_the_keys_is_said_at_once(tmp_path: Path, state: 
     assert "vision.pos_emb ([1, 4, 16] and should be [1, 9, 16])" in message
 
 
-def test_a_checkpoint_of_another_depth(tmp_path: Path, state: State) -> None:
+def test_checkpoint_of_another_depth_raises(tmp_path: Path, state: State) -> None:
     write_single(tmp_path, state)
     with pytest.raises(CheckpointError, match=r"keys missing: text\.blocks\.2\.ln\.weight"):
         load(tmp_path, small_config(layers=3))
 
 
-def test_the_same_weight_in_two_shards(tmp_path: Path, state: State) -> None:
+def test_weight_in_two_shards_raises(tmp_path: Path, state: State) -> None:
     write_shards_without_index(tmp_path, state)
     second = load_file(tmp_path / "model-00002-of-00002.safetensors")
     key = next(iter(load_file(tmp_path / "model-00001-of-00002.safetensors")))
@@ -285,7 +285,7 @@ def test_the_same_weight_in_two_shards(tmp_path: Path, state: State) -> None:
         load(tmp_path)
 
 
-def test_a_shard_is_missing(tmp_path: Path, state: State) -> None:
+def test_missing_shard_raises(tmp_path: Path, state: State) -> None:
     write_shards(tmp_path, state)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks 1 of its 2 shards: model-00002-of-00002\.safetensors"):
@@ -297,7 +297,7 @@ def test_a_shard_is_missing(tmp_path: Path, state: State) -> None:
 
 
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {"a": "../../secret.safetensors"}}'])
-def test_a_broken_index(tmp_path: Path, index: str) -> None:
+def test_broken_index_raises(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"index\.json"):
         load(tmp_path)
@@ -305,7 +305,7 @@ def test_a_broken_index(tmp_path: Path, index: str) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_truncated_files(tmp_path: Path, state: State, name: str, share: float) -> None:
+def test_truncated_files_raise(tmp_path: Path, state: State, name: str, share: float) -> None:
     path = tmp_path / name
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     content = path.read_bytes()
@@ -316,13 +316,13 @@ def test_truncated_files(tmp_path: Path, state: State, name: str, share: float) 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 @pytest.mark.parametrize("content", [b"\0" * 100, b"<html>not found</html>", bytes(range(256)) * 8, b"PK\x03\x04junk"])
-def test_files_of_another_kind(tmp_path: Path, name: str, content: bytes) -> None:
+def test_files_of_another_format_raise(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         load(tmp_path)
 
 
-def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+def test_git_lfs_pointer_raises(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         load(tmp_path)
@@ -337,7 +337,7 @@ class _Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
+def test_code_in_a_checkpoint_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
     marker = tmp_path / "executed"
     path = tmp_path / "model.pt"
     torch.save({"a": _Evil(str(marker))}, path, _use_new_zipfile_serialization=zipped)
@@ -350,21 +350,21 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {"state_dict": {"model.text.wte": "x"}}])
-def test_pt_files_with_something_else_than_tensors(tmp_path: Path, content: object) -> None:
+def test_pt_files_with_other_content_than_tensors_raise(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"model\.pt"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite(tmp_path: Path, state: State, bad: float) -> None:
+def test_non_finite_weights_raise(tmp_path: Path, state: State, bad: float) -> None:
     state["model.text.wte"][100, 3] = bad
     write_single(tmp_path, state)
     with pytest.raises(CheckpointError, match=r"model\.text\.wte contains infinite values or NaN"):
         load(tmp_path)
 
 
-def test_weights_too_large_for_half_precision(tmp_path: Path, state: State) -> None:
+def test_float16_overflow_of_weights_raises(tmp_path: Path, state: State) -> None:
     state["model.text.wte"][0, 0] = 1e5
     write_single(tmp_path, state)
     load(tmp_path, dtype=torch.bfloat16)
@@ -372,14 +372,14 @@ def test_weights_too_large_for_half_precision(tmp_path: Path, state: State) -> N
         load(tmp_path, dtype=torch.float16)
 
 
-def test_weights_that_are_integers(tmp_path: Path, state: State) -> None:
+def test_integer_weights_raise(tmp_path: Path, state: State) -> None:
     state["model.text.wte"] = state["model.text.wte"].to(torch.int8)
     write_single(tmp_path, state)
     with pytest.raises(CheckpointError, match=r"model\.text\.wte must contain floating-point numbers, got torch\.int8"):
         load(tmp_path)
 
 
-def test_folders_without_weights(tmp_path: Path) -> None:
+def test_folders_without_weights_raise(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is empty"):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{}")

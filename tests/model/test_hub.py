@@ -68,7 +68,7 @@ def go_offline(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("name", ["moondream2", REPO, f"{REPO}@{RELEASE}", f"{REPO}@main", "commit", "main commit"])
-def test_the_release_loads_under_all_its_names(
+def test_release_loads_by_every_name(
     name: str, published: Published, expected: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = {"commit": f"{REPO}@{published.release}", "main commit": f"{REPO}@{published.main}"}.get(name, name)
@@ -170,7 +170,7 @@ def test_models_from_a_branch_are_pickled_by_commit(published: Published, tmp_pa
 # --- Checks before the download ---------------------------------------------------------------------------------------
 
 
-def test_other_sizes_are_refused_before_the_download(published: Published, tmp_path: Path) -> None:
+def test_unsupported_sizes_are_rejected_before_the_download(published: Published, tmp_path: Path) -> None:
     write_small(tmp_path / "other", small_config(dim=32))
     other = (tmp_path / "other" / "model.safetensors").read_bytes()
     published.hub.add("someone/other", {"config.json": PUBLISHED_CONFIG, "model.safetensors": other})
@@ -197,7 +197,7 @@ def test_other_sizes_are_refused_before_the_download(published: Published, tmp_p
         ({"model.safetensors": struct.pack("<Q", 2**40)}, "something else .status 206. in place of model.safetensors"),
     ],
 )
-def test_repositories_without_usable_weights(published: Published, files: dict[str, bytes], says: str) -> None:
+def test_repositories_without_usable_weights_raise(published: Published, files: dict[str, bytes], says: str) -> None:
     published.hub.add("someone/else", files)
     with pytest.raises(CheckpointError, match=f"someone/else@main.*{says}"):
         load("someone/else")
@@ -236,7 +236,7 @@ def test_long_headers_take_a_second_request(published: Published) -> None:
 # --- Download and offline use -----------------------------------------------------------------------------------------
 
 
-def test_the_advice_for_an_offline_machine_works(
+def test_offline_advice_in_the_error_works(
     published: Published, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of weights without a tokenizer names the command that makes it load; the command works."""
@@ -317,7 +317,9 @@ def test_download_to_a_folder_twice_and_over_other_weights(published: Published,
     tuned = weights(5, tmp_path / "tuned")
     (to / "model.safetensors").write_bytes(tuned)
     for name in ("moondream2", str(tmp_path / "new")):
-        with pytest.raises(CheckpointError, match=r"to already contains other weights, model\.safetensors; give an empty"):
+        with pytest.raises(
+            CheckpointError, match=r"to already contains other weights, model\.safetensors; give an empty"
+        ):
             download(name, to=to)
     assert (to / "model.safetensors").read_bytes() == tuned
     (tmp_path / "file").write_text("")
@@ -423,7 +425,7 @@ def test_a_branch_points_to_complete_commits_only(
 # --- Names and places -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_cached_names_the_way_out(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncached_names_raise_with_advice_when_offline(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     go_offline(monkeypatch, published.hub)
     expected = (
         rf"{REPO}@{RELEASE} is not in the cache.*`moondream-cv download {REPO}@{RELEASE}`.*--to FOLDER.*--model tiny"
@@ -435,19 +437,21 @@ def test_what_is_not_cached_names_the_way_out(published: Published, monkeypatch:
     assert not published.hub.requests
 
 
-def test_a_revision_that_is_known_not_to_work_is_refused_without_a_request(published: Published) -> None:
-    with pytest.raises(CheckpointError, match=rf"moondream2@2024-08-26 is not supported; supported releases: {REPO}@{RELEASE}"):
+def test_unsupported_revision_raises_without_a_request(published: Published) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"moondream2@2024-08-26 is not supported; supported releases: {REPO}@{RELEASE}"
+    ):
         load(f"{REPO}@2024-08-26")
     assert not published.hub.requests
 
 
 @pytest.mark.parametrize("repo", ["a/b/c", "a//b", "-", "a/b--c", "-a/b", "a/b.", "a/..", "a" * 200 + "/b"])
-def test_names_that_no_repository_can_have(repo: str) -> None:
+def test_invalid_repository_names_raise(repo: str) -> None:
     with pytest.raises(CheckpointError, match="is not the name of a repository"):
         hub_source(repo, "main")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     assert hub_module.hub_cache() == Path("~/.cache/huggingface/hub").expanduser()
@@ -460,6 +464,6 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("value", "offline"), [("1", True), ("true", True), ("YES", True), ("0", False), ("", False)])
-def test_offline(monkeypatch: pytest.MonkeyPatch, value: str, offline: bool) -> None:
+def test_is_offline_follows_the_environment(monkeypatch: pytest.MonkeyPatch, value: str, offline: bool) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     assert hub_module.is_offline() is offline

@@ -86,12 +86,12 @@ def test_gated_weights_are_explained(published: Published) -> None:
 
 
 @pytest.mark.parametrize("name", ["someone/nothing", f"{REPO}@no-such-branch", f"{REPO}@{'0' * 40}"])
-def test_what_is_not_on_the_hub(published: Published, name: str) -> None:
+def test_unknown_repository_or_revision_raises(published: Published, name: str) -> None:
     with pytest.raises(CheckpointError, match=r"not on the hub, or private|no such revision"):
         load(name, device="cpu")
 
 
-def test_too_many_requests_say_when_to_try_again(published: Published) -> None:
+def test_rate_limit_error_includes_the_waiting_time(published: Published) -> None:
     published.hub.fail("/api/", status=429, headers={"Retry-After": "120"})
     with pytest.raises(CheckpointError, match=r"\(status 429\): try again in 120 s, or log in"):
         load("moondream2", device="cpu")
@@ -152,7 +152,7 @@ def test_damaged_downloads_are_removed(published: Published, tmp_path: Path, lis
     assert load("moondream2", device="cpu").name == "moondream2"
 
 
-def test_a_saved_web_page_is_no_checkpoint(tmp_path: Path) -> None:
+def test_saved_web_page_is_rejected_as_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(LOGIN_PAGE)
     with pytest.raises(CheckpointError, match="is a web page that was saved instead of the file"):
         load(tmp_path)
@@ -205,14 +205,14 @@ def full_backlog() -> Iterator[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse connections instead of dropping them")
-def test_dropped_packets_are_given_up(full_backlog: str, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_packets_time_out(full_backlog: str, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", full_backlog)
     monkeypatch.setattr(time, "sleep", refuse_to_wait)
     with pytest.raises(CheckpointError, match=r"no connection to 127\.0\.0\.1:\d+ \(.*(timed out|within 2\.5 s)"):
         load("moondream2", device="cpu")
 
 
-def test_a_name_server_that_does_not_answer_is_given_up(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_name_server_times_out(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     """The look-up of a name has no time-out."""
     released, look_up = Event(), socket.getaddrinfo
 
@@ -230,7 +230,7 @@ def test_a_name_server_that_does_not_answer_is_given_up(published: Published, mo
         released.set()
 
 
-def test_the_command_line_states_the_cause_and_the_way_out(tmp_path: Path) -> None:
+def test_command_line_prints_the_cause_and_a_solution(tmp_path: Path) -> None:
     host = unused_address()
     environment = {**os.environ, "HF_ENDPOINT": f"http://{host}", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "moondream_cv", "download", "moondream2"]
@@ -241,7 +241,7 @@ def test_the_command_line_states_the_cause_and_the_way_out(tmp_path: Path) -> No
     assert "Traceback" not in result.stderr
 
 
-def test_a_hub_that_does_not_answer_is_told_from_no_connection(
+def test_unresponsive_hub_is_distinguished_from_no_connection(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_requests, "READ_SECONDS", 0.2)
@@ -282,7 +282,7 @@ def test_a_proxy_that_refuses_is_explained(published: Published, monkeypatch: py
 
 
 @pytest.mark.parametrize("endpoint", ["nonsense", "ftp://127.0.0.1", "http://[", "http://127.0.0.1:99999"])
-def test_endpoints_that_are_no_url(endpoint: str, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_endpoint_raises(endpoint: str, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(CheckpointError, match=r"HF_ENDPOINT|no connection to"):
         load("moondream2", device="cpu")
@@ -309,19 +309,19 @@ def test_a_cached_branch_loads_whatever_the_hub_answers(
     assert f"{status}" in caplog.text
 
 
-def test_a_full_disk_is_stated(published: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_full_disk_is_reported(published: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file in place of the folder")
     with pytest.raises(CheckpointError, match=r"cannot be fetched: (Not a directory|File exists)") as caught:
         download("moondream2")
     assert str(tmp_path / "cache") in str(caught.value)
 
 
-def test_files_that_the_revision_lacks(published: Published) -> None:
+def test_file_missing_from_the_revision_raises(published: Published) -> None:
     with pytest.raises(HubError, match=r"starmie-v1@main cannot be fetched: it has no file 'merges\.txt'"):
         fetch_file(TOKENIZER_REPO, "main", "merges.txt")
 
 
-def test_an_outage_after_the_check_is_stated(published: Published) -> None:
+def test_outage_after_the_check_is_reported(published: Published) -> None:
     published.hub.fail("/resolve/", status=404, method="HEAD")
     with pytest.raises(CheckpointError, match=r"status 404") as caught:
         load("moondream2", device="cpu")
@@ -335,7 +335,7 @@ def test_answers_of_another_server_are_rejected(published: Published, body: byte
         get_revision(REPO, RELEASE)
 
 
-def test_a_config_that_is_a_web_page_of_the_repository(published: Published) -> None:
+def test_config_that_is_a_web_page_raises(published: Published) -> None:
     published.hub.add("someone/page", {"config.json": LOGIN_PAGE, "model.safetensors": published.weights})
     with pytest.raises(CheckpointError, match=r"web page \(status 200\) in place of config\.json"):
         load("someone/page", device="cpu")

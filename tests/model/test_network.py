@@ -19,7 +19,7 @@ from moondream_cv.model.vision import stitch
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2))
-def test_stitching_undoes_overlapping_cuts(rows: int, columns: int, margin: int) -> None:
+def test_stitch_inverts_overlapping_crops(rows: int, columns: int, margin: int) -> None:
     grid, window = 6, 6 - 2 * margin
     height, width = rows * window + 2 * margin, columns * window + 2 * margin
     whole = torch.arange(height * width, dtype=torch.float32).view(height, width, 1)
@@ -31,12 +31,12 @@ def test_stitching_undoes_overlapping_cuts(rows: int, columns: int, margin: int)
     assert torch.equal(stitch(torch.stack(tiles), rows, columns, margin), whole)
 
 
-def test_stitching_takes_the_middle_from_the_tile_that_owns_it() -> None:
+def test_stitch_crops_tiles_by_the_margin() -> None:
     tiles = torch.stack([torch.zeros(4, 4, 1), torch.ones(4, 4, 1)])
     assert stitch(tiles, 1, 2, 1)[0, :, 0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_rotation_keeps_norms_and_depends_on_distance_alone() -> None:
+def test_rotary_embedding_keeps_norms_and_depends_on_distance_only() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 1, 64, generator=generator) for _ in range(2))
 
@@ -49,14 +49,14 @@ def test_rotation_keeps_norms_and_depends_on_distance_alone() -> None:
     assert score(10, 3) != pytest.approx(score(10, 4), rel=1e-4)
 
 
-def test_rotation_passes_the_other_half_of_a_head() -> None:
+def test_rotary_embedding_keeps_the_second_half_of_a_head() -> None:
     x = torch.randn(1, 3, 2, 64, generator=torch.Generator().manual_seed(0))
     turned = rotate(x, rotary_table(torch.arange(3)[None], 32))
     assert torch.equal(turned[..., 32:], x[..., 32:])
     assert torch.equal(rotate(x[:, :1], rotary_table(torch.zeros(1, 1), 32))[..., 0:32:2], x[:, :1, :, :16])
 
 
-def test_prefix_mask() -> None:
+def test_prefix_mask_is_causal_after_the_prefix() -> None:
     assert prefix_mask(4, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
@@ -68,7 +68,7 @@ def test_bins_and_sizes_are_inverses() -> None:
     assert float(bin_to_coordinate(torch.tensor(512), 1024)) == 0.5
 
 
-def test_the_image_prefix_sees_itself_and_text_sees_what_is_before(model: LocalModel) -> None:
+def test_decoder_attends_within_the_prefix_and_causally_after_it(model: LocalModel) -> None:
     text = model.network.text
     x = torch.randn(1, 6, model.config.text.dim, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(6)[None]
@@ -83,7 +83,7 @@ def test_the_image_prefix_sees_itself_and_text_sees_what_is_before(model: LocalM
     assert not torch.allclose(before[0, 0], text(changed, positions, prefix_mask(6, 3))[0, 0])
 
 
-def test_the_network_holds_no_buffers(model: LocalModel) -> None:
+def test_network_has_no_buffers(model: LocalModel) -> None:
     assert not list(model.network.named_buffers())  # transformers 5 would fill non-persistent ones with garbage
 
 
@@ -105,12 +105,12 @@ def test_the_network_holds_no_buffers(model: LocalModel) -> None:
         ("vision", 3, "section 'vision' must be an object"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused(section: str, values: Any, message: str) -> None:
+def test_inconsistent_configs_raise(section: str, values: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         MoondreamConfig.from_dict({section: values})
 
 
-def test_config_round_trip() -> None:
+def test_config_round_trips_through_a_dict() -> None:
     config = MoondreamConfig()
     assert MoondreamConfig.from_dict(config.to_dict()) == config
     assert config.prefix_length == config.text.prefix_attn == 730

@@ -29,7 +29,7 @@ SIZES_2B = {
 }
 
 
-def test_the_default_release() -> None:
+def test_default_release_has_the_published_config() -> None:
     release = find_release("vikhyatk/moondream2", "2025-06-21")
     assert release is RELEASES[0]
     assert release.tokenizer_repo == "moondream/starmie-v1"
@@ -45,7 +45,7 @@ def test_the_default_release() -> None:
 
 
 @pytest.mark.parametrize("revision", ["2025-01-09", "2025-03-27", "2025-04-14"])
-def test_earlier_releases(revision: str) -> None:
+def test_earlier_releases_have_their_prompts(revision: str) -> None:
     release = find_release("vikhyatk/moondream2", revision)
     assert release is not None
     assert release.config.text == MOONDREAM_2B.text
@@ -56,12 +56,12 @@ def test_earlier_releases(revision: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["2024-08-26", "2025-05-31", "main", ""])
-def test_unknown_releases(revision: str) -> None:
+def test_unknown_releases_are_not_found(revision: str) -> None:
     assert find_release("vikhyatk/moondream2", revision) is None
     assert known_releases().count("vikhyatk/moondream2@") == len(RELEASES) == 4
 
 
-def test_the_smaller_sizes() -> None:
+def test_half_billion_sizes_match_the_release() -> None:
     text, vision = MOONDREAM_05B.text, MOONDREAM_05B.vision
     assert (text.dim, text.ff_dim, text.n_layers, text.n_heads, text.n_kv_heads) == (1024, 4096, 24, 16, 16)
     assert (vision.enc_dim, vision.enc_ff_dim, vision.enc_n_layers, vision.enc_n_heads) == (720, 2690, 27, 10)
@@ -72,7 +72,7 @@ def test_the_smaller_sizes() -> None:
     assert found.config is MOONDREAM_05B
 
 
-def test_sizes_tell_the_release() -> None:
+def test_release_is_found_by_size() -> None:
     assert release_by_size(SIZES_2B, "x") is RELEASES[0]
     with pytest.raises(CheckpointError, match=r"^x has no config\.json.*text\.wte \[51200, 7\].*2025-06-21"):
         release_by_size(SIZES_2B | {"text.wte": (51200, 7)}, "x")
@@ -80,7 +80,7 @@ def test_sizes_tell_the_release() -> None:
         release_by_size({}, "x")
 
 
-def test_both_places_of_a_config() -> None:
+def test_config_is_read_at_the_top_level_and_nested() -> None:
     config = small_config()
     assert explicit_config(config.to_dict()) == config
     assert explicit_config({"model_type": "moondream1", "config": config.to_dict()}) == config
@@ -89,12 +89,12 @@ def test_both_places_of_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa"])
-def test_golden_configs(name: str) -> None:
+def test_golden_configs_have_all_sections(name: str) -> None:
     values = read_config_file(GOLDEN / name / "config.json")
     assert explicit_config(values) == MoondreamConfig.from_dict(values)
 
 
-def test_incomplete_configs() -> None:
+def test_incomplete_configs_raise() -> None:
     values = small_config().to_dict()
     del values["region"]
     with pytest.raises(CheckpointError, match=r"here has the sections text, vision, tokenizer; missing: region"):
@@ -106,7 +106,7 @@ def test_incomplete_configs() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"x"', "null"])
-def test_config_files_that_are_none(tmp_path: Path, content: str) -> None:
+def test_invalid_config_files_raise(tmp_path: Path, content: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -116,6 +116,6 @@ def test_config_files_that_are_none(tmp_path: Path, content: str) -> None:
         read_config_file(path)
 
 
-def test_configs_survive_json() -> None:
+def test_configs_round_trip_through_json() -> None:
     for release in RELEASES:
         assert MoondreamConfig.from_dict(json.loads(json.dumps(release.config.to_dict()))) == release.config

@@ -33,14 +33,14 @@ def test_control_tokens_in_a_prompt_are_plain_text(tmp_path: Path, special: bool
 
 
 @pytest.mark.parametrize("name", ["mha", "gqa"])
-def test_golden_tokenizers(name: str) -> None:
+def test_golden_tokenizers_encode_control_tokens_as_text(name: str) -> None:
     config = MoondreamConfig.from_dict(read_config_file(GOLDEN / name / "config.json"))
     tokenizer = read_tokenizer(GOLDEN / name / "tokenizer.json", config)
     for token in ("<|endoftext|>", "<|answer|>", "<|coord|>"):
         assert min(tokenizer.encode(f" {token}").ids) > 9
 
 
-def test_settings_of_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
+def test_truncation_in_the_file_is_disabled(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=16)
@@ -48,13 +48,15 @@ def test_settings_of_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
     assert len(ids) == 5
 
 
-def test_a_vocabulary_that_the_checkpoint_does_not_have(tmp_path: Path) -> None:
+def test_too_large_vocabulary_raises(tmp_path: Path) -> None:
     path = written(tmp_path, byte_tokenizer([*CONTROL_TOKENS, *(f"<|more_{i}|>" for i in range(20))]))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json belongs to another model: its largest ID is 285.* has 272"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json belongs to another model: its largest ID is 285.* has 272"
+    ):
         read_tokenizer(path, small_config())
 
 
-def test_a_tokenizer_without_the_control_tokens(tmp_path: Path) -> None:
+def test_tokenizer_without_control_tokens_raises(tmp_path: Path) -> None:
     path = written(tmp_path, byte_tokenizer([]))
     with pytest.raises(CheckpointError, match=r"ID 0 must be a control token \(bos_id\), got '!'"):
         read_tokenizer(path, small_config())
@@ -63,7 +65,7 @@ def test_a_tokenizer_without_the_control_tokens(tmp_path: Path) -> None:
         read_tokenizer(path, small_config())
 
 
-def test_earlier_releases_have_only_a_beginning_and_an_end() -> None:
+def test_earlier_releases_need_only_bos_and_eos() -> None:
     config = MOONDREAM_2B_EARLIER
     assert set(control_ids(config.tokenizer)) == {"bos_id", "eos_id"}
     with pytest.raises(CheckpointError, match=r"ID 50256 must be a control token \(bos_id\), got None"):
@@ -71,7 +73,7 @@ def test_earlier_releases_have_only_a_beginning_and_an_end() -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "null", json.dumps({"version": "1.0", "model": {"type": "??"}})])
-def test_files_that_are_no_tokenizers(tmp_path: Path, content: str) -> None:
+def test_invalid_tokenizer_files_raise(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read"):
@@ -80,5 +82,5 @@ def test_files_that_are_no_tokenizers(tmp_path: Path, content: str) -> None:
         read_tokenizer(tmp_path / "missing.json", small_config())
 
 
-def test_a_larger_vocabulary_of_the_checkpoint_is_fine() -> None:
+def test_checkpoint_may_have_a_larger_vocabulary() -> None:
     assert prepare_tokenizer(byte_tokenizer(), MoondreamConfig(text=TextConfig())).encode_special_tokens
