@@ -1,41 +1,41 @@
-"""The errors that this package raises on purpose.
+"""Exceptions of the package.
 
-Arguments out of range raise `ValueError`; everything else that can go wrong while a model is loaded or run is a
-`MoondreamError`. Messages name the value received and the way out.
+Invalid arguments raise `ValueError`; errors of loading or running a model raise a `MoondreamError`. Messages contain
+the value received and how to fix the error.
 """
 
 
 class MoondreamError(Exception):
-    """Base class of the package's own errors."""
+    """Base class of all errors of the package."""
 
 
 class ImageError(MoondreamError, ValueError):
-    """An image that cannot be read, has no pixels, or has too many."""
+    """An image cannot be read, has no pixels, or has too many."""
 
 
 class SchemaError(MoondreamError, ValueError):
-    """A JSON schema that is invalid, unsupported or too complex to constrain an answer."""
+    """A JSON schema is invalid, unsupported or too complex."""
 
 
 class CheckpointError(MoondreamError):
-    """A checkpoint, adapter or tokenizer that is missing, damaged or does not fit; the message names file or key."""
+    """A checkpoint, adapter or tokenizer is missing, damaged or incompatible; the message names the file or key."""
 
 
 class BackendError(MoondreamError):
-    """A remote model that is unreachable, refuses or answers nonsense; the message names the URL, never the key."""
+    """A server is unreachable, returns an error or an invalid response; the message has its URL, but not the key."""
 
 
 class BackendTimeout(BackendError):
-    """A remote model that did not answer within its time-out."""
+    """A server did not respond within the timeout."""
 
 
 class UnsupportedSkill(MoondreamError):
-    """A skill that a model lacks; the message names one that has it."""
+    """A model does not have a skill; the message names an alternative."""
 
 
 class RequestCancelled(MoondreamError):
-    """A request that was cancelled before it was complete."""
+    """A request was canceled before it was complete."""
 
 
 class VideoError(MoondreamError):
-    """A video that cannot be opened, read on or written; the message names the source or the target."""
+    """A video cannot be opened, read or written; the message names the source or the target."""

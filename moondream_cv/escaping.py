@@ -1,4 +1,4 @@
-"""Escapes for text of unknown origin, so that it cannot forge log lines or control a terminal."""
+"""Escaping of untrusted text, so that it cannot forge log lines or control a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _INDENT = "    "
 
 
 def escaped(text: str, multiline: bool = False) -> str:
-    r"""Return text with its unsafe characters written as in a Python string, such as `\x1b`.
+    r"""Return text with unsafe characters escaped as in a Python string, such as `\x1b`.
 
     Args:
-        text: Any string.
-        multiline: Keep tabs and line feeds; a carriage return before a line feed is dropped.
+        text: Untrusted text.
+        multiline: Keep tabs and line feeds; a carriage return before a line feed is removed.
     """
     if multiline:
         return _UNSAFE_IN_TEXT.sub(_escape, text.replace("\r\n", "\n"))
@@ -24,14 +24,14 @@ def escaped(text: str, multiline: bool = False) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Formats a record as one line; the lines of a traceback follow, indented, since errors may quote client data."""
+    """Formats a log record as one line, followed by the indented lines of a traceback, which may quote client data."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as text without unsafe characters."""
         record.message = record.getMessage()
         if self.usesTime():
             record.asctime = self.formatTime(record, self.datefmt)
-        # `record.exc_text` may be the text of another handler's formatter, so it is used only without the exception.
+        # `record.exc_text` may come from another handler's formatter, so it is used only if there is no exception.
         trace = self.formatException(record.exc_info) if record.exc_info else record.exc_text or ""
         stack = self.formatStack(record.stack_info) if record.stack_info else ""
         details = [_INDENT + escaped(line) for text in (trace, stack) if text for line in text.split("\n")]

@@ -1,8 +1,8 @@
-"""Text on images in any script: the fonts that come with Pillow and matplotlib, then those of the system.
+"""Text drawing in any script, with the fonts of Pillow and matplotlib, then with system fonts.
 
-Pillow's own font has no letters beyond ASCII. matplotlib ships DejaVu Sans (Latin, Greek, Cyrillic and more). For other
-scripts, such as Chinese and Japanese, a font of the system is found through fontconfig, or by its usual name on macOS
-and Windows. Letters that no font has become "?", with a warning.
+Pillow's default font has ASCII letters only. matplotlib includes DejaVu Sans (Latin, Greek, Cyrillic and more). For
+other scripts, such as Chinese and Japanese, system fonts are found through fontconfig, or by their usual names on macOS
+and Windows. Letters without a font are replaced by "?", with a warning.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Face = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-SCALE = 0.9  # of other fonts, whose letters are larger than those of Pillow's own one in the same size
+SCALE = 0.9  # size of other fonts, whose letters are larger than those of Pillow's default font
 REPLACEMENT = "?"
 
 _FONTCONFIG_SECONDS = 10
@@ -40,11 +40,11 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class FontFile:
-    """A font in a file, or in a collection of several.
+    """A font in a font file or collection.
 
     Attributes:
-        path: The file.
-        index: Number of the font in the file.
+        path: Path of the file.
+        index: Index of the font in the file.
     """
 
     path: str
@@ -52,7 +52,7 @@ class FontFile:
 
     @cached_property
     def letters(self) -> frozenset[int]:
-        """Code points that the font has outlines for; none if the file cannot be used."""
+        """Code points with outlines; empty if the file cannot be read."""
         from fontTools.ttLib import TTFont, TTLibError
 
         try:
@@ -66,16 +66,16 @@ class FontFile:
 class Font:
     """Measures and draws text in one size.
 
-    ASCII is set in Pillow's own font. A text with other letters is set in DejaVu Sans as a whole, and in further fonts
-    where that has no letters. All share a baseline and a line height.
+    ASCII text uses Pillow's default font. Other text uses DejaVu Sans, and system fonts for letters that DejaVu Sans
+    does not have. All fonts share a baseline and a line height.
 
     Attributes:
-        size: Height of the letters in pixels.
-        height: Height of a line in pixels, from the top of its tallest letter to the bottom of its lowest.
+        size: Font size in pixels.
+        height: Line height in pixels, from the top of the tallest letter to the bottom of the lowest one.
     """
 
     def __init__(self, size: float) -> None:
-        """Choose a size; see also `load_font`."""
+        """Create a font of a size in pixels; `load_font` caches fonts."""
         self.size = size
         self._own = ImageFont.load_default(size)
         self.height = math.ceil(self._own.getbbox("Ågjy")[3])
@@ -87,7 +87,7 @@ class Font:
 
         Args:
             text: Text in one line.
-            plain: Use Pillow's own font; None if the text is ASCII.
+            plain: Use Pillow's default font. None uses it if the text is ASCII.
         """
         return float(sum(face.getlength(part) for part, face in self._runs(text, plain)))
 
@@ -97,11 +97,11 @@ class Font:
         """Draw a text.
 
         Args:
-            draw: Image to draw into.
-            xy: Left and top of the line.
+            draw: Drawing context of the image.
+            xy: Left and top of the line in pixels.
             text: Text in one line.
-            fill: Color, as Pillow has it.
-            plain: Use Pillow's own font; None if the text is ASCII.
+            fill: Pillow color.
+            plain: Use Pillow's default font. None uses it if the text is ASCII.
         """
         x, y = xy
         for part, face in self._runs(text, plain):
@@ -112,7 +112,7 @@ class Font:
             x += face.getlength(part)
 
     def _runs(self, text: str, plain: bool | None) -> list[tuple[str, Face]]:
-        """Return the parts of a text with their fonts."""
+        """Return the parts of a text, each with its font."""
         text = legible(text)
         if self._ascent is None or (text.isascii() if plain is None else plain):
             return [(text, self._own)]
@@ -127,16 +127,16 @@ def load_font(size: float) -> Font:
 
 @lru_cache(maxsize=1024)
 def legible(text: str) -> str:
-    """Return a text as it can be drawn.
+    """Return a text with only letters that can be drawn.
 
-    Accents are composed with their letters. Letters that no font has lose their accents or become "?", and a warning
-    names them once.
+    Accents are composed with their letters. Letters without a font lose their accents or are replaced by "?"; a warning
+    names each of them once.
     """
     if text.isascii():
         return text
     letters: list[str] = []
     missing: list[str] = []
-    is_replaced = False  # the letter before
+    is_replaced = False  # refers to the previous letter
     for letter in unicodedata.normalize("NFC", text):
         if _is_invisible(letter):
             if not is_replaced and font_for(letter) is not None:
@@ -151,7 +151,7 @@ def legible(text: str) -> str:
     if unknown:
         _warned.update(unknown)
         logger.warning(
-            "no font for the letters %s: they are replaced; install a font that has them, such as Noto (on Debian: "
+            "no font has the letters %s, which are replaced; install one that has them, such as Noto (on Debian: "
             "apt-get install fonts-noto-cjk)",
             unknown,
         )
@@ -160,7 +160,7 @@ def legible(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def font_for(letter: str) -> FontFile | None:
-    """Return the first font that has a letter; None if there is none."""
+    """Return the first font with a letter; None if there is none."""
     for font in (*_bundled(), *_found):
         if ord(letter) in font.letters:
             return font
@@ -171,11 +171,11 @@ def font_for(letter: str) -> FontFile | None:
     return None
 
 
-_found: list[FontFile] = []  # fonts of the system that had a letter
+_found: list[FontFile] = []  # system fonts that had a letter
 
 
 def _runs(text: str) -> list[tuple[str, FontFile]]:
-    """Split a text into parts that one font can set each; as few as possible, since letters of a script join."""
+    """Split a text into as few parts of one font each as possible, because letters of a script may join."""
     first = _bundled()[0]
     runs: list[tuple[str, FontFile]] = []
     for letter in text:
@@ -190,13 +190,13 @@ def _runs(text: str) -> list[tuple[str, FontFile]]:
 
 
 def _is_invisible(letter: str) -> bool:
-    """Return whether a character only changes its neighbors: combining marks and formatting."""
+    """Return whether a character is a combining mark or a formatting character."""
     return unicodedata.category(letter) in ("Mn", "Me", "Mc", "Cf")
 
 
 @lru_cache(maxsize=1)
 def _bundled() -> tuple[FontFile, ...]:
-    """Return DejaVu Sans of matplotlib, without importing matplotlib."""
+    """Return the DejaVu Sans font of matplotlib, without importing matplotlib."""
     package = find_spec("matplotlib")
     assert package is not None, "a requirement of this package"
     (folder, *_) = package.submodule_search_locations or [""]
@@ -204,7 +204,7 @@ def _bundled() -> tuple[FontFile, ...]:
 
 
 def _system_fonts(letter: str) -> list[FontFile]:
-    """Return fonts of the system that may have a letter."""
+    """Return system fonts that may have a letter."""
     command = shutil.which("fc-match")
     if command is not None:
         try:
@@ -212,13 +212,13 @@ def _system_fonts(letter: str) -> list[FontFile]:
                 [command, "-f", "%{file}\n%{index}\n", f":charset={ord(letter):x}"],
                 capture_output=True, text=True, timeout=_FONTCONFIG_SECONDS, check=True, stdin=subprocess.DEVNULL,
             ).stdout.splitlines()  # fmt: skip
-            return [FontFile(found[0], int(found[1]) & 0xFFFF)]  # the upper bits name an instance of a variable font
+            return [FontFile(found[0], int(found[1]) & 0xFFFF)]  # the upper bits select an instance of a variable font
         except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
             logger.debug("fontconfig found no font for %r: %s", letter, error)
     fonts = []
     for name in _SYSTEM_FONTS:
         try:
-            fonts.append(FontFile(str(ImageFont.truetype(name, 12).path)))  # Pillow knows the system's folders
+            fonts.append(FontFile(str(ImageFont.truetype(name, 12).path)))  # Pillow searches the system's font folders
         except OSError:
             continue
     return fonts

@@ -1,12 +1,12 @@
-"""Coordinate conventions: boxes and points in pixels or as fractions of the frame, and the conversions between them.
+"""Coordinate conventions and conversions: boxes and points in pixels, or as fractions of the frame.
 
-Pixel coordinates are continuous: x runs right from 0 to width, y runs down from 0 to height, and the pixel in column i
-covers [i, i + 1]. `xyxy` is left, top, right, bottom; `xcycwh` is centre x, centre y, width, height; `xy` is a point.
-`resolution_wh` is (width, height) in pixels, as in supervision.
+Pixel coordinates are continuous: x increases to the right from 0 to width, y increases downward from 0 to height, and
+the pixel in column i covers [i, i + 1]. `xyxy` is left, top, right, bottom; `xcycwh` is center x, center y, width,
+height; `xy` is a point. `resolution_wh` is (width, height) in pixels, as in supervision.
 
-Every function takes arrays of any leading shape, also empty ones, and returns a new array of the same shape. float64
-stays float64, everything else becomes float32. NaN and infinity are refused. Corners are never swapped, so that the
-conversions are inverses up to rounding; only `clip_xyxy` loses information. What a box shows is left to others.
+Every function accepts arrays of any leading shape, including empty ones, and returns a new array of the same shape.
+float64 stays float64; other types become float32. NaN and infinity raise. Corners are never swapped, so the conversions
+are inverses up to rounding; only `clip_xyxy` loses information.
 """
 
 from typing import Any, TypeAlias
@@ -18,13 +18,13 @@ FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
 
 def xyxy_to_xcycwh(xyxy: npt.ArrayLike) -> FloatArray:
-    """Convert corners to centre and size.
+    """Convert corners to center and size.
 
     Args:
         xyxy: Boxes [..., 4] as left, top, right, bottom, in any unit.
 
     Returns:
-        Boxes [..., 4] as centre x, centre y, width, height, in the same unit.
+        Boxes [..., 4] as center x, center y, width, height, in the same unit.
 
     Raises:
         ValueError: The last dimension is not 4, or a value is not finite.
@@ -35,10 +35,10 @@ def xyxy_to_xcycwh(xyxy: npt.ArrayLike) -> FloatArray:
 
 
 def xcycwh_to_xyxy(xcycwh: npt.ArrayLike) -> FloatArray:
-    """Convert centre and size to corners.
+    """Convert center and size to corners.
 
     Args:
-        xcycwh: Boxes [..., 4] as centre x, centre y, width, height, in any unit.
+        xcycwh: Boxes [..., 4] as center x, center y, width, height, in any unit.
 
     Returns:
         Boxes [..., 4] as left, top, right, bottom, in the same unit.
@@ -47,8 +47,8 @@ def xcycwh_to_xyxy(xcycwh: npt.ArrayLike) -> FloatArray:
         ValueError: The last dimension is not 4, or a value is not finite.
     """
     boxes = _coordinates(xcycwh, 4, "xcycwh")
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return np.concatenate([centre - half, centre + half], axis=-1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return np.concatenate([center - half, center + half], axis=-1)
 
 
 def denormalize_xyxy(xyxy: npt.ArrayLike, resolution_wh: tuple[int, int]) -> FloatArray:
@@ -120,14 +120,14 @@ def normalize_xy(xy: npt.ArrayLike, resolution_wh: tuple[int, int]) -> FloatArra
 
 
 def clip_xyxy(xyxy: npt.ArrayLike, resolution_wh: tuple[int, int]) -> FloatArray:
-    """Move the corners that lie outside the frame to its edge.
+    """Clip boxes to the frame.
 
     Args:
         xyxy: Boxes [..., 4] as left, top, right, bottom, in pixels.
         resolution_wh: Width and height of the frame in pixels; (1, 1) clips fractions of the frame.
 
     Returns:
-        Boxes [..., 4] in pixels, with x in [0, width] and y in [0, height]; a box wholly outside has no area.
+        Boxes [..., 4] in pixels, with x in [0, width] and y in [0, height]; a box outside the frame has no area.
 
     Raises:
         ValueError: The last dimension is not 4, a value is not finite, or the resolution is not positive.
@@ -141,8 +141,8 @@ def _coordinates(values: npt.ArrayLike, size: int, name: str) -> FloatArray:
     if array.ndim == 0 or array.shape[-1] != size:
         raise ValueError(f"{name} must have the shape [..., {size}], got {array.shape}")
     if array.dtype.kind not in "fiu":
-        raise ValueError(f"{name} must hold numbers, got dtype {array.dtype}")
-    # float16 would not hold pixel coordinates above 2048 exactly
+        raise ValueError(f"{name} must be numeric, got dtype {array.dtype}")
+    # float16 cannot represent every pixel coordinate above 2048
     floats: FloatArray = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
     if not np.isfinite(floats).all():
         raise ValueError(f"{name} must be finite, got {floats[~np.isfinite(floats).all(axis=-1)][0]}")
@@ -152,5 +152,5 @@ def _coordinates(values: npt.ArrayLike, size: int, name: str) -> FloatArray:
 def _scale(resolution_wh: tuple[int, int], like: FloatArray) -> FloatArray:
     scale = np.asarray(resolution_wh)
     if scale.shape != (2,) or scale.dtype.kind not in "fiu" or not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"resolution_wh must be a positive (width, height), got {resolution_wh!r}")
+        raise ValueError(f"resolution_wh must be a positive (width, height), got {resolution_wh!r:.100}")
     return scale.astype(like.dtype)

@@ -1,4 +1,4 @@
-"""URLs: how they are recognized, and which part of one may be shown."""
+"""URLs: recognition, and removal of secrets for messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ def is_url(text: object) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """Return a URL, valid or not, for messages: without user, password, query and fragment, at most 200 characters."""
+    """Return a URL for messages: without user, password, query and fragment, at most 200 characters.
+
+    Args:
+        url: Valid or invalid URL.
+    """
     bare = re.split(r"[?#]", url.strip())[0]
     scheme, separator, rest = bare.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"[:200] if separator else bare.rpartition("@")[2][:200]

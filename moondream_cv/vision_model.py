@@ -1,7 +1,7 @@
-"""The contract of every model, local or remote: `VisionModel`; `PublishedMethods` adds the published method names.
+"""Interface of all models, local and remote: `VisionModel`, and the methods of the published model on top of it.
 
 A class that implements `run` and inherits `PublishedMethods` has `caption`, `query`, `detect`, `point`, `detect_gaze`,
-`answer_question` and `batch_answer` with the arguments and the return values of the published model.
+`answer_question` and `batch_answer` with the arguments and return values of the published model.
 """
 
 from __future__ import annotations
@@ -35,49 +35,54 @@ GAZE_SAMPLES = 10
 
 @runtime_checkable
 class VisionModel(Protocol):
-    """Moondream 2, here or elsewhere.
+    """A local or remote model.
 
     Attributes:
-        skills: Which of "detect", "point", "query", "caption" and "gaze" it has.
-        has_scores: Whether confidences are real; otherwise they are 1.0.
+        skills: Skills of the model: any of "detect", "point", "query", "caption" and "gaze".
+        has_scores: Whether confidences are real; otherwise every confidence is 1.0.
     """
 
     skills: frozenset[str]
     has_scores: bool
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        """Run any mix of requests; results come in their order, an `ErrorResult` in the place of one that failed."""
+        """Run requests of any skills, and return results in their order; an `ErrorResult` for each failed request."""
 
     def close(self) -> None:
-        """Free what the model holds."""
+        """Release the resources of the model."""
 
 
 class PublishedMethods:
-    """The published model's methods, on top of `run`."""
+    """Methods of the published model, on top of `run`."""
 
     skills: frozenset[str]
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
+        """Run requests of any skills, and return results in their order."""
         raise NotImplementedError
 
     def stream(self, request: Request) -> Iterator[Any]:
-        """Pieces of one reply as they come: text of answers and captions, objects and points one by one.
+        """Run one request, and return its result in parts: text chunks, or objects and points one by one.
 
         Raises:
-            UnsupportedSkill: This model replies in one piece only.
+            UnsupportedSkill: The model does not stream.
         """
-        raise UnsupportedSkill(f"{type(self).__name__} does not stream; a model from load() does")
+        raise UnsupportedSkill(f"{type(self).__name__} does not stream; use a model from moondream_cv.load()")
 
     def caption(
         self, image: Any, length: str = "normal", stream: bool = False, settings: SettingsLike = None
     ) -> dict[str, Any]:
-        """Describe an image: `{"caption": str}`, or an iterator of its pieces with `stream`.
-
-        Unstreamed, `logprob` is there as well, the mean log-probability of a token, where the model gives one.
+        """Return a description of an image.
 
         Args:
-            image: Anything that `moondream_cv.images.to_rgb` takes, or an encoded image.
+            image: Image of any type that `moondream_cv.images.to_rgb` accepts, or an encoded image.
             length: "short", "normal" or "long".
+            stream: Return an iterator of text chunks.
+            settings: Sampling settings.
+
+        Returns:
+            `{"caption": str}` with the mean log-probability of a token as `logprob`, if the model returns it. With
+            `stream`, `caption` is an iterator of text chunks, and there is no `logprob`.
 
         Raises:
             ImageError: The image cannot be read.
@@ -96,15 +101,20 @@ class PublishedMethods:
         stream: bool = False,
         settings: SettingsLike = None,
     ) -> dict[str, Any]:
-        """Answer a question: `{"answer": str}`, with `"reasoning": {"text", "grounding"}` on request.
-
-        Unstreamed, `logprob` is there as well, the mean log-probability of the answer's tokens.
+        """Return the answer to a question about an image.
 
         Args:
-            image: As in `caption`; None asks without an image.
-            reasoning: Think first. Points that the thoughts speak of are in `grounding`, as fractions.
-            spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the question is about, as fractions.
-            stream: Give the answer as an iterator; the reasoning is complete before it starts.
+            image: Image, as for `caption`; None for a question without an image.
+            question: Question text.
+            reasoning: Generate reasoning before the answer, and return it.
+            spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) in the question, as fractions.
+            stream: Return the answer as an iterator of text chunks; the reasoning is complete before it starts.
+            settings: Sampling settings.
+
+        Returns:
+            `{"answer": str}` with the mean log-probability of a token as `logprob`, if the model returns it. With
+            `reasoning` also `"reasoning": {"text", "grounding"}`; `grounding` has the points in the image that the
+            reasoning refers to, as fractions.
 
         Raises:
             ImageError: The image cannot be read.
@@ -113,24 +123,28 @@ class PublishedMethods:
         _check_flag("reasoning", reasoning)
         _check_flag("stream", stream)
         if question is None:
-            raise ValueError("question must be given")
+            raise ValueError("question must be a string, got None")
         request = Query(image, question, reasoning, tuple(spatial_refs or ()), Settings.of(settings))  # type: ignore[arg-type]
         if not stream:
             return self._one(request)
-        pieces = self.stream(request)
+        parts = self.stream(request)
         if not reasoning:
-            return {"answer": pieces}
-        return {"reasoning": next(pieces).to_dict(), "answer": pieces}
+            return {"answer": parts}
+        return {"reasoning": next(parts).to_dict(), "answer": parts}
 
     def detect(self, image: Any, object: str, settings: SettingsLike = None, stream: bool = False) -> dict[str, Any]:
-        """Find objects: `{"objects": [{"x_min", "y_min", "x_max", "y_max", "confidence"}], "truncated"}`, fractions.
+        """Return the boxes of all objects of a class.
 
         Args:
-            image: As in `caption`.
-            object: The name of the objects, such as "dog".
+            image: Image, as for `caption`.
+            object: Class name, such as "dog".
             settings: `max_objects`, `max_crops` and `variant` apply.
-            stream: Return an iterator under `objects`, which yields each object as soon as it is complete. The
-                published method has no such argument.
+            stream: Return the objects as an iterator, which yields each one as soon as it is complete. The published
+                method does not have this argument.
+
+        Returns:
+            `{"objects": [{"x_min", "y_min", "x_max", "y_max", "confidence"}], "truncated"}` with fractions of the
+            image; `truncated` is True if `max_objects` ended the list.
 
         Raises:
             ImageError: The image cannot be read.
@@ -141,9 +155,12 @@ class PublishedMethods:
         return {"objects": self._dicts(request)} if stream else self._one(request)
 
     def point(self, image: Any, object: str, settings: SettingsLike = None, stream: bool = False) -> dict[str, Any]:
-        """Point at objects: `{"points": [{"x", "y", "confidence"}], "truncated"}`, fractions.
+        """Return one point on each object of a class.
 
         Arguments and errors are those of `detect`.
+
+        Returns:
+            `{"points": [{"x", "y", "confidence"}], "truncated"}` with fractions of the image.
         """
         _check_flag("stream", stream)
         request = Point(image, object, Settings.of(settings))
@@ -156,26 +173,32 @@ class PublishedMethods:
         face: Mapping[str, float] | None = None,
         unstable_settings: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Find where somebody looks: `{"gaze": {"x", "y"}}`, or None where the model sees no target.
+        """Return the gaze target of a person.
 
         Args:
+            image: Image, as for `caption`.
             eye: (x, y) between the eyes, as fractions.
-            face: `x_min`, `y_min`, `x_max`, `y_max` of the face, for `prioritize_accuracy`.
-            unstable_settings: `force_detect`: always give a point. `prioritize_accuracy`: the mean over points in the
-                face, on the image and on its mirror image, without outliers. `flip_enc_img`: the mirror image, encoded,
-                where `image` is encoded too. `seed`: makes the choice of points repeatable.
+            face: `x_min`, `y_min`, `x_max`, `y_max` of the face as fractions, for `prioritize_accuracy`.
+            unstable_settings: `force_detect` always returns a point. `prioritize_accuracy` returns the mean over random
+                points in the face, on the image and on its mirror image, without outliers. `flip_enc_img` is the
+                encoded mirror image, if `image` is encoded. `seed` makes the random points repeatable.
+
+        Returns:
+            `{"gaze": {"x", "y"}}` with fractions of the image, or `{"gaze": None}` if the model finds no target.
 
         Raises:
-            ValueError: `eye`, or `face` where accuracy is asked for, is missing or out of range.
+            ValueError: `eye`, or `face` with `prioritize_accuracy`, is missing or out of range.
         """
         options = dict(unstable_settings or {})
         force = bool(options.get("force_detect", False))
         if not options.get("prioritize_accuracy", False):
             if eye is None:
-                raise ValueError("eye must be given unless prioritize_accuracy is set")
+                raise ValueError("eye must be (x, y) unless prioritize_accuracy is set, got None")
             return self._one(Gaze(image, (eye[0], eye[1]), force))
         if face is None:
-            raise ValueError("face must be given when prioritize_accuracy is set")
+            raise ValueError("face must be a box if prioritize_accuracy is set, got None")
+
+        # Sample points in the face, on the image and on its mirror image
         mirrored = options.get("flip_enc_img")
         if mirrored is None:
             mirrored = Image.fromarray(np.ascontiguousarray(to_rgb(image)[:, ::-1]))
@@ -187,6 +210,8 @@ class PublishedMethods:
                 y = draw.uniform(face["y_min"], face["y_max"])
                 requests.append(Gaze(mirrored if mirror else image, (1 - x if mirror else x, y), force))
                 flipped.append(mirror)
+
+        # Average the targets without outliers
         points = []
         for result, mirror in zip(self.run(requests), flipped, strict=True):
             gaze = _raised(result).gaze
@@ -207,15 +232,18 @@ class PublishedMethods:
         max_new_tokens: int = 256,
         **kwargs: Any,
     ) -> str:
-        """Return the answer to a question about an image, without surrounding whitespace; `query` is the newer method.
+        """Return the answer to a question about an image, without surrounding whitespace. `query` is the newer method.
 
-        As in the published model, `tokenizer`, `chat_history`, `max_new_tokens` and further keyword arguments are
-        accepted and do not affect the answer.
+        Some arguments of the published method have no effect there either.
 
         Args:
-            image_embeds: As `image` in `caption`.
-            question: The question.
-            result_queue: A queue; the answer is also put into it.
+            image_embeds: Image, as for `caption`.
+            question: Question text.
+            tokenizer: Ignored.
+            chat_history: Ignored.
+            result_queue: Queue that also receives the answer.
+            max_new_tokens: Ignored.
+            **kwargs: Ignored.
 
         Raises:
             ImageError: The image cannot be read.
@@ -229,13 +257,15 @@ class PublishedMethods:
     def batch_answer(
         self, images: Sequence[Any], prompts: Sequence[str], tokenizer: Any = None, **kwargs: Any
     ) -> list[str]:
-        """Return the answers to one question per image, without surrounding whitespace. They decode together.
+        """Return the answers to one question per image, without surrounding whitespace. All are decoded in one batch.
 
-        As in the published model, `tokenizer` and further keyword arguments are accepted and do not affect the answers.
+        Some arguments of the published method have no effect there either.
 
         Args:
-            images: Images, each as `image` in `caption`.
-            prompts: As many questions, in the order of the images.
+            images: Images, as for `caption`.
+            prompts: Questions, one per image.
+            tokenizer: Ignored.
+            **kwargs: Ignored.
 
         Raises:
             ImageError: An image cannot be read.
@@ -250,8 +280,8 @@ class PublishedMethods:
         return [str(_raised(result).answer).strip() for result in self.run(requests)]
 
     def _one(self, request: Request) -> dict[str, Any]:
-        reply: dict[str, Any] = _raised(self.run([request])[0]).to_dict()
-        return reply
+        result: dict[str, Any] = _raised(self.run([request])[0]).to_dict()
+        return result
 
     def _dicts(self, request: Request) -> Iterator[dict[str, float]]:
         items: Iterator[DetectedObject | DetectedPoint] = self.stream(request)
@@ -259,7 +289,7 @@ class PublishedMethods:
 
 
 def _check_flag(name: str, value: object) -> None:
-    """Reject settings in the position of a flag: a truthy dict would silently turn the flag on."""
+    """Reject settings in the position of a flag: a non-empty dict would silently set the flag."""
     if isinstance(value, (Settings, Mapping)):
         raise ValueError(f"{name} must be True or False, got {value!r}; pass settings as a keyword: settings={value!r}")
     if not isinstance(value, (bool, np.bool_)):
@@ -272,12 +302,12 @@ def _raised(result: Result) -> Any:
     return result
 
 
-def _without_outliers(points: np.ndarray, neighbours: int = 2, threshold: float = 2.0) -> np.ndarray:
-    """[N, 2] points less those whose mean distance to the `neighbours` nearest exceeds `threshold` medians.
+def _without_outliers(points: np.ndarray, neighbors: int = 2, threshold: float = 2.0) -> np.ndarray:
+    """Return the points [N, 2] whose mean distance to the nearest neighbors is at most `threshold` times the median.
 
-    A point counts among its own neighbours, at distance 0: that is how the published model does it.
+    Each point is also a neighbor of itself, at distance 0, as in the published model.
     """
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    k = min(neighbours, len(points) - 1)
+    k = min(neighbors, len(points) - 1)
     nearest = np.partition(distances, k, axis=1)[:, :k].mean(1)
     return points[nearest <= threshold * np.median(nearest)]

@@ -1,4 +1,4 @@
-"""Images that are given by URL are downloaded. Run with `pytest tests/test_downloads.py`."""
+"""Download of images by URL."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def server() -> Iterator[RemoteServer]:
         yield running
 
 
-def test_an_image_url_is_downloaded_from_a_private_address(server: RemoteServer) -> None:
+def test_image_url_with_a_private_address_is_downloaded(server: RemoteServer) -> None:
     pixels = to_rgb(f"{server.url}/a.png")
     assert pixels.shape == (60, 80, 3)
     assert (pixels[25, 20] == (255, 0, 0)).all()
@@ -39,7 +39,7 @@ def test_an_image_url_is_downloaded_from_a_private_address(server: RemoteServer)
     assert server.asked[0].headers["user-agent"].startswith("moondream-cv/")
 
 
-def test_detector_takes_an_image_url(server: RemoteServer) -> None:
+def test_detector_accepts_an_image_url(server: RemoteServer) -> None:
     (found,) = Detector(ColorModel())([f"{server.url}/a.png"], "red")
     np.testing.assert_array_equal(found.xyxy, [[10, 5, 30, 45]])
 
@@ -49,7 +49,7 @@ def test_redirects_are_followed(server: RemoteServer) -> None:
     assert download_image(f"{server.url}/moved") == png()
 
 
-def test_user_and_password_are_sent_and_not_shown(server: RemoteServer) -> None:
+def test_user_and_password_are_sent_and_redacted(server: RemoteServer) -> None:
     server.on("/private.png", Answer(b"no", 403))
     url = server.url.replace("http://", "http://me:secret-word@") + "/private.png?token=secret-token"
     with pytest.raises(ImageError, match=rf"^'{re.escape(server.url)}/private\.png': .* status 403") as caught:
@@ -62,8 +62,8 @@ def test_user_and_password_are_sent_and_not_shown(server: RemoteServer) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (Answer({"error": "gone"}, 404), "answered with status 404; check the URL"),
-        (Answer(b"", kind="image/png"), "is empty: the server sent no bytes"),
+        (Answer({"error": "gone"}, 404), "returned status 404; check the URL"),
+        (Answer(b"", kind="image/png"), "is empty: the server sent no data"),
         (Answer(b"<html>log in</html>", kind="text/html"), "is not an image in a supported format"),
         (Answer(png()[:-40], kind="image/png"), "is truncated or damaged"),
         (Answer(fault="reset"), "cannot be downloaded"),
@@ -77,24 +77,24 @@ def test_failed_downloads_name_the_url(server: RemoteServer, answer: Answer, mes
         to_rgb(f"{server.url}/bad.png")
 
 
-def test_endless_redirects_end(server: RemoteServer) -> None:
+def test_endless_redirects_raise(server: RemoteServer) -> None:
     server.on("/round", Answer(b"", 302, {"Location": f"{server.url}/round"}))
     with pytest.raises(ImageError, match="redirects more than 5 times"):
         download_image(f"{server.url}/round")
 
 
-def test_the_size_is_limited(server: RemoteServer) -> None:
+def test_size_is_limited(server: RemoteServer) -> None:
     assert download_image(f"{server.url}/a.png", max_bytes=len(png())) == png()
     with pytest.raises(ImageError, match="larger than"):
         download_image(f"{server.url}/a.png", max_bytes=len(png()) - 1)
 
 
-def test_the_time_is_limited(server: RemoteServer) -> None:
+def test_time_is_limited(server: RemoteServer) -> None:
     server.on("/never.png", Answer(fault="hang"))
-    with pytest.raises(ImageError, match="did not answer in time"):
+    with pytest.raises(ImageError, match="did not respond in time"):
         download_image(f"{server.url}/never.png", max_seconds=0.2)
 
 
-def test_an_unreachable_host_is_named() -> None:
+def test_unreachable_host_raises() -> None:
     with pytest.raises(ImageError, match=r"^'http://127\.0\.0\.1:9/a\.png' cannot be downloaded: .*Connection refused"):
         to_rgb("http://127.0.0.1:9/a.png")

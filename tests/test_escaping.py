@@ -1,4 +1,4 @@
-"""Control characters in text of unknown origin. Run with `pytest tests/test_escaping.py`."""
+"""Escaping of control characters in untrusted text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_lines_of_tracebacks_are_escaped_and_indented() -> None:
     assert "    12:00:00 INFO forged\\x1b[2J" in rest
 
 
-def test_stacks_and_texts_of_exceptions_from_other_processes_are_kept() -> None:
+def test_stacks_and_exception_texts_of_other_processes_are_logged() -> None:
     record = logging.LogRecord("x", logging.INFO, "file", 1, "a", (), None, sinfo="Stack\n  line\x07")
     record.exc_text = "ValueError: \x9b"
     assert EscapingFormatter("%(message)s").format(record) == "a\n    ValueError: \\x9b\n    Stack\n      line\\x07"

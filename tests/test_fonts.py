@@ -1,4 +1,4 @@
-"""Text on images in many scripts. Run with `pytest tests/test_fonts.py`."""
+"""Text drawing in many scripts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(text: str, size: int = 24) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_ascii_is_set_in_the_font_of_pillow() -> None:
+def test_ascii_uses_the_default_font_of_pillow() -> None:
     own = ImageFont.load_default(24)
     expected = Image.new("L", (400, load_font(24).height))
     ImageDraw.Draw(expected).text((0, 0), "red circle #1", fill=255, font=own)
@@ -44,7 +44,7 @@ def test_european_letters_have_a_font(text: str, caplog: pytest.LogCaptureFixtur
     assert legible(text) == text
     assert not caplog.records
     images = {letter: drawn(letter).tobytes() for letter in dict.fromkeys(text) if not letter.isspace()}
-    assert len(set(images.values())) == len(images)  # none of them is the box that stands for a missing letter
+    assert len(set(images.values())) == len(images)  # no letter is drawn as the box for missing letters
 
 
 @needs_cjk
@@ -60,9 +60,9 @@ def test_letters_without_a_font_are_replaced_with_a_warning(caplog: pytest.LogCa
     fonts._warned.clear()
     fonts.legible.cache_clear()
     assert legible(f"a{WITHOUT_FONT}é") == "a?é"
-    assert legible(f"b{WITHOUT_FONT}\u0301") == "b?"  # the accent of a letter that is not there
+    assert legible(f"b{WITHOUT_FONT}\u0301") == "b?"  # the accent of a missing letter is dropped
     (record,) = caplog.records
-    assert f"no font for the letters {WITHOUT_FONT}:" in record.getMessage()
+    assert f"no font has the letters {WITHOUT_FONT}," in record.getMessage()
 
 
 def test_letters_are_transliterated_if_even_dejavu_is_missing(
@@ -73,12 +73,12 @@ def test_letters_are_transliterated_if_even_dejavu_is_missing(
     fonts.legible.cache_clear()
     try:
         assert legible("café ½") == "cafe 12"
-        assert "no font for the letters é½:" in caplog.text
+        assert "no font has the letters é½," in caplog.text
     finally:
         fonts.legible.cache_clear()
 
 
-def test_accents_are_composed_with_their_letters() -> None:
+def test_accents_are_composed_with_letters() -> None:
     assert legible(unicodedata.normalize("NFD", "señal")) == "señal"
 
 
@@ -88,15 +88,15 @@ def test_all_fonts_share_a_baseline() -> None:
         assert abs(int(rows[-1]) - int(np.flatnonzero(drawn("x", 40).max(1) > 128)[-1])) <= 1
 
 
-def test_files_that_are_no_fonts_have_no_letters(tmp_path: Path) -> None:
+def test_invalid_font_files_have_no_letters(tmp_path: Path) -> None:
     (tmp_path / "text.ttf").write_text("no font")
     assert FontFile(str(tmp_path / "text.ttf")).letters == frozenset()
     assert FontFile(str(tmp_path / "missing.ttf")).letters == frozenset()
 
 
 @pytest.mark.parametrize("name", ["café", "собака", pytest.param("図書館", marks=needs_cjk)])
-def test_images_and_videos_show_the_same_letters(name: str) -> None:
-    """A label differs from the label of as many question marks."""
+def test_images_and_videos_draw_the_same_letters(name: str) -> None:
+    """Check that a label differs from a label of question marks of the same length."""
 
     def detections(text: str) -> sv.Detections:
         return sv.Detections(
@@ -113,7 +113,7 @@ def test_images_and_videos_show_the_same_letters(name: str) -> None:
     assert np.any(Annotator()(frame, detections(name)) != Annotator()(frame, detections(unknown)))
 
 
-def test_words_from_right_to_left_stay_in_the_order_of_the_font() -> None:
+def test_right_to_left_words_are_one_run() -> None:
     from moondream_cv.video.drawing.panel import _coverage
 
     text = "كلب أحمر"

@@ -1,7 +1,4 @@
-"""Coordinate conversions are inverses of each other, keep shapes and dtypes, and refuse what is no box.
-
-Run with `pytest tests/test_geometry.py`.
-"""
+"""Coordinate conversions: inverses, shapes and dtypes, and errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,13 +25,13 @@ WH = (640, 480)
 
 
 def arrays(size: int) -> st.SearchStrategy[Array]:
-    """Arrays [..., size] with up to two leading dimensions, some of them empty, inside and outside a frame."""
+    """Return a strategy of arrays [..., size] with up to two leading dimensions, inside and outside the frame."""
     shapes = hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=4).map(lambda shape: (*shape, size))
     return hnp.arrays(np.float64, shapes, elements=st.floats(-1e5, 1e5))
 
 
 def assert_close(actual: Array, expected: Array) -> None:
-    """Assert equality up to rounding; `atol` is for subnormal numbers, which have few digits."""
+    """Assert equality up to rounding; `atol` is for subnormal numbers, which have low precision."""
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-300)
 
 
@@ -48,24 +45,24 @@ def test_xyxy_and_xcycwh_are_inverses(boxes: Array) -> None:
 
 
 @given(hnp.arrays(np.float32, (3, 4), elements=st.integers(-4096, 4096)))
-def test_whole_pixels_survive_exactly_in_float32(boxes: Array) -> None:
+def test_whole_pixels_are_exact_in_float32(boxes: Array) -> None:
     np.testing.assert_array_equal(xcycwh_to_xyxy(xyxy_to_xcycwh(boxes)), boxes)
 
 
 @given(arrays(4), resolutions)
-def test_normalised_and_pixel_boxes_are_inverses(boxes: Array, resolution_wh: tuple[int, int]) -> None:
+def test_normalized_and_pixel_boxes_are_inverses(boxes: Array, resolution_wh: tuple[int, int]) -> None:
     assert_close(normalize_xyxy(denormalize_xyxy(boxes, resolution_wh), resolution_wh), boxes)
     assert_close(denormalize_xyxy(normalize_xyxy(boxes, resolution_wh), resolution_wh), boxes)
 
 
 @given(arrays(2), resolutions)
-def test_normalised_and_pixel_points_are_inverses(points: Array, resolution_wh: tuple[int, int]) -> None:
+def test_normalized_and_pixel_points_are_inverses(points: Array, resolution_wh: tuple[int, int]) -> None:
     assert_close(normalize_xy(denormalize_xy(points, resolution_wh), resolution_wh), points)
     assert_close(denormalize_xy(normalize_xy(points, resolution_wh), resolution_wh), points)
 
 
 @given(arrays(4), resolutions)
-def test_clipped_boxes_lie_inside_and_stay(boxes: Array, resolution_wh: tuple[int, int]) -> None:
+def test_clipping_moves_boxes_inside_and_is_idempotent(boxes: Array, resolution_wh: tuple[int, int]) -> None:
     clipped = clip_xyxy(boxes, resolution_wh)
     assert (clipped >= 0).all()
     assert (clipped[..., 0::2] <= resolution_wh[0]).all()
@@ -76,7 +73,7 @@ def test_clipped_boxes_lie_inside_and_stay(boxes: Array, resolution_wh: tuple[in
 
 
 @given(arrays(4), resolutions)
-def test_clipping_pixels_is_clipping_fractions(boxes: Array, resolution_wh: tuple[int, int]) -> None:
+def test_clipping_pixels_equals_clipping_fractions(boxes: Array, resolution_wh: tuple[int, int]) -> None:
     fractions = clip_xyxy(normalize_xyxy(boxes, resolution_wh), (1, 1))
     np.testing.assert_allclose(denormalize_xyxy(fractions, resolution_wh), clip_xyxy(boxes, resolution_wh), atol=1e-7)
 
@@ -84,14 +81,14 @@ def test_clipping_pixels_is_clipping_fractions(boxes: Array, resolution_wh: tupl
 @pytest.mark.parametrize(
     ("function", "given", "expected"),
     [
-        (xyxy_to_xcycwh, [10.0, 20, 30, 60], [20, 40, 20, 40]),  # corners to centre and size
-        (xcycwh_to_xyxy, [20.0, 40, 20, 40], [10, 20, 30, 60]),  # centre and size to corners
+        (xyxy_to_xcycwh, [10.0, 20, 30, 60], [20, 40, 20, 40]),  # corners to center and size
+        (xcycwh_to_xyxy, [20.0, 40, 20, 40], [10, 20, 30, 60]),  # center and size to corners
         (lambda xyxy: denormalize_xyxy(xyxy, WH), [0.25, 0.5, 1, 1], [160, 240, 640, 480]),  # x by width, y by height
         (lambda xyxy: normalize_xyxy(xyxy, WH), [160.0, 240, 640, 480], [0.25, 0.5, 1, 1]),  # and back
         (lambda xy: denormalize_xy(xy, WH), [0.25, 0.5], [160, 240]),  # a point
         (lambda xy: normalize_xy(xy, WH), [160.0, 240], [0.25, 0.5]),  # and back
         (lambda xyxy: clip_xyxy(xyxy, WH), [-5.0, 10, 700, 490], [0, 10, 640, 480]),  # across three edges
-        (lambda xyxy: clip_xyxy(xyxy, WH), [700.0, -9, 800, -1], [640, 0, 640, 0]),  # wholly outside
+        (lambda xyxy: clip_xyxy(xyxy, WH), [700.0, -9, 800, -1], [640, 0, 640, 0]),  # outside the frame
         (xyxy_to_xcycwh, [30.0, 60, 10, 20], [20, 40, -20, -40]),  # swapped corners give a negative size
     ],
 )
@@ -135,14 +132,14 @@ def test_shape_and_dtype(
 
 @each_function
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 6), (4, 0)])
-def test_wrong_shapes_are_named(size: int, function: Callable[[Any], Array], shape: tuple[int, ...]) -> None:
+def test_wrong_shapes_raise(size: int, function: Callable[[Any], Array], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"\[\.\.\., {size}\], got \({', '.join(map(str, shape))},?\)"):
         function(np.zeros(shape))
 
 
 @each_function
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_named(size: int, function: Callable[[Any], Array], value: float) -> None:
+def test_non_finite_values_raise(size: int, function: Callable[[Any], Array], value: float) -> None:
     values = np.ones((3, size))
     values[1, -1] = value
     with pytest.raises(ValueError, match=rf"must be finite, got .*{value}"):
@@ -150,8 +147,8 @@ def test_values_that_are_not_finite_are_named(size: int, function: Callable[[Any
 
 
 @pytest.mark.parametrize("values", [["a", "b", "c", "d"], [None] * 4, [True] * 4], ids=["text", "none", "bool"])
-def test_values_that_are_no_numbers_are_refused(values: Any) -> None:
-    with pytest.raises(ValueError, match="must hold numbers"):
+def test_non_numeric_values_raise(values: Any) -> None:
+    with pytest.raises(ValueError, match="must be numeric"):
         clip_xyxy(values, WH)
 
 

@@ -1,7 +1,4 @@
-"""What is no picture gives an `ImageError` that names it, never an error of Pillow's or of the operating system's.
-
-Run with `pytest tests/test_image_errors.py`.
-"""
+"""Unreadable images raise an `ImageError` that names the image, never an error of Pillow or the operating system."""
 
 import io
 import os
@@ -35,7 +32,7 @@ def encoded(pixels: Pixels, file_format: str) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and carries no pixels, so that whoever decodes it calls it truncated."""
+    """Return a PNG with a size in its header and without pixels, which a decoder reports as truncated."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"
@@ -48,7 +45,7 @@ def closed_picture() -> Image.Image:
 
 
 class Tensor:
-    """What a tensor of torch, TensorFlow or JAX looks like from here."""
+    """Has the interface that tensors of torch, TensorFlow and JAX share."""
 
     def numpy(self) -> Pixels:
         return BGR
@@ -72,15 +69,15 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "complex": (lambda: np.zeros((4, 4, 3), complex), "dtype complex128"),
     "text": (lambda: np.full((4, 4), "a"), "dtype <U1"),
     "int64": (lambda: np.zeros((4, 4, 3), np.int64), "dtype int64.*convert it to uint8"),
-    "nan": (lambda: np.full((4, 4, 3), np.nan), "not finite"),
-    "infinite": (lambda: np.full((4, 4), np.inf, np.float32), "not finite"),
+    "nan": (lambda: np.full((4, 4, 3), np.nan), "must have finite values"),
+    "infinite": (lambda: np.full((4, 4), np.inf, np.float32), "must have finite values"),
     "float to 255": (lambda: BGR.astype(np.float32), r"to 2\d\d; floats are read as 0 to 1"),
     "float below 0": (lambda: np.full((4, 4, 3), -0.5), "from -0.5"),
     "huge array": (lambda: np.broadcast_to(np.uint8(0), (10**6, 10**6)), "too large: 1000000x1000000"),
     "pil, zero wide": (lambda: Image.new("RGB", (0, 5)), "no pixels: it is 0 wide and 5 high"),
     "pil, closed": (closed_picture, "PngImageFile.*cannot be read"),
     "pil, truncated": (lambda: Image.open(io.BytesIO(encoded(RGB, "PNG")[:300])), "PngImageFile.*cannot be read"),
-    "pil, F with nan": (lambda: Image.fromarray(np.full((4, 4), np.nan, np.float32)), "not finite"),
+    "pil, F with nan": (lambda: Image.fromarray(np.full((4, 4), np.nan, np.float32)), "must have finite values"),
     "pil, I out of range": (lambda: Image.fromarray(np.full((4, 4), 70000, np.int32)), "from 70000 to 70000"),
     "no bytes": (lambda: b"", "0 bytes.*is empty"),
     "text bytes": (lambda: b"hello, this is no picture", "^the encoded image of 25 bytes is not an image"),
@@ -90,8 +87,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "bomb": (lambda: png_header(50_000, 50_000), "too large"),
     "bomb of one row": (lambda: png_header(2**31 - 1, 1), "too large"),
     "postscript": (lambda: encoded(RGB, "EPS"), r"in a supported format \(JPEG, PNG.*convert it to PNG"),
-    "read file": (lambda: io.BytesIO(b""), r"^the file object is empty or was read before; call seek\(0\)"),
-    "text file": (lambda: io.StringIO("hello"), "gives str, not bytes.*'rb'"),
+    "read file": (lambda: io.BytesIO(b""), r"^the file object is empty or has been read already; call seek\(0\)"),
+    "text file": (lambda: io.StringIO("hello"), "must return bytes, got str.*'rb'"),
     "write-only file": (lambda: open(os.devnull, "wb"), "cannot be read"),  # noqa: SIM115
     "url of a bucket": (
         lambda: "s3://bucket/dog.jpg?key=1",
@@ -112,7 +109,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD.keys())
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_bad_input_is_named(make: Callable[[], Any], message: str) -> None:
+def test_invalid_images_raise(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         to_rgb(make())
     assert isinstance(caught.value, MoondreamError)
@@ -130,7 +127,7 @@ def test_bad_input_is_named(make: Callable[[], Any], message: str) -> None:
     ],
     ids=["empty", "no image", "truncated", "bomb"],
 )
-def test_bad_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_files_raise(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=rf"picture\.png.*{message}"):
@@ -152,7 +149,7 @@ def test_backslashes_in_paths_are_not_doubled() -> None:
     assert str(caught.value) == r"'C:\photos\new\dog.jpg': no such image file"
 
 
-def test_files_are_checked_by_their_header(tmp_path: Path) -> None:
+def test_check_image_file_reads_the_header_only(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png_header(WIDTH, HEIGHT))
     check_image_file(path)  # the missing pixels are found when it is decoded
@@ -168,11 +165,11 @@ def test_files_are_checked_by_their_header(tmp_path: Path) -> None:
             check_image_file(missing)
 
 
-def test_folders_and_pipes_are_refused(tmp_path: Path) -> None:
+def test_folders_and_pipes_raise(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is a folder"):
         to_rgb(tmp_path)
     if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe")  # nobody writes to it, so opening it would hang
+        os.mkfifo(tmp_path / "pipe")  # opening it would hang, because no process writes to it
         with pytest.raises(ImageError, match="not a regular file"):
             to_rgb(tmp_path / "pipe")
 
@@ -182,14 +179,14 @@ def test_folders_and_pipes_are_refused(tmp_path: Path) -> None:
     [BGR, Image.fromarray(RGB), encoded(RGB, "PNG"), png_header(WIDTH, HEIGHT)],
     ids=["array", "pil", "png", "undecoded png"],
 )
-def test_max_pixels(image: Any) -> None:
+def test_images_above_max_pixels_raise(image: Any) -> None:
     with pytest.raises(ImageError, match=r"too large: 36x24 pixels, the limit is 863"):
         to_rgb(image, max_pixels=WIDTH * HEIGHT - 1)
 
 
 def test_max_pixels_is_inclusive() -> None:
     assert to_rgb(BGR, max_pixels=WIDTH * HEIGHT).shape == (HEIGHT, WIDTH, 3)
-    assert 2 * (Image.MAX_IMAGE_PIXELS or 0) == DEFAULT_MAX_PIXELS  # where Pillow's warning becomes an error
+    assert 2 * (Image.MAX_IMAGE_PIXELS or 0) == DEFAULT_MAX_PIXELS  # Pillow raises above this
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -199,12 +196,14 @@ def test_max_pixels_is_inclusive() -> None:
     changes=st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=4),
     length=st.integers(1, 2**16),
 )
-def test_damaged_files_give_pixels_or_an_image_error(
+def test_damaged_files_return_pixels_or_raise_image_error(
     original: bytes, changes: list[tuple[int, int]], length: int
 ) -> None:
     damaged = bytearray(original)
     for position, value in changes:
-        damaged[position % min(len(damaged), 200)] = value  # headers break in more ways than pixels do
+        damaged[position % min(len(damaged), 200)] = (
+            value  # damaged headers cause more kinds of errors than damaged pixels
+        )
     try:
         result = to_rgb(bytes(damaged[: 1 + length % len(damaged)]), max_pixels=10**6)
     except ImageError:

@@ -1,7 +1,4 @@
-"""Which image files are decoded, and that none is decoded before its size is known.
-
-Run with `pytest tests/test_image_formats.py`.
-"""
+"""Accepted image formats, and size checks before decoding."""
 
 from __future__ import annotations
 
@@ -32,23 +29,23 @@ def saved(file_format: str, size: tuple[int, int] = (64, 48), **options: object)
 
 
 def icon(image: bytes) -> bytes:
-    """An icon whose directory states 20x20, whatever the size of its image."""
+    """Return an icon whose directory has the size 20x20, independent of its image."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 20, 20, 0, 0, 1, 32, len(image), 22) + image
 
 
 def late_header() -> bytes:
-    """A PNG whose first chunk is not its header."""
+    """Return a PNG whose first chunk is not its header."""
     image = saved("PNG", (3000, 2000))
     return image[:8] + struct.pack(">I4sIII", 8, b"tEXt", 16, 16, 0) + image[8:]
 
 
 def bitmap(width: int, height: int) -> bytes:
-    """The header of a bitmap, as icons contain it: the height includes the mask."""
+    """Return the header of a bitmap in an icon; its height includes the mask."""
     return struct.pack("<IiiHHIIiiII", 40, width, 2 * height, 1, 24, 0, 0, 0, 0, 0, 0)
 
 
 def jp2_of(stated: tuple[int, int], size: tuple[int, int]) -> bytes:
-    """A JPEG 2000 file whose box states another size than its codestream."""
+    """Return a JPEG 2000 file whose box has another size than its codestream."""
     content = bytearray(saved("JPEG2000", size))
     place = content.find(b"ihdr") + 4
     content[place : place + 8] = struct.pack(">II", *stated[::-1])
@@ -56,7 +53,7 @@ def jp2_of(stated: tuple[int, int], size: tuple[int, int]) -> bytes:
 
 
 def tiff_with_tile(width: int, height: int) -> bytes:
-    """A TIFF of 16x16 pixels with one tile of another size."""
+    """Return a TIFF of 16x16 pixels with one tile of another size."""
     entries = [(256, 16), (257, 16), (258, 8), (259, 5), (262, 1), (277, 1), (322, width), (323, height), (324, 200)]
     entries += [(325, 8)]
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
@@ -84,7 +81,7 @@ files = {kind: saved(kind) for kind in ("HEIF", "AVIF", "JPEG2000")}
 for kind in files:
     del Image.OPEN[kind]
     Image.ID.remove(kind)
-sys.modules["pillow_heif"] = None  # importing it raises ImportError, as if it were not installed
+sys.modules["pillow_heif"] = None  # makes the import raise ImportError
 from moondream_cv.images import to_rgb
 for content in files.values():
     try:
@@ -94,7 +91,7 @@ for content in files.values():
 """
 
 
-def test_a_missing_decoder_is_named() -> None:
+def test_missing_decoder_names_the_package() -> None:
     result = subprocess.run([sys.executable, "-c", WITHOUT_DECODER], capture_output=True, text=True, cwd=ROOT)
     heif, avif, jpeg2000 = result.stdout.splitlines()
     assert "needs the package pillow-heif; pip install pillow-heif, or convert it to PNG" in heif
@@ -115,7 +112,7 @@ def test_other_formats_are_rejected(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["eps_in_iptc.iim", "169Mpx_in_iptc.iim", "fits_49Mpx.fits"])
-def test_containers_and_slow_formats_are_rejected_undecoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_containers_and_slow_formats_are_rejected_before_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: object, **options: object) -> None:
         raise AssertionError(f"a program was started: {arguments}")
 
@@ -143,18 +140,18 @@ def test_hidden_sizes_are_checked_before_decoding(content: bytes, size: str) -> 
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 3 * LIMIT  # not even one copy of the pixels that are allowed
+    assert peak < 3 * LIMIT  # less than one copy of the allowed pixels
 
 
 @pytest.mark.parametrize(
     "content", [icon(b""), icon(b"\x89PNG"), icon(late_header()), saved("ICO")[:10], saved("JPEG2000")[:60]]
 )
-def test_truncated_containers_are_image_errors(content: bytes) -> None:
+def test_truncated_containers_raise(content: bytes) -> None:
     with pytest.raises(ImageError):
         to_rgb(content)
 
 
-def test_no_image_is_opened_with_every_decoder() -> None:
+def test_images_are_never_opened_with_every_decoder() -> None:
     """`Image.open` without `formats` tries all decoders of Pillow."""
     files = [f"{folder}/**.py" for folder in ("moondream_cv", "blocks", "benchmarks", "examples", "scripts")]
     found = subprocess.run(

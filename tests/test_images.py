@@ -1,7 +1,4 @@
-"""Every kind of input gives the same pixels for the same picture.
-
-Run with `pytest tests/test_images.py`. The pictures are made here, and show every flip and every swap of channels.
-"""
+"""Every type of image returns the same pixels for the same image."""
 
 import io
 import os
@@ -23,8 +20,8 @@ Pixels = npt.NDArray[Any]
 
 HEIGHT, WIDTH = 24, 36
 _RANDOM = np.random.default_rng(7)
-COLOURS = _RANDOM.integers(0, 256, (16, 3), dtype=np.uint8)
-RGB = COLOURS[_RANDOM.integers(0, 16, (HEIGHT, WIDTH))]  # few enough colours for a palette
+COLORS = _RANDOM.integers(0, 256, (16, 3), dtype=np.uint8)
+RGB = COLORS[_RANDOM.integers(0, 16, (HEIGHT, WIDTH))]  # few enough colors for a palette
 BGR = RGB[..., ::-1].copy()
 DEEP_BGR = BGR.astype(np.uint16) * 257
 GREY = _RANDOM.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
@@ -64,7 +61,7 @@ def transposed(pixels: Pixels) -> Pixels:
     return np.ascontiguousarray(np.swapaxes(pixels, 0, 1))
 
 
-# What a camera stores in each EXIF orientation so that viewers show the upright picture.
+# Stored pixels for each EXIF orientation, which viewers rotate to the upright image.
 STORED: dict[int, Callable[[Pixels], Pixels]] = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -136,23 +133,23 @@ GREY_KINDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("make", COLOUR_KINDS.values(), ids=COLOUR_KINDS.keys())
-def test_colour_kinds_give_the_same_pixels(make: Callable[[], Any]) -> None:
+def test_color_image_types_return_the_same_pixels(make: Callable[[], Any]) -> None:
     np.testing.assert_array_equal(to_rgb(make()), RGB)
 
 
 @pytest.mark.parametrize("make", GREY_KINDS.values(), ids=GREY_KINDS.keys())
-def test_grey_kinds_give_the_same_pixels(make: Callable[[], Any]) -> None:
+def test_gray_image_types_return_the_same_pixels(make: Callable[[], Any]) -> None:
     np.testing.assert_array_equal(to_rgb(make()), np.dstack([GREY] * 3))
 
 
 @pytest.mark.parametrize("kind", [lambda mask: mask, Image.fromarray], ids=["bool array", "pil 1"])
-def test_black_and_white(kind: Callable[[Pixels], Any]) -> None:
+def test_black_and_white_images_are_scaled(kind: Callable[[Pixels], Any]) -> None:
     mask = GREY > 127
     np.testing.assert_array_equal(to_rgb(kind(mask)), np.dstack([mask] * 3) * 255)
 
 
 @pytest.mark.parametrize("mode", ["YCbCr", "LAB", "HSV", "RGBX", "RGBa", "PA"])
-def test_rare_modes_keep_the_colours(mode: str) -> None:
+def test_rare_modes_keep_the_colors(mode: str) -> None:
     flat = Image.new("RGBA", (4, 3), (200, 60, 30, 255))
     source = flat if mode in ("RGBa", "PA") else flat.convert("RGB")
     np.testing.assert_allclose(to_rgb(source.convert(mode))[0, 0], [200, 60, 30], atol=6)
@@ -163,7 +160,7 @@ def test_rare_modes_keep_the_colours(mode: str) -> None:
     [BGR, RGB[..., ::-1], GREY, BGR.astype(np.uint16), BGR[:1, :1], Image.fromarray(RGB), encoded(RGB, "PNG")],
     ids=["bgr", "view of rgb", "grey", "16 bit", "one pixel", "pil", "png"],
 )
-def test_result_is_an_array_of_its_own(image: Any) -> None:
+def test_result_does_not_share_memory(image: Any) -> None:
     result = to_rgb(image)
     assert result.dtype == np.uint8
     assert result.flags.c_contiguous
@@ -172,7 +169,9 @@ def test_result_is_an_array_of_its_own(image: Any) -> None:
 
 
 @pytest.mark.parametrize("as_path", [str, Path], ids=["str", "Path"])
-def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_path: Callable[[str], Any]) -> None:
+def test_paths_of_every_type_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_path: Callable[[str], Any]
+) -> None:
     (tmp_path / "ein Bild ü.png").write_bytes(encoded(RGB, "PNG"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -180,7 +179,7 @@ def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_path: Callabl
     np.testing.assert_array_equal(to_rgb(as_path("~/ein Bild ü.png")), RGB)
 
 
-def test_directory_entries_and_open_files(tmp_path: Path) -> None:
+def test_directory_entries_and_open_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(RGB, "PNG"))
     with os.scandir(os.fsencode(tmp_path)) as entries:  # entries of a bytes folder have bytes paths
         np.testing.assert_array_equal(to_rgb(next(entries)), RGB)  # type: ignore[arg-type]
@@ -191,14 +190,14 @@ def test_directory_entries_and_open_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
-def test_exif_orientation_is_honoured_in_files(orientation: int, file_format: str) -> None:
+def test_exif_orientation_is_applied_to_files(orientation: int, file_format: str) -> None:
     options = {"lossless": True} if file_format == "WEBP" else {}
     stored = np.ascontiguousarray(STORED[orientation](RGB))
     np.testing.assert_array_equal(to_rgb(encoded(stored, file_format, exif=exif(orientation), **options)), RGB)
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_exif_orientation_of_jpeg_is_that_of_opencv(tmp_path: Path, orientation: int) -> None:
+def test_exif_orientation_of_jpeg_matches_opencv(tmp_path: Path, orientation: int) -> None:
     stored = np.ascontiguousarray(STORED[orientation](SMOOTH))
     path = tmp_path / "photo.jpg"
     path.write_bytes(encoded(stored, "JPEG", quality=95, exif=exif(orientation)))
@@ -212,16 +211,16 @@ def test_exif_orientation_of_jpeg_is_that_of_opencv(tmp_path: Path, orientation:
     ids=["orientation 0", "orientation 9", "garbage", "no data"],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_meaningless_exif_leaves_the_picture_as_it_lies(data: Any) -> None:
+def test_invalid_exif_does_not_rotate_the_image(data: Any) -> None:
     np.testing.assert_allclose(to_rgb(encoded(SMOOTH, "JPEG", quality=95, exif=data)), SMOOTH, atol=8)
 
 
-def test_pil_images_keep_their_pixel_grid() -> None:
+def test_pil_images_are_not_rotated() -> None:
     picture = Image.open(io.BytesIO(encoded(RGB, "PNG", exif=exif(6))))
     np.testing.assert_array_equal(to_rgb(picture), RGB)
 
 
-def test_current_frame_of_an_open_animation() -> None:
+def test_open_animation_returns_its_current_frame() -> None:
     black = Image.new("RGB", (WIDTH, HEIGHT))
     picture = Image.open(io.BytesIO(saved(black, "PNG", save_all=True, append_images=[Image.fromarray(RGB)])))
     np.testing.assert_array_equal(to_rgb(picture), 0)
@@ -229,11 +228,11 @@ def test_current_frame_of_an_open_animation() -> None:
     np.testing.assert_array_equal(to_rgb(picture), RGB)
 
 
-def test_cmyk_jpeg() -> None:
+def test_cmyk_jpeg_is_converted() -> None:
     jpeg = saved(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=95)
     np.testing.assert_allclose(to_rgb(jpeg), SMOOTH, atol=8)
 
 
-def test_import_needs_neither_opencv_nor_torch() -> None:
+def test_import_loads_neither_opencv_nor_torch() -> None:
     code = "import sys, moondream_cv.images; sys.exit(bool({'cv2', 'torch'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
-"""Importing the package is light, its names resolve, and every module imports with the base dependencies alone.
+"""Imports: the package loads no large library, its names resolve, and every module imports without optional packages.
 
-Run with `pytest tests/test_import.py`; what counts happens in processes of their own.
+Checks of imported modules run in separate processes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPTIONAL = {
     "trustme",
     "uvicorn",
 }
-WITH_AN_EXTRA = "moondream_cv.server."  # what is in there takes moondream-cv[server], and says so from the command line
+SERVER_MODULES = "moondream_cv.server."  # need moondream-cv[server]
 
 
 def run_python(code: str) -> None:
@@ -49,7 +49,7 @@ def run_python(code: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_package_import_loads_no_large_library() -> None:
     run_python(
         "import sys, moondream_cv\n"
         "assert moondream_cv.__version__ and dir(moondream_cv)\n"
@@ -58,7 +58,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
 
 
-def test_errors_and_requests_need_no_model() -> None:
+def test_errors_and_requests_do_not_import_the_model() -> None:
     run_python(
         "import sys\n"
         "from moondream_cv import Caption, Detect, Gaze, MoondreamError, Point, Query, Settings, UnsupportedSkill\n"
@@ -67,7 +67,7 @@ def test_errors_and_requests_need_no_model() -> None:
     )
 
 
-def test_the_detector_needs_no_torch_until_a_model_is_loaded() -> None:
+def test_detector_does_not_import_torch() -> None:
     run_python(
         "import sys\n"
         "from moondream_cv import Detector, Pointer\n"
@@ -77,12 +77,12 @@ def test_the_detector_needs_no_torch_until_a_model_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("name", moondream_cv.__all__)
-def test_every_name_resolves(name: str) -> None:
+def test_public_names_resolve(name: str) -> None:
     assert getattr(moondream_cv, name) is not None
     assert name in dir(moondream_cv)
 
 
-def test_names_are_sorted_and_complete() -> None:
+def test_public_names_are_sorted_and_typed() -> None:
     assert moondream_cv.__all__ == sorted(moondream_cv.__all__)
     assert set(moondream_cv._SUBMODULES) == set(moondream_cv.__all__) - {"__version__"}
     typed = re.search(r"if TYPE_CHECKING:\n((?:    .*\n)+)", Path(moondream_cv.__file__).read_text())
@@ -92,16 +92,16 @@ def test_names_are_sorted_and_complete() -> None:
     )
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_name_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'moondream_cv' has no attribute 'nothing'"):
         moondream_cv.nothing  # noqa: B018
 
 
-def test_star_import() -> None:
+def test_star_import_has_the_public_names() -> None:
     run_python("from moondream_cv import *; assert Detector and Detect and load and __version__")
 
 
-def test_the_version_is_that_of_the_distribution() -> None:
+def test_version_matches_the_distribution() -> None:
     try:
         installed = version("moondream-cv")
     except ModuleNotFoundError:
@@ -109,12 +109,12 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert installed == moondream_cv.__version__
 
 
-def test_every_module_imports_with_the_base_dependencies_alone() -> None:
+def test_every_module_imports_without_optional_packages() -> None:
     run_python(
         "import importlib, pkgutil, sys\n"
         f"sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: cannot be imported\n"
         "import moondream_cv\n"
         "for module in pkgutil.walk_packages(moondream_cv.__path__, 'moondream_cv.'):\n"
-        f"    if not module.name.endswith('__main__') and not module.name.startswith({WITH_AN_EXTRA!r}):\n"
+        f"    if not module.name.endswith('__main__') and not module.name.startswith({SERVER_MODULES!r}):\n"
         "        importlib.import_module(module.name)\n"
     )

@@ -1,4 +1,4 @@
-"""Pre-commit hooks leave fixtures unchanged and cover all typed code. Run with `pytest tests/test_pre_commit.py`."""
+"""Pre-commit hooks: fixtures stay unchanged, and all typed code is checked."""
 
 from __future__ import annotations
 

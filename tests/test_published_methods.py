@@ -1,4 +1,4 @@
-"""The methods of the published model: same names, same arguments in the same order, same defaults."""
+"""Methods of the published model: names, order of arguments, and defaults."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.helpers.small_checkpoint import byte_tokenizer, small_config
 REQUIRED = inspect.Parameter.empty
 KEYWORDS = "**"
 
-# From the published code, state of 2025-06-19, without `self`. Its default of `unstable_settings` is an empty dict.
-# `load_encoded_image` is left out: it only writes into the published model's own KV cache, and there is none here.
+# From the published code of 2025-06-19, without `self`. Its default of `unstable_settings` is an empty dict.
+# `load_encoded_image` is missing: it only writes to the KV cache of the published model.
 MODEL: dict[str, dict[str, Any]] = {
     "caption": {"image": REQUIRED, "length": "normal", "stream": False, "settings": None},
     "query": {
@@ -89,7 +89,7 @@ def test_signature_starts_with_the_published_one(kind: type, published: dict[str
         assert optional or extra.default is not REQUIRED
 
 
-def test_positional_settings_are_settings(model: LocalModel, frame: np.ndarray) -> None:
+def test_settings_are_accepted_by_position(model: LocalModel, frame: np.ndarray) -> None:
     one = {"max_objects": 1}
     assert model.detect(frame, "dog", one) == model.detect(frame, "dog", settings=one)
     assert len(model.detect(frame, "dog", one)["objects"]) <= 1

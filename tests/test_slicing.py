@@ -1,7 +1,4 @@
-"""A `Detector` as the callback of supervision's slicer, with the scenes of the example and the tiny model.
-
-Run with `pytest tests/test_slicing.py`.
-"""
+"""A `Detector` as the callback of supervision's slicer, with the scenes of the example and the tiny model."""
 
 from __future__ import annotations
 
@@ -52,7 +49,9 @@ def slicer_of(find: Find, **options: Any) -> sv.InferenceSlicer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [5, 7])
-def test_slices_find_what_the_whole_image_hides(seed: int, example: ModuleType, tiny: LocalModel) -> None:
+def test_slices_find_small_objects_that_the_whole_image_misses(
+    seed: int, example: ModuleType, tiny: LocalModel
+) -> None:
     scene = example.render_small_objects(seed)
     assert scene.resolution_wh == (2400, 1600)
     assert max(max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in (item.xyxy for item in scene.objects)) <= 26
@@ -65,7 +64,7 @@ def test_slices_find_what_the_whole_image_hides(seed: int, example: ModuleType, 
     assert sliced.false_positives <= 4
 
 
-def test_batches_threads_and_kinds_of_image_give_the_same(example: ModuleType, tiny: LocalModel) -> None:
+def test_batches_threads_and_image_types_return_the_same_boxes(example: ModuleType, tiny: LocalModel) -> None:
     scene = example.render_small_objects(5)
     image = np.ascontiguousarray(scene.image[:600, :800])
     frame = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
@@ -85,7 +84,7 @@ def test_batches_threads_and_kinds_of_image_give_the_same(example: ModuleType, t
         assert found.data["class_name"].tolist() == expected.data["class_name"].tolist(), name
 
 
-def test_a_slice_that_is_cut_off_shows_in_the_whole() -> None:
+def test_truncated_slice_marks_its_objects() -> None:
     crowd = picture(*[("red", (x, 10, x + 5, 15)) for x in range(0, 100, 10)], ("red", (150, 150, 160, 160)),
                     size_wh=(200, 200))  # fmt: skip
     find = partial(Detector(ColorModel(), max_objects=3, mark_truncated=True), classes=["red", "green"])
@@ -95,17 +94,17 @@ def test_a_slice_that_is_cut_off_shows_in_the_whole() -> None:
     assert found.metadata == {}
 
 
-def test_objects_larger_than_a_slice_come_from_the_whole_image() -> None:
+def test_objects_larger_than_a_slice_need_the_whole_image() -> None:
     frame = picture(("red", (20, 20, 180, 180)), ("green", (185, 5, 190, 10)), size_wh=(200, 200))
     model = ColorModel()
     pieces = sv.InferenceSlicer(partial(Detector(model, max_area=0.5), classes=["red", "green"]), 100, 0)(frame)
-    assert pieces.data["class_name"].tolist() == ["green"]  # four pieces of the red one would fill their slices
+    assert pieces.data["class_name"].tolist() == ["green"]  # the four parts of the red object fill their slices
     both = sv.Detections.merge([Detector(model)(frame, ["red", "green"]), pieces]).with_nms(0.5)
     assert sorted(both.xyxy.tolist()) == [[20, 20, 180, 180], [185, 5, 190, 10]]
 
 
 @pytest.mark.slow
-def test_the_example_runs(
+def test_example_runs(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["small_objects.py", "--output", str(tmp_path / "out.png")])

@@ -1,4 +1,4 @@
-"""Many mixed requests leave nothing behind: a fiftieth of them here, all of them with `make soak`."""
+"""Memory after many mixed requests: a fiftieth of them here, all of them with `make soak`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from moondream_cv.scenes.render import render_scene
 MIXED = 10_000
 PER_ROUND = 50
 PLAIN = np.full((120, 160, 3), 90, np.uint8)
-ALLOWED_GROWTH = 48 << 20  # bytes of the process between the first fifth and the end: the allocator's own business
+ALLOWED_GROWTH = 48 << 20  # bytes of the process between the first fifth and the end, for the allocator
 
 
 def some_requests(count: int, rng: random.Random) -> list[Request]:
-    """Of all skills, on new images of several sizes and on none; some cannot be read, some are cut short."""
+    """Return requests of all skills, with new images of several sizes or none; some are unreadable or truncated."""
     images = []
     for _ in range(3):
         size = rng.choice([(320, 240), (640, 480), (200, 300)])
@@ -60,7 +60,7 @@ def some_requests(count: int, rng: random.Random) -> list[Request]:
 
 
 def one_round(model: LocalModel, scheduler: Scheduler, rng: random.Random) -> tuple[int, int]:
-    """Serve `PER_ROUND` requests in all the ways there are; how many were answered, and how many cancelled."""
+    """Run `PER_ROUND` requests through every interface, and return the numbers of completed and canceled ones."""
     requests = some_requests(PER_ROUND, rng)
     jobs = [scheduler.submit(request) for request in requests[:30]]
     steps = itertools.count()
@@ -73,18 +73,18 @@ def one_round(model: LocalModel, scheduler: Scheduler, rng: random.Random) -> tu
     done = scheduler.results()
     assert len(done) == len(jobs)
     cancelled = [j for j in done if isinstance(j.result, ErrorResult) and isinstance(j.result.error, RequestCancelled)]
-    answered = sum(not isinstance(job.result, ErrorResult) for job in done)
-    answered += sum(not isinstance(result, ErrorResult) for result in model.run(requests[30:]))
-    next(model.stream(Caption(PLAIN, "short")))  # left in the middle
-    return answered, len(cancelled)
+    completed = sum(not isinstance(job.result, ErrorResult) for job in done)
+    completed += sum(not isinstance(result, ErrorResult) for result in model.run(requests[30:]))
+    next(model.stream(Caption(PLAIN, "short")))  # abandoned before its end
+    return completed, len(cancelled)
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that are alive, storages counted once."""
+    """Return the size in bytes of all live tensors, counting each storage once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        # torch.compile, in tests of the same process, leaves tensors without memory.
+        # torch.compile in other tests of this process leaves tensors without memory.
         if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -92,41 +92,41 @@ def held_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process in use, as Linux counts it."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
 
 
 def serve(count: int) -> tuple[list[int], list[int]]:
-    """Serve mixed requests; held and resident bytes after each round."""
+    """Run rounds of mixed requests, and return the tensor bytes and resident bytes after each round."""
     held, resident = [], []
     rng = random.Random(0)
     with load("tiny", device="cpu", dtype="float32", cache_images=4) as model:
         scheduler = model.scheduler()
-        answered = cancelled = 0
+        completed = cancelled = 0
         for _ in range(count // PER_ROUND):
             done, gone = one_round(model, scheduler, rng)
-            answered, cancelled = answered + done, cancelled + gone
+            completed, cancelled = completed + done, cancelled + gone
             assert model.image_cache is not None
             model.image_cache.clear()
             held.append(held_bytes())
             if sys.platform == "linux":
                 resident.append(resident_bytes())
-        assert answered > count // 2
+        assert completed > count // 2
         assert cancelled > count // 50
     return held, resident
 
 
 @pytest.mark.slow
-def test_a_fiftieth_leaves_no_tensor_behind() -> None:
+def test_requests_release_all_tensors() -> None:
     before = held_bytes()
     held, _ = serve(MIXED // 50)
     assert len(set(held)) == 1, [later - held[0] for later in held]
-    assert held_bytes() <= before  # with the model closed, its weights are gone as well
+    assert held_bytes() <= before  # the weights of the closed model are released as well
 
 
 @pytest.mark.soak
-def test_ten_thousand_do_not_grow() -> None:
+def test_memory_does_not_grow_over_ten_thousand_requests() -> None:
     held, resident = serve(MIXED)
     assert len(set(held)) == 1, [later - held[0] for later in held]
     if not resident:
@@ -137,7 +137,7 @@ def test_ten_thousand_do_not_grow() -> None:
     assert grown <= ALLOWED_GROWTH
 
 
-def test_what_is_left_behind_would_be_seen() -> None:
+def test_leaked_tensors_are_detected() -> None:
     before = held_bytes()
     kept = [torch.zeros(1000) for _ in range(3)]
     assert held_bytes() - before == 3 * 4000
@@ -147,7 +147,7 @@ def test_what_is_left_behind_would_be_seen() -> None:
     assert held_bytes() == before
 
 
-def test_encoded_images_are_what_is_kept_on_request() -> None:
+def test_image_cache_keeps_encoded_images() -> None:
     with load("tiny", device="cpu", dtype="float32", cache_images=2) as model:
         image = np.zeros((120, 160, 3), np.uint8)
         model.run([Caption(image, "short", {"max_tokens": 2})])
