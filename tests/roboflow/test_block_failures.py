@@ -21,7 +21,7 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.scenes import render_scene
 from moondream_cv_blocks import ModelPool, pool
-from tests.helpers.remote_server import Answer, Asked, RemoteServer, remote_server
+from tests.helpers.remote_server import ReceivedRequest, RemoteServer, Reply, remote_server
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.served import served
 from tests.helpers.workflows import (
@@ -69,18 +69,18 @@ BAD = {
 }
 ODD = ("1x1", "gray", "gray with an axis", "with transparency", "floats")
 
-MODELS_ANSWER = Answer({"models": [{"id": "tiny", "has_scores": True}]})
+MODELS_ANSWER = Reply({"models": [{"id": "tiny", "has_scores": True}]})
 BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 0.5}
 BOX_XYXY = [32, 60, 160, 180]  # on 320x240
-BAD_REQUEST = Answer({"error": "not today"}, 400)  # is not retried
+BAD_REQUEST = Reply({"error": "not today"}, 400)  # is not retried
 ROUTES = ("/v1/detect", "/v1/point", "/v1/query", "/v1/caption")
 INVALID_RESPONSES = {
-    "HTML": (Answer(b"<html>hello</html>", kind="text/html"), "returned text/html instead of JSON"),
-    "JSON of another shape": (Answer({"result": [1]}), "returned no valid '"),
-    "a list": (Answer([1]), "returned no JSON object"),
-    "other types": (Answer({"objects": 1, "points": 1, "answer": 1, "caption": 1}), "returned no valid '"),
-    "500": (Answer({"error": "no memory"}, 500), "returned status 500"),
-    "nothing more": (Answer(fault="cut"), "closed the connection early"),
+    "HTML": (Reply(b"<html>hello</html>", kind="text/html"), "returned text/html instead of JSON"),
+    "JSON of another shape": (Reply({"result": [1]}), "returned no valid '"),
+    "a list": (Reply([1]), "returned no JSON object"),
+    "other types": (Reply({"objects": 1, "points": 1, "answer": 1, "caption": 1}), "returned no valid '"),
+    "500": (Reply({"error": "no memory"}, 500), "returned status 500"),
+    "nothing more": (Reply(fault="cut"), "closed the connection early"),
 }
 
 
@@ -399,7 +399,7 @@ def test_refused_connection_returns_error_outputs(block: str, closed_url: str, b
 @pytest.mark.parametrize("block", BLOCKS)
 def test_hanging_server_times_out(block: str, remote: RemoteServer, bgr: np.ndarray) -> None:
     for route in ROUTES:
-        remote.on(route, Answer(fault="hang"))
+        remote.on(route, Reply(fault="hang"))
     (outputs,) = run_engine(make_engine(block, timeout=0.3, model=remote.url), bgr)
     assert_failed(block, outputs, "did not respond within 0.3 s")
 
@@ -456,8 +456,8 @@ def test_unknown_api_returns_error_outputs(block: str, bgr: np.ndarray) -> None:
 def test_server_error_for_one_image_does_not_affect_the_others(
     block: str, remote: RemoteServer, bgr: np.ndarray
 ) -> None:
-    def reply(asked: Asked) -> Answer:
-        found = Answer({"objects": [BOX], "caption": "a picture"})
+    def reply(asked: ReceivedRequest) -> Reply:
+        found = Reply({"objects": [BOX], "caption": "a picture"})
         return BAD_REQUEST if _size_of(asked) == (20, 20) else found
 
     remote.on("/v1/detect", reply).on("/v1/caption", reply)
@@ -470,14 +470,14 @@ def test_server_error_for_one_image_does_not_affect_the_others(
     assert comparable(first) != {**EMPTY[block], **NO_ERROR}
 
 
-def _size_of(asked: Asked) -> tuple[int, int]:
+def _size_of(asked: ReceivedRequest) -> tuple[int, int]:
     """Return width and height of the image in a request."""
     return Image.open(io.BytesIO(base64.b64decode(asked.body["image_url"].partition(",")[2]))).size
 
 
 @pytest.mark.parametrize("block", ["detect", "track"])
 def test_frame_after_a_server_error_is_processed(block: str, remote: RemoteServer, bgr: np.ndarray) -> None:
-    remote.on("/v1/detect", BAD_REQUEST, Answer({"objects": [BOX]}))
+    remote.on("/v1/detect", BAD_REQUEST, Reply({"objects": [BOX]}))
     engine = make_engine(block, model=remote.url, class_names=["dog"], **({"every": 1} if block == "track" else {}))
     (failed,) = run_engine(engine, image_data(bgr, number=1))
     assert_failed(block, failed, "not today")
@@ -494,16 +494,16 @@ def test_failed_connection_is_not_retried_for_every_frame(bgr: np.ndarray) -> No
     with remote_server() as server:
         engine = make_engine("caption", model=server.url)
         (failed,) = run_engine(engine, bgr)
-        requests = len(server.asked)
+        requests = len(server.requests)
         (again,) = run_engine(engine, bgr)
     assert failed == again
-    assert len(server.asked) == requests > 0
+    assert len(server.requests) == requests > 0
 
 
 def test_server_that_starts_later_is_connected(bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "RETRY_SECONDS", 0.0)
     with remote_server() as server:
-        server.on("/v1/models", Answer({}, 404), MODELS_ANSWER).on("/v1/caption", Answer({"caption": "a picture"}))
+        server.on("/v1/models", Reply({}, 404), MODELS_ANSWER).on("/v1/caption", Reply({"caption": "a picture"}))
         engine = make_engine("caption", model=server.url)
         assert [run_engine(engine, bgr)[0]["caption"] for _ in range(3)] == ["", "a picture", "a picture"]
 
@@ -531,7 +531,7 @@ def test_track_ids_survive_a_bad_frame(bad: str, bgr: np.ndarray, tmp_path: Path
 
 
 def test_track_ids_survive_a_failed_keyframe(remote: RemoteServer, bgr: np.ndarray) -> None:
-    remote.on("/v1/detect", Answer({"objects": [BOX]}), BAD_REQUEST, Answer({"objects": [BOX]}))
+    remote.on("/v1/detect", Reply({"objects": [BOX]}), BAD_REQUEST, Reply({"objects": [BOX]}))
     engine = make_engine("track", model=remote.url, class_names=["dog"], every=2)
     found = [run_engine(engine, image_data(bgr, number=number))[0] for number in range(1, 6)]
     assert [outputs["error_status"] for outputs in found] == [False, False, True, True, False]
@@ -540,7 +540,7 @@ def test_track_ids_survive_a_failed_keyframe(remote: RemoteServer, bgr: np.ndarr
 
 
 def test_restarted_video_keeps_no_tracks_if_its_first_keyframe_fails(remote: RemoteServer, bgr: np.ndarray) -> None:
-    remote.on("/v1/detect", Answer({"objects": [BOX]}), BAD_REQUEST, Answer({"objects": []}))
+    remote.on("/v1/detect", Reply({"objects": [BOX]}), BAD_REQUEST, Reply({"objects": []}))
     engine = make_engine("track", model=remote.url, class_names=["dog"])
     run_engine(engine, image_data(bgr, number=50))
     run_engine(engine, image_data(bgr, number=1))  # the video restarts, and the model fails on its first frame
@@ -549,7 +549,7 @@ def test_restarted_video_keeps_no_tracks_if_its_first_keyframe_fails(remote: Rem
 
 
 def test_removed_class_has_no_tracks_after_a_failed_keyframe(remote: RemoteServer, bgr: np.ndarray) -> None:
-    found = Answer({"objects": [BOX]})
+    found = Reply({"objects": [BOX]})
     remote.on("/v1/detect", found, found, BAD_REQUEST, found)
     definition = workflow(
         minimal_step("track", model=remote.url, class_names="$inputs.class_names"), parameters=["class_names"]
@@ -602,7 +602,7 @@ def test_visualizations_accept_the_outputs_of_a_failed_step(
 
 def test_line_counter_counts_objects_that_cross_during_failures(remote: RemoteServer, bgr: np.ndarray) -> None:
     """The object crosses the line while the model fails."""
-    boxes = [Answer({"objects": [{**BOX, "x_min": x, "x_max": x + 0.4}]}) for x in (0.05, 0.2, 0.35, 0.5)]
+    boxes = [Reply({"objects": [{**BOX, "x_min": x, "x_max": x + 0.4}]}) for x in (0.05, 0.2, 0.35, 0.5)]
     remote.on("/v1/detect", BAD_REQUEST, *boxes[:2], BAD_REQUEST, *boxes[2:])
     counter = {
         "type": "roboflow_core/line_counter@v2",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import pool
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import (
     BLOCKS,
@@ -35,8 +35,8 @@ SECRETS = {  # as written in the URL, decoded
     "plain": ("s3cret-word", "s3cret-word"),
     "quoted": ("p%40ss-w0rd", "p@ss-w0rd"),
 }
-INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
-MODELS_ANSWER = Answer({"models": [{"id": "tiny", "has_scores": True}]})
+INFO = Reply({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+MODELS_ANSWER = Reply({"models": [{"id": "tiny", "has_scores": True}]})
 ROUTES = ("/v1/detect", "/v1/point", "/v1/query", "/v1/caption")
 
 
@@ -119,14 +119,14 @@ def test_error_for_a_forbidden_url_does_not_reveal_the_password(
 FAILURES: dict[str, Callable[[RemoteServer, tuple[str, str]], Any]] = {
     "lacks the skill": lambda server, secret: server.on("/info", INFO),
     "has an unknown API": lambda server, secret: None,
-    "requires a key": lambda server, secret: server.on("/v1/models", Answer({"error": f"not {secret[1]}"}, 401)),
+    "requires a key": lambda server, secret: server.on("/v1/models", Reply({"error": f"not {secret[1]}"}, 401)),
     "error message contains the password": lambda server, secret: [
         server.on("/v1/models", MODELS_ANSWER),
-        *(server.on(route, Answer({"error": f"wrong: {secret[0]}, {secret[1]}"}, 403)) for route in ROUTES),
+        *(server.on(route, Reply({"error": f"wrong: {secret[0]}, {secret[1]}"}, 403)) for route in ROUTES),
     ],
     "response contains the password": lambda server, secret: [
         server.on("/v1/models", MODELS_ANSWER),
-        *(server.on(route, Answer([secret[1]])) for route in ROUTES),
+        *(server.on(route, Reply([secret[1]])) for route in ROUTES),
     ],
 }
 
@@ -151,7 +151,7 @@ def test_server_failure_does_not_reveal_the_password(
     assert_failed(block, outputs, "detect" if failure == "lacks the skill" and block == "point" else host)
     assert_hidden(secret, outputs["error_message"], caplog.text)
     assert [record for record in caplog.records if record.name == LOGGER]
-    assert all(one.headers["authorization"].startswith("Basic ") for one in server.asked)  # the password was sent
+    assert all(one.headers["authorization"].startswith("Basic ") for one in server.requests)  # the password was sent
 
 
 @pytest.mark.parametrize("by", ["literal", "input"])

@@ -10,7 +10,7 @@ import pytest
 import supervision as sv
 
 from moondream_cv.engine.local import LocalModel
-from tests.helpers.remote_server import Answer, remote_server
+from tests.helpers.remote_server import Reply, remote_server
 from tests.helpers.roboflow_app import model_manager, skip_without_server
 from tests.helpers.workflows import compile_workflow, run_engine, run_workflow, step, workflow
 
@@ -286,7 +286,7 @@ def test_webhook_sink_sends_predictions(
         altitude=30.0,
     )
     with remote_server() as server:
-        server.on("/hook", Answer({}))
+        server.on("/hook", Reply({}))
         hook = core(
             "webhook_sink@v1",
             "hook",
@@ -300,7 +300,7 @@ def test_webhook_sink_sends_predictions(
             found(block, geotag, hook, outputs=[f"found.{output}", "hook.error_status", "hook.message"]), bgr
         )
         assert outputs["hook.error_status"] is False, outputs["hook.message"]
-        (request,) = server.asked
+        (request,) = server.requests
     detections = outputs[f"found.{output}"]
     assert request.body["class_name"] == detections["class_name"].tolist()
     assert request.body["confidence"] == detections.confidence.tolist()

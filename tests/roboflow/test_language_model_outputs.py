@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import ModelPool
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import compile_workflow, run_engine, run_workflow, step, workflow
 
@@ -18,7 +18,7 @@ skip_without_server()
 pytestmark = pytest.mark.roboflow
 
 CLASSES = ["dog", "bus"]
-QUESTION = 'Classify the image as dog or bus. Answer with JSON: {"class_name": "...", "confidence": 0.0}'
+QUESTION = 'Classify the image as dog or bus. Reply with JSON: {"class_name": "...", "confidence": 0.0}'
 TEXTS = {"query": "answer", "caption": "caption"}
 every_text = pytest.mark.parametrize("block", TEXTS)
 every_notation = pytest.mark.parametrize("notation", ["{}", "```json\n{}\n```"], ids=["JSON", "Markdown"])
@@ -45,12 +45,12 @@ def parsed_by(parser: dict[str, Any], block: str, model: str) -> dict[str, Any]:
 def server() -> Iterator[RemoteServer]:
     """Start a server with the models route of `moondream-cv serve`; `parse` sets its answers."""
     with remote_server() as running:
-        yield running.on("/v1/models", Answer({"models": [{"id": "any"}]}))
+        yield running.on("/v1/models", Reply({"models": [{"id": "any"}]}))
 
 
 def parse(server: RemoteServer, block: str, parser: dict[str, Any], text: str, image: np.ndarray) -> dict[str, Any]:
     """Return the outputs of a parser for an answer or caption of the server."""
-    server.on("/v1/query", Answer({"answer": text})).on("/v1/caption", Answer({"caption": text}))
+    server.on("/v1/query", Reply({"answer": text})).on("/v1/caption", Reply({"caption": text}))
     engine = compile_workflow(parsed_by(parser, block, server.url), **{"moondream_cv_blocks.models": ModelPool()})
     (outputs,) = run_engine(engine, image)
     return outputs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moondream_cv_blocks import ModelPool
-from tests.helpers.remote_server import Answer, Asked, RemoteServer, remote_server
+from tests.helpers.remote_server import ReceivedRequest, RemoteServer, Reply, remote_server
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import (
     BLOCKS,
@@ -26,14 +26,14 @@ skip_without_server()
 pytestmark = pytest.mark.roboflow
 
 CLASSES = [f"class {number}" for number in range(8)]
-LISTED = Answer({"models": [{"id": "any", "has_scores": True}]})
-INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+LISTED = Reply({"models": [{"id": "any", "has_scores": True}]})
+INFO = Reply({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
 ROUTES = ("/v1/detect", "/v1/point", "/v1/query", "/v1/caption")
 BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 0.5}
 FAULTS = {
-    "hang": Answer(fault="hang"),
-    "trickle": Answer(b"{", fault="trickle"),
-    "long wait before a retry": Answer({"error": "busy"}, 503, {"Retry-After": "25"}),
+    "hang": Reply(fault="hang"),
+    "trickle": Reply(b"{", fault="trickle"),
+    "long wait before a retry": Reply({"error": "busy"}, 503, {"Retry-After": "25"}),
 }
 
 
@@ -70,13 +70,13 @@ def test_step_stops_after_its_first_timeout(block: str, fault: str, server: Remo
 def test_step_with_a_roboflow_server_stops_after_its_first_timeout(block: str) -> None:
     with remote_server() as server:
 
-        def hang(asked: Asked) -> Answer:
-            return Answer(fault="hang")
+        def hang(asked: ReceivedRequest) -> Reply:
+            return Reply(fault="hang")
 
         server.on("/info", INFO).on("/infer/lmm", hang).on("/infer/lmm/moondream2", hang)
         for one in run_engine(make_engine(block, server), frames(8)):
             assert_failed(block, one, "did not respond within 0.5 s")
-        requests = [one for one in server.asked if one.path.startswith("/infer")]
+        requests = [one for one in server.requests if one.path.startswith("/infer")]
     assert 0 < len(requests) <= 8
 
 
@@ -85,10 +85,10 @@ def test_step_works_after_the_server_recovers(block: str, server: RemoteServer) 
     keyframes = {"every": 1} if block == "track" else {}
     engine = make_engine(block, server, **keyframes)
     for route in ROUTES:
-        server.on(route, Answer(fault="hang"))
+        server.on(route, Reply(fault="hang"))
     assert all(one["error_status"] for one in run_engine(engine, frames(8)))
     for route in ROUTES:
-        server.on(route, Answer({"objects": [BOX], "answer": "yes"}))
+        server.on(route, Reply({"objects": [BOX], "answer": "yes"}))
     recovered = [{**frame, "video_metadata": {**frame["video_metadata"], "frame_number": 2}} for frame in frames(8)]
     for one in run_engine(engine, recovered):
         assert (one["error_status"], one["error_message"]) == (False, "")
@@ -97,8 +97,8 @@ def test_step_works_after_the_server_recovers(block: str, server: RemoteServer) 
 def test_results_before_the_timeout_are_kept(server: RemoteServer) -> None:
     """The requests are sent in the order of the images; the last one hangs."""
 
-    def last_hangs(asked: Asked) -> Answer:
-        return Answer(fault="hang") if len(server.to("/v1/caption")) == 4 else Answer({"caption": "a picture"})
+    def last_hangs(asked: ReceivedRequest) -> Reply:
+        return Reply(fault="hang") if len(server.to("/v1/caption")) == 4 else Reply({"caption": "a picture"})
 
     server.on("/v1/caption", last_hangs)
     outputs = run_engine(make_engine("caption", server), frames(4))

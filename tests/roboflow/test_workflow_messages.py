@@ -14,7 +14,7 @@ import requests
 import moondream_cv_blocks
 from moondream_cv_blocks import ModelPool, load_blocks, pool
 from moondream_cv_blocks.messages import workflow_message
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import BLOCKS, compile_error, compile_workflow, minimal_step, run_engine, workflow
 
@@ -22,11 +22,11 @@ skip_without_server()
 pytestmark = pytest.mark.roboflow
 
 PYTHON = re.compile(r"\b[a-z_]+=(?!\S)|\b[a-z_]+='|load\(|connect\(|MoondreamAPI|OpenAICompatible|RoboflowInference")
-LISTED = Answer({"models": [{"id": "any"}]})
-OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
-INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+LISTED = Reply({"models": [{"id": "any"}]})
+OPENAI = Reply({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
+INFO = Reply({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
 ROUTES = ("/v1/detect", "/v1/point", "/v1/query", "/v1/caption", "/v1/chat/completions")
-UNAUTHORIZED = Answer({"error": "unauthorized"}, 401)
+UNAUTHORIZED = Reply({"error": "unauthorized"}, 401)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def server() -> Iterator[RemoteServer]:
 def hanging(server: RemoteServer) -> None:
     server.on("/v1/models", LISTED)
     for route in ROUTES:
-        server.on(route, Answer(fault="hang"))
+        server.on(route, Reply(fault="hang"))
 
 
 def unauthorized(server: RemoteServer) -> None:
@@ -52,7 +52,7 @@ def unauthorized_models(server: RemoteServer) -> None:
 
 
 def silent(server: RemoteServer) -> None:
-    server.on("/v1/models", Answer(fault="hang"))
+    server.on("/v1/models", Reply(fault="hang"))
 
 
 def no_model(server: RemoteServer) -> None:
@@ -61,7 +61,7 @@ def no_model(server: RemoteServer) -> None:
 
 def openai(server: RemoteServer) -> None:
     server.on("/v1/models", OPENAI)
-    server.on("/v1/chat/completions", Answer({"choices": [{"message": {"content": "yes"}}]}))
+    server.on("/v1/chat/completions", Reply({"choices": [{"message": {"content": "yes"}}]}))
 
 
 def roboflow(server: RemoteServer) -> None:
