@@ -131,10 +131,11 @@ test-roboflow: $(ROBOFLOW) ## Run the tests marked "roboflow" with Roboflow's wo
 	$(call PYTEST,$(VENV_ROBOFLOW)/bin/python) -m "roboflow and not download and not soak" --disable-warnings \
 	  $(PYTEST_ARGS) tests/roboflow
 
-lint: $(DEV) ## Check style, formatting and types
+lint: $(DEV) ## Check style, formatting, types and prose
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) scripts/check_prose.py
 
 format: $(DEV) ## Format the code and apply ruff's fixes
 	$(PY) -m ruff check --fix-only .
