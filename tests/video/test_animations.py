@@ -22,7 +22,7 @@ ANIMATED = ["a.gif", "a.webp", "a.png", "a.apng"] + (["a.avif"] if features.chec
 @pytest.mark.parametrize("name", ANIMATED)
 def test_animation_frames_have_times_and_durations(tmp_path: Path, name: str) -> None:
     source, frames = read(write_animation(tmp_path / name, DURATIONS, loop=3))
-    assert frame_numbers(frames) == [0, 1, 2, 3]  # once, whatever the loop count
+    assert frame_numbers(frames) == [0, 1, 2, 3]  # once, independent of the loop count
     assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.35, 0.39])
     assert [frame.duration for frame in frames] == pytest.approx([0.1, 0.25, 0.04, 1.0])
     assert (source.live, source.frame_count, source.resolution_wh, source.problems) == (False, 4, (128, 64), 0)
@@ -76,7 +76,7 @@ def test_transparent_animations_have_a_white_background(tmp_path: Path, name: st
     _, frames = read(write_animation(tmp_path / name, [100] * 4, [_sprite(number) for number in range(4)], **options))
     for number, frame in enumerate(frames):
         expected = np.full((32, 64, 3), 255)
-        expected[8:18, 4 + 12 * number : 14 + 12 * number] = (30, 30, 200)  # BGR; the square before is gone
+        expected[8:18, 4 + 12 * number : 14 + 12 * number] = (30, 30, 200)  # BGR, without the previous square
         assert np.abs(frame.image - expected).max() <= 8
 
 
@@ -173,7 +173,7 @@ def test_truncated_tiff_yields_its_complete_pages(
 
 
 def test_truncated_webp_is_rejected(tmp_path: Path) -> None:
-    path = truncate(write_animation(tmp_path / "a.webp", DURATIONS), 0.6)  # libwebp reads nothing of it
+    path = truncate(write_animation(tmp_path / "a.webp", DURATIONS), 0.6)  # libwebp reads no frame of it
     with pytest.raises(VideoError, match=r"a\.webp' has no frames that can be read: .* is truncated or damaged"):
         open_source(path)
 
@@ -196,7 +196,7 @@ def test_every_frame_is_checked_against_the_size_limit(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_animation(tmp_path / name, [100, 100])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 64 // 3)  # an error from twice that on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 64 // 3)  # Pillow raises above twice this limit
     with pytest.raises(VideoError, match="too large"):
         open_source(path)
 

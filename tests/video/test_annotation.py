@@ -1,4 +1,4 @@
-"""Drawing into frames. Run with `pytest tests/video/test_annotation.py`."""
+"""`Annotator`: drawing into frames. Run with `pytest tests/video/test_annotation.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ZONES = {
 }
 
 
-def grey(width: int = 640, height: int = 360) -> Picture:
+def gray(width: int = 640, height: int = 360) -> Picture:
     return np.full((height, width, 3), 90, np.uint8)
 
 
@@ -54,19 +54,19 @@ def found(
 
 
 def changed(before: Picture, after: Picture) -> npt.NDArray[np.bool_]:
-    """Which pixels differ, [H, W]."""
+    """Return whether each pixel differs, [H, W]."""
     return np.asarray((before != after).any(2))
 
 
 def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that are written from now on."""
+    """Return a list that collects the texts that are drawn."""
     written: list[str] = []
     plate = Pen.plate
 
-    def note(pen: Pen, text: str, colour: annotation.BGR) -> Picture:
+    def note(pen: Pen, text: str, color: annotation.BGR) -> Picture:
         if text not in written:
             written.append(text)
-        return plate(pen, text, colour)
+        return plate(pen, text, color)
 
     monkeypatch.setattr(Pen, "plate", note)
     return written
@@ -133,23 +133,23 @@ def test_labels_show_name_track_id_and_confidence(monkeypatch: pytest.MonkeyPatc
     written = texts(monkeypatch)
     annotator = Annotator("label", ("dog", "cat"))
     boxes = [(10, 50, 60, 90), (100, 50, 160, 90)]
-    annotator(grey(), found(boxes, [3, -1]))
-    annotator(grey(), found(boxes, scores=False))
-    annotator(grey(), sv.Detections(np.array(boxes, np.float32), class_id=np.array([1, 7])))
-    annotator(grey(), sv.Detections(np.array(boxes, np.float32)))
+    annotator(gray(), found(boxes, [3, -1]))
+    annotator(gray(), found(boxes, scores=False))
+    annotator(gray(), sv.Detections(np.array(boxes, np.float32), class_id=np.array([1, 7])))
+    annotator(gray(), sv.Detections(np.array(boxes, np.float32)))
     assert sorted(written) == ["cat", "class 7", "dog", "dog #3 0.87", "dog 0.87", "object"]
 
 
 def test_long_names_are_shortened_before_the_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
     written = texts(monkeypatch)
-    Annotator()(grey(320, 240), found([(10, 50, 60, 90)], [12], ["a person in a red jacket " * 5]))
+    Annotator()(gray(320, 240), found([(10, 50, 60, 90)], [12], ["a person in a red jacket " * 5]))
     assert written[0].startswith("a person in")
     assert written[0].endswith("... #12 0.87")
 
 
 def test_labels_replace_letters_without_a_font(monkeypatch: pytest.MonkeyPatch) -> None:
     written = texts(monkeypatch)
-    Annotator()(grey(), found([(10, 50, 60, 90)], names=["café\nсобака \U0010fffd"]))
+    Annotator()(gray(), found([(10, 50, 60, 90)], names=["café\nсобака \U0010fffd"]))
     assert written == ["café собака ? 0.87"]
 
 
@@ -158,22 +158,22 @@ def test_labels_stay_inside_the_image(size: tuple[int, int]) -> None:
     width, height = size
     text_height = Pen.for_resolution(size).plate_height
     for left, top in ((0, 0), (width - 5, 0), (0, height - 5), (width - 5, height - 5), (width // 2, -3)):
-        image = grey(*size)
+        image = gray(*size)
         drawn = changed(image, Annotator("label")(image, found([(left, top, left + 5, top + 5)])))
         rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
         assert len(rows) == min(height, text_height)
-        assert drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # a plate, whole
+        assert drawn[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()  # a complete plate
 
 
 def test_labels_do_not_overlap() -> None:
-    image = grey()
+    image = gray()
     one = changed(image, Annotator("label")(image, found([(300, 150, 360, 200)]))).sum()
     near = [(300 + 3 * step, 150 + 3 * step, 360, 200) for step in range(4)]
     assert changed(image, Annotator("label")(image, found(near))).sum() == 4 * one
 
 
 def test_labels_keep_their_places_if_the_order_of_objects_changes() -> None:
-    image, boxes = grey(), [(100, 100, 200, 200), (110, 95, 220, 210)]
+    image, boxes = gray(), [(100, 100, 200, 200), (110, 95, 220, 210)]
     there = Annotator("label")(image, found(boxes, [4, 9], ["dog", "cat"]))
     back = Annotator("label")(image, found(boxes[::-1], [9, 4], ["cat", "dog"]))
     assert (there == back).all()
@@ -188,39 +188,39 @@ def test_label_text_contrasts_with_its_plate(ground: int) -> None:
         assert plate.max() - plate.min() > 80
 
 
-def colours_of(picture: Picture, boxes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
-    """The colours in the middle of the boxes' left sides."""
+def colors_of(picture: Picture, boxes: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Return the colors in the middle of the left sides of boxes."""
     return [tuple(picture[(box[1] + box[3]) // 2, box[0]].tolist()) for box in boxes]
 
 
 def test_color_by_class_or_track_id() -> None:
     boxes = [(20, 20, 90, 90), (120, 20, 190, 90), (220, 20, 290, 90), (320, 20, 390, 90)]
     detections = found(boxes, [5, 6, 25, -1], class_ids=[0, 1, 0, 21])
-    by_class = colours_of(Annotator("box")(grey(), detections), boxes)
+    by_class = colors_of(Annotator("box")(gray(), detections), boxes)
     assert by_class == [sv.ColorPalette.DEFAULT.by_idx(index).as_bgr() for index in (0, 1, 0, 21)]
     annotator = Annotator("box", color_by="id")
-    by_id = colours_of(annotator(grey(), detections), boxes)
+    by_id = colors_of(annotator(gray(), detections), boxes)
     assert by_id == [*(sv.ColorPalette.DEFAULT.by_idx(index).as_bgr() for index in (5, 6, 25)), (150, 150, 150)]
-    assert colours_of(annotator(grey(), detections[2:]), boxes[2:]) == by_id[2:]  # also in other company
-    assert colours_of(annotator(grey(), found(boxes)), boxes) == [(150, 150, 150)] * 4
+    assert colors_of(annotator(gray(), detections[2:]), boxes[2:]) == by_id[2:]  # independent of the other objects
+    assert colors_of(annotator(gray(), found(boxes)), boxes) == [(150, 150, 150)] * 4
 
 
 @pytest.mark.parametrize("size", [(320, 240), (640, 360), (3840, 2160)])
 def test_box_that_fills_the_frame_shows_all_sides(size: tuple[int, int]) -> None:
-    shown = Annotator("box")(grey(*size), found([(0, 0, *size)]))
+    shown = Annotator("box")(gray(*size), found([(0, 0, *size)]))
     line = Pen.for_resolution(size).line
-    drawn = changed(grey(*size), shown)
+    drawn = changed(gray(*size), shown)
     for side in (drawn[:line], drawn[-line:], drawn[:, :line].T, drawn[:, -line:].T):
-        assert side[:, line:-line].all()  # but for the corners, which are round
+        assert side[:, line:-line].all()  # without the corners, which are round
 
 
 def test_boxes_without_area_are_dots_and_boxes_outside_are_not_drawn() -> None:
-    image = grey()
+    image = gray()
     drawn = changed(image, Annotator("box")(image, found([(100, 100, 100, 100)])))
     assert drawn[100, 100]
     assert 20 < drawn.sum() < 400
     outside = found([(-50, -50, -10, -10), (700, 10, 800, 90), (1e9, 0, 2e9, 50), (9, 9, 50, 50)])
-    outside.xyxy[3] = np.nan  # the newest supervision refuses it only at first
+    outside.xyxy[3] = np.nan  # new versions of supervision reject NaN in the constructor
     assert (Annotator("box,label,dot,blur,pixelate")(image, outside) == image).all()
 
 
@@ -246,7 +246,7 @@ def test_redacted_boxes_lose_detail_and_the_rest_is_unchanged(what: str, box: tu
     outside = np.ones(image.shape[:2], bool)
     outside[top:bottom, left:right] = False
     assert (shown[outside] == image[outside]).all()
-    # Between neighbours, noise differs by 85 on average.
+    # Between neighbors, noise differs by 85 on average.
     region = shown[top:bottom, left:right].astype(float)
     steps = np.concatenate([np.abs(np.diff(region, axis=axis)).ravel() for axis in (0, 1)])
     assert steps.mean() < 8
@@ -256,12 +256,12 @@ def test_redacted_boxes_lose_detail_and_the_rest_is_unchanged(what: str, box: tu
 @pytest.mark.parametrize("what", ["blur", "pixelate"])
 @pytest.mark.parametrize("side", [6, 24, 60, 300])
 def test_fine_patterns_are_unrecognizable_after_redaction(what: str, side: int) -> None:
-    """Stripes of a twelfth of the box, no finer than what a face is known by, give a nearly even grey."""
-    image = grey()
+    """Stripes of a twelfth of the box, as fine as facial features, become nearly uniform gray."""
+    image = gray()
     stripe = max(1, side // 12)
     image[10 : 10 + side, 10 : 10 + side] = 255 * ((np.arange(side) // stripe) % 2)[None, :, None]
     region = Annotator(what)(image, found([(10, 10, 10 + side, 10 + side)]))[10 : 10 + side, 10 : 10 + side]
-    assert region.std() < 45  # 127 before
+    assert region.std() < 45  # 127 without redaction
 
 
 def trace(frames: Iterable[sv.Detections], times: Iterable[float], image: Picture) -> npt.NDArray[np.bool_]:
@@ -272,12 +272,12 @@ def trace(frames: Iterable[sv.Detections], times: Iterable[float], image: Pictur
 
 
 def at(x: float, tracker_id: int | None = 1) -> sv.Detections:
-    """A box of 20×20 pixels that stands at x, 200."""
+    """Return a box of 20×20 pixels with its bottom center at x, 200."""
     return found([(x - 10, 180, x + 10, 200)], None if tracker_id is None else [tracker_id])
 
 
 def test_trace_connects_past_positions() -> None:
-    drawn = trace([at(100 + 5 * step) for step in range(30)], [step / 30 for step in range(30)], grey())
+    drawn = trace([at(100 + 5 * step) for step in range(30)], [step / 30 for step in range(30)], gray())
     assert drawn[200, 100:245].all()
     assert not drawn[:190].any()
     assert not drawn[:, 255:].any()
@@ -285,39 +285,39 @@ def test_trace_connects_past_positions() -> None:
 
 @pytest.mark.parametrize("times", [[step / 30 for step in range(120)], [0.0] * 120], ids=["with times", "without"])
 def test_trace_is_two_seconds_long(times: list[float]) -> None:
-    columns = np.flatnonzero(trace([at(20 + 5 * step) for step in range(120)], times, grey()).any(0))
+    columns = np.flatnonzero(trace([at(20 + 5 * step) for step in range(120)], times, gray()).any(0))
     assert abs(columns[0] - (20 + 5 * 59)) <= 8
     assert abs(columns[-1] - (20 + 5 * 119)) <= 8
 
 
 def test_trace_restarts_where_a_track_returns_elsewhere() -> None:
     frames = [at(100), at(105), at(110), *[sv.Detections.empty()] * 5, at(400), at(405), at(410)]
-    drawn = trace(frames, [step / 30 for step in range(len(frames))], grey())
+    drawn = trace(frames, [step / 30 for step in range(len(frames))], gray())
     assert drawn[200, 400:410].all()
     assert not drawn[:, :390].any()
 
 
 def test_trace_continues_after_a_short_loss() -> None:
     frames = [at(100), at(105), sv.Detections.empty(), at(115), at(120)]
-    assert trace(frames, [step / 30 for step in range(5)], grey())[200, 100:120].all()
+    assert trace(frames, [step / 30 for step in range(5)], gray())[200, 100:120].all()
 
 
 def test_trace_restarts_after_a_jump() -> None:
-    drawn = trace([at(100), at(105), at(500), at(505)], [0.0, 0.1, 0.2, 0.3], grey())
+    drawn = trace([at(100), at(105), at(500), at(505)], [0.0, 0.1, 0.2, 0.3], gray())
     assert drawn[200, 500:505].all()
     assert not drawn[:, :490].any()
 
 
 @pytest.mark.parametrize("tracker_id", [None, -1])
 def test_untracked_objects_have_no_trace(tracker_id: int | None) -> None:
-    assert not trace([at(100 + 5 * step, tracker_id) for step in range(9)], [0.0] * 9, grey()).any()
+    assert not trace([at(100 + 5 * step, tracker_id) for step in range(9)], [0.0] * 9, gray()).any()
 
 
 def test_decreasing_time_resets_traces_and_panel() -> None:
     annotator = Annotator("trace", panel=True)
     for time, x in ((0.0, 100), (0.1, 110), (0.2, 120), (0.0, 130)):
-        shown = annotator(grey(), at(x, int(x)), time)
-    once = Annotator("trace", panel=True)(grey(), at(130, 130))
+        shown = annotator(gray(), at(x, int(x)), time)
+    once = Annotator("trace", panel=True)(gray(), at(130, 130))
     assert (shown == once).all()
 
 
@@ -333,7 +333,7 @@ def test_zone_counts_do_not_overlap(size: tuple[int, int], monkeypatch: pytest.M
     monkeypatch.setattr(annotation, "_place", note)
     written, zones = texts(monkeypatch), Zones.from_dict(ZONES)
     zones.update(found([(0.2 * size[0], 0.2 * size[1], 0.3 * size[0], 0.4 * size[1])], [1]), size)
-    shown = Annotator("label", zones=zones)(grey(*size), sv.Detections.empty())
+    shown = Annotator("label", zones=zones)(gray(*size), sv.Detections.empty())
     assert written == ["door: 0 in, 0 out", "queue: 1 (1 so far)", "counter: 1 (1 so far)"]
     assert len(places) == 3
     covered = np.zeros(size[::-1], int)
@@ -392,6 +392,6 @@ def test_panel_with_many_classes_keeps_zones_and_detected_classes() -> None:
     panel.update(found([(0, 0, 9, 9)], [1], ["class 40"], [40]))
     kept = panel._sections(None)[0].shortened(6).rows
     assert [row.name for row in kept] == ["class 40", "class 0", "class 1", "class 2", "+46 more"]
-    for size in ((16, 16), (320, 240)):  # whatever the room, it draws
+    for size in ((16, 16), (320, 240)):  # smaller than the panel
         annotator = Annotator("box,label", panel._classes, zones=Zones.from_dict(ZONES), panel=True)
-        assert annotator(grey(*size), sv.Detections.empty()).shape[0] == size[1]
+        assert annotator(gray(*size), sv.Detections.empty()).shape[0] == size[1]

@@ -19,7 +19,7 @@ DOG, CAT = 0, 1
 
 
 def detections(*rows: tuple[int, float, float]) -> sv.Detections:
-    """Boxes of 40 pixels from class, left edge and score."""
+    """Return boxes of 40 pixels from class, left edge and confidence."""
     return sv.Detections(
         xyxy=np.array([(x, 50, x + 40, 90) for _, x, _ in rows], np.float32).reshape(-1, 4),
         confidence=np.array([score for *_, score in rows], np.float32),
@@ -28,7 +28,7 @@ def detections(*rows: tuple[int, float, float]) -> sv.Detections:
 
 
 class Stream:
-    """A tracker that gets one keyframe after another."""
+    """Tracker that is called with one keyframe after another."""
 
     def __init__(self, every: int = 5) -> None:
         self.tracker, self.every, self.index = Tracker(), every, 0
@@ -92,7 +92,7 @@ def test_detection_prefers_a_track_of_its_class() -> None:
 
 
 def test_other_class_does_not_continue_a_track_with_a_better_detection() -> None:
-    """An object that appears from behind another one is not that one."""
+    """An object that appears from behind another one gets its own track."""
     stream = Stream()
     for score in (0.9, 0.8, 0.9, 0.8):
         assert stream((DOG, 100, score)) == [1]
@@ -115,14 +115,14 @@ def test_coincidence_counts_survive_a_scene_cut() -> None:
     assert stream((DOG, 40, 0.9), (CAT, 42, 0.5)) == [3, -1]
 
 
-# In `watch` ---------------------------------------------------------------------------------------------------------
+# In `track_streams` -------------------------------------------------------------------------------------------------
 
 
 class Blinking(ScriptedDetector):
-    """Misses all objects on some frames."""
+    """Detector that misses all objects on some frames."""
 
-    def __init__(self, *things: MovingObject, missed: range) -> None:
-        super().__init__(*things)
+    def __init__(self, *objects: MovingObject, missed: range) -> None:
+        super().__init__(*objects)
         self.missed = missed
 
     def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
@@ -165,9 +165,9 @@ def test_waiting_frames_keep_tracks_that_the_tracker_has_dropped() -> None:
 
 def test_redaction_covers_untracked_duplicates() -> None:
     images = [numbered_image(n, SIZE) for n in range(30)]
-    things = (MovingObject("dog", (100, 100), confidence=0.9), MovingObject("dog", (104, 100), confidence=0.5))
+    objects = (MovingObject("dog", (100, 100), confidence=0.9), MovingObject("dog", (104, 100), confidence=0.5))
     for tracked in track_streams(
-        [images], ["dog"], model=ScriptedDetector(*things), every=5, tracking=Tracking(redact=True)
+        [images], ["dog"], model=ScriptedDetector(*objects), every=5, tracking=Tracking(redact=True)
     ):
         assert tracked.redaction is not None
         assert tracked.redaction.xyxy[:, 2].max() >= 119  # the right edge of the second box

@@ -35,7 +35,7 @@ from tests.helpers.sources import IMAGES, frame_numbers, read
         ("clip.h264", "libx264", {}),  # no container
         ("clip.mp4", "mpeg4", {"bf": "2"}),
         ("clip.avi", "mpeg4", {"bf": "2"}),  # no presentation times
-        ("12:30 clip %03d.mp4", "libx264", {}),  # neither a protocol nor a pattern
+        ("12:30 clip %03d.mp4", "libx264", {}),  # neither a URL nor a pattern
     ],
 )
 def test_every_frame_of_a_file_is_read_once_in_order(
@@ -86,7 +86,7 @@ def test_variable_frame_times_are_kept(tmp_path: Path) -> None:
         ((-1, 0, 0, 1), np.fliplr),
         ((1, 0, 0, -1), np.flipud),
         ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
-        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # a telephone held upright
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # a phone in portrait orientation
         ((0, -1, 1, 0), lambda image: np.rot90(image, 1)),
         ((0, 1, 1, 0), lambda image: image.transpose(1, 0, 2)),
         ((0, -1, -1, 0), lambda image: np.rot90(image, 2).transpose(1, 0, 2)),
@@ -165,7 +165,7 @@ def test_truncated_file_yields_its_complete_frames(
     whole = int(clip.stat().st_size * share) - start
     complete = int((np.cumsum(size) <= whole).sum())
     _, frames = read(truncate(clip, share))
-    assert complete - 1 <= len(frames) <= complete + 1  # a part of a frame may do; Matroska has headers in between
+    assert complete - 1 <= len(frames) <= complete + 1  # partial frames may decode; Matroska has headers in between
     assert frame_numbers(frames)[: complete - 1] == list(range(complete - 1))
     if share < 0.8:
         assert any("truncated" in record.message and name in record.message for record in caplog.records)
@@ -254,4 +254,4 @@ def test_http_error_names_status_without_password() -> None:
     ):
         open_source(address.replace("://", "://me:secret@") + "/gone")
     assert "secret" not in str(raised.value)
-    assert raised.value.__suppress_context__  # the cause names the password
+    assert raised.value.__suppress_context__  # the cause contains the password

@@ -16,7 +16,7 @@ FPS = 25
 MOMENTS = 20
 B_FRAMES = 3
 
-# Imports once, then forks one writer per moment; each reports every frame that `write` has taken.
+# Imports once, then forks one writer per moment. Each one reports every frame that `write` has accepted.
 HARNESS = """
 import json, os, random, signal, sys
 import numpy as np
@@ -89,7 +89,7 @@ def test_sigkill_loses_at_most_one_second(tmp_path: Path) -> None:
         part = path.with_suffix(".part.mp4")
         times = frame_times(part) if part.stat().st_size else []
         assert written - FPS <= len(times) <= written + 1, result
-        # Of the last group, images may be there without the B-frames that were to be shown between them.
+        # The last group may lack its B-frames.
         assert times[:-B_FRAMES] == pytest.approx([index / FPS for index in range(len(times[:-B_FRAMES]))], abs=1e-4)
         assert not times or round(times[-1] * FPS) <= len(times) - 1 + B_FRAMES
 

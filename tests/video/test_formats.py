@@ -37,17 +37,17 @@ NO_OBJECTS = sv.Detections.empty()
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is made.
+    """Format of an input file.
 
     Attributes:
-        suffix: Of the input, which chooses the container.
+        suffix: Suffix of the input, which selects the container.
         video: Options of the video encoder.
-        audio: Name of the audio encoder; None for a silent file.
-        kept: Frames of the clip that the file has; others are dropped, which leaves gaps.
+        audio: Name of the audio encoder; None for a file without audio.
+        kept: Frames of the clip in the file. The others are dropped, which leaves gaps.
         size: Width and height.
-        sample_aspect_ratio: Of the pixels.
-        rotation: Degrees by which a player turns it.
-        audio_start: Seconds after the first frame at which the sound begins.
+        sample_aspect_ratio: Aspect ratio of a pixel.
+        rotation: Degrees by which players rotate the video.
+        audio_start: Start of the audio in seconds after the first frame.
         output: Suffix of the output.
     """
 
@@ -64,7 +64,7 @@ class Format:
 
     @property
     def times(self) -> list[float]:
-        """Seconds of the frames after the first one."""
+        """Times of the frames after the first one, in seconds."""
         return [(index - self.kept[0]) * FRAME for index in self.kept]
 
     @property
@@ -119,14 +119,14 @@ FORMATS = {
 
 
 def images(size: tuple[int, int]) -> list[np.ndarray]:
-    """The clip's frames, BGR: the upper half flashes, the lower one has the patches."""
+    """Return the frames of the clip, BGR. The upper half flashes, and the lower half has color patches."""
     width, height = size
     ground = np.full((height, width, 3), 30, np.uint8)
     for number, color in enumerate(COLORS):
         ground[height // 2 :, number * width // 5 : (number + 1) * width // 5] = color
     flash = ground.copy()
     flash[: height // 2] = 235
-    # Numbers, not seconds: 1.2 is less than 1 + 0.2.
+    # Frame numbers, because 1.2 is less than 1 + 0.2.
     lit = {FPS * second + frame for second in FLASHES for frame in range(FPS // 5)}
     return [flash if number in lit else ground for number in range(FPS * SECONDS)]
 
@@ -139,7 +139,7 @@ def make(path: Path, given: Format) -> None:
     command += ["-f", "rawvideo", "-pix_fmt", "bgr24", "-s", f"{width}x{height}", "-r", str(FPS), "-i", "-"]
     if given.audio:
         command += ["-itsoffset", str(given.audio_start), "-f", "lavfi"]
-        # A late track beeps at the same times of the clip.
+        # A late track beeps at the same times in the clip.
         beep = beep.replace("between(t", f"between(t+{given.audio_start}")
         seconds = SECONDS - given.audio_start
         command += ["-i", f"aevalsrc='0.6*sin(2*PI*1000*t)*({beep})':s={RATE}:d={seconds}"]
@@ -171,7 +171,7 @@ def annotated(source: Path, suffix: str) -> tuple[Path, Summary]:
 
 
 def beeps(path: Path) -> list[float]:
-    """When the beeps of a file's first sound track begin, in seconds of its clock."""
+    """Return the start times of the beeps in the first audio track, in seconds on the clock of the file."""
     starts: list[float] = []
     quiet_until = -1.0
     with av.open(str(path)) as opened:
@@ -186,13 +186,13 @@ def beeps(path: Path) -> list[float]:
 
 
 def video_frames(path: Path) -> tuple[list[float], list[int]]:
-    """Times of a file's frames, in seconds of its clock, and the numbers of those at which a flash begins."""
+    """Return the times of all frames in seconds on the clock of the file, and the indices at which flashes start."""
     times, flashes, was_lit = [], [], False
     with av.open(str(path)) as opened:
         for number, frame in enumerate(opened.decode(video=0)):
             times.append(float(frame.time or 0))
-            grey = frame.to_ndarray(format="gray")
-            is_lit = bool(np.percentile(grey, 90) > 215)
+            gray = frame.to_ndarray(format="gray")
+            is_lit = bool(np.percentile(gray, 90) > 215)
             if is_lit and not was_lit:
                 flashes.append(number)
             was_lit = is_lit
@@ -218,7 +218,7 @@ def opencv_frames(path: Path) -> tuple[float, list[np.ndarray]]:
 
 
 def patches(image: np.ndarray, rotation: int) -> np.ndarray:
-    """[5, 3] mean colors of the patches in an upright frame."""
+    """Return the mean colors of the patches in an upright frame, [5, 3]."""
     image = np.rot90(image, rotation // 90)
     height, width = image.shape[:2]
     rows = slice(height * 5 // 8, height * 7 // 8)
@@ -246,7 +246,7 @@ def test_output_has_the_frames_times_colors_and_sound_of_the_input(
     assert times[0] == pytest.approx(0, abs=1e-3)
     assert stream["format_duration"] == pytest.approx(given.duration, abs=FRAME)
     assert float(stream.get("duration", given.duration)) == pytest.approx(given.duration, abs=FRAME)
-    # The average, or with an older PyAV the rate outside of gaps.
+    # The average rate, or the rate outside gaps with an older PyAV.
     assert rate in (pytest.approx(count / given.duration, rel=0.1), pytest.approx(FPS))
 
     # Shape and colors
@@ -260,11 +260,11 @@ def test_output_has_the_frames_times_colors_and_sound_of_the_input(
     with open_source(target) as opened:
         assert np.abs(patches(next(opened).image, given.rotation) - COLORS).max() <= 4
 
-    # Sound
+    # Audio
     with av.open(str(target)) as opened_target:
         assert len(opened_target.streams.audio) == (given.audio is not None)
     if given.audio:
-        first = 0.0 if given.suffix == ".avi" else video_frames(source)[0][0]  # of AVI, PyAV's times are wrong
+        first = 0.0 if given.suffix == ".avi" else video_frames(source)[0][0]  # PyAV's times of AVI are wrong
         expected = [beep - first for beep in beeps(source)]
         assert beeps(target) == pytest.approx(expected, abs=0.02)
         lit = [times[number] for number in flashes]

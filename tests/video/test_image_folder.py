@@ -66,7 +66,7 @@ def _numbered_files(folder: Path, template: str, numbers: list[int]) -> Path:
         ("%03d.jpg", [998, 999, 1000], [6, 7, 8]),  # more digits than the width
         ("cam%d/frame.jpg", [2, 10], [2, 10]),
         ("100%% of %02d.jpg", [1, 2], [1, 2]),
-        ("[a]%d*.jpg", [1, 2], [1, 2]),  # characters of a glob, literally
+        ("[a]%d*.jpg", [1, 2], [1, 2]),  # glob characters are literal
     ],
 )
 def test_numbered_pattern_reads_files_in_order(

@@ -23,7 +23,7 @@ def detector() -> ScriptedDetector:
 
 
 def shown(path: Path) -> tuple[list[int], list[float], float]:
-    """The numbers of a video's frames, the seconds at which they are shown, and the video's duration."""
+    """Return the frame numbers and times of a video, and its duration in seconds."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [(frame_number(frame.to_ndarray(format="bgr24")), frame.time) for frame in container.decode(stream)]

@@ -1,4 +1,4 @@
-"""The thread that looks at keyframes. Run with `pytest tests/video/test_keyframe_detector.py`."""
+"""`KeyframeDetector`: background detection. Run with `pytest tests/video/test_keyframe_detector.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAGENTA = np.full((40, 60, 3), (255, 0, 255), np.uint8)
 
 
 def frame(index: int, left: int | None = 10, size: tuple[int, int] = (60, 40)) -> Frame:
-    """Grey, with a red square of 10 pixels."""
+    """Return a gray frame with a red square of 10 pixels."""
     image = np.full((size[1], size[0], 3), 90, np.uint8)
     if left is not None:
         image[10:20, left : left + 10] = (0, 0, 255)
@@ -34,12 +34,12 @@ def frame(index: int, left: int | None = 10, size: tuple[int, int] = (60, 40)) -
 
 
 def red(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-    """What `ColorModel` finds, as a detector of one's own."""
+    """Detect with `ColorModel`, as a custom detector function."""
     return Detector(ColorModel())(image, list(classes))
 
 
 def blocked_detector(detector: Callable[..., Any]) -> tuple[Callable[..., Any], threading.Event, threading.Event]:
-    """A detector that waits for the second event, and sets the first one when it has begun."""
+    """Return a detector that sets the first event when it starts, and waits for the second event."""
     began, go = threading.Event(), threading.Event()
 
     def detect(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
@@ -51,7 +51,7 @@ def blocked_detector(detector: Callable[..., Any]) -> tuple[Callable[..., Any], 
 
 
 class BlockingDetector(Detector):
-    """A detector that records with how many frames it is called, and can be blocked_detector."""
+    """`Detector` that records the number of frames in each call, and blocks until `go` is set."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -103,7 +103,7 @@ def test_waiting_keyframes_of_several_sources_are_batched(make_detector: Callabl
         found = each.result(240)
         assert found is not None
         lefts.append(found.xyxy[0, 0].round())
-    assert lefts == [10 + i for i in range(count)]  # in order, whatever the size of the frames
+    assert lefts == [10 + i for i in range(count)]  # in order, with different frame sizes
     assert detector.sizes == [1, MAX_BATCH, 3]
     assert (keyframes.detections_run, keyframes.failed) == (count, 0)
 
@@ -120,7 +120,7 @@ def test_keyframes_of_one_source_are_not_batched(make_detector: Callable[..., Ke
 def test_failed_batch_is_retried_frame_by_frame(
     make_detector: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
 ) -> None:
-    detector = BlockingDetector(ColorModel())  # which fails on magenta
+    detector = BlockingDetector(ColorModel())  # fails on magenta
     keyframes = make_detector(detector)
     first = keyframes.submit(frame(0), "door")
     assert detector.began.wait(240)
@@ -128,7 +128,7 @@ def test_failed_batch_is_retried_frame_by_frame(
     rest.append(keyframes.submit(frame(2), "door", 0))
     detector.go.set()
     assert [each.result(240) is None for each in (first, *rest)] == [False, False, True, False]
-    assert detector.sizes == [1, 2, 1, 1, 1]  # those of the call that failed are looked at one by one
+    assert detector.sizes == [1, 2, 1, 1, 1]  # the frames of the failed call are detected one by one
     assert (keyframes.detections_run, keyframes.failed) == (3, 1)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
@@ -206,11 +206,11 @@ def test_single_frame_detector_returns_each_result_immediately(
     assert not last.done()
     may_return.release(4)
     last.result(240)
-    assert keyframes.seconds == pytest.approx(0.1)  # what a call takes
+    assert keyframes.seconds == pytest.approx(0.1)  # the duration of a call
 
 
 class Exit(BaseException):
-    """As `SystemExit` is: no `Exception`."""
+    """Error that is no `Exception`, like `SystemExit`."""
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

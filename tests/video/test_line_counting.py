@@ -1,4 +1,4 @@
-"""Line counting through `annotate_video` and `watch`. Run with `pytest tests/video/test_line_counting.py`."""
+"""Line counting in `annotate_video` and `track_streams`. Run with `pytest tests/video/test_line_counting.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEIGHT = 40.0
 
 
 class OnPath:
-    """A detector of one object whose lower edge is at path(number of the frame)."""
+    """Return a detector of one object whose lower edge is at `path(frame number)`."""
 
     def __init__(self, path: Callable[[int], float]) -> None:
         self.path = path
@@ -38,25 +38,25 @@ class OnPath:
         )
 
 
-def trembling(share: float) -> Callable[[int], float]:
-    """Stays on the line; each detection is off by a share of the height, up or down."""
+def jitter(share: float) -> Callable[[int], float]:
+    """Return a path on the line, with a vertical error of a share of the height."""
     signs = np.random.default_rng(3).choice([-1, 1], 256)
     return lambda number: 120 + share * HEIGHT * float(signs[number])
 
 
 def walking(number: int) -> float:
-    """From below to above the line, with trembling."""
-    return 170 - number + trembling(0.05)(number) - 120
+    """Return a path from below to above the line, with jitter."""
+    return 170 - number + jitter(0.05)(number) - 120
 
 
 def waiting(number: int) -> float:
-    """To the line, where it waits with trembling, and on in the last frames."""
+    """Return a path that waits on the line with jitter, and crosses it in the last frames."""
     if number < 30:
         return 165 - 1.5 * number
-    return trembling(0.12)(number) if number < 100 else 120 - 2.0 * (number - 100)
+    return jitter(0.12)(number) if number < 100 else 120 - 2.0 * (number - 100)
 
 
-PATHS = [(trembling(0.04), 0), (trembling(0.12), 0), (walking, 1), (waiting, 1)]
+PATHS = [(jitter(0.04), 0), (jitter(0.12), 0), (walking, 1), (waiting, 1)]
 
 
 @pytest.mark.parametrize("every", [1, 5])
@@ -70,14 +70,14 @@ def test_line_counts_each_object_of_a_file_once(path: Callable[[int], float], ex
 
 @pytest.mark.parametrize(
     ("path", "every", "expected"),
-    [*((path, 1, expected) for path, expected in PATHS), (trembling(0.04), 5, 0), (walking, 5, 1), (waiting, 5, 1)],
+    [*((path, 1, expected) for path, expected in PATHS), (jitter(0.04), 5, 0), (walking, 5, 1), (waiting, 5, 1)],
 )
 def test_line_counts_each_object_of_a_live_source_once(path: Callable[[int], float], every: int, expected: int) -> None:
     assert live_counts(path, every) == (expected, 0)
 
 
 def test_predictions_that_overshoot_the_line_count_at_most_once() -> None:
-    assert sum(live_counts(trembling(0.12), 5)) <= 1  # predicted boxes are off by three times as much
+    assert sum(live_counts(jitter(0.12), 5)) <= 1  # predicted boxes have three times the error
 
 
 def live_counts(path: Callable[[int], float], every: int) -> tuple[int, int]:
@@ -85,12 +85,12 @@ def live_counts(path: Callable[[int], float], every: int) -> tuple[int, int]:
 
     def camera() -> Iterator[np.ndarray]:
         for number, image in enumerate(IMAGES):
-            if every > 1 and number % every == 1:  # the detector has the keyframe before
+            if every > 1 and number % every == 1:  # the detector has the previous keyframe
                 assert detector.calls.acquire(timeout=120)
             yield image
 
     source: Any = open_source(camera())
-    source.live = True  # boxes are predicted, and frames come out at once
+    source.live = True  # boxes are predicted, and frames are not delayed
     with track_streams([source], "dog", model=detector, every=every) as watched:
         for tracked in watched:
             zones.update(tracked.detections, SIZE)

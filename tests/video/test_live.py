@@ -1,4 +1,4 @@
-"""Webcams and streams: the newest frame counts, what is lost comes back. Run with `pytest tests/video/test_live.py`."""
+"""Webcams and streams: newest frames and reconnection. Run with `pytest tests/video/test_live.py`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Camera:
-    """Images that the test pushes; `gone` makes the connection end, and opening fail."""
+    """Camera whose images the test pushes. Setting `gone` ends the connection and makes reopening fail."""
 
     def __init__(self) -> None:
         self.ready = threading.Condition()
@@ -38,7 +38,7 @@ class Camera:
         self.gone = False
 
     def push(self, *images: np.ndarray | None) -> None:
-        """Show images; None ends the connection."""
+        """Push images; None ends the connection."""
         with self.ready:
             self.images += images
             self.ready.notify_all()
@@ -61,7 +61,7 @@ class Camera:
 
 
 def increase(numbers: list[int]) -> bool:
-    """Whether each number comes after the one before; numbers start again after 255."""
+    """Return whether the numbers rise; they restart after 255."""
     steps = np.diff(numbers) % 256
     return bool(((steps > 0) & (steps < 128)).all())
 
@@ -70,7 +70,7 @@ def numbers(images: int) -> list[np.ndarray]:
     return [numbered_image(number) for number in range(images)]
 
 
-# The reader itself -------------------------------------------------------------------------------------------------
+# `LiveReader` ------------------------------------------------------------------------------------------------------
 
 
 def test_slow_consumer_gets_the_newest_frame() -> None:
@@ -86,7 +86,7 @@ def test_slow_consumer_gets_the_newest_frame() -> None:
         second = next(reader)
         assert (frame_number(second.image), second.index, reader.waiting, reader.dropped) == (9, 1, 0, 8)
         assert second.time > 0
-        camera.push(None, numbered_image(77))  # the thread waits for an image otherwise
+        camera.push(None, numbered_image(77))  # otherwise the thread waits for an image
     assert not reader._thread.is_alive()
 
 
@@ -223,7 +223,7 @@ def test_closing_from_another_thread_ends_the_wait(monkeypatch: pytest.MonkeyPat
     closer = threading.Thread(target=reader.close)
     closer.start()
     consumer.join(240)
-    assert ended == [[]]  # although the camera still waits for an image
+    assert ended == [[]]  # while the camera still waits for an image
     assert reader._thread.is_alive()
     camera.push(None)
     closer.join(240)
@@ -280,7 +280,7 @@ def test_mjpeg_stream_is_read() -> None:
         dropped = source.dropped
         until(lambda: source.dropped >= dropped + 5)
         late = frame_number(next(source).image)
-        assert (late - found[-1]) % 256 > 4  # the frames that arrived meanwhile are skipped
+        assert (late - found[-1]) % 256 > 4  # frames that arrived in between are skipped
         assert source.problems == 0
 
 
@@ -307,7 +307,7 @@ def test_failed_stream_is_reconnected(failure: str, caplog: pytest.LogCaptureFix
         frame = next(frame for frame in source if frame_number(frame.image) >= 100)
         assert frame.time > before.time
         if failure == "stalls":
-            assert len(requests) >= 2  # on a slow machine, the stream that returned may seem to stall as well
+            assert len(requests) >= 2  # on a slow machine, the second stream may time out as well
         else:
             assert len(requests) == (3 if failure == "refuses" else 2)
         assert f"{address} was lost" in caplog.text
@@ -346,7 +346,7 @@ def test_closing_a_stalled_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         source = open_source(address, **TIMES)
         next(source)
         threading.Timer(0.3, source.close).start()
-        rest = list(source)  # ends long before the read time-out
+        rest = list(source)  # ends long before the read timeout
         assert len(rest) <= 4
         source.close()
         assert isinstance(source, LiveReader)

@@ -25,11 +25,11 @@ def test_live_frames_are_yielded_without_waiting_for_detection(
         for number in range(200):
             if number > 0:
                 camera.step()
-            found.append(next(stream))  # no later frame is needed for it
+            found.append(next(stream))  # without later frames
             assert frame_number(found[-1].frame.image) == camera.shown == number
             assert stream.keyframe_detector.backlog <= 1
             if number < 40:
-                assert detector.keyframes in ([], [0])  # frames go on coming while the detector is at it
+                assert detector.keyframes in ([], [0])  # frames are returned while the detector is busy
             elif number == 40:
                 go.set()
                 until(lambda: stream.keyframe_detector.detections_run > 0)
@@ -39,7 +39,7 @@ def test_live_frames_are_yielded_without_waiting_for_detection(
         check_contract(tracked.detections)
     shown = [len(tracked.detections) for tracked in found]
     assert shown[:40] == [0] * 40
-    assert shown[-1] == 1  # what is known is shown from then on
+    assert shown[-1] == 1  # known objects are returned from then on
     assert shown == sorted(shown)
 
 

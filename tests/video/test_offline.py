@@ -25,7 +25,7 @@ from tests.helpers.waiting import until
 
 
 class Clock:
-    """A clock that only advances when the test or its detector sleeps."""
+    """Clock that only advances when the test or its detector sleeps."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -39,7 +39,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock by which detection and output are timed, in place of the machine's."""
+    """Replace the clock that times detection and output."""
     clock = Clock()
     monkeypatch.setattr(offline, "time", clock)
     monkeypatch.setattr(keyframe_detector, "time", clock)
@@ -53,14 +53,14 @@ def test_linear_motion_is_interpolated_with_constant_track_ids(clip: Path, every
     stream = track_streams([clip], CLASSES, model=detector, every=every)
     found = list(stream)
     check_frames(found, range(48))
-    keyframes = sorted({*range(0, 48, every), 47})  # the last frame, so that the way to it is known
+    keyframes = sorted({*range(0, 48, every), 47})  # including the last frame
     assert detector.keyframes == keyframes
     assert [t.frame.index for t in found if t.is_keyframe] == keyframes
     assert (stream.keyframe_detector.detections_run, stream.keyframe_detector.failed) == (len(keyframes), 0)
     if every <= 15:
         ids = [set(track_ids_of(walker, found)) for walker in WALKERS]
         assert sorted(next(iter(one)) for one in ids if len(one) == 1) == [1, 2, 3]  # type: ignore[type-var]
-    assert {len(t.detections) for t in found} == {3}  # also where tracks of three boxes could be six
+    assert {len(t.detections) for t in found} == {3}  # no object has two tracks
     sv.Detections.merge([t.detections for t in found])
 
 
@@ -88,17 +88,17 @@ def test_auto_interval_does_not_overshoot(images: list[np.ndarray], clock: Clock
     detector = ScriptedDetector(*WALKERS, seconds=0.1, sleep=clock.sleep)
     for _ in track_streams([images[:120]], CLASSES, model=detector, every="auto"):
         pass
-    assert max(np.diff(detector.keyframes)) <= 12  # 4 would do: 0.1 s are 3 frames of 1/30 s
+    assert max(np.diff(detector.keyframes)) <= 12  # 4 would suffice: 0.1 s are 3 frames of 1/30 s
 
 
 def test_auto_interval_stays_short_if_drawing_is_the_bottleneck(
     images: list[np.ndarray], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = Clock()  # another one, as time passes for the detector and for drawing at once
+    calls = Clock()  # a second clock, because detection and drawing run in parallel
     monkeypatch.setattr(keyframe_detector, "time", calls)
     detector = ScriptedDetector(*WALKERS, seconds=0.01, sleep=calls.sleep)
     for _ in track_streams([images[:100]], CLASSES, model=detector, every="auto"):
-        clock.sleep(0.04)  # of 1/30 s: drawing and encoding
+        clock.sleep(0.04)  # drawing and encoding, slower than 1/30 s
     assert max(np.diff(detector.keyframes)) <= 10
 
 
@@ -114,7 +114,7 @@ def test_tracks_last_from_their_first_to_their_last_detection(clip: Path) -> Non
     found = list(track_streams([clip], CLASSES, model=ScriptedDetector(thing), every=5))
     check_frames(found, range(48))
     where = [i for i, tracker_id in enumerate(track_ids_of(thing, found)) if tracker_id is not None]
-    assert where == list(range(20, 31))  # between the first keyframe that saw it and the last one
+    assert where == list(range(20, 31))  # from the first keyframe with the object to the last one
     assert [len(t.detections) for t in found] == [int(i in where) for i in range(48)]
     merged = sv.Detections.merge([t.detections for t in found])
     assert merged.tracker_id is not None
@@ -211,7 +211,7 @@ def test_detection_runs_while_frames_are_drawn(kind: str, images: list[np.ndarra
     changed, drawn, drawn_meanwhile = threading.Condition(), 0, 0
 
     def until_drawn(seconds: float) -> None:
-        """Return when a frame is drawn, or soon: the next one may need this call."""
+        """Wait until a frame is drawn, but not for long: the next frame may need this call."""
         with changed:
             changed.notify_all()
             before = drawn
@@ -222,11 +222,13 @@ def test_detection_runs_while_frames_are_drawn(kind: str, images: list[np.ndarra
     )
     for _ in track_streams([images[:96]], ["red"], model=detector, every=4):
         with changed:
-            drawn_meanwhile += changed.wait_for(lambda: bool(detector.busy), 0.05)  # or soon: it may need this one
+            drawn_meanwhile += changed.wait_for(
+                lambda: bool(detector.busy), 0.05
+            )  # not for long: detection may need this frame
             drawn += 1
             changed.notify_all()
     assert drawn == 96
-    assert drawn_meanwhile >= 3  # of some 20 keyframes
+    assert drawn_meanwhile >= 3  # out of about 20 keyframes
 
 
 def test_files_are_decoded_ahead(clip: Path) -> None:
@@ -262,7 +264,7 @@ def test_track_ids_are_unique_per_frame_and_keep_their_class(
 
     def detector(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
         middles = (places + speeds * frame_number(image)) % (2 * np.array(SIZE))
-        middles = np.minimum(middles, 2 * np.array(SIZE) - middles)  # they turn at the edge
+        middles = np.minimum(middles, 2 * np.array(SIZE) - middles)  # objects turn around at the edge
         boxes = np.concatenate((middles - sizes / 2, middles + sizes / 2), 1) + rng.normal(0, 1, (8, 4))
         false = rng.uniform((0, 0, 10, 10), (250, 120, 60, 60), (rng.integers(0, 3), 4))
         false[:, 2:] += false[:, :2]
@@ -274,7 +276,7 @@ def test_track_ids_are_unique_per_frame_and_keep_their_class(
 
     classes_of: dict[int, set[int]] = {}
     for tracked in track_streams([images[:60]], CLASSES, model=detector, every=every, tracking=Tracking(tracker)):
-        check_contract(tracked.detections)  # among others that no number is there twice
+        check_contract(tracked.detections)  # including unique track IDs
         ids, class_ids = tracked.detections.tracker_id, tracked.detections.class_id
         assert ids is not None
         assert class_ids is not None

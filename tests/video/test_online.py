@@ -61,7 +61,7 @@ def test_opencv_loop_tracks_objects_with_detection_on_every_fifth_frame(clip: Pa
         assert sorted(ids(detections)) == [1, 2, 3]
         for walker, tracker_id in zip(WALKERS, (1, 3, 2), strict=True):
             box = detections.xyxy[ids(detections).index(tracker_id)]
-            # Boxes stand still until the second keyframe, which gives the velocity.
+            # The velocity is unknown before the second keyframe.
             np.testing.assert_allclose(box, walker.box(number), atol=13 if number < 5 else 0.5)
     assert tracker.interval == pytest.approx(5 / FPS)
 

@@ -173,7 +173,7 @@ def test_closing_ends_the_iteration(tmp_path: Path) -> None:
             assert next(iter(source)).index == 1
         assert list(source) == []
         source.close()
-    with open_source(clip):  # before the first frame was fetched
+    with open_source(clip):  # closed before the first frame
         pass
 
 

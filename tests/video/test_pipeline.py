@@ -1,4 +1,4 @@
-"""`annotate_video`: from a file to an annotated one. Run with `pytest tests/video/test_pipeline.py`."""
+"""`annotate_video` from files to annotated files. Run with `pytest tests/video/test_pipeline.py`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FRAMES = 48
 FPS = 25
 
 
-# Seen at every=5 on 48 frames, on 21 (10 to 30) and on 21 (20 to 40).
+# With every=5, tracked on 48 frames, on 21 (10 to 30) and on 21 (20 to 40).
 OBJECTS = (
     MovingObject("dog", (40, 150), (4, 0)),
     MovingObject("dog", (260, 120), (-1, 0), range(8, 33), 0.75),
@@ -43,7 +43,7 @@ OBJECTS = (
 
 
 def with_sound(path: Path, images: Sequence[np.ndarray]) -> Path:
-    """A clip with a tone of its length."""
+    """Video with a tone of the same length."""
     rate, done = 48_000, 0
     with av.open(str(path), "w") as output:
         sound = output.add_stream("aac", rate=rate)
@@ -91,11 +91,11 @@ def sound_of(path: Path) -> list[bytes]:
 
 
 def only(folder: Path, *names: str) -> bool:
-    """Whether a folder holds these files and nothing else: no parts either."""
+    """Return whether a folder contains exactly these files, and no parts."""
     return sorted(os.listdir(folder)) == sorted(names)
 
 
-# What comes out ------------------------------------------------------------------------------------------------------
+# Video output --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 5, 1000, "auto"])
@@ -186,10 +186,10 @@ def test_tiny_model_annotates_a_video(tmp_path: Path) -> None:
         pictures, tmp_path / "out.mp4", scene.class_names, model="tiny", device="cpu", every=3, confidence=0.1
     )
     assert summary.frames == len(images_of(tmp_path / "out.mp4")) == 8
-    assert summary.detections_run == 4  # 0, 3, 6 and the last one
+    assert summary.detections_run == 4  # 0, 3, 6 and the last frame
 
 
-# Texts and figures -------------------------------------------------------------------------------------------------
+# Text and summary --------------------------------------------------------------------------------------------------
 
 
 def test_json_and_mot_contain_the_detections_of_track(clip: Path, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_failed_keyframes_are_counted(clip: Path, tmp_path: Path, caplog: pytest
     assert summary.classes["dog"].objects == 2
 
 
-# The first dog's feet are at (40 + 4 n, 165): from left to right over x = 100 after frame 15, in the area at 15 to 27.
+# The bottom of the first dog is at (40 + 4 n, 165). It crosses x = 100 after frame 15, and is inside on 15 to 27.
 ZONES = {
     "lines": [{"name": "door", "start": [100, 190], "end": [100, 110]}],
     "zones": [{"name": "yard", "polygon": [[98, 150], [152, 150], [152, 180], [98, 180]]}],
@@ -303,7 +303,7 @@ def test_on_frame_gets_the_same_summary_after_each_frame(clip: Path) -> None:
     assert [looked for *_, looked in seen] == sorted(looked for *_, looked in seen)
 
 
-# What goes wrong ---------------------------------------------------------------------------------------------------
+# Failures ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [RuntimeError("in the middle"), KeyboardInterrupt()])
@@ -344,7 +344,7 @@ def test_exception_keeps_the_source_if_it_is_the_target(clip: Path, tmp_path: Pa
 
     with pytest.raises(RuntimeError, match="at once"):
         annotate_video(path, path, CLASSES, model=ScriptedDetector(*OBJECTS), every=5, on_frame=stop)
-    assert numbers_of(path)[:1] == [0]  # plays, be it the source or what was made of it
+    assert numbers_of(path)[:1] == [0]  # playable, before or after replacement
     assert only(tmp_path, "same.mp4")
 
 
@@ -497,12 +497,12 @@ def test_invalid_arguments_are_rejected_before_the_model_is_loaded(
 ) -> None:
     loaded = []
 
-    def load_colours(name: str, device: str | None = None) -> ColorModel:
+    def load_colors(name: str, device: str | None = None) -> ColorModel:
         loaded.append(name)
         return ColorModel()
 
-    monkeypatch.setattr(loading, "load", load_colours)
-    arguments = {"source": clip, "target": None, "classes": CLASSES, "model": "colours", **wrong}
+    monkeypatch.setattr(loading, "load", load_colors)
+    arguments = {"source": clip, "target": None, "classes": CLASSES, "model": "colors", **wrong}
     with pytest.raises(error, match=message):
         annotate_video(**arguments)
     assert loaded == []
@@ -531,7 +531,7 @@ def test_invalid_arguments_are_rejected(wrong: dict[str, Any], message: str, cli
 
 
 def test_blur_covers_frames_around_detections(clip: Path, tmp_path: Path) -> None:
-    """Detected on frames 10 to 30, at every 5th: 0.32 s before and after that are covered only if it is blurred."""
+    """Detected on every fifth of frames 10 to 30. Only blur also covers 0.32 s before and after."""
     counts = {}
     for annotate in ("box", "blur"):
         target = tmp_path / f"{annotate}.jsonl"

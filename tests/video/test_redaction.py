@@ -60,7 +60,9 @@ def scripted_clip(seed: int) -> Truth:
         for index in range(FRAMES):
             box = np.concatenate((place - half, place + half))
             seen = np.clip(box, 0, SIZE * 2)
-            if (seen[2:] > seen[:2]).all() and (seen[2:] - seen[:2]).prod() >= half.prod():  # a quarter of its area
+            if (seen[2:] > seen[:2]).all() and (
+                seen[2:] - seen[:2]
+            ).prod() >= half.prod():  # at least a quarter of its area
                 left, top, right, bottom = seen.tolist()
                 truth[index].append(Object(number, CLASSES[number % 2], (left, top, right, bottom)))
             if kind in ("turns", "reverses") and index % 45 == event:
@@ -102,7 +104,7 @@ class MissingDetector:
         return self.detect(int(image[0, 0, 0]))
 
     def should_be_covered(self, item: Object, time: float, *, live: bool = False) -> bool:
-        """Return whether the object was detected within the bridge; for a live source, before the frame."""
+        """Return whether the object was detected within `BRIDGE_SECONDS`; for a live source, before the frame."""
         since = [time - found for found in self.times.get(item.track_id, [])]
         return any((0 if live else -BRIDGE_SECONDS) - 1e-6 <= s <= BRIDGE_SECONDS + 1e-6 for s in since)
 
@@ -214,7 +216,7 @@ def test_redaction_leaves_most_of_the_frame_uncovered(tmp_path: Path) -> None:
     tracking = Tracking(redact=True)
     found = list(track_streams([textured_frames()], CLASSES, model=detector, every=5, tracking=tracking))
     covered = [boxes.area.sum() / (SIZE[0] * SIZE[1]) for boxes in redactions(found)]
-    assert np.mean(covered) < 0.2  # of the frame
+    assert np.mean(covered) < 0.2  # share of the frame
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from tests.helpers.clips import deadline, frame_number, numbered_image, write_cl
 from tests.helpers.signals import default_signals
 from tests.video.test_formats import no_objects, video_frames
 
-SYSTEM_PYTHON = "/usr/bin/python3"  # whose python3-gi comes from the system's packages
+SYSTEM_PYTHON = "/usr/bin/python3"  # has python3-gi from the system packages
 FPS = 25
 SERVER = """
 import sys
@@ -49,7 +49,7 @@ GLib.MainLoop().run()
 
 @functools.cache
 def missing() -> str:
-    """Return why the server cannot run here; an empty text if it can."""
+    """Return the reason why the server cannot run here; empty if it can."""
     if not shutil.which(SYSTEM_PYTHON):
         return f"there is no {SYSTEM_PYTHON}"
     check = "import gi; gi.require_version('GstRtspServer', '1.0'); gi.require_version('GstRtsp', '1.0')\n"
@@ -72,12 +72,12 @@ def _in_time() -> Iterator[None]:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rtsp") / "clip.mp4"
     images = [numbered_image(number, (256, 128)) for number in range(250)]
-    # Threads would cut frames into slices, of which the server sends each as a frame.
+    # With threads, frames consist of slices, and the server sends each slice as a frame.
     return write_clip(path, images, fps=FPS, codec_options={"bf": "0", "g": "10", "threads": "1"})
 
 
 class Server:
-    """Serves a clip from its start to every client until it is killed."""
+    """RTSP server that sends a clip from its start to every client."""
 
     def __init__(self, clip: Path, transport: str) -> None:
         self._arguments = (str(clip), transport)
@@ -109,7 +109,7 @@ def server(clip: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
 
 
 class Seen(logging.Handler):
-    """Sets an event when a text is logged."""
+    """Log handler that sets an event when a text is logged."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_frame_times_follow_the_stream_clock(server: Server) -> None:
     numbers = np.array([frame_number(frame.image) for frame in frames])
     assert (np.diff(numbers) > 0).all()
     times = np.array([frame.time for frame in frames])
-    # FFmpeg moves the timestamps once, when the first sender report comes.
+    # FFmpeg shifts the timestamps once, at the first sender report.
     wrong = np.abs(np.diff(times) - np.diff(numbers) / FPS) > 0.005
     assert wrong.sum() <= 1
     assert times[-1] == pytest.approx((numbers[-1] - numbers[0]) / FPS, abs=0.5)

@@ -16,12 +16,12 @@ from tests.helpers.streams import CLASSES, SIZE, WALKERS, Camera, check_contract
 
 
 def corner(image: np.ndarray) -> int:
-    """The number that `two_scenes` writes into a corner."""
+    """Return the number that `two_scenes` draws into a corner."""
     return frame_number(image[:24, :128])
 
 
 def two_scenes() -> list[np.ndarray]:
-    """23 frames of one scene, 25 of another one."""
+    """Return 23 frames of one scene and 25 of another one."""
     frames = []
     for number in range(48):
         coarse = np.random.default_rng(number >= 23).integers(0, 256, (4, 6, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Files with a fault or a feature that few have. Run with `pytest tests/video/test_special_files.py`.
+"""Files with unusual features or faults. Run with `pytest tests/video/test_special_files.py`.
 
 `tests/data/video/h264_b.avi` has B-frames in a container without presentation times. `sync_cut.ts` begins inside a
 group of pictures, 233 ms before the first image that can be decoded.
@@ -119,7 +119,7 @@ def test_mkv_output_has_the_frame_rate_and_is_readable(tmp_path: Path) -> None:
 
 
 def test_implausible_frame_rate_of_a_container_is_ignored(tmp_path: Path) -> None:
-    """As earlier versions of this package wrote .mkv files."""
+    """Write an .mkv file like earlier versions of this package."""
     path = tmp_path / "clock.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("mpeg4", rate=Fraction(30_000))
@@ -144,7 +144,7 @@ def test_implausible_frame_rate_of_a_container_is_ignored(tmp_path: Path) -> Non
 def test_audio_stays_in_sync_in_a_file_of_two_recordings(
     tmp_path: Path, kind: str, suffix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As `cat a.ts b.ts` makes it: the clock begins again in the middle."""
+    """Concatenate two files like `cat a.ts b.ts`: the clock restarts in the middle."""
     make(tmp_path / f"one.{kind}", FORMATS[kind])
     source = tmp_path / f"two.{kind}"
     source.write_bytes(2 * (tmp_path / f"one.{kind}").read_bytes())
@@ -161,7 +161,7 @@ def test_audio_stays_in_sync_in_a_file_of_two_recordings(
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_streams_that_start_within_a_file_are_read(tmp_path: Path, suffix: str) -> None:
-    """A second program with other numbers of streams, as after a change of the channel."""
+    """Write a file whose second program has other stream indices, as after a change of the channel."""
     make(tmp_path / "one.ts", FORMATS["ts"])
     renumbered = ["-mpegts_start_pid", "0x300", "-mpegts_pmt_start_pid", "0x500", "-output_ts_offset", "4"]
     ffmpeg("-i", tmp_path / "one.ts", "-c", "copy", *renumbered, tmp_path / "other.ts")
@@ -175,7 +175,7 @@ def test_streams_that_start_within_a_file_are_read(tmp_path: Path, suffix: str) 
 @needs_ffmpeg
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_repeated_frames_extend_durations(tmp_path: Path, suffix: str) -> None:
-    """Theora stores an empty packet for a frame like the one before it."""
+    """Theora stores an empty packet for a repeated frame."""
     source = tmp_path / "still.ogv"
     ffmpeg("-f", "lavfi", "-i", "color=gray:s=128x96:r=25:d=3", "-c:v", "libtheora", "-g", "25", source)
     with av.open(str(source)) as opened:
@@ -186,11 +186,11 @@ def test_repeated_frames_extend_durations(tmp_path: Path, suffix: str) -> None:
     assert probed(target)["format_duration"] == pytest.approx(len(sizes) / 25, abs=0.04)
 
 
-# Sound tracks and subtitles -----------------------------------------------------------------------------------------
+# Audio and subtitles ------------------------------------------------------------------------------------------------
 
 
 def with_tracks(folder: Path) -> Path:
-    """A clip with two sound tracks, of which MOV cannot hold the second, and subtitles that MP4 cannot hold."""
+    """Write a clip with two audio tracks and subtitles. MOV cannot store the second track, nor MP4 the subtitles."""
     (folder / "a.srt").write_text(
         "1\n00:00:00,500 --> 00:00:01,500\nfirst\n\n2\n00:00:02,000 --> 00:00:03,000\nsecond\n", encoding="utf-8"
     )
@@ -238,8 +238,8 @@ def test_unsupported_tracks_are_logged(
     with av.open(str(target)) as opened:
         assert len(opened.streams.audio) == kept
     assert [record.getMessage() for record in caplog.records] == [
-        f"{target} is written without the {left_out} of {source}, which its format does not support; write a .mkv file to "
-        "keep them"
+        f"{target} is written without the {left_out} of {source}, which its format does not support; write a .mkv file "
+        "to keep them"
     ]
 
 
@@ -264,8 +264,8 @@ def test_damaged_audio_packet_is_skipped(tmp_path: Path, caplog: pytest.LogCaptu
     source = tmp_path / "input.ts"
     make(source, FORMATS["ts"])
     content = bytearray(source.read_bytes())
-    header = content.index(b"\xff\xf1", len(content) // 2)  # of a packet of AAC
-    content[header + 2] |= 0x3C  # a sampling rate that does not exist
+    header = content.index(b"\xff\xf1", len(content) // 2)  # header of an AAC packet
+    content[header + 2] |= 0x3C  # an invalid sampling rate
     source.write_bytes(content)
     target, _ = annotated(source, ".mp4")
     assert [record.getMessage() for record in caplog.records] == [
@@ -286,7 +286,7 @@ def test_relative_path_that_looks_like_a_url(tmp_path: Path, name: str, monkeypa
 
 @needs_ffmpeg
 def test_languages_are_kept_in_mov(tmp_path: Path) -> None:
-    """FFmpeg writes only one of the two codes of a language to MOV."""
+    """FFmpeg writes only one of two language codes to MOV."""
     codes = {"deu": "ger", "ger": "ger", "fra": "fra", "fre": "fra", "nld": "dut", "eng": "eng"}
     sounds = [part for _ in codes for part in ("-f", "lavfi", "-i", "sine=d=1")]
     maps = [part for number in range(len(codes) + 1) for part in ("-map", number)]
@@ -343,8 +343,8 @@ def test_second_interrupt_while_closing_logs_the_missing_parts(
     with pytest.raises(KeyboardInterrupt):
         writer.close()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'a.mp4'} was interrupted while closing; it is playable, without an index at the front and the audio "
-        f"of {source}"
+        f"{tmp_path / 'a.mp4'} was interrupted while closing; it is playable, without an index at the front and the "
+        f"audio of {source}"
     ]
     assert len(video_frames(tmp_path / "a.mp4")[0]) == writer.saved_frames == 255
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
@@ -352,24 +352,24 @@ def test_second_interrupt_while_closing_logs_the_missing_parts(
 
 # Colors -------------------------------------------------------------------------------------------------------------
 
-NITS = (0.1, 5, 26, 50, 100, 203, 400, 1000)  # 203: the white of SDR within HDR, by ITU-R BT.2408
+NITS = (0.1, 5, 26, 50, 100, 203, 400, 1000)  # 203 is SDR white within HDR, by ITU-R BT.2408
 
 
 def pq(nits: np.ndarray) -> np.ndarray:
-    """Signal from 0 to 1, by SMPTE ST 2084."""
+    """Return the signal from 0 to 1 for a luminance, by SMPTE ST 2084."""
     power = (nits / 10_000) ** (2610 / 16_384)
     return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
 
 
 def hlg(nits: np.ndarray) -> np.ndarray:
-    """Signal from 0 to 1 for grey on a display of 1000 nits, by ITU-R BT.2100."""
+    """Return the signal from 0 to 1 for gray on a display of 1000 nits, by ITU-R BT.2100."""
     scene = (nits / 1000) ** (1 / 1.2)
     bright = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), bright)
 
 
 def hdr_clip(path: Path, transfer: str) -> Path:
-    """Grey patches of known brightness, in 10 bits."""
+    """Write gray patches of known luminance, with 10 bits."""
     signal = {"smpte2084": pq, "arib-std-b67": hlg}[transfer](np.array(NITS))
     luma = np.repeat(np.rint(64 + 876 * signal).astype("<u2"), 40)
     frame = np.concatenate([np.tile(luma, 64), np.full(luma.size * 64 // 2, 512, "<u2")])
@@ -390,12 +390,12 @@ def test_hdr_is_mapped_to_sdr(tmp_path: Path, transfer: str) -> None:
     assert (stream["color_transfer"], stream["color_primaries"]) == ("bt709", "bt709")
     image = opencv_frames(target)[1][0].astype(int)
     patches = image[32, 20::40]
-    assert np.ptp(patches, axis=1).max() <= 4  # still grey
+    assert np.ptp(patches, axis=1).max() <= 4  # still gray
     levels = patches.mean(1)
     assert (np.diff(levels) > 0).all()
     assert levels[0] < 16
     assert 140 < levels[NITS.index(203)] < levels[-1] <= 255
-    # SDR's own curve gives 50 % grey, 26 nits, a level of about 100 when 100 nits are white.
+    # In the SDR curve, 26 nits (50 % gray) have a level of about 100 if white is 100 nits.
     assert 70 < levels[NITS.index(26)] < 130
 
 

@@ -32,11 +32,11 @@ def test_closing_in_the_middle_stops_detection_and_threads(
     stream = track_streams([Camera(images).open() if live else clip], CLASSES, model=detector, every=20)
     next(stream)
     stream.close()
-    looked = len(detector.keyframes)
+    calls = len(detector.keyframes)
     assert list(stream) == []
     stream.close()
     until(lambda: stream_threads() <= before)
-    assert len(detector.keyframes) <= looked + 1  # no keyframe but the one that was just taken
+    assert len(detector.keyframes) <= calls + 1  # at most the keyframe in progress
 
 
 def test_leaving_several_sources_in_the_middle_stops_detection_and_threads(
@@ -47,10 +47,10 @@ def test_leaving_several_sources_in_the_middle_stops_detection_and_threads(
     detector = ScriptedDetector(*WALKERS)
     with track_streams(sources, CLASSES, model=detector, every=5) as stream:
         list(islice(stream, 10))
-    looked = len(detector.keyframes)
+    calls = len(detector.keyframes)
     assert list(stream) == []
     until(lambda: stream_threads() <= before)
-    assert len(detector.keyframes) <= looked + 1  # no keyframe but the one that was just taken
+    assert len(detector.keyframes) <= calls + 1  # at most the keyframe in progress
 
 
 def test_stream_that_is_never_iterated_closes_its_sources(clip: Path, images: list[np.ndarray]) -> None:
@@ -70,7 +70,7 @@ def test_closing_from_another_thread_ends_the_iteration(live: bool, images: list
             yield image
             time.sleep(0.02)
 
-    # At 0.5 s the first frame is being looked at, two others wait for that, and the loop waits for the first one.
+    # At 0.5 s the first frame is in detection, two others wait, and the loop waits for the first one.
     detector = ScriptedDetector(seconds=0.0 if live else 1.0)
     stream = track_streams([Camera(images, rate=0.5).open() if live else slowly()], CLASSES, model=detector, every=3)
     errors = []
@@ -87,7 +87,7 @@ def test_closing_from_another_thread_ends_the_iteration(live: bool, images: list
         found = list(stream)
     finally:
         timer.join()
-    assert len(found) < len(images)  # they end before the source
+    assert len(found) < len(images)  # the stream ends before the source
     assert errors == []
 
 
@@ -106,7 +106,7 @@ def test_model_is_not_closed_during_a_detector_call(images: list[np.ndarray], mo
 
     model.run = slow_run  # type: ignore[method-assign]
     monkeypatch.setattr(loading, "load", lambda name, device=None: model)
-    stream = track_streams([images], ["red"], model="colours", every=1)
+    stream = track_streams([images], ["red"], model="colors", every=1)
     for _ in stream:
         if running.is_set():
             break
@@ -143,13 +143,13 @@ def test_abandoned_track_closes_its_source(how: str, images: list[np.ndarray]) -
 def test_only_models_loaded_by_name_are_closed(images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[ColorModel] = []
 
-    def load_colours(name: str, device: str | None = None) -> ColorModel:
-        assert (name, device) == ("colours", "cpu")
+    def load_colors(name: str, device: str | None = None) -> ColorModel:
+        assert (name, device) == ("colors", "cpu")
         loaded.append(ColorModel())
         return loaded[-1]
 
-    monkeypatch.setattr(loading, "load", load_colours)
-    expected = [d for _, d in track(images[:12], ["red"], model="colours", device="cpu", every=5)]
+    monkeypatch.setattr(loading, "load", load_colors)
+    expected = [d for _, d in track(images[:12], ["red"], model="colors", device="cpu", every=5)]
     assert [model.closed for model in loaded] == [True]
     assert len(expected) == 12
     model = ColorModel()

@@ -53,7 +53,7 @@ def test_detector_that_always_raises_yields_empty_detections(clip: Path, caplog:
 
 
 def test_failed_last_frame_is_not_detected_twice(images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moondream_cv.video.stream.MAX_HELD_BYTES", 1)  # so that each answer is waited for
+    monkeypatch.setattr("moondream_cv.video.stream.MAX_HELD_BYTES", 1)  # so that each detection is awaited
     detector = ScriptedDetector(fails=lambda number: True)
     stream = track_streams([images[:6]], CLASSES, model=detector, every=5)
     assert len(list(stream)) == 6
@@ -90,7 +90,7 @@ def test_invalid_boxes_and_class_ids_are_dropped(clip: Path, class_ids: list[int
     found = list(track_streams([clip], CLASSES, model=detector, every=5))
     check_frames(found, range(48))
     names = {name for t in found for name in np.asarray(t.detections.data["class_name"]).tolist()}
-    assert names <= {"dog"}  # at most what is right with them
+    assert names <= {"dog"}  # valid boxes may be kept
 
 
 def test_detections_without_confidence_and_with_extra_data_are_tracked(clip: Path) -> None:

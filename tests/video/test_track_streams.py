@@ -52,7 +52,7 @@ def test_several_sources_share_one_detector_call(names: str) -> None:
             left = 10 + 10 * number + 2 * tracked.frame.index
             np.testing.assert_allclose(tracked.detections.xyxy, [[left, 40, left + 20, 60]], atol=1.0)
             assert tracked.detections.tracker_id is not None
-            assert tracked.detections.tracker_id.tolist() == [1]  # of each source
+            assert tracked.detections.tracker_id.tolist() == [1]  # each source has its own IDs
     assert max(detector.sizes) > 1
 
 
@@ -142,7 +142,7 @@ def test_custom_tracker_factory_is_called_once_per_class(clip: Path) -> None:
 
     found = list(track_streams([clip], CLASSES, model=ScriptedDetector(*WALKERS), every=5, tracking=Tracking(make)))
     check_frames(found, range(48))
-    assert len(made) == 2  # one a class
+    assert len(made) == 2  # one per class
 
 
 def test_confidence_applies_to_models(images: list[np.ndarray]) -> None:

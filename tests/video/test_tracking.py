@@ -1,4 +1,4 @@
-"""Numbers that stay with objects: on rendered clips, and in small cases that are easy to check by eye.
+"""Track IDs and boxes, on rendered clips and in small examples.
 
 Run with `pytest tests/video/test_tracking.py`.
 """
@@ -46,16 +46,16 @@ def frame(index: int) -> Frame:
     return Frame(PICTURE, index, index / FPS)
 
 
-def box(centre: Place, size: float = 40.0) -> list[float]:
-    x, y = centre
+def box(center: Place, size: float = 40.0) -> list[float]:
+    x, y = center
     return [x - size / 2, y - size / 2, x + size / 2, y + size / 2]
 
 
-def found(*centres: Place, class_ids: Sequence[int] | None = None, size: float = 40.0) -> sv.Detections:
-    ids = [0] * len(centres) if class_ids is None else class_ids
+def found(*centers: Place, class_ids: Sequence[int] | None = None, size: float = 40.0) -> sv.Detections:
+    ids = [0] * len(centers) if class_ids is None else class_ids
     return sv.Detections(
-        xyxy=np.array([box(c, size) for c in centres], np.float32).reshape(-1, 4),
-        confidence=np.linspace(0.9, 0.5, len(centres)).astype(np.float32),
+        xyxy=np.array([box(c, size) for c in centers], np.float32).reshape(-1, 4),
+        confidence=np.linspace(0.9, 0.5, len(centers)).astype(np.float32),
         class_id=np.array(ids, int),
     )
 
@@ -66,11 +66,11 @@ def ids(detections: sv.Detections) -> list[int]:
 
 
 def follow(tracker: Tracker, path: Callable[[int], list[Place]], every: int, stop: int) -> list[list[int]]:
-    """The numbers on each keyframe."""
+    """Return the track IDs on each keyframe."""
     return [ids(tracker.update(found(*path(i)), frame(i))) for i in range(0, stop, every)]
 
 
-# --- On clips with ground truth -------------------------------------------------------------------------------------
+# --- Clips with ground truth ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def mean_scores(clips: list[Any], every: int) -> TrackScores:
 
 @pytest.mark.slow
 def test_hota_and_id_switches_reach_their_targets(clips: list[Any]) -> None:
-    """The promise: at every 5th frame HOTA of 0.75 and 2 switches in 300 frames; and no worse than was measured."""
+    """Targets: HOTA of 0.75 and 2 ID switches in 300 frames with every=5, and no regression from measured scores."""
     assert all(6 <= len(clip.names) <= 10 and len(clip.class_names) == 3 for clip, _ in clips)
     for every, hota, switches in ((1, 0.95, 2.0), (5, 0.93, 2.0), (10, 0.87, 2.5), (15, 0.81, 4.0)):
         scores = mean_scores(clips, every)
@@ -136,7 +136,7 @@ def test_scores_of_exact_renumbered_and_missing_tracks() -> None:
     assert score_tracks(truth, [sv.Detections.empty()] * 60) == TrackScores(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-# --- Numbers --------------------------------------------------------------------------------------------------------
+# --- Track IDs ------------------------------------------------------------------------------------------------------
 
 
 def test_track_ids_start_at_1_and_are_unique_across_classes() -> None:
@@ -159,7 +159,7 @@ def test_update_does_not_modify_its_input() -> None:
 
 @pytest.mark.parametrize("every", [1, 5, 15])
 def test_object_that_moves_by_more_than_its_size_keeps_its_track_id(every: int) -> None:
-    """4 pixels a frame: at every 15th frame it is 60 away, and 40 wide."""
+    """At 4 pixels per frame and every=15, a box of 40 pixels moves by 60 pixels."""
     numbers = follow(Tracker(), lambda i: [(40 + 4 * i, 180.0)], every, 140)
     assert set(map(tuple, numbers)) == {(1,)}
 
@@ -228,7 +228,7 @@ def test_tracks_are_dropped_after_lost_track_seconds() -> None:
 
 
 def test_track_ids_are_unique_on_each_keyframe() -> None:
-    """Many things of one class that come, go and jump about."""
+    """Many objects of one class appear, disappear and jump."""
     rng, tracker = np.random.default_rng(0), Tracker()
     for index in range(0, 600, 5):
         places = [tuple(rng.uniform((0, 0), SIZE)) for _ in range(rng.integers(0, 9))]
@@ -325,8 +325,8 @@ def test_objects_are_extrapolated_to_the_edge_of_the_frame() -> None:
     track = track_of((1.0, (40, 100), 0.8), (1.5, (100, 100), 0.8), (2.0, (160, 100), 0.8))
     (entering,) = interpolate_boxes([track], 0.75, 0.5, SIZE)
     np.testing.assert_allclose(entering.box, box((10, 100)))
-    assert interpolate_boxes([track], 0.6, 0.5, SIZE) == []  # outside by then
-    assert interpolate_boxes([track], 2.25, 0.5, SIZE) == []  # not on its way out: hidden, or no object at all
+    assert interpolate_boxes([track], 0.6, 0.5, SIZE) == []  # outside the frame
+    assert interpolate_boxes([track], 2.25, 0.5, SIZE) == []  # not leaving the frame: occluded, or a false positive
     leaving = track_of((1.0, (500, 100), 0.8), (1.5, (600, 100), 0.8))
     (going,) = interpolate_boxes([leaving], 1.6, 0.5, SIZE)
     np.testing.assert_allclose(going.box, box((620, 100)))
@@ -348,7 +348,9 @@ def test_boxes_are_predicted_until_two_keyframes_are_missed() -> None:
     assert seen.confidence == 0.6
     assert len(predict_boxes([track], 0.6, 0.2, SIZE)) == 1
     assert predict_boxes([track], 0.7, 0.2, SIZE) == []
-    assert predict_boxes([track_of((0.0, (500, 100), 0.8), (0.2, (600, 100), 0.6))], 0.3, 0.2, SIZE) == []  # has left
+    assert (
+        predict_boxes([track_of((0.0, (500, 100), 0.8), (0.2, (600, 100), 0.6))], 0.3, 0.2, SIZE) == []
+    )  # has left the frame
 
 
 def test_velocity_is_averaged_over_the_latest_observations() -> None:

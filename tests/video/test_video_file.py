@@ -1,4 +1,4 @@
-"""H.264 files: what was written is read back with PyAV. Run with `pytest tests/video/test_video_file.py`."""
+"""`VideoWriter`: H.264 files, read back with PyAV. Run with `pytest tests/video/test_video_file.py`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ RED = (0, 0, 255)  # BGR
 RED_YUV = (82, 90, 240)  # BT.601, limited range
 
 
-def frame_of(index: int, at: float, size: tuple[int, int] = (64, 48), colour: tuple[int, int, int] = RED) -> Frame:
-    return Frame(np.full((size[1], size[0], 3), colour, np.uint8), index, at)
+def frame_of(index: int, at: float, size: tuple[int, int] = (64, 48), color: tuple[int, int, int] = RED) -> Frame:
+    return Frame(np.full((size[1], size[0], 3), color, np.uint8), index, at)
 
 
 def write(path: Path, times: list[float], size: tuple[int, int] = (64, 48), **options: object) -> None:
@@ -50,20 +50,20 @@ def times_of(path: Path) -> list[float]:
 
 
 def yuv(picture: av.VideoFrame, x: int, y: int) -> tuple[int, ...]:
-    """The colour at a place of a yuv420p picture."""
+    """Return the color at a point of a yuv420p frame."""
     planes = [np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size) for plane in picture.planes]
     return int(planes[0][y, x]), int(planes[1][y // 2, x // 2]), int(planes[2][y // 2, x // 2])
 
 
 def sound(path: Path) -> list[tuple[float, bytes]]:
-    """When each packet of the first sound track starts, in seconds, and its bytes."""
+    """Return the start time in seconds and the bytes of each packet of the first audio track."""
     with av.open(str(path)) as opened:
         packets = opened.demux(audio=0)
         return [(float(packet.pts * packet.time_base), bytes(packet)) for packet in packets if packet.size]
 
 
 def with_sound(path: Path, codec: str = "aac", seconds: float = 2.0, start: float = 0.0, video: bool = True) -> Path:
-    """A grey clip of 10 frames a second with a tone that starts a while after the first picture."""
+    """Write a gray clip of 10 frames per second with a tone that starts after the first image."""
     rate = 48000
     with av.open(str(path), "w") as output:
         track = output.add_stream(codec, rate=rate)
@@ -211,7 +211,7 @@ def test_audio_follows_frames_from_the_middle(tmp_path: Path) -> None:
     write(path, [1 + index / 10 for index in range(10)], fps=10, audio_from=source)
     copied, original = sound(path), {content: at for at, content in sound(source)}
     assert all(original[content] == pytest.approx(at + 1, abs=1e-3) for at, content in copied)
-    assert copied[0][0] == pytest.approx(-0.1, abs=0.03)  # unheard, for the decoder to set in
+    assert copied[0][0] == pytest.approx(-0.1, abs=0.03)  # not played, for the decoder to start
     assert 0.95 < copied[-1][0] < 1.0
     assert times_of(path)[0] == 0
 
@@ -412,7 +412,7 @@ def test_unwritable_targets_are_rejected(tmp_path: Path) -> None:
 
 
 def as_nobody(check: Callable[[], None], folder: Path) -> None:
-    """Run a check, in a child without root's permissions if there are any."""
+    """Run a check, in a child process without root permissions if necessary."""
     if os.geteuid() != 0:
         check()
         return
@@ -435,7 +435,7 @@ def as_nobody(check: Callable[[], None], folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are those of POSIX")
 def test_missing_permissions_are_reported() -> None:
-    folder = Path(tempfile.mkdtemp())  # pytest's own folders cannot be entered by others
+    folder = Path(tempfile.mkdtemp())  # other users cannot enter pytest's folders
 
     def check() -> None:
         (folder / "a.mp4").write_text("kept")

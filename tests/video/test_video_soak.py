@@ -1,4 +1,4 @@
-"""A long video leaves nothing behind: a fiftieth of it here, all of it with `make soak`."""
+"""Long videos do not leak memory. A fiftieth of the run by default, all of it with `make soak`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FRAMES = 20_000
 EVERY = 5
 FPS = 30
 SIZE = (160, 96)
-LANES, LIFE = 6, 50  # things at a time, and frames that each is there
-ALLOWED_GROWTH = 16 << 20  # bytes of the process between the first fifth and the end
+LANES, LIFE = 6, 50  # simultaneous objects, and lifetime of each in frames
+ALLOWED_GROWTH = 16 << 20  # bytes of process memory between the first fifth and the end
 ZONES = {
     "lines": [{"name": "middle", "start": [80, 96], "end": [80, 0]}],
     "zones": [{"name": "left", "polygon": [[0, 0], [80, 0], [80, 96], [0, 96]]}],
@@ -38,7 +38,7 @@ def _time_limit() -> Iterator[None]:
 
 
 def written(path: Path, count: int) -> Path:
-    """A clip of noise that moves."""
+    """Write a clip of moving noise."""
     noise = np.random.default_rng(0).integers(60, 200, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
     noise = np.repeat(np.repeat(noise[::8, ::8], 8, 0), 8, 1)
     with VideoWriter(path, fps=FPS, preset="ultrafast") as writer:
@@ -48,7 +48,7 @@ def written(path: Path, count: int) -> Path:
 
 
 class Traffic:
-    """A detector of things that come and go: in each lane one after another, at a new place each time."""
+    """Detector of objects that appear and disappear: in each lane one after another, each at a new position."""
 
     def __init__(self) -> None:
         self.looked = 0
@@ -67,30 +67,30 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Watched(Tracking):
-    """A `Tracking` that keeps the trackers that it starts."""
+class RecordingTracking(Tracking):
+    """`Tracking` that stores the trackers that it creates."""
 
-    started: list[Tracker] = field(default_factory=list)
+    trackers: list[Tracker] = field(default_factory=list)
 
-    def start(self) -> Tracker:
-        self.started.append(super().start())
-        return self.started[-1]
+    def create_tracker(self) -> Tracker:
+        self.trackers.append(super().create_tracker())
+        return self.trackers[-1]
 
 
 def resident_bytes() -> int:
-    """Memory of this process in use, as Linux counts it."""
+    """Return the resident memory of this process in bytes, on Linux."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
 
 
 @dataclass
-class Course:
-    """How a run went.
+class Run:
+    """Result of a run.
 
     Attributes:
-        resident: Bytes after each hundredth of the frames; nothing but on Linux.
-        tracks: That were remembered at the most.
-        tracklets: Of the trackers themselves, likewise.
+        resident: Resident bytes after each hundredth of the frames; empty except on Linux.
+        tracks: Maximum number of tracks.
+        tracklets: Maximum number of objects in the wrapped trackers.
     """
 
     resident: list[int] = field(default_factory=list)
@@ -98,16 +98,17 @@ class Course:
     tracklets: int = 0
 
 
-def annotated(folder: Path, count: int) -> Course:
-    source, course, tracking = written(folder / "in.mp4", count), Course(), Watched()
+def annotated(folder: Path, count: int) -> Run:
+    source, run, tracking = written(folder / "in.mp4", count), Run(), RecordingTracking()
 
     def note(summary: Summary) -> None:
-        tracker = tracking.started[-1]
-        course.tracks = max(course.tracks, len(tracker.tracks))
-        own = sum(len(each.tracks) for each in list(tracker._trackers.values()))
-        course.tracklets = max(course.tracklets, own, len(tracker._tracklets))
+        tracker = tracking.trackers[-1]
+        run.tracks = max(run.tracks, len(tracker.tracks))
+        adapters = list(tracker._adapters.values())
+        own = sum(len(adapter.tracker.tracks) for adapter in adapters)
+        run.tracklets = max(run.tracklets, own, sum(len(adapter._tracks) for adapter in adapters))
         if summary.frames % max(1, count // 100) == 0 and sys.platform == "linux":
-            course.resident.append(resident_bytes())
+            run.resident.append(resident_bytes())
 
     summary = annotate_video(
         source,
@@ -127,13 +128,13 @@ def annotated(folder: Path, count: int) -> Course:
     assert sum(seen.objects for seen in summary.classes.values()) >= count * LANES / LIFE / 4
     with av.open(str(folder / "out.mp4")) as opened:
         assert opened.streams.video[0].frames == count
-    return course
+    return run
 
 
-def check_bounds(course: Course) -> None:
-    remembered = LANES * (10.0 * FPS / LIFE + 2)  # ten seconds of things that have gone, and those that are there
-    assert course.tracks <= 1.5 * remembered
-    assert course.tracklets <= 1.5 * remembered
+def check_bounds(run: Run) -> None:
+    remembered = LANES * (10.0 * FPS / LIFE + 2)  # objects lost in the last ten seconds, and current ones
+    assert run.tracks <= 1.5 * remembered
+    assert run.tracklets <= 1.5 * remembered
 
 
 def test_ended_tracks_are_dropped(tmp_path: Path) -> None:
@@ -144,23 +145,23 @@ def test_ended_tracks_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_memory_is_constant_over_20000_frames(tmp_path: Path) -> None:
-    course = annotated(tmp_path, FRAMES)
-    check_bounds(course)
-    if not course.resident:
-        pytest.skip("how much memory this process takes is read from /proc, which only Linux has")
-    fifth = len(course.resident) // 5
-    settled = max(course.resident[:fifth])
-    grown = max(course.resident[-10:]) - settled
+    run = annotated(tmp_path, FRAMES)
+    check_bounds(run)
+    if not run.resident:
+        pytest.skip("the memory of this process is only available on Linux, in /proc")
+    fifth = len(run.resident) // 5
+    settled = max(run.resident[:fifth])
+    grown = max(run.resident[-10:]) - settled
     print(
         f"{FRAMES} frames: {settled / 1e6:.0f} MB after a fifth, {grown / 1e6:+.1f} MB at the end, "
-        f"{course.tracks} tracks and {course.tracklets} tracklets at the most"
+        f"{run.tracks} tracks and {run.tracklets} tracklets at most"
     )
     assert grown <= ALLOWED_GROWTH
 
 
 @pytest.mark.soak
 def test_frames_of_three_sources_are_freed(tmp_path: Path) -> None:
-    """What Python and NumPy hold, since so many threads' allocators take tens of megabytes to settle."""
+    """Measures Python and NumPy objects: the allocators of many threads take tens of MiB to settle."""
     paths = [written(tmp_path / f"in{number}.mp4", FRAMES // 4) for number in range(3)]
     traced, count = [], 0
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""JSON lines, MOT files, the window, and what writers share. Run with `pytest tests/video/test_writers.py`."""
+"""Writers of JSON lines and MOT files, and the window. Run with `pytest tests/video/test_writers.py`."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ except VideoError as error:
 
 
 class FakeScreen:
-    """The functions of OpenCV that a window calls, with what the user does."""
+    """Replace the OpenCV functions of a window, and simulate user input."""
 
     WINDOW_NORMAL, WINDOW_KEEPRATIO, WINDOW_GUI_NORMAL, WND_PROP_VISIBLE = 0, 0, 16, 4
     error = type("error", (Exception,), {})
@@ -265,7 +265,7 @@ class TestWindow:
 
     @staticmethod
     def output(program: str) -> str:
-        # QT_QPA_PLATFORM other than xcb leaves it to OpenCV whether there is a screen.
+        # With another QT_QPA_PLATFORM than xcb, OpenCV decides whether there is a screen.
         environment = os.environ | {"QT_QPA_PLATFORM": "offscreen"}
         command = [sys.executable, "-c", program]
         return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, env=environment).stdout

@@ -25,7 +25,7 @@ QUEUE = {"name": "queue", "polygon": [[0, 0], [100, 0], [100, 100], [0, 100]]}
 def standing(
     feet: Sequence[tuple[float, float]], ids: Sequence[int] | None = None, names: Sequence[str] | None = None
 ) -> sv.Detections:
-    """Boxes of 10×20 pixels whose lower edge is centered on a point."""
+    """Return boxes of 10×20 pixels whose lower edge is centered on a point."""
     names = names or ["dog"] * len(feet)
     xyxy = np.array([(x - 5, y - 20, x + 5, y) for x, y in feet], np.float32).reshape(-1, 4)
     return sv.Detections(
@@ -94,7 +94,7 @@ def test_zone_counts_current_objects_and_all_track_ids() -> None:
 def test_position_is_the_bottom_center_of_the_box() -> None:
     lower_half = {"name": "floor", "polygon": [[0, 50], [200, 50], [200, 100], [0, 100]]}
     zones = Zones.from_dict({"zones": [lower_half]})
-    assert walk(zones, standing([(50, 55), (50, 45)]))["zones"]["floor"]["now"] == 1  # most of both lies above
+    assert walk(zones, standing([(50, 55), (50, 45)]))["zones"]["floor"]["now"] == 1  # most of both boxes is above
 
 
 def test_fractions_scale_with_the_frame_and_counts_survive() -> None:
@@ -122,7 +122,7 @@ def test_reset_clears_all_counts() -> None:
     assert walk(zones, *[standing([(50, y)], [1]) for y in (80, 20)]) != empty
     zones.reset()
     assert zones.counts() == empty
-    assert walk(zones, standing([(50, 80)], [1]))["lines"]["door"]["in"] == 0  # what was seen before is forgotten
+    assert walk(zones, standing([(50, 80)], [1]))["lines"]["door"]["in"] == 0  # earlier positions are cleared
 
 
 def test_counts_are_json_compatible(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_counts_are_json_compatible(tmp_path: Path) -> None:
     assert zones.counts()["zones"]["queue"]["classes"] == {"object": 1}
 
 
-# Trembling boxes ----------------------------------------------------------------------------------------------------
+# Jitter ----------------------------------------------------------------------------------------------------------
 
 
 def crossings(zones: dict[str, Any], *frames: sv.Detections) -> tuple[int, int]:
@@ -146,7 +146,7 @@ def crossings(zones: dict[str, Any], *frames: sv.Detections) -> tuple[int, int]:
 
 
 def at(*heights: float, x: float = 50, number: int = 7) -> list[sv.Detections]:
-    """One object per frame with its lower edge centered on (x, height), its box 10×20 pixels."""
+    """Return a box of 10×20 pixels on each frame, with its lower edge centered on (x, height)."""
     return [standing([(x, height)], [number]) for height in heights]
 
 
@@ -154,7 +154,7 @@ TREMBLE = [50 + 1.5 * (-1) ** number for number in range(40)]
 
 
 def test_supervision_line_zone_counts_jitter() -> None:
-    """The tests below show the opposite; this one shows that their frames are a test at all."""
+    """Control for the tests below: supervision counts jitter on the same frames."""
     zone = sv.LineZone(sv.Point(0, 50), sv.Point(200, 50), triggering_anchors=(sv.Position.BOTTOM_CENTER,))
     for detections in at(*TREMBLE):
         zone.trigger(detections)
@@ -165,11 +165,11 @@ def test_supervision_line_zone_counts_jitter() -> None:
     ("before", "after", "expected"),
     [
         ([], [], (0, 0)),
-        ([80, 60], [], (0, 0)),  # comes from below and stays
+        ([80, 60], [], (0, 0)),  # stops on the line
         ([80, 60], [60, 80], (0, 0)),  # turns around on the line
-        ([80, 60], [40, 20], (1, 0)),  # waits on the line and goes on
+        ([80, 60], [40, 20], (1, 0)),  # waits on the line, then crosses
         ([20, 40], [60, 80], (0, 1)),
-        ([], [40, 20], (0, 0)),  # stood on the line from the beginning
+        ([], [40, 20], (0, 0)),  # starts on the line
         ([], [60, 80], (0, 0)),
     ],
 )
@@ -206,7 +206,7 @@ def test_crossing_counts_once_when_the_box_is_clear_of_the_line(
     assert crossings({"lines": [DOOR]}, *at(*heights)) == expected
 
 
-@pytest.mark.parametrize("amplitude", [3, 5, 7, 9, 15])  # of a box that is 20 pixels high
+@pytest.mark.parametrize("amplitude", [3, 5, 7, 9, 15])  # box height: 20 pixels
 def test_jitter_beyond_the_distance_stops_counting(amplitude: float) -> None:
     heights = [50 + amplitude * (-1) ** number for number in range(100)]
     assert sum(crossings({"lines": [DOOR]}, *at(*heights))) <= (0 if amplitude < 4 else 3)
@@ -217,7 +217,7 @@ def test_real_back_and_forth_motion_counts_every_time() -> None:
 
 
 def test_distance_is_a_fraction_of_the_box_across_the_line() -> None:
-    upright = {"name": "door", "start": [100, 100], "end": [100, 0]}  # in is to the left
+    upright = {"name": "door", "start": [100, 100], "end": [100, 0]}  # the in side is left
     for distance, expected in ((0.2, 1), (0.4, 0), (0, 1)):  # the box is 10 pixels wide: 2, 4 and 0 pixels
         frames = [standing([(x, 60)], [7]) for x in (130, 97)]
         data = {"lines": [{**upright, "minimum_crossing_distance": distance}]}
@@ -243,7 +243,7 @@ def test_path_around_the_end_of_a_line_does_not_count() -> None:
     assert crossings(short, *around) == (0, 0)
     assert crossings(short, *around, *at(80)) == (0, 1)  # and back through the line
     diagonal = [standing([place], [7]) for place in ((80, 80), (110, 30))]
-    assert crossings(short, *diagonal) == (1, 0)  # meets the line at 98, and is past its end only behind it
+    assert crossings(short, *diagonal) == (1, 0)  # intersects the line at 98, before its end
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_path_around_the_end_of_a_line_does_not_count() -> None:
         (3, [80, 20, 20, 80, 80, 80], (0, 0)),
         (3, [80, 20, 20, 20, 80, 80], (1, 0)),
         (3, [80, 20, 20, 20, 80, 80, 80], (1, 1)),
-        (3, [80, 20, 50, 20, 50, 20], (1, 0)),  # on the line is neither side
+        (3, [80, 20, 50, 20, 50, 20], (1, 0)),  # on the line counts as neither side
         (2, [51, 20, 20], (1, 0)),
         (1, [80, 20, 80], (1, 1)),
     ],
@@ -301,7 +301,7 @@ def test_zone_threshold_ignores_brief_entries() -> None:
     assert [walk(zones, inside)["zones"]["queue"]["now"] for _ in range(3)] == [0, 0, 1]
 
 
-# The format ---------------------------------------------------------------------------------------------------------
+# File format --------------------------------------------------------------------------------------------------------
 
 
 def line(**changes: object) -> dict[str, Any]:
@@ -456,7 +456,7 @@ def test_every_key_is_documented_in_the_schema_and_on_the_page() -> None:
 
 def test_duplicate_keys_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "twice.json"
-    path.write_text(f'{{"lines": [{json.dumps(DOOR)}], "lines": []}}')  # Python's decoder keeps the last one, silently
+    path.write_text(f'{{"lines": [{json.dumps(DOOR)}], "lines": []}}')  # Python's decoder would keep the last one
     with pytest.raises(ValueError, match=r'twice\.json: an object has the key "lines" twice; merge them'):
         Zones.read(path)
 
