@@ -1,10 +1,11 @@
-"""How well objects keep their numbers when a detector looks at some frames only, beside other ways to do it.
+"""Measure tracking with detection on keyframes, and compare it with other methods.
 
-    python benchmarks/tracking.py              # a perfect detector that misses 10 %, and the tiny model: minutes
-    python benchmarks/tracking.py --perfect    # the first alone: half a minute
+    python benchmarks/tracking.py              # perfect detector that misses 10 %, and the tiny model: minutes
+    python benchmarks/tracking.py --perfect    # perfect detector only: half a minute
 
-Eight rendered clips of 300 frames, 6 to 10 objects of 3 classes each, which move, cross, leave and come back; in two of
-them the camera moves. HOTA by the `trackers` package; switches per clip; coverage of the true boxes at an IoU of 0.5.
+There are eight rendered clips of 300 frames with 6 to 10 objects of 3 classes, which move, cross, leave and return. In
+two clips the camera moves. The metrics are HOTA from the `trackers` package, ID switches per clip, and coverage of the
+true boxes at an IoU of 0.5.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Run = Callable[[Clip, Truth, Any, int], Iterator[sv.Detections]]
 
 
 def frames_of(clip: Clip, detector: Any) -> Iterator[np.ndarray]:
-    """What the detector needs to see: its number, or the picture."""
+    """Yield the frames that the detector needs: numbered ones for `PerfectDetector`, images for a model."""
     if isinstance(detector, PerfectDetector):
         return numbered_frames(len(clip), clip.resolution_wh)
     return (np.ascontiguousarray(image[..., ::-1]) for image, _ in clip.frames())
@@ -63,18 +64,23 @@ def ours_live(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[s
 
 
 def trackers_alone(make: Callable[[], Any], timed: bool = False) -> Run:
-    """A tracker for each class, updated with nothing on the frames in between, and the boxes that it predicts there."""
+    """Return a run with one tracker per class, empty updates between keyframes, and the boxes that it predicts.
+
+    Args:
+        make: Function that creates a tracker.
+        timed: Update on keyframes only, with timestamps.
+    """
 
     def run(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
         each = [make() for _ in clip.class_names]
         for index, image in enumerate(frames_of(clip, detector)):
-            looked = index % every == 0
-            found = detector(image, clip.class_names) if looked else sv.Detections.empty()
+            is_keyframe = index % every == 0
+            found = detector(image, clip.class_names) if is_keyframe else sv.Detections.empty()
             found.confidence = np.ones(len(found), np.float32)  # constant scores below 0.7 give no tracks at all
             boxes, ids = [], []
             for class_id, tracker in enumerate(each):
                 part = found[found.class_id == class_id] if len(found) else found
-                if looked or not timed:
+                if is_keyframe or not timed:
                     tracker.update(part, **({"timestamp": index / FPS} if timed else {}))
                 tracked = tracker.tracked_objects
                 boxes += tracked.xyxy.tolist()
@@ -84,8 +90,8 @@ def trackers_alone(make: Callable[[], Any], timed: bool = False) -> Run:
     return run
 
 
-def held(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
-    """No tracking: boxes stand still until the next keyframe, where each is a new one."""
+def untracked(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Detections]:
+    """Run without tracking: boxes stay until the next keyframe, and each one gets a new ID there."""
     found, given = sv.Detections.empty(), 0
     for index, image in enumerate(frames_of(clip, detector)):
         if index % every == 0:
@@ -95,7 +101,7 @@ def held(clip: Clip, truth: Truth, detector: Any, every: int) -> Iterator[sv.Det
         yield found
 
 
-def rows() -> dict[str, Run]:
+def methods() -> dict[str, Run]:
     sort = trackers.SORTTracker
     table: dict[str, Run] = {
         "file (interpolated)": ours,
@@ -103,21 +109,21 @@ def rows() -> dict[str, Run]:
         "file, OC-SORT": lambda *a: ours(*a, tracker="ocsort"),
         "ByteTrack, empty updates": trackers_alone(trackers.ByteTrackTracker),
         "SORT, its defaults": trackers_alone(sort),
-        "no tracking": held,
+        "no tracking": untracked,
     }
     if "iou" in inspect.signature(sort).parameters:
         from trackers.utils.iou import GIoU
 
         best = {"minimum_consecutive_frames": 1, "minimum_iou_threshold": -0.5}
-        table["SORT with GIoU, from facts"] = trackers_alone(lambda: sort(iou=GIoU(), **best))
+        table["SORT with GIoU"] = trackers_alone(lambda: sort(iou=GIoU(), **best))
     return table
 
 
 def measure(detector_of: Callable[[Truth, int], Any], names: Sequence[str] | None = None) -> None:
     clips = [tracking_clip(number) for number in range(CLIPS)]
     truths = [truth_of(clip) for clip in clips]
-    print(f"{'':28} {'every':>5} {'HOTA':>7} {'boxes':>7} {'numbers':>7} {'coverage':>8} {'switches':>8}  per clip")
-    for name, run in rows().items():
+    print(f"{'':28} {'every':>5} {'HOTA':>7} {'DetA':>7} {'AssA':>7} {'coverage':>8} {'switches':>8}  per clip")
+    for name, run in methods().items():
         if names is not None and name not in names:
             continue
         for every in EVERY:
@@ -134,14 +140,16 @@ def measure(detector_of: Callable[[Truth, int], Any], names: Sequence[str] | Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--perfect", action="store_true", help="only the perfect detector")
-    parser.add_argument("--confidence", type=float, default=0.3, help="threshold of the tiny model's detections")
+    parser.add_argument("--perfect", action="store_true", help="Run the perfect detector only.")
+    parser.add_argument(
+        "--confidence", type=float, default=0.3, help="Minimum confidence of the tiny model (default: 0.3)."
+    )
     arguments = parser.parse_args()
-    print(f"trackers {version('trackers')}\n\nA perfect detector that misses 10 %")
+    print(f"trackers {version('trackers')}\n\nPerfect detector that misses 10 %")
     measure(lambda truth, number: PerfectDetector(truth, 0.1, number))
     if arguments.perfect:
         return
-    print(f"\nThe tiny model, from a confidence of {arguments.confidence} on")
+    print(f"\nTiny model, minimum confidence {arguments.confidence}")
     with load("tiny", device="cpu") as model:
         detector = Detector(model, confidence=arguments.confidence)
         measure(lambda truth, number: detector, ("file (interpolated)", "live (predicted)", "no tracking"))

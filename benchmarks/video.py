@@ -1,10 +1,10 @@
-"""Video: how fast a tracked and annotated file comes out, and how late a live frame does.
+"""Measure the throughput of tracked and annotated files, and the delay of live frames.
 
     python benchmarks/video.py
 
-Ratios within one run: the output beside the clip's own 30 frames a second, and everything but the model beside loops
-that only decode and encode, with the same codec and settings: one has each frame as a BGR array, as whatever draws
-needs it, the other leaves the pictures as they are coded.
+All results are ratios within one run. The throughput is compared with the frame rate of the clip (30 frames per
+second). Without a model, it is compared with loops that only decode and encode, with the same codec and settings: one
+loop converts each frame to a BGR array, as needed for drawing, and the other one does not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FPS = 30
 
 
 def write_clip(path: Path, frames: int, resolution_wh: tuple[int, int]) -> list[str]:
-    """A clip of 8 objects; gives their 3 names."""
+    """Write a clip of 8 objects, and return their 3 class names."""
     clip = render_clip(7, num_frames=frames, resolution_wh=resolution_wh)
     with VideoWriter(path, fps=FPS) as writer:
         for index, (image, _) in enumerate(clip.frames()):
@@ -42,12 +42,12 @@ def write_clip(path: Path, frames: int, resolution_wh: tuple[int, int]) -> list[
     return list(clip.class_names)
 
 
-def nothing(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
+def no_detections(image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
     return sv.Detections.empty()
 
 
-def bare(source: Path, target: Path, through_bgr: bool) -> None:
-    """Decode and encode, one after the other; the pictures stay as they are coded, or are BGR arrays in between."""
+def transcode(source: Path, target: Path, through_bgr: bool) -> None:
+    """Decode and encode a video sequentially, with or without conversion to BGR arrays."""
     with av.open(str(source)) as reading, av.open(str(target), "w", options={"movflags": "+faststart"}) as writing:
         stream = reading.streams.video[0]
         stream.thread_type = "AUTO"
@@ -56,13 +56,13 @@ def bare(source: Path, target: Path, through_bgr: bool) -> None:
         for index, frame in enumerate(reading.decode(stream)):
             if through_bgr:
                 frame = av.VideoFrame.from_ndarray(frame.to_ndarray(format="bgr24"), format="bgr24")
-            frame.pict_type = PictureType.NONE  # else the encoder is told what the last one decided
+            frame.pict_type = PictureType.NONE  # let the encoder choose the frame type
             frame.pts, frame.time_base = index, Fraction(1, FPS)
             writing.mux(out.encode(frame))
         writing.mux(out.encode(None))
 
 
-def taken(call: Callable[[], object], repeat: int) -> float:
+def median_seconds(call: Callable[[], object], repeat: int) -> float:
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -71,33 +71,38 @@ def taken(call: Callable[[], object], repeat: int) -> float:
     return statistics.median(times)
 
 
-def files(folder: Path, repeat: int) -> None:
+def measure_files(folder: Path, repeat: int) -> None:
     small, large, out = folder / "small.mp4", folder / "large.mp4", folder / "out.mp4"
     frames = 300
     names = write_clip(small, frames, (640, 360))
     with load("tiny", device="cpu") as model:
         for every in (5, "auto"):
-            seconds = taken(lambda e=every: annotate_video(small, out, names, model=model, every=e), repeat)  # type: ignore[misc]
-            bound = "must 1.0" if every == 5 else ""
+            seconds = median_seconds(lambda e=every: annotate_video(small, out, names, model=model, every=e), repeat)  # type: ignore[misc]
+            target = "target 1.0" if every == 5 else ""
             print(
                 f"640x360, tiny model, 3 classes, every {every:>4}: {frames / seconds:6.1f} frames/s "
-                f"{frames / seconds / FPS:6.2f} × the clip's own  {bound}",
+                f"{frames / seconds / FPS:6.2f}× the frame rate of the clip  {target}",
                 flush=True,
             )
     write_clip(large, frames, (1280, 720))
-    ours = taken(lambda: annotate_video(large, out, ["dog"], model=nothing, every=5), repeat)
-    for through, bound in ((True, "must 0.80"), (False, "")):
-        loop = taken(lambda t=through: bare(large, out, t), repeat)  # type: ignore[misc]
-        what = "with BGR arrays in between" if through else "pictures left as coded"
+    ours = median_seconds(lambda: annotate_video(large, out, ["dog"], model=no_detections, every=5), repeat)
+    for through_bgr, target in ((True, "target 0.80"), (False, "")):
+        loop = median_seconds(lambda t=through_bgr: transcode(large, out, t), repeat)  # type: ignore[misc]
+        kind = "with BGR arrays" if through_bgr else "without conversion"
         print(
-            f"1280x720, without a model: {frames / ours:6.1f} frames/s {loop / ours:6.2f} × a bare loop, {what} "
-            f"({frames / loop:.1f})  {bound}",
+            f"1280x720, without a model: {frames / ours:6.1f} frames/s {loop / ours:6.2f}× a loop {kind} "
+            f"({frames / loop:.1f})  {target}",
             flush=True,
         )
 
 
-def live(seconds: float, slow: float) -> None:
-    """A source of 30 frames a second, and a detector that takes `slow` seconds."""
+def measure_live(seconds: float, slow: float) -> None:
+    """Measure the delay of live frames at 30 frames per second.
+
+    Args:
+        seconds: Duration of the source.
+        slow: Seconds per detector call.
+    """
 
     def frames(reader: LiveReader) -> Iterator[np.ndarray]:
         start = time.monotonic()
@@ -120,24 +125,24 @@ def live(seconds: float, slow: float) -> None:
             pixel = tracked.frame.image[0, 0]
             delays.append(time.monotonic() - arrived[int(pixel[0]) + 256 * int(pixel[1])])
             assert source.waiting <= 1
-    except Exception as error:  # the camera is gone at the end
+    except Exception as error:  # the camera ends
         print(f"live: {error}")
     first, last = delays[: len(delays) // 4], delays[-len(delays) // 4 :]
     print(
-        f"live, {slow} s a look: {len(delays)} of {len(arrived)} frames; delay in the first quarter "
-        f"{1000 * statistics.median(first):.1f} ms, in the last {1000 * statistics.median(last):.1f} ms, "
-        f"at the most {1000 * max(delays):.1f} ms: {statistics.median(last) / slow:.3f} × a look"
+        f"live, {slow} s per detection: {len(delays)} of {len(arrived)} frames; median delay in the first quarter "
+        f"{1000 * statistics.median(first):.1f} ms, in the last quarter {1000 * statistics.median(last):.1f} ms, "
+        f"maximum {1000 * max(delays):.1f} ms: {statistics.median(last) / slow:.3f}× a detection"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="Number of runs per measurement (default: 3).")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, PyAV {av.__version__}")
     with tempfile.TemporaryDirectory() as folder:
-        files(Path(folder), arguments.repeat)
-    live(10.0, 0.5)
+        measure_files(Path(folder), arguments.repeat)
+    measure_live(10.0, 0.5)
 
 
 if __name__ == "__main__":

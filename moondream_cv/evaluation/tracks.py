@@ -1,6 +1,6 @@
-"""How well objects keep their numbers, on rendered clips with ground truth.
+"""Tracking metrics on rendered clips with ground truth.
 
-HOTA and the rest are computed by the `trackers` package, as TrackEval does: Luiten et al., "HOTA: A Higher Order Metric
+The `trackers` package computes HOTA and the other metrics like TrackEval: Luiten et al., "HOTA: A Higher Order Metric
 for Evaluating Multi-Object Tracking", 2020 (https://arxiv.org/abs/2009.07736).
 """
 
@@ -20,20 +20,20 @@ from moondream_cv.scenes.clips import Clip, TrackedObject, render_clip
 CLIPS = 8
 FRAMES = 300
 SEED = 9_000
-PANS = (3, 6)  # the clips with a moving camera
-MIN_VISIBLE = 0.25  # of an object, below which it is not asked for
+PANS = (3, 6)  # clips with a moving camera
+MIN_VISIBLE = 0.25  # visible share from which an object belongs to the ground truth
 
 
 @dataclass(frozen=True)
 class TrackScores:
-    """How well the tracks of a clip, or of several, agree with what is true.
+    """Tracking metrics of one clip, or the mean of several clips.
 
     Attributes:
-        hota: 0..1, of boxes and numbers together.
-        detection: 0..1, its part for boxes.
-        association: 0..1, its part for numbers.
-        coverage: Share of the true boxes that one of the boxes lies on, at an IoU of 0.5.
-        switches: How often an object's number changed, per clip.
+        hota: HOTA, between 0 and 1.
+        detection: Detection accuracy (DetA), between 0 and 1.
+        association: Association accuracy (AssA), between 0 and 1.
+        coverage: Recall of the true boxes at an IoU of 0.5.
+        switches: Number of ID switches per clip.
     """
 
     hota: float
@@ -44,14 +44,17 @@ class TrackScores:
 
     @classmethod
     def mean(cls, scores: Sequence[TrackScores]) -> TrackScores:
-        """Of several clips."""
+        """Return the mean scores of several clips."""
         return cls(*(float(np.mean([getattr(s, name) for s in scores])) for name in cls.__dataclass_fields__))
 
 
 def tracking_clip(number: int) -> Clip:
-    """One of `CLIPS` clips of `FRAMES` frames of 640×360: 6 to 10 objects of 3 classes.
+    """Return a clip of `FRAMES` frames of 640×360 with 6 to 10 objects of 3 classes.
 
-    They move, cross, hide each other, leave and come back; in two of them the camera moves.
+    Objects move, cross, occlude each other, leave and return. In two clips the camera moves.
+
+    Args:
+        number: Number of the clip, below `CLIPS`.
     """
     return render_clip(
         SEED + number,
@@ -64,24 +67,31 @@ def tracking_clip(number: int) -> Clip:
 
 
 def truth_of(clip: Clip) -> list[list[TrackedObject]]:
-    """What can be seen on each frame."""
+    """Return the visible objects on each frame of a clip."""
     return [[o for o in objects if o.visible >= MIN_VISIBLE] for _, objects in clip.frames()]
 
 
 class PerfectDetector:
-    """Finds what is true, but for a share of it, on frames that `numbered_frames` gives.
+    """Detector that returns the ground truth on frames of `numbered_frames`, except for a random share.
 
     Attributes:
         calls: Number of calls.
     """
 
     def __init__(self, truth: Sequence[Sequence[TrackedObject]], missed: float = 0.1, seed: int = 0) -> None:
+        """Create a detector.
+
+        Args:
+            truth: Objects on each frame.
+            missed: Share of the objects to miss.
+            seed: Seed of the random choice.
+        """
         self._truth, self._missed = truth, missed
         self._rng = np.random.default_rng(seed)
         self.calls = 0
 
     def __call__(self, image: npt.NDArray[np.uint8], classes: Sequence[str]) -> sv.Detections:
-        """What is on a frame, which says its number itself."""
+        """Return the detections of a frame, which contains its number."""
         self.calls += 1
         objects = self._truth[int(image[0, 0, 0]) + 256 * int(image[0, 0, 1])]
         kept = [o for o in objects if self._rng.random() >= self._missed]
@@ -94,7 +104,12 @@ class PerfectDetector:
 
 
 def numbered_frames(count: int, resolution_wh: tuple[int, int]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Black frames that carry their number in their first pixel, for `PerfectDetector`."""
+    """Yield black frames with their number in the first pixel, for `PerfectDetector`.
+
+    Args:
+        count: Number of frames, below 65,536.
+        resolution_wh: Width and height.
+    """
     for number in range(count):
         image = np.zeros((resolution_wh[1], resolution_wh[0], 3), np.uint8)
         image[0, 0, :2] = number % 256, number // 256
@@ -102,10 +117,11 @@ def numbered_frames(count: int, resolution_wh: tuple[int, int]) -> Iterator[npt.
 
 
 def score_tracks(truth: Sequence[Sequence[TrackedObject]], found: Iterable[sv.Detections]) -> TrackScores:
-    """Compare the tracks of a clip with what is true.
+    """Return the tracking metrics of a clip.
 
     Args:
-        found: What was tracked on each frame, with `tracker_id`; rows of which that is -1 count for nothing.
+        truth: Objects on each frame.
+        found: Detections on each frame with `tracker_id`. Detections with ID -1 are ignored.
     """
     from trackers.eval import evaluate_mot_sequence
 
@@ -130,6 +146,6 @@ def score_tracks(truth: Sequence[Sequence[TrackedObject]], found: Iterable[sv.De
 
 
 def _line(frame: int, track_id: int, box: Sequence[float]) -> str:
-    """A line of MOT challenge text, of something that counts."""
+    """Return a line in the MOT Challenge format."""
     left, top, right, bottom = box
     return f"{frame},{track_id},{left:.2f},{top:.2f},{right - left:.2f},{bottom - top:.2f},1,1,1\n"
