@@ -1,4 +1,4 @@
-"""What several benchmarks share: models of random weights, and medians."""
+"""Helpers of the benchmarks: models with random weights, and median times."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from moondream_cv.training.tokenizer import build_tokenizer
 
 
 def random_model(vision_layers: int | None, text_layers: int | None, device: torch.device) -> LocalModel:
-    """The sizes of Moondream 2B in bfloat16, with fewer layers if asked for, filled with small random numbers.
+    """Return a model with the dimensions of Moondream 2B in bfloat16 and random weights.
 
-    Random weights take as long as real ones, and nearly never end a list or a text by themselves.
+    Random weights have the speed of real ones, and almost never generate an end token.
+
+    Args:
+        vision_layers: Number of layers of the vision encoder; None: all.
+        text_layers: Number of layers of the decoder; None: all.
+        device: Device of the model.
     """
     config = MoondreamConfig()
     config = replace(
@@ -36,7 +41,13 @@ def random_model(vision_layers: int | None, text_layers: int | None, device: tor
 
 
 def seconds(call: Callable[[], object], repeat: int, device: torch.device | None = None) -> float:
-    """Median time of a call, after one to warm up."""
+    """Return the median time of a call in seconds, after one warm-up call.
+
+    Args:
+        call: Function to time.
+        repeat: Number of timed calls.
+        device: CUDA device to synchronize after each call; None: do not synchronize.
+    """
     times = []
     for _ in range(repeat + 1):
         start = time.perf_counter()

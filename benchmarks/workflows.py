@@ -1,10 +1,10 @@
-"""Roboflow Workflows: what classes, images and blocks cost in the real engine.
+"""Measure the blocks in Roboflow's workflows engine: number of classes, images and blocks.
 
     make bench-roboflow
 
-Ratios within one run, medians, with the tiny model. Every run is on frames that were not there before, so that no
-encoded image is met again but by the blocks of the same run. The core block for Moondream 2 gets the tiny model too:
-`tests/helpers/roboflow_app.py` puts it into Roboflow's own adapter.
+Prints ratios of medians within one run, with the tiny model. Every run uses new frames, so that encoded images are
+shared within a run only. Roboflow's core block for Moondream 2 runs the tiny model as well, through the adapter of
+`tests/helpers/roboflow_app.py`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,24 @@ SIZE = (640, 480)
 
 
 def frames() -> Iterator[np.ndarray]:
-    """[H, W, 3] BGR, each another."""
+    """Yield different BGR frames, [H, W, 3]."""
     for seed in itertools.count():
         yield np.ascontiguousarray(render_scene(seed, resolution_wh=SIZE).image[..., ::-1])
 
 
 def medians(calls: Sequence[Callable[[list[np.ndarray]], Any]], images: Sequence[int], repeat: int) -> list[float]:
-    """Seconds of each call, which take turns: whatever else the machine does meets all of them.
+    """Return the median time of each function in seconds.
+
+    The functions are called in turn, so that other load on the machine affects all of them.
 
     Args:
-        calls: Each takes a list of frames.
-        images: How many of them, for each call.
+        calls: Functions of a list of frames.
+        images: Number of frames for each function.
+        repeat: Number of timed calls of each function.
     """
     times: list[list[float]] = [[] for _ in calls]
     source = frames()
-    for turn in range(repeat + 1):  # one to warm up
+    for turn in range(repeat + 1):  # the first is a warm-up
         for call, count, taken in zip(calls, images, times, strict=True):
             batch = list(itertools.islice(source, count))
             start = time.perf_counter()
@@ -59,14 +62,14 @@ def medians(calls: Sequence[Callable[[list[np.ndarray]], Any]], images: Sequence
 
 
 def engine(*steps: dict[str, Any], **init_parameters: Any) -> Callable[[list[np.ndarray]], Any]:
-    """A call of the engine with a workflow of these steps."""
+    """Return a function that runs a workflow of the given steps on a list of frames."""
     definition = workflow(*steps, outputs=[f"{one['name']}.*" for one in steps])
-    made = compile_workflow(definition, **init_parameters)
-    return lambda batch: made.run(runtime_parameters={"image": batch})
+    compiled = compile_workflow(definition, **init_parameters)
+    return lambda batch: compiled.run(runtime_parameters={"image": batch})
 
 
 def core_step(name: str) -> dict[str, Any]:
-    """A step with the core block, which takes one class."""
+    """Return a step with Roboflow's core block, which accepts one class."""
     return {
         "type": "roboflow_core/moondream2@v1",
         "name": name.replace(" ", "_"),
@@ -77,8 +80,10 @@ def core_step(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Parse the arguments, run the measurements and print the ratios."""
+    # Compile the workflows
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=15, help="runs of each workflow")
+    parser.add_argument("--repeat", type=int, default=15, help="runs of each workflow (default: 15)")
     repeat = parser.parse_args().repeat
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,21 +105,20 @@ def main() -> None:
             "no engine": lambda batch: detector(batch, CLASSES),
             "eight images": engine(step("detect", class_names=CLASSES)),
         }
+
+        # Measure them
         images = [8 if name == "eight images" else 1 for name in calls]
         taken = dict(zip(calls, medians(list(calls.values()), images, repeat), strict=True))
 
-    def ratio(what: str, one: str, other: str) -> None:
-        print(f"{what:<80} {taken[one] / taken[other]:.2f}")
+    # Print the ratios
+    def print_ratio(name: str, numerator: str, denominator: str) -> None:
+        print(f"{name:<80} {taken[numerator] / taken[denominator]:.2f}")
 
-    ratio("8 classes in one detect block beside 1 class (must: below 2)", "eight classes", "one class")
-    ratio("8 classes in one detect block beside 8 core blocks of 1 class each", "eight classes", "eight core blocks")
-    ratio(
-        "8 detect blocks of 1 class each, which share the encoded image, beside one of 8",
-        "eight blocks",
-        "eight classes",
-    )
-    ratio("a detect block in the engine beside a Detector without it", "eight classes", "no engine")
-    ratio("a batch of 8 images beside 1 image", "eight images", "eight classes")
+    print_ratio("one detect block with 8 classes / 1 class (target: below 2)", "eight classes", "one class")
+    print_ratio("one detect block with 8 classes / 8 core blocks with 1 class", "eight classes", "eight core blocks")
+    print_ratio("8 detect blocks with 1 class / one block with 8 classes", "eight blocks", "eight classes")
+    print_ratio("a detect block in the engine / a Detector", "eight classes", "no engine")
+    print_ratio("a batch of 8 images / 1 image", "eight images", "eight classes")
 
 
 if __name__ == "__main__":

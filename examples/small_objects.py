@@ -1,10 +1,10 @@
-"""Small objects in a large image: a `Detector` as the callback of supervision's `InferenceSlicer`.
+"""Detect small objects in a large image with a `Detector` as the callback of supervision's `InferenceSlicer`.
 
     python examples/small_objects.py --output small_objects.png
 
-Renders a 2400 x 1600 scene with 48 objects of about 20 pixels, detects them on the whole image and slice by slice with
-the embedded tiny model, and compares both with the truth. With the real weights the slices would be larger: the model
-sees an image at up to about 1176 pixels.
+Renders a 2400 x 1600 scene of 48 objects of about 20 pixels, detects them on the whole image and in slices with the
+embedded tiny model, and compares both with the ground truth. Use larger slices with Moondream 2, which processes images
+of up to about 1176 pixels without downscaling.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ from moondream_cv.scenes import Scene, SceneObject, render_scene
 from moondream_cv.scenes.objects import paint, stamp
 
 CLASSES = ["red circle", "blue star", "dog"]
-GRID = 10, 6  # columns and rows of places for objects
+GRID = 10, 6  # columns and rows of the object grid
 
 
 def render_small_objects(seed: int, resolution_wh: tuple[int, int] = (2400, 1600), num_objects: int = 48) -> Scene:
-    """Scatter objects of 18 to 24 pixels over a plain background, with their true boxes."""
+    """Render objects of 18 to 24 pixels on a plain background.
+
+    Args:
+        seed: Random seed.
+        resolution_wh: Width and height in pixels.
+        num_objects: Number of objects, at most 60.
+    """
     rng = np.random.default_rng(seed)
     image = render_scene(seed, resolution_wh=resolution_wh, num_objects=0, style="plain").image.copy()
     room = np.array(resolution_wh) // GRID - 40
@@ -44,7 +50,7 @@ def render_small_objects(seed: int, resolution_wh: tuple[int, int] = (2400, 1600
 
 
 def compare(detections: sv.Detections, scene: Scene) -> Counts:
-    """Count what was found, class by class, at an overlap of at least half."""
+    """Return true and false positives over all classes, at a minimum IoU of 0.5."""
     counts = Counts()
     for class_id, name in enumerate(CLASSES):
         true = np.array([item.xyxy for item in scene.named(name)], dtype=np.float32).reshape(-1, 4)
@@ -53,42 +59,49 @@ def compare(detections: sv.Detections, scene: Scene) -> Counts:
 
 
 def annotate(frame: np.ndarray, detections: sv.Detections) -> np.ndarray:
-    """Draw boxes a little larger than they are, so that their lines hide none of a small object."""
-    palette = sv.ColorPalette.from_hex(["#9b1c1c", "#1d3fbb", "#7a4a12"])  # by class, all dark enough for white text
+    """Draw padded boxes, so that their lines do not cover the small objects."""
+    palette = sv.ColorPalette.from_hex(["#9b1c1c", "#1d3fbb", "#7a4a12"])  # dark enough for white text
     drawn = detections[:]
     drawn.xyxy = sv.pad_boxes(drawn.xyxy, px=5)
     annotated = sv.BoxAnnotator(palette, thickness=2).annotate(frame.copy(), drawn)
     labels = [f"{name} {score:.2f}" for name, score in zip(drawn.data["class_name"], drawn.confidence, strict=True)]
-    labeller = sv.LabelAnnotator(palette, text_scale=0.6, text_padding=4, smart_position=True)
-    return labeller.annotate(annotated, drawn, labels)
+    label_annotator = sv.LabelAnnotator(palette, text_scale=0.6, text_padding=4, smart_position=True)
+    return label_annotator.annotate(annotated, drawn, labels)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Find small objects in a large image, whole and in slices.")
-    parser.add_argument("--seed", type=int, default=5, help="another scene")
-    parser.add_argument("--output", type=Path, default=Path("small_objects.png"), help="the annotated picture")
+    """Parse the arguments, detect on the whole image and in slices, and save the annotated image."""
+    parser = argparse.ArgumentParser(description="Detect small objects in a large image, as a whole and in slices.")
+    parser.add_argument("--seed", type=int, default=5, help="seed of the scene (default: 5)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("small_objects.png"), help="annotated image (default: small_objects.png)"
+    )
     arguments = parser.parse_args()
 
+    # Render the scene
     scene = render_small_objects(arguments.seed)
     frame = cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)
+
+    # Detect
     with Detector("tiny") as detector:
-        find = partial(detector, classes=CLASSES)
+        detect = partial(detector, classes=CLASSES)
         slicer = sv.InferenceSlicer(
-            find,
+            detect,
             slice_wh=256,
-            overlap_wh=48,  # at least as large as an object, so that each lies whole in some slice
-            overlap_metric=sv.OverlapMetric.IOS,  # drops the part of an object that a slice's edge cut off
-            batch_size=8,  # the detector takes a list as well; with a remote model use thread_workers instead
+            overlap_wh=48,  # larger than an object, so that each object is completely inside a slice
+            overlap_metric=sv.OverlapMetric.IOS,  # removes objects that are cut off at the edge of a slice
+            batch_size=8,  # a detector accepts a list; with a remote model, use thread_workers instead
         )
-        for title, finder in ("whole image", find), ("slices", slicer):
+        for title, method in ("whole image", detect), ("slices", slicer):
             start = time.perf_counter()
-            detections = finder(frame)
+            detections = method(frame)
             seconds, counts = time.perf_counter() - start, compare(detections, scene)
             print(
                 f"{title:12} {counts.true_positives} of {len(scene.objects)} found, "
                 f"{counts.false_positives} wrong, {seconds:.1f} s"
             )
 
+    # Save the annotated image
     cv2.imwrite(str(arguments.output), annotate(frame, detections))
     print(f"Saved {arguments.output}")
 

@@ -111,7 +111,7 @@ def test_example_counts_crossings(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     with redirect_stdout(out):
         runpy.run_path(str(ROOT / "examples" / "workflow_video.py"), run_name="__main__")
-    count, true = map(int, re.findall(r"^(\d+) have crossed the line \(in truth (\d+)\)", out.getvalue())[0])
+    count, true = map(int, re.findall(r"^(\d+) objects crossed the line \(ground truth: (\d+)\)", out.getvalue())[0])
     assert count == true > 0
     frames = cv2.VideoCapture("counted.mp4")
     assert int(frames.get(cv2.CAP_PROP_FRAME_COUNT)) == 150
