@@ -586,8 +586,8 @@ def test_points_outside_the_frame_and_duplicates_are_removed() -> None:
 class TruncatedModel(ListModel):
     """Reports every list of points as truncated."""
 
-    def _one(self, request: Request) -> Result:
-        result = super()._one(request)
+    def _run_one(self, request: Request) -> Result:
+        result = super()._run_one(request)
         assert isinstance(result, PointResult)
         return replace(result, truncated=True)
 

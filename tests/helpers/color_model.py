@@ -1,7 +1,7 @@
-"""A hand-written `VisionModel` that finds patches of plain colours: exact boxes without weights.
+"""A `VisionModel` without weights that detects patches of pure colors.
 
-"red" means every connected patch of pure red; its confidence is the share of its box that it fills. A picture that is
-all magenta makes it fail. Every `run` is recorded, so that tests can see what was asked.
+The class "red" matches each connected patch of pure red. Its confidence is the share of its box that is red. A
+completely magenta image returns an error. All requests are recorded.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from moondream_cv.requests import (
 )
 from moondream_cv.vision_model import PublishedMethods
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 MAGENTA = (255, 0, 255)
 
 
 class Encoded:
-    """An encoded image as a model makes it: nothing but its size is public."""
+    """An encoded image, of which only the size is public."""
 
     def __init__(self, rgb: np.ndarray) -> None:
         self.rgb = rgb
@@ -49,7 +49,12 @@ class Encoded:
 
 
 class ColorModel(PublishedMethods):
-    """Finds patches of red, green and blue."""
+    """Detect patches of red, green and blue.
+
+    Attributes:
+        runs: Requests of each call of `run`.
+        closed: Whether `close` was called.
+    """
 
     skills = frozenset({"detect", "point", "query", "caption", "gaze"})
 
@@ -62,26 +67,26 @@ class ColorModel(PublishedMethods):
     def run(self, requests: Sequence[Request]) -> list[Result]:
         with self._lock:
             self.runs.append(list(requests))
-        return [self._one(request) for request in requests]
+        return [self._run_one(request) for request in requests]
 
     def close(self) -> None:
         self.closed = True
 
     def stream(self, request: Request) -> Iterator[Any]:
-        result = self._one(request)
+        result = self._run_one(request)
         if isinstance(result, ErrorResult):
             raise result.error
         if isinstance(result, QueryResult):
-            text, thoughts = result.answer, [result.reasoning] if result.reasoning else []
+            text, reasoning = result.answer, [result.reasoning] if result.reasoning else []
         else:
             assert isinstance(result, CaptionResult)
-            text, thoughts = result.caption, []
-        return iter([*thoughts, *(f"{word} " for word in text.split())])
+            text, reasoning = result.caption, []
+        return iter([*reasoning, *(f"{word} " for word in text.split())])
 
     def encode(self, image: Any) -> Encoded:
         return Encoded(to_rgb(image))
 
-    def _one(self, request: Request) -> Result:
+    def _run_one(self, request: Request) -> Result:
         if request.image is None:
             return QueryResult("Nothing to see.")
         try:
@@ -100,7 +105,7 @@ class ColorModel(PublishedMethods):
                 tuple(DetectedPoint((o.x_min + o.x_max) / 2, (o.y_min + o.y_max) / 2, o.confidence) for o in objects)
             )
         if isinstance(request, Query):
-            counts = {name: len(self._objects(rgb, name)) for name in COLOURS}
+            counts = {name: len(self._objects(rgb, name)) for name in COLORS}
             answer = ", ".join(f"{count} {name}" for name, count in counts.items())
             reasoning = Reasoning("I count patches.", (Grounding(2, 7, ((0.5, 0.5),)),)) if request.reasoning else None
             return QueryResult(answer, reasoning)
@@ -110,10 +115,10 @@ class ColorModel(PublishedMethods):
         return CaptionResult(f"A picture of {rgb.shape[1]} by {rgb.shape[0]} pixels, {request.length}.")
 
     def _objects(self, rgb: np.ndarray, name: str) -> list[DetectedObject]:
-        if name not in COLOURS:
+        if name not in COLORS:
             return []
         height, width = rgb.shape[:2]
-        mask = (rgb == COLOURS[name]).all(axis=2).astype(np.uint8)
+        mask = (rgb == COLORS[name]).all(axis=2).astype(np.uint8)
         stats = cv2.connectedComponentsWithStats(mask)[2][1:]
         found = []
         for x, y, w, h, area in stats.tolist():
@@ -123,21 +128,26 @@ class ColorModel(PublishedMethods):
 
 
 class ListModel(ColorModel):
-    """Says what it is told, to show what happens to awkward boxes and points."""
+    """Return the same objects for every request, to test unusual boxes and points."""
 
     def __init__(self, objects: Sequence[DetectedObject | DetectedPoint], has_scores: bool = True) -> None:
         super().__init__(has_scores)
         self.objects = tuple(objects)
 
-    def _one(self, request: Request) -> Result:
+    def _run_one(self, request: Request) -> Result:
         if isinstance(request, Detect):
             return DetectResult(tuple(o for o in self.objects if isinstance(o, DetectedObject)))
         return PointResult(tuple(o for o in self.objects if isinstance(o, DetectedPoint)))
 
 
 def picture(*patches: tuple[str, tuple[int, int, int, int]], size_wh: tuple[int, int] = (80, 60)) -> np.ndarray:
-    """A grey BGR frame with coloured rectangles, given as name and x0, y0, x1, y1."""
+    """Return a gray BGR frame with colored rectangles.
+
+    Args:
+        patches: Color name and xyxy box of each rectangle.
+        size_wh: Width and height in pixels.
+    """
     bgr = np.full((size_wh[1], size_wh[0], 3), 90, np.uint8)
     for name, (x0, y0, x1, y1) in patches:
-        bgr[y0:y1, x0:x1] = (COLOURS | {"magenta": MAGENTA})[name][::-1]
+        bgr[y0:y1, x0:x1] = (COLORS | {"magenta": MAGENTA})[name][::-1]
     return bgr
