@@ -97,7 +97,7 @@ def test_failure_to_create_outputs_returns_error_outputs(
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_outputs_after_such_a_failure_are_json_serializable(
+def test_outputs_after_an_internal_failure_are_json_serializable(
     block: str, counting_model: CountingModel, bgr: np.ndarray
 ) -> None:
     engine = make_engine(workflow(minimal_step(block)), counting_model)
