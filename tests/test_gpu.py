@@ -1,4 +1,4 @@
-"""The same answers on a GPU. Run with `pytest -m gpu` on a machine that has one."""
+"""Replies on a GPU equal those on a CPU. Run with `pytest -m gpu` on a machine with a CUDA device."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_replies_on_a_gpu_do_not_depend_on_the_batch() -> None:
 
 
 def test_full_gpu_lowers_limits_and_keeps_results() -> None:
-    """Memory is taken away until the batch does not fit; the answers stay."""
+    """With less memory than the batch needs, the replies stay the same."""
     with load("tiny", device="cuda", dtype="float32") as model:
         requests = mixed(64)
         model.run(requests[:4])

@@ -1,4 +1,4 @@
-"""The registration with transformers, in each of the environments that the project is tested in."""
+"""The transformers integration. Run in each environment of the test matrix."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _registered() -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as it would be published: with pointers to code, and the sizes under `config`."""
+    """Write a checkpoint as published: with references to code, and the sizes under `config`."""
     folder = tmp_path_factory.mktemp("published")
     write_small(folder)
     sizes = small_config().to_dict()
@@ -52,32 +52,32 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
 
-def answers(model: Any, picture: Image.Image) -> list[Any]:
+def answers(model: Any, image: Image.Image) -> list[Any]:
     return [
-        model.detect(picture, "dog", settings={"max_objects": 2}),
-        model.point(picture, "dog", settings={"max_objects": 2}),
-        model.query(picture, "what?", settings=GREEDY),
-        model.caption(picture, settings=GREEDY),
-        "".join(model.caption(picture, stream=True, settings=GREEDY)["caption"]),
-        model.detect_gaze(picture, eye=(0.5, 0.25)),
+        model.detect(image, "dog", settings={"max_objects": 2}),
+        model.point(image, "dog", settings={"max_objects": 2}),
+        model.query(image, "what?", settings=GREEDY),
+        model.caption(image, settings=GREEDY),
+        "".join(model.caption(image, stream=True, settings=GREEDY)["caption"]),
+        model.detect_gaze(image, eye=(0.5, 0.25)),
     ]
 
 
 @pytest.mark.parametrize("device_map", [None, {"": "cpu"}, "cpu", torch.device("cpu"), {"": torch.device("cpu")}])
-def test_from_pretrained_returns_this_implementation(published: Path, picture: Image.Image, device_map: Any) -> None:
+def test_from_pretrained_returns_this_implementation(published: Path, image: Image.Image, device_map: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(published, device_map=device_map, dtype=torch.float32)
     assert isinstance(model, hf.MoondreamForCausalLM)
     assert isinstance(model, VisionModel)
     assert (model.device.type, model.dtype, model.training) == ("cpu", torch.float32, False)
-    encoded = model.encode_image(picture)
+    encoded = model.encode_image(image)
     ours = load(published, device="cpu")
     settings = {"max_objects": 2}
-    assert model.detect(encoded, "dog", settings=settings) == ours.detect(picture, "dog", settings=settings)
+    assert model.detect(encoded, "dog", settings=settings) == ours.detect(image, "dog", settings=settings)
 
 
 def test_from_pretrained_gives_golden_answers(tmp_path: Path) -> None:
@@ -95,35 +95,35 @@ def test_from_pretrained_gives_golden_answers(tmp_path: Path) -> None:
     assert model.caption(image, "short", settings=text)["caption"] == expected["caption"]["short"]
 
 
-def test_saved_model_loads_again(published: Path, picture: Image.Image, tmp_path: Path) -> None:
+def test_saved_model_loads_again(published: Path, image: Image.Image, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(published), dtype=torch.float32)
-    expected = answers(model, picture)
+    expected = answers(model, image)
     model.save_pretrained(tmp_path / "single")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
     for folder in (tmp_path / "single", tmp_path / "shards"):
         again = AutoModelForCausalLM.from_pretrained(folder)
-        assert answers(again, picture) == expected
-        assert answers(load(folder, device="cpu"), picture) == expected
+        assert answers(again, image) == expected
+        assert answers(load(folder, device="cpu"), image) == expected
         assert "auto_map" not in json.loads((folder / "config.json").read_text())
 
 
-def test_calibration_is_saved_and_loaded_with_the_weights(picture: Image.Image, tmp_path: Path) -> None:
+def test_calibration_is_saved_and_loaded_with_the_weights(image: Image.Image, tmp_path: Path) -> None:
     write_small(tmp_path / "checkpoint")
     Calibration({"point": Curve((0.0, 1.0), (0.25, 0.75))}).write(tmp_path / "checkpoint" / "calibration.json")
-    expected = load(tmp_path / "checkpoint", device="cpu").point(picture, "dog")
+    expected = load(tmp_path / "checkpoint", device="cpu").point(image, "dog")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", device_map="cpu")
-    assert model.point(picture, "dog") == expected
+    assert model.point(image, "dog") == expected
     model.save_pretrained(tmp_path / "again")
-    assert load(tmp_path / "again", device="cpu").point(picture, "dog") == expected
+    assert load(tmp_path / "again", device="cpu").point(image, "dog") == expected
     model.calibration = None
-    assert model.point(picture, "dog") != expected
+    assert model.point(image, "dog") != expected
 
 
-def test_copies_give_the_same_answers(published: Path, picture: Image.Image) -> None:
+def test_copies_give_the_same_answers(published: Path, image: Image.Image) -> None:
     model = AutoModelForCausalLM.from_pretrained(published)
-    expected = answers(model, picture)
-    assert answers(copy.deepcopy(model), picture) == expected
+    expected = answers(model, image)
+    assert answers(copy.deepcopy(model), image) == expected
 
 
 def test_no_code_from_the_checkpoint_is_run(published: Path) -> None:
@@ -132,14 +132,14 @@ def test_no_code_from_the_checkpoint_is_run(published: Path) -> None:
 
 
 def test_state_dict_contains_only_weights(published: Path) -> None:
-    """Non-persistent buffers would come out of `from_pretrained` uninitialised."""
+    """`from_pretrained` would leave non-persistent buffers uninitialized."""
     model = AutoModelForCausalLM.from_pretrained(published)
     assert not list(model.named_buffers())
     assert set(model.state_dict()) == set(load_file(published / "model.safetensors"))
 
 
 def test_dtype_argument_sets_the_dtype(published: Path, tmp_path: Path) -> None:
-    assert AutoModelForCausalLM.from_pretrained(published).dtype == torch.bfloat16  # as its config.json says
+    assert AutoModelForCausalLM.from_pretrained(published).dtype == torch.bfloat16  # as in its config.json
     assert AutoModelForCausalLM.from_pretrained(published, dtype="auto").dtype == torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(published, dtype="float32").dtype == torch.float32
     assert AutoModelForCausalLM.from_pretrained(published, torch_dtype=torch.float16).dtype == torch.float16
@@ -152,17 +152,17 @@ def test_dtype_argument_sets_the_dtype(published: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
 
 
-def test_model_answers_after_moving_to_another_dtype(published: Path, picture: Image.Image) -> None:
+def test_model_answers_after_moving_to_another_dtype(published: Path, image: Image.Image) -> None:
     model = AutoModelForCausalLM.from_pretrained(published, dtype=torch.bfloat16)
-    expected = answers(model, picture)
+    expected = answers(model, image)
     engine = model.engine
     assert model.engine is engine
     model.to(torch.float32)
     assert model.engine is not engine
     assert model.engine.dtype == torch.float32
-    answers(model, picture)
-    model.to(torch.bfloat16)  # the weights still are bfloat16 numbers
-    assert answers(model, picture) == expected
+    answers(model, image)
+    model.to(torch.bfloat16)  # the weights still have bfloat16 precision
+    assert answers(model, image) == expected
 
 
 def test_older_key_names_and_pt_files_load(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_output_loading_info_has_no_missing_keys(published: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"device_map": {"": "cuda:77"}}, "there is no device 'cuda:77'"),
         ({"device_map": {"model.vision": "cpu", "model.text": "meta"}}, "must name a single device"),
@@ -220,8 +220,8 @@ def test_output_loading_info_has_no_missing_keys(published: Path) -> None:
         ({"subfolder": "x"}, "subfolder|config"),
     ],
 )
-def test_unsupported_arguments_raise(published: Path, arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises((ValueError, OSError), match=says):
+def test_unsupported_arguments_raise(published: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
         AutoModelForCausalLM.from_pretrained(published, **arguments)
 
 

@@ -1,4 +1,4 @@
-"""`load`: names, devices, number formats, and messages for what does not work."""
+"""`load`: names, devices, data types and error messages."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_tiny_logs_its_purpose_once(caplog: pytest.LogCaptureFixture, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("moondrem2", "there is no model 'moondrem2'; did you mean 'moondream2'"),
         ("tinny", "did you mean 'tiny'"),
@@ -114,9 +114,9 @@ def test_tiny_logs_its_purpose_once(caplog: pytest.LogCaptureFixture, monkeypatc
         (Path("nowhere"), "there is no model 'nowhere'"),
     ],
 )
-def test_invalid_names_raise(name: str | Path, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_names_raise(name: str | Path, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         load(name)
     assert len(str(caught.value)) < 1000
 
@@ -139,7 +139,7 @@ def test_check_name_accepts_valid_names(name: str, folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("moondrem2", "there is no model 'moondrem2'; did you mean 'moondream2'"),
         ("", "must not be empty"),
@@ -151,9 +151,11 @@ def test_check_name_accepts_valid_names(name: str, folder: Path, monkeypatch: py
         ("ftp://localhost", "must begin with http:// or https://"),
     ],
 )
-def test_check_name_rejects_invalid_names(name: str, says: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_name_rejects_invalid_names(
+    name: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder.parent)
-    with pytest.raises((CheckpointError, ValueError), match=says):
+    with pytest.raises((CheckpointError, ValueError), match=message):
         check_name(name)
 
 
@@ -196,7 +198,7 @@ def test_folder_name_may_include_the_release(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "moondream1"}')
     with pytest.raises(CheckpointError, match=r"unknown release '2024-01-01' in"):
         load(f"{folder}@2024-01-01")
-    # The release is believed, and the weights are then found not to be its own.
+    # The release is accepted; loading finds that the weights do not fit it.
     source = local_source(folder, RELEASES[0])
     assert source.config == MOONDREAM_2B
     with pytest.raises(CheckpointError, match=r"ID 50256 must be a control token .* got None"):

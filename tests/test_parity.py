@@ -1,4 +1,4 @@
-"""The golden sets: what the published implementation computes on random weights, in float32, greedily."""
+"""Parity with the golden sets: outputs of the published implementation on random weights, in float32, greedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXT = {"temperature": 0, "max_tokens": 24, "top_p": 0.3}
 
 
 class GoldenSet:
-    """One set: a model and what it is expected to say."""
+    """A golden set: a model and its expected replies."""
 
     def __init__(self, name: str) -> None:
         self.folder = GOLDEN / name
@@ -45,7 +45,7 @@ def boxes(reply: dict[str, Any], key: str) -> list[dict[str, float]]:
 
 
 def replies(model: LocalModel, image: Any) -> dict[str, Any]:
-    """Everything that the golden files hold of an image, in their layout."""
+    """Return everything that the golden files contain for an image, in their layout."""
     encoded = model.encode_image(image)
     names = ("dog", "red circle", "license plate")
     reasoned = model.query(encoded, "how many dogs are there?", reasoning=True, settings=TEXT)

@@ -1,4 +1,4 @@
-"""Models, detectors and encoded images go to other processes, and can be copied."""
+"""Pickling and copying of models, detectors and encoded images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.engine.image_cache import ImageCache
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import MoondreamError
-from tests.helpers.remote_server import Answer, remote_server
+from tests.helpers.remote_server import Reply, remote_server
 from tests.test_parity import GOLDEN
 
 ADAPTER = GOLDEN / "mha" / "adapter.pt"
@@ -36,7 +36,7 @@ def point(model: LocalModel, frame: np.ndarray) -> Any:
 
 
 class Frames(Dataset[np.ndarray]):
-    """A data set that detects objects in its frames, in the workers of a loader."""
+    """Data set that detects objects in its frames, in the workers of a data loader."""
 
     def __init__(self, detector: Detector, frames: list[np.ndarray]) -> None:
         self.detector, self.frames = detector, frames
@@ -143,9 +143,9 @@ def test_deep_copies_of_detectors(frame: np.ndarray) -> None:
 
 def test_detectors_on_a_server_are_pickled_by_url(frame: np.ndarray) -> None:
     box = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75}
-    models = Answer({"models": [{"id": "tiny", "has_scores": False}]})
+    models = Reply({"models": [{"id": "tiny", "has_scores": False}]})
     with remote_server() as server:
-        server.on("/v1/models", models).on("/v1/detect", Answer({"objects": [box]}))
+        server.on("/v1/models", models).on("/v1/detect", Reply({"objects": [box]}))
         detector = Detector(server.url)
         expected = detect(detector, frame)
         assert len(expected) == 2
@@ -160,6 +160,8 @@ def test_detectors_on_a_server_are_pickled_by_url(frame: np.ndarray) -> None:
 
 
 def test_pickling_remote_models_without_connect_raises() -> None:
-    says = r"MoondreamAPI at http://localhost:9.* cannot be pickled or copied, because it was not made by connect\(\)"
-    with MoondreamAPI("http://localhost:9") as model, pytest.raises(MoondreamError, match=says):
+    message = (
+        r"MoondreamAPI at http://localhost:9.* cannot be pickled or copied, because it was not created by connect\(\)"
+    )
+    with MoondreamAPI("http://localhost:9") as model, pytest.raises(MoondreamError, match=message):
         pickle.dumps(model)

@@ -1,4 +1,4 @@
-"""The embedded model: what it claims to know, and the whole way from any kind of file to boxes."""
+"""The embedded model: accuracy on its scenes, and boxes from every type of image file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moondream_cv.images import to_rgb
 from moondream_cv.scenes import Scene, render_scene
 
 NAMES = ["dog", "red circle", "blue star", "bus"]
-EXIF_TURNS: dict[int, Callable[[Image.Image], Image.Image]] = {  # how the pixels lie in a file of that orientation
+EXIF_TURNS: dict[int, Callable[[Image.Image], Image.Image]] = {  # order of the pixels in a file with that orientation
     1: lambda image: image,
     2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
@@ -136,8 +136,8 @@ def test_lossy_formats_keep_the_boxes(tiny: LocalModel, scene: Scene, make: Call
 
 
 def test_every_gray_format_gives_the_same_boxes(tiny: LocalModel, scene: Scene) -> None:
-    grey = cv2.cvtColor(scene.image, cv2.COLOR_RGB2GRAY)
-    kinds = [grey, grey[..., None], Image.fromarray(grey), cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), file_of(grey, "PNG")]
+    gray = cv2.cvtColor(scene.image, cv2.COLOR_RGB2GRAY)
+    kinds = [gray, gray[..., None], Image.fromarray(gray), cv2.cvtColor(gray, cv2.COLOR_GRAY2BGR), file_of(gray, "PNG")]
     first, *others = Detector(tiny)(kinds, ["object"])
     assert len(first)
     for other in others:

@@ -1,4 +1,4 @@
-"""No global setting of torch changes an answer: default dtype, default device, autocast."""
+"""Replies do not depend on global settings of torch: default dtype, default device, autocast."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHANGED = {
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
-    "meta": {"device": "meta"},  # a tensor that is made on the default device fails wherever it is read
+    "meta": {"device": "meta"},  # a tensor on the default device fails when it is read
     "float64, meta": {"dtype": torch.float64, "device": "meta"},
     "autocast": {"autocast": torch.bfloat16},
 }
@@ -75,7 +75,7 @@ def test_replies_with_an_adapter_equal_the_published_ones() -> None:
 
 
 def everything(model: LocalModel, frame: np.ndarray) -> list[Any]:
-    """Replies of all skills, sampled and greedy, together with confidences; and a frame of a clip."""
+    """Return replies of all skills, sampled and greedy, with confidences, and a re-encoded frame."""
     sampled = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 12, "seed": 3}
     first = model.encode_image(frame)
     moved = frame.copy()
@@ -127,7 +127,7 @@ FACTORIES = {"tensor", "zeros", "ones", "empty", "full", "arange", "rand", "rand
 
 
 def implicit_defaults(source: str) -> list[str]:
-    """Return the calls of torch's factories that leave the device or the dtype to the defaults.
+    """Return the calls of torch's factories without an explicit device or dtype.
 
     Parameters of modules are left out: they follow the defaults as those of torch's own modules do, and checkpoints
     replace them.

@@ -1,4 +1,4 @@
-"""Who goes next: in their order, but for objects and points that are rare among texts.
+"""The admission policy: order of requests, and priority of rare detections.
 
 Run with `pytest tests/engine/test_admission.py`.
 """
@@ -27,16 +27,16 @@ LONG = Settings(temperature=0, max_tokens=200)
 ONE = Settings(max_objects=1)
 
 
-def picture(seed: int) -> np.ndarray:
+def image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
 
 def caption(seed: int) -> Request:
-    return Caption(picture(seed), "short", LONG)
+    return Caption(image(seed), "short", LONG)
 
 
 def detect(seed: int) -> Request:
-    return Detect(picture(seed), "dog", ONE)
+    return Detect(image(seed), "dog", ONE)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,15 @@ def steps_until(scheduler: Scheduler, condition: Callable[[], bool], limit: int 
         scheduler.step()
         if condition():
             return step
-    raise AssertionError("it did not happen")
+    raise AssertionError(f"condition not met after {limit} steps")
 
 
 def running(jobs: list[Job]) -> int:
     return sum(job.sequence is not None for job in jobs)
 
 
-def crowded(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
-    """A scheduler that writes so many texts."""
+def running_texts(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
+    """Return a scheduler with running text requests, and their jobs."""
     scheduler = model.scheduler()
     jobs = [scheduler.submit(caption(seed)) for seed in range(texts)]
     steps_until(scheduler, lambda: running(jobs) == texts)
@@ -65,20 +65,20 @@ def crowded(model: LocalModel, texts: int) -> tuple[Scheduler, list[Job]]:
 
 
 def test_rare_detection_is_admitted_before_earlier_texts(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
+    scheduler, _ = running_texts(talker, 2 * RARE_REGION_RATIO)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
     short = scheduler.submit(detect(30))
     scheduler.step()
-    assert short.sequence is not None  # it runs, and no image was encoded for a text meanwhile
+    assert short.sequence is not None  # admitted before any image of a text
     assert running(late) == 0
 
 
 def test_texts_are_deferred_for_at_most_max_deferred_steps(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
+    scheduler, _ = running_texts(talker, 2 * RARE_REGION_RATIO)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 26)]
     seeds = iter(range(30, 1000))
     waited = 0
-    while running(late) == 0:  # a camera whose frames never end
+    while running(late) == 0:  # like a camera without end
         if all(state.is_text for states in scheduler._running.values() for state in states.values()):
             scheduler.submit(detect(next(seeds)))
         scheduler.step()
@@ -88,7 +88,7 @@ def test_texts_are_deferred_for_at_most_max_deferred_steps(talker: LocalModel) -
 
 
 def test_text_images_per_step_are_limited_after_a_detection(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2 * RARE_REGION_RATIO)
+    scheduler, _ = running_texts(talker, 2 * RARE_REGION_RATIO)
     short = scheduler.submit(detect(30))
     steps_until(scheduler, lambda: short.done)
     late = [scheduler.submit(caption(seed)) for seed in range(20, 28)]
@@ -104,7 +104,7 @@ def test_frequent_detections_get_no_priority(talker: LocalModel) -> None:
     scheduler = talker.scheduler()
     jobs = [scheduler.submit(request) for i in range(6) for request in (caption(i), detect(50 + i))]
     scheduler.step()
-    assert running(jobs) == len(jobs)  # all of them at once
+    assert running(jobs) == len(jobs)
 
 
 def test_texts_alone_are_admitted_at_once(talker: LocalModel) -> None:
@@ -115,7 +115,7 @@ def test_texts_alone_are_admitted_at_once(talker: LocalModel) -> None:
 
 
 def test_admissions_are_at_least_an_interval_apart(talker: LocalModel) -> None:
-    scheduler, _ = crowded(talker, 2)
+    scheduler, _ = running_texts(talker, 2)
     late = []
     joined = []
     for seed in range(20, 28):
@@ -124,7 +124,7 @@ def test_admissions_are_at_least_an_interval_apart(talker: LocalModel) -> None:
         scheduler.step()
         joined.append(running(late) - before)
     assert sum(joined) >= len(late) - (ADMISSION_INTERVAL - 1)
-    assert all(not (a and b) for a, b in itertools.pairwise(joined))  # never in two steps running
+    assert all(not (a and b) for a, b in itertools.pairwise(joined))  # never in consecutive steps
 
 
 def test_small_limits_do_not_starve_requests(talker: LocalModel) -> None:

@@ -1,4 +1,4 @@
-"""The same answers in any company: a request's reply does not depend on what else decodes with it."""
+"""Batch invariance: the reply to a request does not depend on the other requests in the batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.models import random_model
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 NAMES = ("dog", "red circle", "circle", "blue square", "car", "a white cat on a very long sofa by the window", "star")
-QUESTIONS = ("What?", "How many circles are there?", "What colour is the car, and which way does it point?")
+QUESTIONS = ("What?", "How many circles are there?", "What color is the car, and which way does it point?")
 
 
 def frames() -> list[np.ndarray]:
@@ -61,7 +61,7 @@ def some_requests(images: st.SearchStrategy[Any], chosen: st.SearchStrategy[Sett
 
 
 class Memory:
-    """Replies given alone, each computed once."""
+    """Replies to single requests, each computed once."""
 
     def __init__(self, model: LocalModel) -> None:
         self.model = model
@@ -91,8 +91,8 @@ def test_replies_do_not_depend_on_the_batch(memory: Memory, data: st.DataObject)
     variants = st.sampled_from((None, None, str(adapter))) if adapter.is_file() else st.none()
     chosen = some_settings(variant=variants)
     requests = data.draw(st.lists(some_requests(st.sampled_from(FRAMES), chosen), min_size=1, max_size=10))
-    rows, images = data.draw(st.sampled_from(((64, 16), (64, 2), (3, 16), (2, 1))))
-    memory.model.limits = Limits(rows, images)
+    max_num_seqs, max_images = data.draw(st.sampled_from(((64, 16), (64, 2), (3, 16), (2, 1))))
+    memory.model.limits = Limits(max_num_seqs, max_images)
     for one, reply in zip(requests, memory.model.run(requests), strict=True):
         assert_same(memory.model, one, memory.alone(one), reply)
 
@@ -101,7 +101,7 @@ def test_replies_do_not_depend_on_the_batch(memory: Memory, data: st.DataObject)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arrivals_and_cancellations_do_not_change_replies(memory: Memory, seed: int) -> None:
-    """Requests arrive between steps, and half of them are cancelled in mid-flight."""
+    """Requests arrive between steps, and half of them are cancelled while they run."""
     draw = random.Random(seed)
     strategy = (
         lambda image: Detect(image, draw.choice(NAMES), Settings(max_objects=8)),

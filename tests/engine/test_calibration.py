@@ -1,4 +1,4 @@
-"""Calibration maps: what they give, that they keep the order, and which files are refused."""
+"""Calibration curves: values, order of scores, and invalid files."""
 
 from __future__ import annotations
 

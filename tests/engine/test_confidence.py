@@ -1,4 +1,4 @@
-"""The confidence formula on distributions whose answer is known, and what it gives on the golden checkpoints."""
+"""The confidence formula on simple distributions and on the golden checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moondream_cv.requests import Detect, Point
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SHARP = (1.0, 1.0, 0.0)
 PROBABILITY = st.floats(0, 1)
-# What of a distribution lies before the peak's reach, within it, and within the wider one.
+# Consistent near, wide and before masses of one distribution
 FEATURES = st.tuples(PROBABILITY, PROBABILITY, PROBABILITY).map(lambda p: ((1 - p[2]) * p[0], p[1], p[2]))
 
 
@@ -43,7 +43,7 @@ def test_sharp_peak_has_full_mass() -> None:
 @pytest.mark.parametrize("peak", [0, 5, 20, 512, 1000, 1023])
 def test_flat_distribution_has_the_mass_of_its_windows(peak: int) -> None:
     logits = torch.zeros(1024)
-    logits[peak] = 1e-5  # marks the windows' middle
+    logits[peak] = 1e-5  # center of the windows
     near, wide = (
         sum(0 <= at < 1024 for at in range(peak - reach, peak + reach + 1)) for reach in (COORDINATE_REACH, SIZE_REACH)
     )
@@ -77,7 +77,7 @@ def test_sharp_distributions_give_the_continue_probability() -> None:
 
 
 def test_mass_of_earlier_objects_does_not_lower_confidence() -> None:
-    """Two objects that are both sure to be there, the model undecided which is further left: each is as good."""
+    """Two certain objects whose order is undecided: both have full confidence."""
     assert confidence(1.0, (0.6, 0.5), ((0.5, 0.5, 0.5), SHARP)) == pytest.approx(1.0)
     assert confidence(1.0, (0.2, 0.5), ((0.5, 0.5, 0.0), SHARP)) == pytest.approx(0.5)
 

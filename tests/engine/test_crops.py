@@ -1,4 +1,4 @@
-"""Tiling and cutting; byte equality with the published crops is in `test_parity.py`."""
+"""Tiling and cutting of images. `test_parity.py` compares crops with the published ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_tiling_respects_max_crops(height: int, width: int, max_crops: int) -> N
     rows, columns = select_tiling(height, width, 266, max_crops)
     assert rows >= 1
     assert columns >= 1
-    # A very long image has one tile across and may have more than the limit along: so it is published.
+    # As published, a very long image has a single row of tiles, which may exceed the limit.
     assert rows * columns <= max_crops or 1 in (rows, columns)
 
 

@@ -1,4 +1,4 @@
-"""Streaming never splits a character or a word."""
+"""The detokenizer never splits a character or a word."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moondream_cv.engine.detokenizer import IncrementalDetokenizer
 from moondream_cv.training.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer()
-TOKENIZER.encode_special_tokens = True  # as every loaded tokenizer: "<|size|>" in a text is text
+TOKENIZER.encode_special_tokens = True  # as in every loaded tokenizer: "<|size|>" in a prompt is text
 
 
 def pieces_of(text: str) -> list[str]:

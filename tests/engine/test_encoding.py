@@ -1,4 +1,4 @@
-"""Encoding several frames together, and again only what changed. Run with `pytest tests/engine/test_encoding.py`."""
+"""Encoding of several frames together, and of changed crops only. Run with `pytest tests/engine/test_encoding.py`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tiny() -> LocalModel:
 
 @pytest.fixture(scope="module")
 def scene() -> np.ndarray:
-    """[480, 640, 3] RGB; the tiny model cuts it into one row of two local crops."""
+    """[480, 640, 3] RGB; the tiny model cuts it into two local crops in one row."""
     return render_scene(5, resolution_wh=(640, 480), names=NAMES, style="plain").image
 
 
@@ -59,7 +59,7 @@ def assert_same(got: EncodedImage, expected: EncodedImage) -> None:
 
 @contextmanager
 def crops_seen(network: MoondreamNetwork) -> Iterator[list[int]]:
-    """The number of crops in each pass of the vision encoder."""
+    """Collect the number of crops in each pass of the vision encoder."""
     seen: list[int] = []
     hook = network.vision.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     try:
@@ -74,7 +74,7 @@ def boxes(model: LocalModel, encoded: EncodedImage, names: Sequence[str] = NAMES
     return np.array([[item[k] for k in ("x_min", "y_min", "x_max", "y_max", "confidence")] for item in found])
 
 
-# --- several frames ---------------------------------------------------------------------------------------------------
+# --- Several frames ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -187,13 +187,13 @@ def test_crops_are_the_same_with_any_number_of_threads(
         np.testing.assert_array_equal(crops.pixels, expected.pixels)
 
 
-# --- a frame after another --------------------------------------------------------------------------------------------
+# --- Consecutive frames --------------------------------------------------------------------------------------------
 
 
 def again(
     model: LocalModel, frame: np.ndarray, previous: EncodedImage, tolerance: float = 0.0
 ) -> tuple[EncodedImage, int]:
-    """`reencode`, and how many crops it encoded."""
+    """Return the result of `reencode` and the number of crops that it encoded."""
     with crops_seen(model.network) as seen:
         encoded = reencode(model.network, frame, previous, tolerance, **SETTINGS)
     assert len(seen) <= 1
@@ -213,7 +213,7 @@ def test_only_changed_crops_are_encoded_again(tiny: LocalModel, scene: np.ndarra
     (first,) = encode_images(tiny.network, [scene], **SETTINGS)
     before = [tensor.clone() for tensor in tensors(first)], first.crops.copy()
     moved = scene.copy()
-    moved[:, :200] = scene[::-1, :200]  # the right one of the two local crops does not see it
+    moved[:, :200] = scene[::-1, :200]  # outside the right local crop
     second, count = again(tiny, moved, first, tolerance)
     assert count == 2
     (full,) = encode_images(tiny.network, [moved], **SETTINGS)
@@ -299,11 +299,11 @@ def test_invalid_tolerance_raises(model: LocalModel, frame: np.ndarray, toleranc
         reencode(model.network, frame, first, tolerance, **SETTINGS)
 
 
-# --- tolerance --------------------------------------------------------------------------------------------------------
+# --- Tolerance --------------------------------------------------------------------------------------------------------
 
 
 def exposures(rgb: np.ndarray, sigma: float, seed: int) -> np.ndarray:
-    """The same view with another camera noise of `sigma` grey levels."""
+    """Return the same view with new camera noise of `sigma` gray levels."""
     noise = np.random.default_rng(seed).normal(0, sigma, rgb.shape)
     return np.clip(np.rint(rgb + noise), 0, 255).astype(np.uint8)
 
@@ -319,11 +319,11 @@ def test_difference_of_noise_stays_below_its_standard_deviation(sigma: float) ->
 
 def test_small_object_differs_more_than_noise() -> None:
     view = np.random.default_rng(0).integers(40, 176, (1, 378, 378, 3)).astype(np.uint8)
-    thing = view.copy()
-    thing[0, 200:204, 301:305] += 80
+    spot = view.copy()
+    spot[0, 200:204, 301:305] += 80
     noisy = exposures(view, 5, 1)
-    assert np.abs(thing.astype(int) - view).mean() < 0.01 < 3 < np.abs(noisy.astype(int) - view).mean()
-    assert largest_differences(noisy, view) < 5 < largest_differences(thing, view) == 80 * 16 / 64
+    assert np.abs(spot.astype(int) - view).mean() < 0.01 < 3 < np.abs(noisy.astype(int) - view).mean()
+    assert largest_differences(noisy, view) < 5 < largest_differences(spot, view) == 80 * 16 / 64
 
 
 @given(
@@ -340,7 +340,7 @@ def test_moving_four_pixel_dot_is_detected_anywhere(
         crop[0, top : top + 4, left : left + 4, channel] = 160
     difference = float(largest_differences(crops[1], crops[0])[0])
     assert difference == float(largest_differences(crops[0], crops[1])[0])
-    assert difference >= 10 or np.array_equal(crops[0], crops[1])  # a whole pixel's step: 1 × 4 × 160 / 64
+    assert difference >= 10 or np.array_equal(crops[0], crops[1])  # one pixel of motion: 1 × 4 × 160 / 64
 
 
 @pytest.mark.parametrize("value", [1, 255])
@@ -358,7 +358,7 @@ def test_noise_within_tolerance_is_unchanged_and_a_small_object_is_not(tiny: Loc
     assert again(tiny, exposures(scene, 4, 2), first)[1] == 3
 
     appeared = scene.copy()
-    appeared[50:74, 50:74] = 255 - appeared[50:74, 50:74]  # a 24th of the frame's width; far left
+    appeared[50:74, 50:74] = 255 - appeared[50:74, 50:74]  # 1/24 of the frame's width, at the left
     noisy = exposures(appeared, 4, 2)
     third, count = again(tiny, noisy, first, 4.0)
     assert count == 2

@@ -1,4 +1,4 @@
-"""Encoded images belong to weights, not to the object or the process that encoded them."""
+"""Encoded images are valid for equal weights, in any object and process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FEW = {"max_objects": 3}
 
 
 def encode_elsewhere(folder: Path) -> bytes:
-    """Encode an image in another process, after other models were made there."""
+    """Encode an image in another process, after creating other models there."""
     load("tiny", device="cpu")
     return pickle.dumps(load(folder, device="cpu").encode_image(IMAGE))
 

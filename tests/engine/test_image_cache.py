@@ -24,7 +24,7 @@ from moondream_cv.engine.local import LocalModel
 
 
 def image_of(nbytes: int) -> EncodedImage:
-    """An encoded image that takes as many bytes; at least 16."""
+    """Return an encoded image of a given size in bytes, at least 16."""
     word = torch.zeros(1, 1, 1, 1)
     return EncodedImage(
         size=(1, 1),
@@ -43,12 +43,12 @@ def key_of(number: int) -> ImageKey:
     return ImageCache.key(np.full((1, 1, 3), number, np.uint8), None, None)
 
 
-def kept(cache: ImageCache, key: ImageKey) -> EncodedImage | None:
-    """What is kept under a key; asking counts as using it, or as a miss."""
-    found, mine = cache.get_or_start(key)
+def lookup(cache: ImageCache, key: ImageKey) -> EncodedImage | None:
+    """Look up an image, which counts as a hit or a miss."""
+    found, is_owner = cache.get_or_start(key)
     if isinstance(found, EncodedImage):
         return found
-    if mine:
+    if is_owner:
         cache.abandon({key: found})
     return None
 
@@ -56,15 +56,15 @@ def kept(cache: ImageCache, key: ImageKey) -> EncodedImage | None:
 def test_put_image_is_returned_by_key(model: LocalModel, frame: np.ndarray) -> None:
     cache = ImageCache(4, 10_000_000)
     key = cache.key(frame, None, None)
-    assert kept(cache, key) is None
+    assert lookup(cache, key) is None
     (encoded,) = encode_images(model.network, [frame], max_crops=None, adapter_name=None, adapter=None, fingerprint="0")
     cache.put(key, encoded)
-    assert kept(cache, cache.key(frame.copy(), None, None)) is encoded
+    assert lookup(cache, cache.key(frame.copy(), None, None)) is encoded
     assert (len(cache), cache.nbytes) == (1, encoded.nbytes)
     assert repr(cache) == f"ImageCache(1 of 4 images, {encoded.nbytes:,} of 10,000,000 bytes)"
     assert (cache.hits, cache.misses) == (1, 1)
     cache.clear()
-    assert (len(cache), cache.nbytes, kept(cache, key)) == (0, 0, None)
+    assert (len(cache), cache.nbytes, lookup(cache, key)) == (0, 0, None)
     assert (cache.hits, cache.misses) == (1, 2)
 
 
@@ -95,9 +95,9 @@ def test_least_recently_used_image_is_evicted() -> None:
     cache = ImageCache(2, 1000)
     cache.put(key_of(1), image_of(100))
     cache.put(key_of(2), image_of(100))
-    assert kept(cache, key_of(1)) is not None  # now number 2 is the older one
+    assert lookup(cache, key_of(1)) is not None  # now image 2 is the least recently used one
     cache.put(key_of(3), image_of(100))
-    assert [kept(cache, key_of(i)) is not None for i in (1, 2, 3)] == [True, False, True]
+    assert [lookup(cache, key_of(i)) is not None for i in (1, 2, 3)] == [True, False, True]
 
 
 def test_large_image_evicts_several() -> None:
@@ -105,7 +105,7 @@ def test_large_image_evicts_several() -> None:
     for number in range(5):
         cache.put(key_of(number), image_of(200))
     cache.put(key_of(5), image_of(500))
-    assert [kept(cache, key_of(i)) is not None for i in range(6)] == [False, False, False, True, True, True]
+    assert [lookup(cache, key_of(i)) is not None for i in range(6)] == [False, False, False, True, True, True]
     assert cache.nbytes == 900
 
 
@@ -113,8 +113,8 @@ def test_image_above_max_bytes_is_not_cached() -> None:
     cache = ImageCache(10, 1000)
     cache.put(key_of(1), image_of(1000))
     cache.put(key_of(2), image_of(1001))
-    assert kept(cache, key_of(1)) is not None
-    assert kept(cache, key_of(2)) is None
+    assert lookup(cache, key_of(1)) is not None
+    assert lookup(cache, key_of(2)) is None
 
 
 def test_put_replaces_an_existing_key() -> None:
@@ -122,7 +122,7 @@ def test_put_replaces_an_existing_key() -> None:
     cache.put(key_of(1), image_of(700))
     second = image_of(600)
     cache.put(key_of(1), second)
-    assert kept(cache, key_of(1)) is second
+    assert lookup(cache, key_of(1)) is second
     assert (len(cache), cache.nbytes) == (1, 600)
     cache.put(key_of(1), image_of(2000))
     assert (len(cache), cache.nbytes) == (0, 0)
@@ -161,7 +161,7 @@ def test_cache_equals_a_reference_implementation(
             while len(expected) > max_images or sum(expected.values()) > max_bytes:
                 expected.popitem(last=False)
         else:
-            found = kept(cache, key_of(number))
+            found = lookup(cache, key_of(number))
             assert (None if found is None else found.nbytes) == expected.get(number)
             if number in expected:
                 expected.move_to_end(number)
@@ -171,7 +171,7 @@ def test_cache_equals_a_reference_implementation(
 def test_concurrent_access_keeps_the_cache_consistent(request: pytest.FixtureRequest) -> None:
     interval = sys.getswitchinterval()
     request.addfinalizer(lambda: sys.setswitchinterval(interval))
-    sys.setswitchinterval(1e-6)  # otherwise a thread hardly ever stops in the middle of a put
+    sys.setswitchinterval(1e-6)  # otherwise threads are hardly ever interrupted within a put
     cache = ImageCache(5, 1000)
     keys, images = [key_of(i) for i in range(12)], [image_of(100 + 20 * i) for i in range(12)]
     errors: list[Exception] = []
@@ -183,10 +183,10 @@ def test_concurrent_access_keeps_the_cache_consistent(request: pytest.FixtureReq
         try:
             for number, get in zip(rng.integers(0, 12, 5000).tolist(), (rng.random(5000) < 0.3).tolist(), strict=True):
                 if get:
-                    assert kept(cache, keys[number]) in (None, images[number])
+                    assert lookup(cache, keys[number]) in (None, images[number])
                 else:
                     cache.put(keys[number], images[number])
-        except Exception as error:  # an exception would end only the thread
+        except Exception as error:  # would otherwise end only the thread
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
@@ -195,52 +195,52 @@ def test_concurrent_access_keeps_the_cache_consistent(request: pytest.FixtureReq
     for thread in threads:
         thread.join()
     assert errors == []
-    left = [image for key in keys if (image := kept(cache, key)) is not None]
+    left = [image for key in keys if (image := lookup(cache, key)) is not None]
     assert len(left) == len(cache) <= 5
     assert sum(image.nbytes for image in left) == cache.nbytes <= 1000
 
 
 def test_second_lookup_gets_the_in_flight_entry() -> None:
     cache, key, image = ImageCache(4, 10_000), key_of(1), image_of(100)
-    promise, mine = cache.get_or_start(key)
-    assert isinstance(promise, Future)
-    assert mine
-    assert cache.get_or_start(key) == (promise, False)
-    assert not promise.done()
+    entry, is_owner = cache.get_or_start(key)
+    assert isinstance(entry, Future)
+    assert is_owner
+    assert cache.get_or_start(key) == (entry, False)
+    assert not entry.done()
     cache.put(key, image)
-    assert promise.result(0) is image
+    assert entry.result(0) is image
     assert cache.get_or_start(key) == (image, False)
     assert (cache.hits, cache.misses) == (2, 1)
 
 
 def test_image_too_large_to_cache_resolves_the_in_flight_entry() -> None:
     cache, key, image = ImageCache(4, 50), key_of(1), image_of(100)
-    promise, _ = cache.get_or_start(key)
+    entry, _ = cache.get_or_start(key)
     cache.put(key, image)
-    assert isinstance(promise, Future)
-    assert promise.result(0) is image
+    assert isinstance(entry, Future)
+    assert entry.result(0) is image
     assert cache.get_or_start(key)[1]
 
 
 def test_abandoned_entry_resolves_to_none_and_can_be_restarted() -> None:
     cache, key = ImageCache(4, 10_000), key_of(1)
-    promise, _ = cache.get_or_start(key)
-    assert isinstance(promise, Future)
-    cache.abandon({key: promise})
-    assert promise.result(0) is None
-    again, mine = cache.get_or_start(key)
-    assert again is not promise
-    assert mine
+    entry, _ = cache.get_or_start(key)
+    assert isinstance(entry, Future)
+    cache.abandon({key: entry})
+    assert entry.result(0) is None
+    again, is_owner = cache.get_or_start(key)
+    assert again is not entry
+    assert is_owner
 
 
 def test_abandon_does_not_affect_a_newer_entry_of_another_owner() -> None:
-    """Put, pushed out and promised anew by another thread, before the first one is done."""
+    """The image is stored, evicted and started by another thread before the first owner abandons its entry."""
     cache, key = ImageCache(1, 10_000), key_of(1)
     first, _ = cache.get_or_start(key)
     cache.put(key, image_of(100))
     cache.put(key_of(2), image_of(100))
-    second, mine = cache.get_or_start(key)
-    assert mine
+    second, is_owner = cache.get_or_start(key)
+    assert is_owner
     assert isinstance(first, Future)
     assert isinstance(second, Future)
     cache.abandon({key: first})
@@ -258,7 +258,7 @@ def test_concurrent_misses_encode_an_image_once(
     def encode(network: Any, frames: list[np.ndarray], **options: Any) -> list[EncodedImage]:
         if frames:
             number = next(calls)
-            time.sleep(0.02)  # the others come meanwhile
+            time.sleep(0.02)  # other threads arrive meanwhile
             if number <= failures:
                 raise MemoryError("none left")
         return encode_images(network, frames, **options)

@@ -1,4 +1,4 @@
-"""The shared cache against plain attention of each row over its own prefix and entries.
+"""`PrefixSharedKVCache` compared with plain attention of each sequence over its prefix and entries.
 
 Run with `pytest tests/engine/test_kv_cache.py`.
 """
@@ -24,7 +24,7 @@ HEADS, KV_HEADS, HEAD_DIM, LAYERS, DIM = 4, 2, 8, 2, 6
 
 
 def network(dtype: torch.dtype = torch.float32) -> Any:
-    """All that a cache asks of a network: its sizes."""
+    """Return the attributes of a network that a cache uses."""
     text = SimpleNamespace(n_kv_heads=KV_HEADS, head_dim=HEAD_DIM, n_layers=LAYERS, dim=DIM)
     return SimpleNamespace(config=SimpleNamespace(text=text), device=torch.device("cpu"), dtype=dtype)
 
@@ -37,7 +37,7 @@ def prefix_of(length: int) -> ImagePrefix | None:
 
 
 def plain(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """[heads, head_dim] query, [n, kv_heads, head_dim] keys and values → [heads, head_dim], written out."""
+    """[heads, head_dim] query, [n, kv_heads, head_dim] keys and values → [heads, head_dim], without fused attention."""
     keys, values = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (keys, values))
     weights = (torch.einsum("hd,nhd->hn", q, keys) / math.sqrt(HEAD_DIM)).softmax(-1)
     return torch.einsum("hn,nhd->hd", weights, values)
@@ -45,11 +45,11 @@ def plain(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @dataclass
 class PlainSequence:
-    """A row that keeps everything for itself: per layer its keys and values, those of the prefix first."""
+    """A sequence with separate keys and values per layer, including those of the prefix."""
 
     keys: list[Tensor]
     values: list[Tensor]
-    fed: Tensor = field(default_factory=lambda: torch.zeros(0, DIM))
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(0, DIM))
 
 
 @dataclass
@@ -66,26 +66,26 @@ class PlainGroup:
 
 
 class AgainstPlainAttention(RuleBasedStateMachine):
-    """Contexts and rows come and go, and rows feed 1..5 entries in a step, or none."""
+    """Groups and sequences are added and removed, and each sequence adds 0 to 5 entries per step."""
 
     @initialize(
         seed=st.integers(0, 2**32),
         length=st.sampled_from((0, 1, 7)),
         num_groups=st.integers(1, 2),
-        room=st.integers(0, 9),
+        max_entries=st.integers(0, 9),
     )
-    def start(self, seed: int, length: int, num_groups: int, room: int) -> None:
+    def start(self, seed: int, length: int, num_groups: int, max_entries: int) -> None:
         torch.manual_seed(seed)
-        self.cache = PrefixSharedKVCache(network(), length, num_groups, room)
+        self.cache = PrefixSharedKVCache(network(), length, num_groups, max_entries)
         self.groups: list[PlainGroup] = []
         self.next_id = 0
 
-    @rule(rows=st.integers(1, 4))
-    def add_group(self, rows: int) -> None:
+    @rule(num_seqs=st.integers(1, 4))
+    def add_group(self, num_seqs: int) -> None:
         group = PlainGroup(prefix_of(self.cache.prefix_length))
         assert self.cache.add_group(group.prefix) == len(self.groups)
         self.groups.append(group)
-        for _ in range(rows):
+        for _ in range(num_seqs):
             self.add_sequence(group)
 
     def add_sequence(self, group: PlainGroup) -> None:
@@ -122,16 +122,16 @@ class AgainstPlainAttention(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data(), many=st.booleans(), fails=st.booleans())
     def step(self, data: st.DataObject, many: bool, fails: bool) -> None:
-        """Feed; a step that fails is done again with other numbers, as if it had never been."""
-        fed = {key: data.draw(st.integers(0, 5 if many else 1)) for key in self.live}
-        tokens = [[key for key in group.sequences for _ in range(fed[key])] for group in self.groups]
+        """Run a step. A failed step is repeated with other values and must leave no trace."""
+        counts = {key: data.draw(st.integers(0, 5 if many else 1)) for key in self.live}
+        tokens = [[key for key in group.sequences for _ in range(counts[key])] for group in self.groups]
         steps = max(map(len, tokens))
         if steps == 0:
             return
-        seq_ids = torch.tensor([row + [PADDING_ID] * (steps - len(row)) for row in tokens])
+        seq_ids = torch.tensor([ids + [PADDING_ID] * (steps - len(ids)) for ids in tokens])
         if self.cache.end + steps > self.cache.capacity:
             self.cache.reserve(self.cache.num_groups, steps, self.live)
-        causal = any(count > 1 for count in fed.values())
+        causal = any(count > 1 for count in counts.values())
         inputs = torch.randn(*seq_ids.shape, DIM)
         if fails:
             self.cache.begin_step(seq_ids, torch.randn_like(inputs), causal)
@@ -143,15 +143,15 @@ class AgainstPlainAttention(RuleBasedStateMachine):
             assert out.shape == q.shape
             for number, group in enumerate(self.groups):
                 for place, key in enumerate(tokens[number]):
-                    row = group.sequences[key]
-                    row.keys[layer] = torch.cat((row.keys[layer], k[number, place][None]))
-                    row.values[layer] = torch.cat((row.values[layer], v[number, place][None]))
-                    expected = plain(q[number, place], row.keys[layer], row.values[layer])
+                    sequence = group.sequences[key]
+                    sequence.keys[layer] = torch.cat((sequence.keys[layer], k[number, place][None]))
+                    sequence.values[layer] = torch.cat((sequence.values[layer], v[number, place][None]))
+                    expected = plain(q[number, place], sequence.keys[layer], sequence.values[layer])
                     assert torch.allclose(out[number, place], expected, atol=1e-5), (layer, number, place)
         self.cache.commit()
         for number, group in enumerate(self.groups):
             for place, key in enumerate(tokens[number]):
-                group.sequences[key].fed = torch.cat((group.sequences[key].fed, inputs[number, place][None]))
+                group.sequences[key].inputs = torch.cat((group.sequences[key].inputs, inputs[number, place][None]))
 
     @staticmethod
     def random(seq_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,11 +164,11 @@ class AgainstPlainAttention(RuleBasedStateMachine):
         return [key for group in self.groups for key in group.sequences]
 
     @invariant()
-    def gives_back_what_was_fed(self) -> None:
+    def input_embeddings_equal_the_inputs(self) -> None:
         assert self.cache.num_groups == len(self.groups)
         for number, group in enumerate(self.groups):
-            for key, row in group.sequences.items():
-                assert torch.equal(self.cache.input_embeddings(number, key), row.fed)
+            for seq_id, sequence in group.sequences.items():
+                assert torch.equal(self.cache.input_embeddings(number, seq_id), sequence.inputs)
 
 
 TestAgainstPlainAttention = AgainstPlainAttention.TestCase
@@ -177,8 +177,8 @@ TestAgainstPlainAttention.settings = settings(
 )
 
 
-def feed(cache: PrefixSharedKVCache, seq_ids: list[list[int]], live: list[int]) -> Tensor:
-    """One step of random entries; gives back the [count, T, dim] inputs."""
+def run_step(cache: PrefixSharedKVCache, seq_ids: list[list[int]], live: list[int]) -> Tensor:
+    """Run one step with random entries and return its [num_groups, T, dim] inputs."""
     table = torch.tensor(seq_ids)
     cache.reserve(cache.num_groups, table.shape[1], live)
     inputs = torch.randn(*table.shape, DIM)
@@ -192,29 +192,29 @@ def feed(cache: PrefixSharedKVCache, seq_ids: list[list[int]], live: list[int]) 
 def test_memory_grows_with_entries_not_with_sequences_times_prefix() -> None:
     prefix = prefix_of(200)
     assert prefix is not None
-    entry = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 + DIM * 4 + 8  # keys and values, the input, the owner
+    entry = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 + DIM * 4 + 8  # keys and values, input embedding, sequence ID
 
-    def nbytes(rows: int, steps: int) -> int:
+    def nbytes(num_seqs: int, steps: int) -> int:
         cache = PrefixSharedKVCache(network(), prefix.length, 1, 0)
         cache.add_group(prefix)
         for _ in range(steps):
-            feed(cache, [list(range(rows))], list(range(rows)))
+            run_step(cache, [list(range(num_seqs))], list(range(num_seqs)))
         return cache.nbytes
 
     alone = PrefixSharedKVCache(network(), prefix.length, 1, 0).nbytes
     assert prefix.nbytes <= alone == 200 * entry
-    for rows, steps in ((1, 64), (8, 8), (64, 1), (64, 16)):
-        grown = nbytes(rows, steps) - alone
-        assert rows * steps * entry <= grown <= (1.5 * rows * steps + GROWTH_STEPS * rows) * entry, (rows, steps)
+    for num_seqs, steps in ((1, 64), (8, 8), (64, 1), (64, 16)):
+        grown, entries = nbytes(num_seqs, steps) - alone, num_seqs * steps
+        assert entries * entry <= grown <= (1.5 * entries + GROWTH_STEPS * num_seqs) * entry, (num_seqs, steps)
 
 
 def test_finished_sequences_free_cache_space() -> None:
-    """A cache through which rows pass one after another stays as large as one row."""
+    """A cache that serves sequences one after another stays as large as for one sequence."""
     cache = PrefixSharedKVCache(network(), 0, 1, 20)
     cache.add_group(None)
     for key in range(50):
         for _ in range(10):
-            feed(cache, [[key]], [key])
+            run_step(cache, [[key]], [key])
     assert cache.capacity <= 20 + 2 * GROWTH_STEPS
 
 
@@ -228,8 +228,8 @@ def test_float16_overflow_does_not_affect_other_sequences(broken: float) -> None
     seen: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], 2: []}
     for _ in range(4):
         q, k, v = (t.half() for t in AgainstPlainAttention.random(seq_ids))
-        k[0, 0], v[0, 0] = broken, broken  # of row 0
-        k[1, 1], v[1, 1] = broken, broken  # of the gap
+        k[0, 0], v[0, 0] = broken, broken  # sequence 0
+        k[1, 1], v[1, 1] = broken, broken  # padding
         cache.begin_step(seq_ids, torch.zeros(2, seq_ids.shape[1], DIM), causal=False)
         out = cache.attend(0, q, k, v)
         cache.commit()
@@ -241,11 +241,10 @@ def test_float16_overflow_does_not_affect_other_sequences(broken: float) -> None
 
 
 def test_new_group_does_not_see_entries_of_a_removed_group() -> None:
-    """A row that gave no numbers leaves them in its group; the next image there must not see them."""
+    """A removed group may have left NaN at its index."""
     cache = PrefixSharedKVCache(network(), 3, 2, 32)
-    stays, goes = prefix_of(3), prefix_of(3)
-    cache.add_group(stays)
-    cache.add_group(goes)
+    cache.add_group(prefix_of(3))
+    cache.add_group(prefix_of(3))
     seq_ids = torch.tensor([[0], [1]])
     for _ in range(3):
         q, k, v = AgainstPlainAttention.random(seq_ids)
@@ -254,18 +253,18 @@ def test_new_group_does_not_see_entries_of_a_removed_group() -> None:
         cache.attend(0, q, k, v)
         cache.commit()
     cache.remove_group(1)
-    comes = prefix_of(3)
-    assert comes is not None
-    cache.add_group(comes)
+    added = prefix_of(3)
+    assert added is not None
+    cache.add_group(added)
     q, k, v = AgainstPlainAttention.random(seq_ids)
     cache.begin_step(torch.tensor([[0], [2]]), torch.zeros(2, 1, DIM), causal=False)
     out = cache.attend(0, q, k, v)
-    keys, values = (torch.cat((t[0].transpose(0, 1), new[1])) for t, new in zip(comes.layers[0], (k, v), strict=True))
+    keys, values = (torch.cat((t[0].transpose(0, 1), new[1])) for t, new in zip(added.layers[0], (k, v), strict=True))
     assert torch.allclose(out[1, 0], plain(q[1, 0], keys, values), atol=1e-5)
 
 
 class OutOfMemoryAt(TorchFunctionMode):
-    """Raises at the n-th call of torch that may need memory: not where a tensor is looked at or written into."""
+    """Raises at the n-th call of torch that may allocate memory; views and in-place writes are not counted."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -282,7 +281,7 @@ class OutOfMemoryAt(TorchFunctionMode):
 
 
 def test_input_embeddings_survive_out_of_memory_in_reserve() -> None:
-    """Whatever allocation fails, `fed` must still tell what a row goes on from."""
+    """`input_embeddings` stays valid after any failed allocation, so that sequences can be preempted."""
 
     def filled() -> tuple[PrefixSharedKVCache, dict[tuple[int, int], Tensor]]:
         torch.manual_seed(0)
@@ -290,23 +289,23 @@ def test_input_embeddings_survive_out_of_memory_in_reserve() -> None:
         prefixes = prefix_of(2), prefix_of(2)
         for prefix in prefixes:
             cache.add_group(prefix)
-        fed: dict[tuple[int, int], list[Tensor]] = {(0, 1): [], (1, 3): []}
+        expected: dict[tuple[int, int], list[Tensor]] = {(0, 1): [], (1, 3): []}
         for _ in range(5):
-            inputs = feed(cache, [[0, 1], [2, 3]], [0, 1, 2, 3])
-            for number, key in fed:
-                fed[number, key].append(inputs[number, 1])
-        return cache, {row: torch.stack(inputs) for row, inputs in fed.items()}
+            inputs = run_step(cache, [[0, 1], [2, 3]], [0, 1, 2, 3])
+            for number, key in expected:
+                expected[number, key].append(inputs[number, 1])
+        return cache, {place: torch.stack(inputs) for place, inputs in expected.items()}
 
     number, calls = 1, 1
     while number <= calls:
-        cache, fed = filled()
+        cache, expected = filled()
         counter = OutOfMemoryAt(number)
         try:
             with counter:
-                cache.reserve(2, 30, [1, 3])  # packs and grows
+                cache.reserve(2, 30, [1, 3])  # compacts and grows
         except torch.OutOfMemoryError:
             calls = counter.calls + 1
-        for (group, key), inputs in fed.items():
+        for (group, key), inputs in expected.items():
             assert torch.equal(cache.input_embeddings(group, key), inputs), f"call {number}"
         number += 1
-    assert number > 10  # so many calls have failed
+    assert number > 10  # number of calls that have failed

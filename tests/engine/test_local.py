@@ -1,4 +1,4 @@
-"""What a local model promises besides parity: streams, reuse, limits, threads, errors in their place."""
+"""`LocalModel`: streaming, encoded images, limits, threads and errors. `test_parity.py` compares replies."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def test_streamed_reasoning_comes_first(model: LocalModel, frame: np.ndarray) ->
 
 def test_objects_are_streamed_as_they_are_found(model: LocalModel, frame: np.ndarray) -> None:
     stream = model.stream(Detect(frame, "dog", Settings(max_objects=10_000)))
-    assert next(stream).confidence > 0  # long before ten thousand
+    assert next(stream).confidence > 0  # long before the list is complete
 
 
 def test_text_results_have_a_mean_log_probability(model: LocalModel, frame: np.ndarray) -> None:
-    """Against the model's own distributions, step by step."""
+    """Compare with the distributions of the network, computed token by token."""
     logits: list[torch.Tensor] = []
     hook = model.network.text.lm_head.register_forward_hook(lambda _module, _args, output: logits.append(output[0]))
     reply = model.caption(frame, "short", settings={"temperature": 0, "max_tokens": 5})
@@ -289,7 +289,7 @@ def test_compile_compiles_the_encoder_only(frame: np.ndarray) -> None:
     assert model._compile_encoder(backend=backend) > 0
     warmed_up = len(compiled)
     assert 1 <= warmed_up <= 3  # one crop, several crops
-    for image in (frame, frame[:40], np.tile(frame, (1, 3, 1))):  # of other numbers of crops
+    for image in (frame, frame[:40], np.tile(frame, (1, 3, 1))):  # other numbers of crops
         assert model.detect(image, "dog", {"max_objects": 3}) == plain.detect(image, "dog", {"max_objects": 3})
     assert len(compiled) == warmed_up
 

@@ -1,4 +1,4 @@
-"""Images that are read and cut before the model sees them. Run with `pytest tests/engine/test_preprocessing.py`."""
+"""Preprocessed images. Run with `pytest tests/engine/test_preprocessing.py`."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ def test_preprocessed_image_gives_the_replies_of_its_image(
     model: LocalModel, frame: np.ndarray, max_crops: int | None
 ) -> None:
     settings = Settings(temperature=0, max_tokens=6, max_objects=2, max_crops=max_crops)
-    prepared = model.preprocess_image(frame)  # with as many crops as by default: others are cut when they are asked for
+    preprocessed = model.preprocess_image(frame)  # crops for other values are cut on first use
     for ask in (Detect, lambda i, s: Caption(i, "short", s), lambda i, s: Query(i, "What?", settings=s)):
         request = ask(frame, "dog", settings) if ask is Detect else ask(frame, settings)
-        same = ask(prepared, "dog", settings) if ask is Detect else ask(prepared, settings)
+        same = ask(preprocessed, "dog", settings) if ask is Detect else ask(preprocessed, settings)
         assert_same(model, request, model.run([request])[0], model.run([same])[0])
 
 
 def test_crops_equal_those_of_the_encoder(model: LocalModel, frame: np.ndarray) -> None:
-    prepared = model.preprocess_image(frame, {"max_crops": 2})
+    preprocessed = model.preprocess_image(frame, {"max_crops": 2})
     rgb = np.ascontiguousarray(frame[..., ::-1])
     for max_crops in (2, 4):
         expected = cut_crops(rgb, model.config.vision, max_crops)
-        assert prepared.crops(max_crops).tiling == expected.tiling
-        assert np.array_equal(prepared.crops(max_crops).pixels, expected.pixels)
-    assert prepared.size == (320, 240)
-    assert prepared.nbytes > rgb.nbytes
-    assert repr(prepared) == "PreprocessedImage(320x240)"
-    assert model.preprocess_image(prepared) is prepared
+        assert preprocessed.crops(max_crops).tiling == expected.tiling
+        assert np.array_equal(preprocessed.crops(max_crops).pixels, expected.pixels)
+    assert preprocessed.size == (320, 240)
+    assert preprocessed.nbytes > rgb.nbytes
+    assert repr(preprocessed) == "PreprocessedImage(320x240)"
+    assert model.preprocess_image(preprocessed) is preprocessed
 
 
 def test_preprocessed_image_is_accepted_in_place_of_an_image(model: LocalModel, frame: np.ndarray) -> None:
-    prepared = model.preprocess_image(frame)
-    assert model.encode_image(prepared).size == (320, 240)
+    preprocessed = model.preprocess_image(frame)
+    assert model.encode_image(preprocessed).size == (320, 240)
     encoded = model.encode_image(frame)
-    assert model.encode_image(prepared, previous=encoded) is encoded  # nothing has changed
+    assert model.encode_image(preprocessed, previous=encoded) is encoded
     detector = Detector(model, max_objects=2)
-    assert np.array_equal(detector(prepared, "dog").xyxy, detector(frame, "dog").xyxy)
+    assert np.array_equal(detector(preprocessed, "dog").xyxy, detector(frame, "dog").xyxy)
 
 
 def test_preprocessed_image_hits_the_cache_of_equal_arrays(frame: np.ndarray) -> None:
@@ -64,18 +64,18 @@ def test_preprocessed_image_hits_the_cache_of_equal_arrays(frame: np.ndarray) ->
 
 def test_source_array_may_change_after_preprocessing(model: LocalModel, frame: np.ndarray) -> None:
     changing = frame.copy()
-    prepared = model.preprocess_image(changing)
+    preprocessed = model.preprocess_image(changing)
     changing[:] = 0
     request = Detect(frame, "dog", SHORT)
-    assert_same(model, request, model.run([request])[0], model.run([Detect(prepared, "dog", SHORT)])[0])
+    assert_same(model, request, model.run([request])[0], model.run([Detect(preprocessed, "dog", SHORT)])[0])
 
 
 def test_preprocess_image_is_thread_safe(model: LocalModel) -> None:
-    pictures = [Image.new("RGB", (50 + 30 * i, 90), (i, 2 * i, 255 - i)) for i in range(12)]
+    images = [Image.new("RGB", (50 + 30 * i, 90), (i, 2 * i, 255 - i)) for i in range(12)]
     with ThreadPoolExecutor(8) as pool:
-        prepared = list(pool.map(model.preprocess_image, pictures))
-        assert [one.size for one in prepared] == [picture.size for picture in pictures]
-        tilings = list(pool.map(lambda one: one.crops(1).tiling, prepared * 3))
+        preprocessed = list(pool.map(model.preprocess_image, images))
+        assert [one.size for one in preprocessed] == [image.size for image in images]
+        tilings = list(pool.map(lambda one: one.crops(1).tiling, preprocessed * 3))
     assert set(tilings) == {(1, 1)}
 
 

@@ -1,4 +1,4 @@
-"""What each request feeds to the decoder."""
+"""Prompts of each kind of request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ids(text: str) -> tuple[int, ...]:
         (Caption(IMAGE, "short"), (1, 32708, 2, 12492, 3)),
         (Query(IMAGE, "What?"), (1, 15381, 2, *ids("What?"), 3, 3)),  # no leading space, the suffix twice
         (Query(IMAGE, "What?", reasoning=True), (1, 15381, 2, *ids("What?"), 3, 4)),
-        (Query(None, "What?"), (0, 1, 15381, 2, *ids("What?"), 3, 3)),  # bos in the image's place
+        (Query(None, "What?"), (0, 1, 15381, 2, *ids("What?"), 3, 3)),  # bos instead of the image
         (Query(IMAGE, "What?", settings=Settings(repeat_suffix=False)), (1, 15381, 2, *ids("What?"), 3)),
         (Query(IMAGE, "What?", True, settings=Settings(repeat_suffix=False)), (1, 15381, 2, *ids("What?"), 4)),
         (Gaze(IMAGE, (0.5, 0.25)), (*ids("\n\nPoint:"), 5, 5, *ids(" gaze\n\n"))),

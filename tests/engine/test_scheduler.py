@@ -1,4 +1,4 @@
-"""What a server relies on: nothing lost, nothing mixed up, errors in their place, going on where memory is short.
+"""The scheduler: complete and unmixed results, errors of single requests, and recovery from out of memory.
 
 Run with `pytest tests/engine/test_scheduler.py`.
 """
@@ -55,21 +55,21 @@ SAMPLED = Settings(temperature=1.5, top_p=0.95, max_tokens=10, seed=5)
 
 @pytest.fixture
 def model() -> LocalModel:
-    """One of each test's own: running out of memory changes its limits."""
+    """Return a new model for each test, because running out of memory changes its limits."""
     return random_model()
 
 
-def blots(seed: int, width: int = 320, height: int = 240) -> np.ndarray:
-    """[height, width, 3] BGR noise of large blots."""
+def noise(seed: int, width: int = 320, height: int = 240) -> np.ndarray:
+    """Return [height, width, 3] BGR noise of large squares."""
     small = np.random.default_rng(seed).integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)
     return np.kron(small, np.ones((20, 20, 1), np.uint8))
 
 
-FIRST, SECOND, SMALL = blots(1), blots(2, 500, 300), blots(3, 100, 80)
+FIRST, SECOND, SMALL = noise(1), noise(2, 500, 300), noise(3, 100, 80)
 
 
 def mixed(first: Any = FIRST, second: Any = SECOND) -> list[Request]:
-    """All skills, of several lengths, with and without images, sampling and reasoning."""
+    """Return requests of all skills and several lengths, with and without image, sampling and reasoning."""
     return [
         Detect(first, "dog", dataclasses.replace(SHORT, max_objects=5)),
         Point(second, "cat", SHORT),
@@ -95,45 +95,45 @@ def alone(model: LocalModel, request: Request) -> Result:
 
 
 def assert_alone(model: LocalModel, jobs: Sequence[Job]) -> None:
-    """Each result is that of the request alone."""
+    """Check that each result equals that of the request alone."""
     for job in jobs:
         assert job.result is not None
         assert not isinstance(job.result, ErrorResult), job.result
         assert_same(model, job.request, alone(model, job.request), job.result)
 
 
-def not_a_number(encoded: EncodedImage) -> EncodedImage:
-    """An image on which the model computes nothing but NaN."""
+def nan_image(encoded: EncodedImage) -> EncodedImage:
+    """Return an encoded image for which the model computes only NaN."""
     layers = tuple((k * torch.nan, v * torch.nan) for k, v in encoded.prefix.layers)
     return dataclasses.replace(encoded, prefix=ImagePrefix(layers))
 
 
-# --- The others' results --------------------------------------------------------------------------------------------
+# --- Batch invariance -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["cancelled", "failed", "cut short", "everything"])
 def test_early_ends_do_not_change_other_results(model: LocalModel, what: str) -> None:
     scheduler = model.scheduler()
-    stay = [scheduler.submit(request) for request in mixed()]
+    kept = [scheduler.submit(request) for request in mixed()]
     go: list[Job] = []
     if what in ("cancelled", "everything"):
         go += [scheduler.submit(dataclasses.replace(r, settings=Settings(seed=1))) for r in mixed()]
     fail: list[Job] = []
     if what in ("failed", "everything"):
-        broken = not_a_number(model.encode_image(SMALL))
+        broken = nan_image(model.encode_image(SMALL))
         fail = [
             scheduler.submit(request) for request in (Detect(broken, "dog", SHORT), Caption(broken, "short", SHORT))
         ]
     if what in ("cut short", "everything"):
         ends = dataclasses.replace(SAMPLED, max_tokens=3)
-        stay += [scheduler.submit(r) for r in (Query(FIRST, "What?", settings=ends), Caption(SECOND, "short", ends))]
+        kept += [scheduler.submit(r) for r in (Query(FIRST, "What?", settings=ends), Caption(SECOND, "short", ends))]
     for _ in range(4):
         scheduler.step()
-    assert not any(job.done for job in stay[:5])  # in mid-flight
+    assert not any(job.done for job in kept[:5])  # still running
     for job in go:
         scheduler.cancel(job)
     finish(scheduler)
-    assert_alone(model, stay)
+    assert_alone(model, kept)
     assert all(isinstance(job.result, ErrorResult) for job in fail)
     for job in go:
         if job.request.skill in ("query", "caption"):
@@ -141,7 +141,7 @@ def test_early_ends_do_not_change_other_results(model: LocalModel, what: str) ->
             assert isinstance(job.result.error, RequestCancelled)
 
 
-# --- What a server drives -------------------------------------------------------------------------------------------
+# --- Interface of the scheduler -------------------------------------------------------------------------------------
 
 
 def test_step_without_requests_returns_false(model: LocalModel) -> None:
@@ -161,17 +161,17 @@ def test_taken_pieces_come_one_by_one_and_equal_the_result(model: LocalModel) ->
     requests = [*mixed(), Detect(SECOND, "dog", long), Point(FIRST, "dog", long)]
     jobs = [scheduler.submit(request) for request in requests]
     pieces: list[list[Any]] = [[] for _ in jobs]
-    before_the_end = [0] * len(jobs)
+    num_early = [0] * len(jobs)
     going_on = True
     while going_on:
         going_on = scheduler.step()
         for i, job in enumerate(jobs):
             new = job.take()
-            assert len(new) <= (1 if not job.done else 2)  # the end gives what is left of the text
+            assert len(new) <= (1 if not job.done else 2)  # the last step returns the remaining text
             assert job.take() == []
             pieces[i] += new
-            before_the_end[i] += 0 if job.done else len(new)
-    for job, given, early in zip(jobs, pieces, before_the_end, strict=True):
+            num_early[i] += 0 if job.done else len(new)
+    for job, given, early in zip(jobs, pieces, num_early, strict=True):
         result = job.result
         if isinstance(result, DetectResult):
             assert given == list(result.objects)
@@ -185,7 +185,7 @@ def test_taken_pieces_come_one_by_one_and_equal_the_result(model: LocalModel) ->
             if result.reasoning is not None:
                 assert given.pop(0) == result.reasoning
             assert "".join(given) == result.answer
-    assert sum(before_the_end) > 15
+    assert sum(num_early) > 15
 
 
 def test_text_pieces_are_words(model: LocalModel) -> None:
@@ -297,7 +297,7 @@ def test_step_raises_after_the_model_is_closed(model: LocalModel) -> None:
 
 @contextmanager
 def counting(model: LocalModel) -> Iterator[list[int]]:
-    """Crops that go through the vision encoder."""
+    """Collect the number of crops in each pass of the vision encoder."""
     crops: list[int] = []
     handle = model.network.vision.register_forward_hook(lambda _module, args, _output: crops.append(len(args[0])))
     try:
@@ -313,7 +313,7 @@ def crops_of(model: LocalModel, images: Sequence[Any], **settings: Any) -> int:
     return sum(crops)
 
 
-def contexts(scheduler: Scheduler) -> int:
+def num_groups(scheduler: Scheduler) -> int:
     return scheduler._runner.num_images
 
 
@@ -323,11 +323,11 @@ def test_sequences_on_an_image_share_a_cache_group(model: LocalModel) -> None:
     jobs = [scheduler.submit(Caption(encoded, "short", SHORT)) for _ in range(3)]
     jobs.append(scheduler.submit(Caption(SECOND, "short", SHORT)))
     scheduler.step()
-    assert contexts(scheduler) == 2
+    assert num_groups(scheduler) == 2
     jobs.append(scheduler.submit(Detect(encoded, "dog", SHORT)))
     scheduler.step()
     assert scheduler.running == 5
-    assert contexts(scheduler) == 2
+    assert num_groups(scheduler) == 2
     finish(scheduler)
     assert_alone(model, jobs)
 
@@ -344,7 +344,7 @@ def test_jobs_count_prompt_and_completion_tokens(model: LocalModel) -> None:
     assert [(job.prompt_tokens, job.completion_tokens) for job in jobs] == [(0, 0)] * 4
     finish(scheduler)
     alone, on_image, detection, too_long = jobs
-    # Without an image, its tokens are not there but for the one that text begins with.
+    # Without an image, the prompt has no image tokens, but starts with bos.
     assert on_image.prompt_tokens - alone.prompt_tokens == model.config.prefix_length - 1
     assert (alone.completion_tokens, on_image.completion_tokens) == (4, 5)
     assert isinstance(detection.result, DetectResult)
@@ -358,13 +358,13 @@ def test_modified_array_is_encoded_again(model: LocalModel) -> None:
     frame = FIRST.copy()
     before = scheduler.submit(Caption(frame, "short", SHORT))
     scheduler.step()
-    frame[:] = blots(9)
+    frame[:] = noise(9)
     after = scheduler.submit(Caption(frame, "short", SHORT))
     for _ in range(ADMISSION_INTERVAL):
         scheduler.step()
-    assert contexts(scheduler) == 2
+    assert num_groups(scheduler) == 2
     finish(scheduler)
-    for job, image in ((before, FIRST), (after, blots(9))):
+    for job, image in ((before, FIRST), (after, noise(9))):
         request = Caption(image, "short", SHORT)
         assert job.result is not None
         assert_same(model, request, alone(model, request), job.result)
@@ -376,10 +376,10 @@ def test_array_modified_while_requests_wait_is_encoded_again(model: LocalModel) 
     frame = FIRST.copy()
     before = [scheduler.submit(Caption(frame, "short", SHORT)) for _ in range(2)]
     scheduler.step()
-    frame[:] = blots(9)
+    frame[:] = noise(9)
     after = scheduler.submit(Caption(frame, "short", SHORT))
     finish(scheduler)
-    for job, image in ((before[0], FIRST), (before[1], FIRST), (after, blots(9))):
+    for job, image in ((before[0], FIRST), (before[1], FIRST), (after, noise(9))):
         request = Caption(image, "short", SHORT)
         assert job.result is not None
         assert_same(model, request, alone(model, request), job.result)
@@ -401,7 +401,7 @@ def test_each_image_is_encoded_once(model: LocalModel, limits: Limits, tmp_path:
 
 def test_unreadable_image_fails_only_its_requests(model: LocalModel, tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     requests = [
         Detect(broken, "dog", SHORT),
         Detect(FIRST, "dog", SHORT),
@@ -422,7 +422,7 @@ def test_unreadable_image_fails_only_its_requests(model: LocalModel, tmp_path: P
 
 def test_image_cache_matches_images_by_content() -> None:
     model = load("tiny", device="cpu", dtype="float32", cache_images=2)
-    frame = blots(4)
+    frame = noise(4)
     with counting(model) as crops:
         request = Caption(frame, "short", SHORT)
         first = alone(model, request)
@@ -433,14 +433,14 @@ def test_image_cache_matches_images_by_content() -> None:
         encoded = model.encode_image(frame.copy())
         assert sum(crops) == once
         assert alone(model, Caption(encoded, "short", SHORT)) == first
-        limit = model.config.vision.max_crops  # what None stands for
+        limit = model.config.vision.max_crops  # the meaning of None
         model.run([Caption(frame, "short", dataclasses.replace(SHORT, max_crops=limit))])
         assert sum(crops) == once
         model.run([Caption(frame, "short", dataclasses.replace(SHORT, max_crops=1))])
         assert sum(crops) == once + 1
         model.run([Caption(frame.copy(), "short", dataclasses.replace(SHORT, max_crops=1))])
         assert sum(crops) == once + 1
-        model.run([Caption(blots(5), "short", SHORT)])  # pushes out the one not used for longest
+        model.run([Caption(noise(5), "short", SHORT)])  # evicts the least recently used image
         model.run([Caption(frame, "short", SHORT)])
         assert sum(crops) == 3 * once + 1
     cache = model.image_cache
@@ -459,7 +459,7 @@ def test_equal_pixels_in_one_call_are_encoded_once_with_image_cache() -> None:
 
 
 def test_encode_image_reuses_crops_of_the_previous_frame(model: LocalModel) -> None:
-    frame = blots(6)
+    frame = noise(6)
     previous = model.encode_image(frame)
     with counting(model) as crops:
         assert model.encode_image(frame.copy(), previous=previous) is previous
@@ -486,24 +486,24 @@ def test_encode_image_reuses_crops_of_the_previous_frame(model: LocalModel) -> N
 # --- Limits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_limits_do_not_change_results(model: LocalModel, rows: int, images: int) -> None:
+@pytest.mark.parametrize("max_images", [1, 2])
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3])
+def test_limits_do_not_change_results(model: LocalModel, max_num_seqs: int, max_images: int) -> None:
     requests = [*mixed(), *mixed(SMALL, FIRST)]
     scheduler = model.scheduler()
-    scheduler.limits = Limits(rows, images)
+    scheduler.limits = Limits(max_num_seqs, max_images)
     jobs = [scheduler.submit(request) for request in requests]
     while scheduler.step():
-        assert scheduler.running <= rows
-        assert scheduler._runner.num_images <= images
+        assert scheduler.running <= max_num_seqs
+        assert scheduler._runner.num_images <= max_images
     assert_alone(model, jobs)
 
 
 def test_images_are_admitted_in_order_of_their_first_requests(model: LocalModel) -> None:
-    """With room for one row, images are begun in the order of their first requests."""
+    """With one sequence at a time, images are admitted in the order of their first requests."""
     scheduler = model.scheduler()
     scheduler.limits = Limits(max_num_seqs=1)
-    images = [blots(seed, 100, 80) for seed in range(5)]
+    images = [noise(seed, 100, 80) for seed in range(5)]
     jobs = [scheduler.submit(Caption(image, "short", SHORT)) for image in (*images, *reversed(images))]
     finish(scheduler)
     order = [next(i for i, image in enumerate(images) if image is job.request.image) for job in scheduler.results()]
@@ -527,7 +527,7 @@ def test_popular_image_does_not_starve_other_images(model: LocalModel, popular: 
             scheduler.submit(Query(image, "What?", settings=SHORT))
         if other.done:
             return
-    pytest.fail("200 steps, and not yet begun")
+    pytest.fail("not done after 200 steps")
 
 
 def test_full_image_budget_does_not_starve_waiting_images(model: LocalModel) -> None:
@@ -541,10 +541,10 @@ def test_full_image_budget_does_not_starve_waiting_images(model: LocalModel) -> 
         scheduler.step()
         if other.done:
             return
-    pytest.fail("100 steps, and not yet done")
+    pytest.fail("not done after 100 steps")
 
 
-# --- Adapters and bad requests --------------------------------------------------------------------------------------
+# --- Adapters and invalid requests ----------------------------------------------------------------------------------
 
 
 def test_requests_with_and_without_adapter_run_together() -> None:
@@ -609,24 +609,24 @@ def out_of_memory() -> Exception:
 
 @contextmanager
 def failing(module: nn.Module, when: Callable[[Tensor], bool], error: Failure = out_of_memory) -> Iterator[list[Any]]:
-    """A module whose forward raises where `when` says so of its input; gives the shapes of what it refused."""
-    forward, refused = module.forward, []
+    """Make the forward pass of a module raise for inputs that satisfy `when`, and collect their shapes."""
+    forward, failed_shapes = module.forward, []
 
     def wrapped(x: Tensor, *args: Any, **options: Any) -> Any:
         if when(x):
-            refused.append(tuple(x.shape))
+            failed_shapes.append(tuple(x.shape))
             raise error()
         return forward(x, *args, **options)
 
     module.forward = wrapped  # type: ignore[method-assign]
     try:
-        yield refused
+        yield failed_shapes
     finally:
         module.forward = forward  # type: ignore[method-assign]
 
 
 def more_tokens_than(count: int, model: LocalModel) -> Callable[[Tensor], bool]:
-    """Whether a step, which is not an image's prefix, feeds more."""
+    """Return a predicate: whether a step, not an image prefill, computes more tokens."""
     return lambda x: x.shape[1] > count and x.shape[1] != model.config.prefix_length
 
 
@@ -642,9 +642,12 @@ def test_out_of_memory_lowers_max_num_seqs_and_keeps_results(
 ) -> None:
     requests = mixed()
     before = [alone(model, request) for request in requests]
-    with failing(model.network.text, more_tokens_than(tokens, model), error) as refused, caplog.at_level("WARNING"):
+    with (
+        failing(model.network.text, more_tokens_than(tokens, model), error) as failed_shapes,
+        caplog.at_level("WARNING"),
+    ):
         results = model.run(requests)
-    assert refused
+    assert failed_shapes
     assert model.limits.max_num_seqs < len(requests)
     assert f"out of memory on cpu: continuing with at most {model.limits.max_num_seqs} sequences" in caplog.text
     for request, expected, result in zip(requests, before, results, strict=True):
@@ -660,13 +663,13 @@ def test_out_of_memory_between_steps_loses_no_pieces(model: LocalModel, calls: t
     scheduler = model.scheduler()
     jobs = [scheduler.submit(request) for request in mixed(*images)]
     pieces: list[list[Any]] = [[] for _ in jobs]
-    with failing(model.network.text, at_calls(*calls)) as refused:
+    with failing(model.network.text, at_calls(*calls)) as failed_shapes:
         going_on = True
         while going_on:
             going_on = scheduler.step()
             for given, job in zip(pieces, jobs, strict=True):
                 given += job.take()
-    assert len(refused) == len(calls)
+    assert len(failed_shapes) == len(calls)
     assert model.limits.max_num_seqs < len(requests)
     for request, expected, job, given in zip(requests, before, jobs, pieces, strict=True):
         assert job.result is not None
@@ -682,7 +685,7 @@ def test_out_of_memory_between_steps_loses_no_pieces(model: LocalModel, calls: t
 
 @pytest.mark.parametrize("image", ["an array", "no image"])
 def test_preempted_requests_on_equal_images_all_finish(model: LocalModel, image: str) -> None:
-    """They wait under the same key again, each for its own image."""
+    """The preempted requests wait under the same key, each for its own image."""
     source = FIRST if image == "an array" else None
     scheduler = model.scheduler()
     jobs = [scheduler.submit(Query(source, "What?", settings=SAMPLED))]
@@ -690,9 +693,9 @@ def test_preempted_requests_on_equal_images_all_finish(model: LocalModel, image:
         scheduler.step()
         jobs.append(scheduler.submit(Query(source, question, settings=SAMPLED)))
     scheduler.step()
-    with failing(model.network.text, at_calls(1)) as refused:
+    with failing(model.network.text, at_calls(1)) as failed_shapes:
         finish(scheduler)
-    assert len(refused) == 1
+    assert len(failed_shapes) == 1
     assert_alone(model, jobs)
 
 
@@ -702,7 +705,7 @@ def test_preempted_sequence_keeps_its_original_pixels(model: LocalModel) -> None
     jobs = [scheduler.submit(Caption(image, "short", SAMPLED)) for image in (frame, SECOND)]
     for _ in range(3):
         scheduler.step()
-    frame[:] = blots(9)
+    frame[:] = noise(9)
     with failing(model.network.text, at_calls(1)):
         finish(scheduler)
     for job, image in zip(jobs, (FIRST, SECOND), strict=True):
@@ -711,12 +714,12 @@ def test_preempted_sequence_keeps_its_original_pixels(model: LocalModel) -> None
 
 
 def test_out_of_memory_lowers_max_images_and_keeps_results(model: LocalModel, caplog: pytest.LogCaptureFixture) -> None:
-    images = [FIRST, SECOND, SMALL, blots(7), blots(8, 400, 400)]
+    images = [FIRST, SECOND, SMALL, noise(7), noise(8, 400, 400)]
     requests: list[Request] = [Caption(image, "short", SHORT) for image in images]
     before = [alone(model, request) for request in requests]
-    with failing(model.network.vision, lambda crops: len(crops) > 6) as refused, caplog.at_level(logging.WARNING):
+    with failing(model.network.vision, lambda crops: len(crops) > 6) as failed_shapes, caplog.at_level(logging.WARNING):
         results = model.run(requests)
-    assert refused
+    assert failed_shapes
     assert model.limits.max_images < 5
     assert f"on {model.limits.max_images} images" in caplog.text
     for request, expected, result in zip(requests, before, results, strict=True):
@@ -729,9 +732,9 @@ def test_image_waits_for_memory_until_a_sequence_finishes(model: LocalModel) -> 
     jobs = [scheduler.submit(Caption(SECOND, "short", SAMPLED)), scheduler.submit(Query(SECOND, "A?", settings=SHORT))]
     scheduler.step()
     jobs.append(scheduler.submit(Caption(FIRST, "short", SHORT)))
-    with failing(model.network.vision, lambda _crops: not any(job.done for job in jobs)) as refused:
+    with failing(model.network.vision, lambda _crops: not any(job.done for job in jobs)) as failed_shapes:
         finish(scheduler)
-    assert refused
+    assert failed_shapes
     assert_alone(model, jobs)
 
 
@@ -772,9 +775,9 @@ def test_too_large_request_gets_an_error_with_advice(model: LocalModel, part: st
 
 def test_single_too_large_request_fails_after_few_retries(model: LocalModel) -> None:
     for module in (model.network.text, model.network.vision):
-        with failing(module, lambda _x: True) as refused:
+        with failing(module, lambda _x: True) as failed_shapes:
             (failed,) = model.run([Caption(FIRST, "short", SHORT)])
-        assert len(refused) < 5
+        assert len(failed_shapes) < 5
         assert isinstance(failed, ErrorResult)
         assert "max_crops" in str(failed.error)
 
@@ -799,7 +802,7 @@ def test_error_result_keeps_no_kv_cache_alive(model: LocalModel, error: Failure)
 
     def caches() -> int:
         gc.collect()
-        return sum(type(thing) is PrefixSharedKVCache for thing in gc.get_objects())
+        return sum(type(item) is PrefixSharedKVCache for item in gc.get_objects())
 
     before = caches()
     with failing(model.network.text, lambda _x: True, error):
@@ -809,7 +812,7 @@ def test_error_result_keeps_no_kv_cache_alive(model: LocalModel, error: Failure)
 
 
 class OutOfMemoryAt(TorchFunctionMode):
-    """Raises at the n-th call of torch that computes something; not where a tensor is only asked or written into."""
+    """Raises at the n-th call of torch that computes something. Attribute access and writes are not counted."""
 
     def __init__(self, number: int, scheduler: Scheduler) -> None:
         super().__init__()
@@ -828,7 +831,7 @@ class OutOfMemoryAt(TorchFunctionMode):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(4))
 def test_out_of_memory_at_any_operation_loses_no_request(model: LocalModel, start: int) -> None:
-    """A prime stride, so that the faults of several runs fall on different operations."""
+    """The stride is prime, so that failures of several runs affect different operations."""
     images = [model.encode_image(image) for image in (FIRST, SECOND)]
     requests = mixed(*images)
     before = [alone(model, request) for request in requests]
@@ -849,15 +852,15 @@ def test_out_of_memory_at_any_operation_loses_no_request(model: LocalModel, star
         number += 4 * 53
 
 
-# --- Numbers that overflow ------------------------------------------------------------------------------------------
+# --- Overflow and NaN -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("skill", ["detect", "query", "sampled"])
 def test_nan_image_fails_only_its_requests(model: LocalModel, skill: str, order: int) -> None:
-    broken = not_a_number(model.encode_image(FIRST))
+    broken = nan_image(model.encode_image(FIRST))
     ask: dict[str, list[Request]] = {
-        "detect": [Detect(broken, "dog", SHORT), Point(broken, "a very long name of a thing", SHORT)],
+        "detect": [Detect(broken, "dog", SHORT), Point(broken, "a very long name of an object", SHORT)],
         "query": [Query(broken, "What?", settings=SHORT), Query(broken, "What is it, and why?", True, settings=SHORT)],
         "sampled": [Query(broken, "What?", settings=SAMPLED), Caption(broken, "short", SAMPLED)],
     }
@@ -880,7 +883,7 @@ def test_nan_image_does_not_affect_later_images(model: LocalModel) -> None:
     scheduler = model.scheduler()
     stays = scheduler.submit(Caption(SECOND, "short", SAMPLED))
     scheduler.step()
-    broken = scheduler.submit(Query(not_a_number(model.encode_image(FIRST)), "What?", settings=SHORT))
+    broken = scheduler.submit(Query(nan_image(model.encode_image(FIRST)), "What?", settings=SHORT))
     while not broken.done:
         scheduler.step()
     comes = scheduler.submit(Caption(SMALL, "short", SHORT))

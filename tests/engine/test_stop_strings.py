@@ -17,7 +17,7 @@ SAMPLED = Settings(temperature=1.0, top_p=0.95, max_tokens=40, seed=3)
 
 
 def expected(text: str, stop: list[str]) -> str:
-    """The text before the stop string that is complete first."""
+    """Return the text before the stop string that is completed first."""
     for end in range(len(text) + 1):
         starts = [end - len(s) for s in stop if text[:end].endswith(s)]
         if starts:

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of checkpoints."""
+"""Fixtures for tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.helpers.published_hub import Published, published_hub
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
-    """The known releases at small sizes, on a hub that `HF_ENDPOINT` names; an empty cache."""
+    """Publish the supported releases with small sizes on a hub at `HF_ENDPOINT`; the cache is empty."""
     with published_hub(tmp_path, monkeypatch) as hub:
         yield hub

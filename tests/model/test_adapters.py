@@ -1,4 +1,4 @@
-"""Adapters: the published layouts, what does not fit, and ids without a network."""
+"""Adapters: published layouts, files that do not fit, and IDs."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_cached_id_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 class _Service(BaseHTTPRequestHandler):
-    """The variants service: /v1/variants/<id>/download."""
+    """Serve variants at /v1/variants/<id>/download."""
 
     body = b""
     status = 200

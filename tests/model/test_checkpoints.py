@@ -1,4 +1,4 @@
-"""Checkpoint files: every layout gives the same weights, and whatever is wrong with one is named."""
+"""Checkpoint files: every layout gives the same weights, and errors name the problem."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assert_same(loaded: MoondreamNetwork, network: MoondreamNetwork) -> None:
 
 
 def older_layout(state: State) -> State:
-    """The layout of files from before the present key names, from a compiled model."""
+    """Return weights in the previous key layout, from a compiled model."""
     renamed = {}
     for key, tensor in state.items():
         name = key.removeprefix("model.")
@@ -163,7 +163,7 @@ def test_caches_and_tables_in_a_file_are_ignored(tmp_path: Path, state: State, n
 
 
 def test_network_computes_all_ignored_tables(network: MoondreamNetwork) -> None:
-    # transformers' from_pretrained leaves non-persistent buffers uninitialised.
+    # transformers' from_pretrained leaves non-persistent buffers uninitialized.
     assert not list(network.named_buffers())
 
 
@@ -185,7 +185,7 @@ def test_parse_key_maps_every_layout(key: str, name: str, part: str | None) -> N
 
 
 def quantize(weight: Tensor) -> State:
-    """The published 4-bit layout, with a zero point and a scale per group of 128."""
+    """Return a weight in the published 4-bit layout, with a zero point and a scale per group of 128."""
     groups = weight.reshape(-1, 128)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     scale = (high - low) / 15
@@ -236,7 +236,7 @@ def test_saved_checkpoint_loads_again(tmp_path: Path, network: MoondreamNetwork)
     assert len(shards) > 2
     assert all(p.stat().st_size < 80_000 for p in tmp_path.glob("*.safetensors"))
     assert_same(load(tmp_path), network)
-    # A smaller one over it leaves no shard of the larger one behind.
+    # Saving a smaller checkpoint removes the shards of the larger one.
     save_checkpoint(network, CONFIG, None, tmp_path, dtype=torch.float16)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert all(k.startswith("model.") for k in load_file(tmp_path / "model.safetensors"))

@@ -186,7 +186,7 @@ def test_unsupported_sizes_are_rejected_before_the_download(published: Published
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "message"),
     [
         ({"README.md": b"x"}, "it contains no weights"),
         ({"tokenizer.json": b"{}"}, "it contains a tokenizer and no weights"),
@@ -197,9 +197,9 @@ def test_unsupported_sizes_are_rejected_before_the_download(published: Published
         ({"model.safetensors": struct.pack("<Q", 2**40)}, "something else .status 206. in place of model.safetensors"),
     ],
 )
-def test_repositories_without_usable_weights_raise(published: Published, files: dict[str, bytes], says: str) -> None:
+def test_repositories_without_usable_weights_raise(published: Published, files: dict[str, bytes], message: str) -> None:
     published.hub.add("someone/else", files)
-    with pytest.raises(CheckpointError, match=f"someone/else@main.*{says}"):
+    with pytest.raises(CheckpointError, match=f"someone/else@main.*{message}"):
         load("someone/else")
 
 
@@ -239,7 +239,7 @@ def test_long_headers_take_a_second_request(published: Published) -> None:
 def test_offline_advice_in_the_error_works(
     published: Published, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of weights without a tokenizer names the command that makes it load; the command works."""
+    """The error about a missing tokenizer names a command, and the command works."""
     folder = tmp_path / "copied"
     folder.mkdir()
     (folder / "config.json").write_bytes(PUBLISHED_CONFIG)
@@ -279,7 +279,7 @@ def test_a_folder_from_download_loads_on_another_machine(
     result = CliRunner().invoke(app, ["download", name, "--to", str(tmp_path / "to")])
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'to'}\n")
     original = original or load(name, device="cpu")
-    # Another machine: the folder has another name, there is no network and nothing in the cache.
+    # Another machine: another folder, no network and an empty cache
     shutil.copytree(tmp_path / "to", tmp_path / "copied")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     go_offline(monkeypatch, published.hub)

@@ -1,4 +1,4 @@
-"""Failures on the way to the hub: each message states its cause, with the status and the host."""
+"""Failures of requests to the hub: each message contains the cause, the status and the host."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_rate_limit_error_includes_the_waiting_time(published: Published) -> Non
         load("moondream2", device="cpu")
 
 
-# --- Web pages in place of files --------------------------------------------------------------------------------------
+# --- Web pages instead of files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -123,7 +123,7 @@ def test_a_captive_portal_is_recognized(published: Published) -> None:
 def test_a_web_page_in_a_download_is_removed(
     published: Published, tmp_path: Path, large: bool, same_size: bool
 ) -> None:
-    """Also if its size is right: content is compared by its hash."""
+    """The content is compared by its hash, even if the size is correct."""
     hub = published.hub
     name = "model.safetensors" if large else "tokenizer.json"
     real = hub.repos[REPO][published.release][name]
@@ -190,7 +190,7 @@ def test_no_connection_is_decided_by_the_first_attempt(
 
 @pytest.fixture
 def full_backlog() -> Iterator[str]:
-    """A server whose queue of connections is full: further ones are not answered, as behind a firewall."""
+    """Start a server with a full backlog: further connections get no answer, as behind a firewall."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
@@ -213,7 +213,7 @@ def test_dropped_packets_time_out(full_backlog: str, published: Published, monke
 
 
 def test_unresponsive_name_server_times_out(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The look-up of a name has no time-out."""
+    """Name resolution has no timeout."""
     released, look_up = Event(), socket.getaddrinfo
 
     def hanging(host: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The parts of the network on inputs whose answer is known, and configs that do not fit."""
+"""Components of the network on inputs with known outputs, and inconsistent configs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_decoder_attends_within_the_prefix_and_causally_after_it(model: LocalMod
 
 
 def test_network_has_no_buffers(model: LocalModel) -> None:
-    assert not list(model.network.named_buffers())  # transformers 5 would fill non-persistent ones with garbage
+    assert not list(model.network.named_buffers())  # transformers 5 leaves non-persistent buffers uninitialized
 
 
 @pytest.mark.parametrize(

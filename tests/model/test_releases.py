@@ -1,4 +1,4 @@
-"""What is known of the published releases, and what a config.json says."""
+"""Published releases and `config.json` files."""
 
 from __future__ import annotations
 

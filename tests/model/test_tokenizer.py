@@ -1,4 +1,4 @@
-"""Tokenizers: checked against the config, and control tokens in prompts are plain text."""
+"""Tokenizers: checks against the config, and control tokens in prompts."""
 
 from __future__ import annotations
 
