@@ -2,9 +2,10 @@
 
     python benchmarks/parity.py --reference PATH/TO/moondream --seeds 3
 
-PATH is a checkout of github.com/vikhyat/moondream (2025-06); it is imported from there and nothing of it is kept here.
-Both run in float32, greedily, on the same weights, tokenizer and crops; every object, point, answer, caption and
-reasoning is compared. The published code hard-wires crops of 378 pixels, a grid of 27 and heads of 64, so those stay.
+PATH is a checkout of github.com/vikhyat/moondream (2025-06), which is imported from there. Both implementations run in
+float32 with greedy decoding on the same weights, tokenizer and crops. All objects, points, answers, captions and
+reasoning are compared. Crop size (378 pixels), grid (27) and head size (64) are fixed, because the published code
+hard-codes them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TEXT = {"temperature": 0, "max_tokens": 24}
 
 
 def random_config(arguments: argparse.Namespace, vocab_size: int) -> MoondreamConfig:
-    """A config of the sizes asked for, with templates of ordinary tokens."""
+    """Return a config with the requested sizes and templates of ordinary tokens."""
     heads, kv_heads = arguments.heads, arguments.kv_heads or arguments.heads
     dim = 64 * heads
     return MoondreamConfig.from_dict(
@@ -64,7 +65,7 @@ def random_config(arguments: argparse.Namespace, vocab_size: int) -> MoondreamCo
 
 
 def random_network(config: MoondreamConfig, seed: int) -> MoondreamNetwork:
-    """Weights that make the model say something: spread logits and an end token that is not always the likeliest."""
+    """Return a network with random weights that give diverse replies of various lengths."""
     network = MoondreamNetwork(config)
     network.initialize(torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -75,7 +76,7 @@ def random_network(config: MoondreamConfig, seed: int) -> MoondreamNetwork:
 
 
 def published(folder: Path, config: MoondreamConfig, network: MoondreamNetwork, tokenizer: Tokenizer) -> Any:
-    """The published model with the same weights, tokenizer and float32 crops."""
+    """Return the published model with the same weights, tokenizer and float32 crops."""
     sys.path.insert(0, str(folder))
     from moondream.torch import moondream as module  # type: ignore[import-not-found]
     from moondream.torch.config import MoondreamConfig as PublishedConfig  # type: ignore[import-not-found]
@@ -90,7 +91,7 @@ def published(folder: Path, config: MoondreamConfig, network: MoondreamNetwork, 
         return normalize(torch.from_numpy(crops.pixels).to(device), torch.float32), crops.tiling
 
     module.Tokenizer = LocalTokenizer
-    module.prepare_crops = prepare_crops  # theirs rounds to bfloat16, whatever the model computes in
+    module.prepare_crops = prepare_crops  # the published function rounds to bfloat16
     model = module.MoondreamModel(PublishedConfig.from_dict(config.to_dict()), dtype=torch.float32)
     missing, unexpected = model.load_state_dict(network.state_dict(), strict=False)
     if unexpected or [k for k in missing if "cache" not in k]:
@@ -99,20 +100,20 @@ def published(folder: Path, config: MoondreamConfig, network: MoondreamNetwork, 
 
 
 def replies(model: Any, image: Image.Image) -> dict[str, Any]:
-    """Everything a model says about an image, without what only ours adds."""
+    """Return the replies of all skills to an image, without keys that only this package adds."""
     encoded = model.encode_image(image)
-    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in ("dog", "red circle"):
-        said[f"detect {name}"] = model.detect(encoded, name, settings={"max_objects": 6})["objects"]
-        said[f"point {name}"] = model.point(encoded, name, settings={"max_objects": 8})["points"]
-    said["query"] = model.query(encoded, "What colour is the car?", settings=TEXT)
-    said["spatial"] = model.query(
+        found[f"detect {name}"] = model.detect(encoded, name, settings={"max_objects": 6})["objects"]
+        found[f"point {name}"] = model.point(encoded, name, settings={"max_objects": 8})["points"]
+    found["query"] = model.query(encoded, "What color is the car?", settings=TEXT)
+    found["spatial"] = model.query(
         encoded, "What is this?", spatial_refs=[(0.25, 0.75), (0.1, 0.2, 0.6, 0.9)], settings=TEXT
     )
-    said["reasoning"] = model.query(encoded, "How many dogs are there?", reasoning=True, settings=TEXT)
+    found["reasoning"] = model.query(encoded, "How many dogs are there?", reasoning=True, settings=TEXT)
     for length in ("short", "normal", "long"):
-        said[f"caption {length}"] = model.caption(encoded, length, settings=TEXT)
-    return {key: _plain(value) for key, value in said.items()}
+        found[f"caption {length}"] = model.caption(encoded, length, settings=TEXT)
+    return {key: _plain(value) for key, value in found.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -123,8 +124,8 @@ def _plain(value: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, required=True, help="a checkout of the published implementation")
-    parser.add_argument("--seeds", type=int, default=1, help="how many sets of weights")
+    parser.add_argument("--reference", type=Path, required=True, help="checkout of the published implementation")
+    parser.add_argument("--seeds", type=int, default=1, help="number of random weight sets (default: 1)")
     for name, default in (("layers", 3), ("heads", 2), ("kv-heads", 0), ("vision-dim", 32), ("vision-heads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
