@@ -393,9 +393,7 @@ def _spatial_refs(refs: Sequence[Sequence[float]] | None) -> tuple[SpatialRef, .
         if len(values) not in (2, 4):
             raise ValueError(f"a spatial reference must have 2 or 4 numbers, got {len(values)}: {ref!r:.100}")
         if not all(0.0 <= v <= 1.0 for v in values):
-            raise ValueError(
-                f"a spatial reference must have fractions between 0 and 1, got {ref!r:.100}"
-            )
+            raise ValueError(f"a spatial reference must have fractions between 0 and 1, got {ref!r:.100}")
         if len(values) == 4 and (values[2] <= values[0] or values[3] <= values[1]):
             raise ValueError(f"a box must be (x_min, y_min, x_max, y_max) with a positive area, got {ref!r:.100}")
         checked.append(values)

@@ -38,7 +38,7 @@ from moondream_cv.video import Zones, annotate_video, track, track_streams
 from moondream_cv.vision_model import VisionModel
 from tests.helpers.certificates import make_certificates
 from tests.helpers.clips import write_clip
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.serve_process import free_port
 from tests.helpers.served import served
 
@@ -143,7 +143,7 @@ def folder(reader_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(scope="module")
 def files(reader_files: Path) -> Iterator[RemoteServer]:
     with remote_server() as running:
-        running.on("/street.jpg", Answer((reader_files / "street.jpg").read_bytes(), kind="image/jpeg"))
+        running.on("/street.jpg", Reply((reader_files / "street.jpg").read_bytes(), kind="image/jpeg"))
         yield running
 
 

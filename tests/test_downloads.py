@@ -15,7 +15,7 @@ from moondream_cv.downloads import download_image
 from moondream_cv.errors import ImageError
 from moondream_cv.images import to_rgb
 from tests.helpers.color_model import ColorModel, picture
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 
 
 def png() -> bytes:
@@ -27,7 +27,7 @@ def png() -> bytes:
 @pytest.fixture
 def server() -> Iterator[RemoteServer]:
     with remote_server() as running:
-        running.on("/a.png", Answer(png(), kind="image/png"))
+        running.on("/a.png", Reply(png(), kind="image/png"))
         yield running
 
 
@@ -35,8 +35,8 @@ def test_image_url_with_a_private_address_is_downloaded(server: RemoteServer) ->
     pixels = to_rgb(f"{server.url}/a.png")
     assert pixels.shape == (60, 80, 3)
     assert (pixels[25, 20] == (255, 0, 0)).all()
-    assert len(server.asked) == 1
-    assert server.asked[0].headers["user-agent"].startswith("moondream-cv/")
+    assert len(server.requests) == 1
+    assert server.requests[0].headers["user-agent"].startswith("moondream-cv/")
 
 
 def test_detector_accepts_an_image_url(server: RemoteServer) -> None:
@@ -45,40 +45,40 @@ def test_detector_accepts_an_image_url(server: RemoteServer) -> None:
 
 
 def test_redirects_are_followed(server: RemoteServer) -> None:
-    server.on("/moved", Answer(b"", 302, {"Location": f"{server.url}/a.png"}))
+    server.on("/moved", Reply(b"", 302, {"Location": f"{server.url}/a.png"}))
     assert download_image(f"{server.url}/moved") == png()
 
 
 def test_user_and_password_are_sent_and_redacted(server: RemoteServer) -> None:
-    server.on("/private.png", Answer(b"no", 403))
+    server.on("/private.png", Reply(b"no", 403))
     url = server.url.replace("http://", "http://me:secret-word@") + "/private.png?token=secret-token"
     with pytest.raises(ImageError, match=rf"^'{re.escape(server.url)}/private\.png': .* status 403") as caught:
         to_rgb(url)
     assert "secret" not in str(caught.value)
-    assert server.asked[0].headers["authorization"].startswith("Basic ")
-    assert server.asked[0].path.endswith("?token=secret-token")
+    assert server.requests[0].headers["authorization"].startswith("Basic ")
+    assert server.requests[0].path.endswith("?token=secret-token")
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (Answer({"error": "gone"}, 404), "returned status 404; check the URL"),
-        (Answer(b"", kind="image/png"), "is empty: the server sent no data"),
-        (Answer(b"<html>log in</html>", kind="text/html"), "is not an image in a supported format"),
-        (Answer(png()[:-40], kind="image/png"), "is truncated or damaged"),
-        (Answer(fault="reset"), "cannot be downloaded"),
-        (Answer(png(), fault="cut"), "cannot be downloaded"),
+        (Reply({"error": "gone"}, 404), "returned status 404; check the URL"),
+        (Reply(b"", kind="image/png"), "is empty: the server sent no data"),
+        (Reply(b"<html>log in</html>", kind="text/html"), "is not an image in a supported format"),
+        (Reply(png()[:-40], kind="image/png"), "is truncated or damaged"),
+        (Reply(fault="reset"), "cannot be downloaded"),
+        (Reply(png(), fault="cut"), "cannot be downloaded"),
     ],
     ids=["missing", "empty", "page", "truncated", "reset", "cut"],
 )
-def test_failed_downloads_name_the_url(server: RemoteServer, answer: Answer, message: str) -> None:
+def test_failed_downloads_name_the_url(server: RemoteServer, answer: Reply, message: str) -> None:
     server.on("/bad.png", answer)
     with pytest.raises(ImageError, match=rf"{re.escape(server.url)}/bad\.png.*{message}"):
         to_rgb(f"{server.url}/bad.png")
 
 
 def test_endless_redirects_raise(server: RemoteServer) -> None:
-    server.on("/round", Answer(b"", 302, {"Location": f"{server.url}/round"}))
+    server.on("/round", Reply(b"", 302, {"Location": f"{server.url}/round"}))
     with pytest.raises(ImageError, match="redirects more than 5 times"):
         download_image(f"{server.url}/round")
 
@@ -90,7 +90,7 @@ def test_size_is_limited(server: RemoteServer) -> None:
 
 
 def test_time_is_limited(server: RemoteServer) -> None:
-    server.on("/never.png", Answer(fault="hang"))
+    server.on("/never.png", Reply(fault="hang"))
     with pytest.raises(ImageError, match="did not respond in time"):
         download_image(f"{server.url}/never.png", max_seconds=0.2)
 

@@ -1,4 +1,4 @@
-"""A server that answers what a test tells it to, a picture, and no keys in the environment."""
+"""Fixtures for the remote models: a server with prepared replies, a frame, and an environment without API keys."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def server() -> Iterator[RemoteServer]:
 
 
 @pytest.fixture(scope="session")
-def picture() -> np.ndarray:
-    """[40, 50, 3] BGR: blue, with an orange patch."""
+def frame() -> np.ndarray:
+    """Return [40, 50, 3] BGR: blue, with an orange patch."""
     pixels = np.full((40, 50, 3), (200, 60, 20), np.uint8)
     pixels[10:30, 5:25] = (0, 128, 255)
     return pixels

@@ -1,4 +1,4 @@
-"""fal's dialect."""
+"""Client for fal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from moondream_cv.backends import Fal
 from moondream_cv.errors import BackendError, UnsupportedSkill
-from tests.helpers.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import RemoteServer, Reply
 
 APP = "/fal-ai/moondream2"
 BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0}
@@ -17,22 +17,22 @@ BOX = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 1.0}
 
 @pytest.mark.parametrize("path", ["", "/", APP, f"{APP}/"])
 def test_app_path_and_api_key_are_added(
-    server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, path: str
+    server: RemoteServer, frame: np.ndarray, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setenv("FAL_KEY", "id:secret")
-    server.on(APP, Answer({"output": "a patch"}))
+    server.on(APP, Reply({"output": "a patch"}))
     with Fal(server.url + path) as model:
-        assert model.caption(picture) == {"caption": "a patch", "truncated": False}
-        assert list(model.caption(picture, stream=True)["caption"]) == ["a patch"]
+        assert model.caption(frame) == {"caption": "a patch", "truncated": False}
+        assert list(model.caption(frame, stream=True)["caption"]) == ["a patch"]
         assert model.has_scores is False
-    assert server.asked[0].headers["authorization"] == "Key id:secret"
-    assert set(server.asked[0].body) == {"image_url"}
+    assert server.requests[0].headers["authorization"] == "Key id:secret"
+    assert set(server.requests[0].body) == {"image_url"}
 
 
-def test_app_path_is_appended_to_a_prefix(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on(f"/run{APP}", Answer({"output": "a patch"}))
+def test_app_path_is_appended_to_a_prefix(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on(f"/run{APP}", Reply({"output": "a patch"}))
     with Fal(f"{server.url}/run") as model:
-        assert model.caption(picture)["caption"] == "a patch"
+        assert model.caption(frame)["caption"] == "a patch"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_app_path_is_appended_to_a_prefix(server: RemoteServer, picture: np.ndar
 )  # fmt: skip
 def test_request_and_response_format(
     server: RemoteServer,
-    picture: np.ndarray,
+    frame: np.ndarray,
     method: str,
     arguments: dict[str, Any],
     path: str,
@@ -75,17 +75,17 @@ def test_request_and_response_format(
     reply: dict[str, Any],
     result: dict[str, Any],
 ) -> None:
-    server.on(APP + path, Answer(reply))
+    server.on(APP + path, Reply(reply))
     with Fal(server.url) as model:
-        assert getattr(model, method)(picture, **arguments) == result
-    (asked,) = server.asked
-    assert "authorization" not in asked.headers
-    assert asked.body.pop("image_url").startswith("data:image/jpeg;base64,")
-    assert asked.body == sent
+        assert getattr(model, method)(frame, **arguments) == result
+    (request,) = server.requests
+    assert "authorization" not in request.headers
+    assert request.body.pop("image_url").startswith("data:image/jpeg;base64,")
+    assert request.body == sent
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ({"image": None}, "Fal cannot answer without an image; use MoondreamAPI"),
         ({"reasoning": True}, "Fal cannot return reasoning; use MoondreamAPI"),
@@ -93,31 +93,31 @@ def test_request_and_response_format(
     ],
 )
 def test_unsupported_arguments_raise(
-    server: RemoteServer, picture: np.ndarray, arguments: dict[str, Any], says: str
+    server: RemoteServer, frame: np.ndarray, arguments: dict[str, Any], message: str
 ) -> None:
-    with Fal(server.url) as model, pytest.raises(UnsupportedSkill, match=says):
-        model.query(**{"image": picture, "question": "q", **arguments})
-    assert server.asked == []
+    with Fal(server.url) as model, pytest.raises(UnsupportedSkill, match=message):
+        model.query(**{"image": frame, "question": "q", **arguments})
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(
-    ("reply", "says"),
+    ("reply", "message"),
     [
-        (Answer({"objects": [{"x": 1, "y": 2, "w": 3, "h": 4}]}), "invalid 'x_min', expected a number: None"),
-        (Answer({"objects": [[1, 2, 3, 4]]}), "invalid entry in 'objects'"),
-        (Answer({"output": "a cat"}), "no valid 'objects', expected a list"),
-        (Answer({"request_id": "1", "status": "IN_QUEUE"}), "no valid 'objects'"),
-        (Answer({"detail": "Cannot access application"}, 401), "Cannot access.*pass api_key= or set FAL_KEY"),
-        (Answer({"detail": [{"loc": ["body"], "msg": "field required"}]}, 422), "422: field required"),
+        (Reply({"objects": [{"x": 1, "y": 2, "w": 3, "h": 4}]}), "invalid 'x_min', expected a number: None"),
+        (Reply({"objects": [[1, 2, 3, 4]]}), "invalid entry in 'objects'"),
+        (Reply({"output": "a cat"}), "no valid 'objects', expected a list"),
+        (Reply({"request_id": "1", "status": "IN_QUEUE"}), "no valid 'objects'"),
+        (Reply({"detail": "Cannot access application"}, 401), "Cannot access.*pass api_key= or set FAL_KEY"),
+        (Reply({"detail": [{"loc": ["body"], "msg": "field required"}]}, 422), "422: field required"),
     ],
 )
-def test_invalid_responses_raise(server: RemoteServer, picture: np.ndarray, reply: Answer, says: str) -> None:
+def test_invalid_responses_raise(server: RemoteServer, frame: np.ndarray, reply: Reply, message: str) -> None:
     server.on(f"{APP}/object-detection", reply)
-    with Fal(server.url) as model, pytest.raises(BackendError, match=says):
-        model.detect(picture, "cat")
+    with Fal(server.url) as model, pytest.raises(BackendError, match=message):
+        model.detect(frame, "cat")
 
 
-def test_has_scores_uses_the_confidences(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on(f"{APP}/object-detection", Answer({"objects": [{**BOX, "confidence": 0.25}]}))
+def test_has_scores_uses_the_confidences(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on(f"{APP}/object-detection", Reply({"objects": [{**BOX, "confidence": 0.25}]}))
     with Fal(server.url, has_scores=True) as model:
-        assert model.detect(picture, "cat")["objects"] == [{**BOX, "confidence": 0.25}]
+        assert model.detect(frame, "cat")["objects"] == [{**BOX, "confidence": 0.25}]

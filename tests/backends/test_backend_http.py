@@ -1,4 +1,4 @@
-"""Retries, time-outs, connections and errors, over the Moondream dialect. Run with `pytest tests/backends`."""
+"""Retries, timeouts, connections and errors of the HTTP client, through the Moondream API."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moondream_cv.backends import MoondreamAPI
 from moondream_cv.backends.error_body import message_in_json
 from moondream_cv.backends.retries import MAX_RETRY_SECONDS, parse_retry_after, retry_delay
 from moondream_cv.errors import BackendError
-from tests.helpers.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import RemoteServer, Reply
 
-GOOD = Answer({"caption": "a patch"})
-BUSY = Answer({"detail": "busy"}, 503)
+GOOD = Reply({"caption": "a patch"})
+BUSY = Reply({"detail": "busy"}, 503)
 PATH = "/v1/caption"
 
 
@@ -28,111 +28,120 @@ def remote(server: RemoteServer, **options: Any) -> MoondreamAPI:
 @pytest.mark.parametrize(
     "failure",
     [
-        Answer({"error": {"message": "slow down"}}, 429, {"Retry-After": "0"}),
-        Answer({"error": {"message": "slow down"}}, 429, {"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}),
-        Answer({}, 408),
-        Answer({}, 500),
-        Answer(b"<html>bad gateway</html>", 502, kind="text/html"),
+        Reply({"error": {"message": "slow down"}}, 429, {"Retry-After": "0"}),
+        Reply({"error": {"message": "slow down"}}, 429, {"Retry-After": "Thu, 01 Jan 1970 00:00:00 GMT"}),
+        Reply({}, 408),
+        Reply({}, 500),
+        Reply(b"<html>bad gateway</html>", 502, kind="text/html"),
         BUSY,
-        Answer({}, 504),
-        Answer({}, 529),
-        Answer({}, fault="reset"),
-        Answer({}, fault="cut"),
-        Answer({"error": "Queue is full", "status": "rejected"}),
+        Reply({}, 504),
+        Reply({}, 529),
+        Reply({}, fault="reset"),
+        Reply({}, fault="cut"),
+        Reply({"error": "Queue is full", "status": "rejected"}),
     ],
 )
-def test_transient_errors_are_retried(server: RemoteServer, picture: np.ndarray, failure: Answer) -> None:
+def test_transient_errors_are_retried(server: RemoteServer, frame: np.ndarray, failure: Reply) -> None:
     server.on(PATH, failure, failure, GOOD)
     with remote(server) as model:
-        assert model.caption(picture)["caption"] == "a patch"
-    assert len(server.asked) == 3
-    assert server.asked[0].body == server.asked[2].body
+        assert model.caption(frame)["caption"] == "a patch"
+    assert len(server.requests) == 3
+    assert server.requests[0].body == server.requests[2].body
 
 
 @pytest.mark.parametrize(
-    ("failure", "says"),
+    ("failure", "message"),
     [
-        (Answer({"error": {"message": "image_url is no image"}}, 400), "returned status 400: image_url is no image"),
         (
-            Answer({"error": {"message": "who?"}}, 401),
+            Reply({"error": {"message": "image_url is no image"}}, 400),
+            "returned status 400: image_url is no image",
+        ),
+        (
+            Reply({"error": {"message": "who?"}}, 401),
             "returned status 401: who.*pass api_key= or set MOONDREAM_API_KEY",
         ),
-        (Answer({"message": "no"}, 403), "returned status 403: no; pass api_key="),
-        (Answer({"detail": "Not Found"}, 404), "returned status 404: Not Found; check the URL of the server"),
-        (Answer({"detail": [{"msg": "field required"}, {"msg": "too long"}]}, 422), "field required; too long"),
-        (Answer(b"<html><body>nothing</body></html>", 501, kind="text/html"), "returned status 501: a web page$"),
-        (Answer({}, 302, {"Location": "http://127.0.0.1:1/"}), "returned status 302, and redirects are not followed"),
-        (Answer({}, 307, {"Location": "/v1/elsewhere"}), "returned status 307, and redirects"),
-        (Answer({"error": "Model not loaded", "status": "error"}), "returned an error: Model not loaded"),
-        (Answer({"error": {"code": 7}}), "returned an error: {'code': 7}"),
-        (Answer(b"<html>hello</html>", kind="text/html"), "returned text/html instead of JSON: <html>hello"),
-        (Answer(b""), "instead of JSON: empty"),
-        (Answer(b'{"caption": "a'), "instead of JSON"),
-        (Answer(b"[" * 100_000), "instead of JSON"),
-        (Answer(b"\xff\xfe{}\x00"), "instead of JSON"),
-        (Answer([1]), r"returned no JSON object: \[1\]"),
-        (Answer({"captions": 1}), "returned no valid 'caption', expected a string: {'captions': 1}"),
-        (Answer({"caption": None}), "no valid 'caption', expected a string"),
+        (Reply({"message": "no"}, 403), "returned status 403: no; pass api_key="),
+        (Reply({"detail": "Not Found"}, 404), "returned status 404: Not Found; check the URL of the server"),
+        (Reply({"detail": [{"msg": "field required"}, {"msg": "too long"}]}, 422), "field required; too long"),
+        (
+            Reply(b"<html><body>nothing</body></html>", 501, kind="text/html"),
+            "returned status 501: a web page$",
+        ),
+        (
+            Reply({}, 302, {"Location": "http://127.0.0.1:1/"}),
+            "returned status 302, and redirects are not followed",
+        ),
+        (Reply({}, 307, {"Location": "/v1/elsewhere"}), "returned status 307, and redirects"),
+        (Reply({"error": "Model not loaded", "status": "error"}), "returned an error: Model not loaded"),
+        (Reply({"error": {"code": 7}}), "returned an error: {'code': 7}"),
+        (Reply(b"<html>hello</html>", kind="text/html"), "returned text/html instead of JSON: <html>hello"),
+        (Reply(b""), "instead of JSON: empty"),
+        (Reply(b'{"caption": "a'), "instead of JSON"),
+        (Reply(b"[" * 100_000), "instead of JSON"),
+        (Reply(b"\xff\xfe{}\x00"), "instead of JSON"),
+        (Reply([1]), r"returned no JSON object: \[1\]"),
+        (Reply({"captions": 1}), "returned no valid 'caption', expected a string: {'captions': 1}"),
+        (Reply({"caption": None}), "no valid 'caption', expected a string"),
     ],
 )
 def test_permanent_errors_are_raised_without_retry(
-    server: RemoteServer, picture: np.ndarray, failure: Answer, says: str
+    server: RemoteServer, frame: np.ndarray, failure: Reply, message: str
 ) -> None:
     server.on(PATH, failure).on("/v1/elsewhere", GOOD)
-    with remote(server) as model, pytest.raises(BackendError, match=says) as caught:
-        model.caption(picture)
+    with remote(server) as model, pytest.raises(BackendError, match=message) as caught:
+        model.caption(frame)
     assert str(caught.value).startswith(f"{server.url}{PATH} ")
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("retries", [0, 2])
-def test_retries_limit_the_number_of_attempts(server: RemoteServer, picture: np.ndarray, retries: int) -> None:
+def test_retries_limit_the_number_of_attempts(server: RemoteServer, frame: np.ndarray, retries: int) -> None:
     server.on(PATH, BUSY)
     with remote(server, retries=retries) as model, pytest.raises(BackendError, match="returned status 503: busy"):
-        model.caption(picture)
-    assert len(server.asked) == retries + 1
+        model.caption(frame)
+    assert len(server.requests) == retries + 1
 
 
-def test_timeout_is_raised_without_retry(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on(PATH, Answer(fault="hang"))
-    says = r"did not respond within 0.2 s; increase timeout="
-    with remote(server, timeout=0.2) as model, pytest.raises(BackendError, match=says):
-        model.caption(picture)
-    assert len(server.asked) == 1
+def test_timeout_is_raised_without_retry(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on(PATH, Reply(fault="hang"))
+    message = r"did not respond within 0.2 s; increase timeout="
+    with remote(server, timeout=0.2) as model, pytest.raises(BackendError, match=message):
+        model.caption(frame)
+    assert len(server.requests) == 1
 
 
-def test_unreachable_server_raises(picture: np.ndarray) -> None:
+def test_unreachable_server_raises(frame: np.ndarray) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with MoondreamAPI(url, retries=1, backoff=0) as model, pytest.raises(BackendError) as caught:
-            model.caption(picture)
+            model.caption(frame)
     assert f"{url}/v1/caption is unreachable" in str(caught.value)
     assert "check that the server is running" in str(caught.value)
 
 
-def test_unresolvable_host_raises(picture: np.ndarray) -> None:
+def test_unresolvable_host_raises(frame: np.ndarray) -> None:
     with (
         MoondreamAPI("http://nowhere.invalid", retries=0) as model,
         pytest.raises(BackendError, match="is unreachable"),
     ):
-        model.caption(picture)
+        model.caption(frame)
 
 
-def test_connections_are_reused(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on(PATH, GOOD, Answer({}, 500), GOOD)
+def test_connections_are_reused(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on(PATH, GOOD, Reply({}, 500), GOOD)
     with remote(server) as model:
         for _ in range(4):
-            model.caption(picture)
-    assert len(server.asked) == 5
-    assert len({asked.connection for asked in server.asked}) == 1
+            model.caption(frame)
+    assert len(server.requests) == 5
+    assert len({request.connection for request in server.requests}) == 1
 
 
-def test_closed_connection_is_reopened(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on(PATH, Answer({"caption": "a patch"}, headers={"Connection": "close"}), GOOD)
+def test_closed_connection_is_reopened(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on(PATH, Reply({"caption": "a patch"}, headers={"Connection": "close"}), GOOD)
     with remote(server, retries=1) as model:
-        assert [model.caption(picture)["caption"] for _ in range(2)] == ["a patch"] * 2
-    assert len({asked.connection for asked in server.asked}) == 2
+        assert [model.caption(frame)["caption"] for _ in range(2)] == ["a patch"] * 2
+    assert len({request.connection for request in server.requests}) == 2
 
 
 @pytest.mark.parametrize(
@@ -197,7 +206,7 @@ def test_error_message_is_found_under_the_usual_keys(body: Any, text: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
         ({"timeout": float("nan")}, "timeout must be"),
@@ -214,6 +223,6 @@ def test_error_message_is_found_under_the_usual_keys(body: Any, text: str) -> No
         ({"api_key": "a\nb"}, "the API key must have printable ASCII characters only"),
     ],
 )
-def test_arguments_out_of_range_raise(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_arguments_out_of_range_raise(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         MoondreamAPI("http://127.0.0.1:1", **options)

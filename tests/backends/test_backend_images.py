@@ -1,4 +1,4 @@
-"""Images → files in base64: which are sent as they are, and that every other one shows the pixels of `to_rgb`."""
+"""Image encoding for requests."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from moondream_cv.errors import ImageError
 from moondream_cv.images import to_rgb
 
 
-def written(picture: np.ndarray, kind: str, mode: str = "RGB", **options: Any) -> bytes:
+def written(frame: np.ndarray, kind: str, mode: str = "RGB", **options: Any) -> bytes:
     file = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(picture[..., ::-1])).convert(mode)
+    image = Image.fromarray(np.ascontiguousarray(frame[..., ::-1])).convert(mode)
     if mode == "RGBA":
         image.putalpha(128)
     image.save(file, kind, **options)
@@ -48,10 +48,10 @@ def file_of(encoded: EncodedImage) -> bytes:
 )
 @pytest.mark.parametrize("form", ["bytes", "bytearray", "memoryview", "path", "text"])
 def test_plain_files_are_sent_without_reencoding(
-    picture: np.ndarray, tmp_path: Path, kind: str, mode: str, options: dict[str, Any], mime: str, form: str
+    frame: np.ndarray, tmp_path: Path, kind: str, mode: str, options: dict[str, Any], mime: str, form: str
 ) -> None:
-    file = written(picture, kind, mode, **options)
-    path = tmp_path / "picture"
+    file = written(frame, kind, mode, **options)
+    path = tmp_path / "frame"
     path.write_bytes(file)
     forms = {"bytes": file, "bytearray": bytearray(file), "memoryview": memoryview(file), "path": path}
     encoded = encode_image(forms.get(form, str(path)), "png")
@@ -78,8 +78,8 @@ def test_plain_files_are_sent_without_reencoding(
         ("TIFF", "RGB", {}),
     ],
 )
-def test_other_files_are_reencoded(picture: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> None:
-    file = written(picture, kind, "L" if mode == "I;16" else mode, **options)
+def test_other_files_are_reencoded(frame: np.ndarray, kind: str, mode: str, options: dict[str, Any]) -> None:
+    file = written(frame, kind, "L" if mode == "I;16" else mode, **options)
     if mode == "I;16":
         deep = io.BytesIO()
         Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30).save(deep, "PNG")
@@ -92,14 +92,14 @@ def test_other_files_are_reencoded(picture: np.ndarray, kind: str, mode: str, op
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png"])
 @pytest.mark.parametrize("form", ["array", "grey", "floats", "pil", "rgba", "file object"])
-def test_other_image_types_are_encoded(picture: np.ndarray, image_format: str, form: str) -> None:
+def test_other_image_types_are_encoded(frame: np.ndarray, image_format: str, form: str) -> None:
     forms: dict[str, Any] = {
-        "array": picture,
-        "grey": picture[..., 0],
-        "floats": picture / 255,
-        "pil": Image.fromarray(picture),
-        "rgba": Image.fromarray(picture).convert("RGBA"),
-        "file object": io.BytesIO(written(picture, "PNG")),
+        "array": frame,
+        "grey": frame[..., 0],
+        "floats": frame / 255,
+        "pil": Image.fromarray(frame),
+        "rgba": Image.fromarray(frame).convert("RGBA"),
+        "file object": io.BytesIO(written(frame, "PNG")),
     }
     expected = to_rgb(forms[form])
     if form == "file object":
@@ -118,8 +118,8 @@ def test_image_too_wide_for_jpeg_is_sent_as_png() -> None:
     assert (encoded.mime, encoded.size) == ("image/png", (66_000, 1))
 
 
-def test_file_with_damaged_exif_is_reencoded(picture: np.ndarray) -> None:
-    file = written(picture, "PNG", exif=b"Exif\0\0junk")
+def test_file_with_damaged_exif_is_reencoded(frame: np.ndarray) -> None:
+    file = written(frame, "PNG", exif=b"Exif\0\0junk")
     encoded = encode_image(file)
     assert (encoded.mime, encoded.size) == ("image/jpeg", (50, 40))
 
@@ -130,6 +130,6 @@ def test_unreadable_images_raise(image: Any) -> None:
         encode_image(image)
 
 
-def test_truncated_file_raises_before_sending(picture: np.ndarray) -> None:
+def test_truncated_file_raises_before_sending(frame: np.ndarray) -> None:
     with pytest.raises(ImageError, match="truncated"):
-        encode_image(written(picture, "PNG")[:-30])
+        encode_image(written(frame, "PNG")[:-30])

@@ -1,4 +1,4 @@
-"""Moondream's dialect, against answers as its cloud, Moondream Station and this project's server give them."""
+"""Client for the Moondream API, with replies of Moondream's cloud, Moondream Station and `moondream-cv serve`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from moondream_cv.backends import MoondreamAPI
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import Caption, Query, Reasoning
-from tests.helpers.remote_server import Answer, RemoteServer, streamed
+from tests.helpers.remote_server import RemoteServer, Reply, event_stream
 
 BOX = {"x_min": -0.01, "y_min": 0.2, "x_max": 0.5, "y_max": 1}
 REASONING = {"text": "Two cats.", "grounding": [{"start_idx": 0, "end_idx": 8, "points": [[0.5, 0.25]]}]}
@@ -24,24 +24,24 @@ def model(server: RemoteServer) -> Any:
 
 
 @pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/", "/v1//"])
-def test_version_is_appended_to_the_url(server: RemoteServer, picture: np.ndarray, path: str) -> None:
-    server.on("/v1/caption", Answer({"caption": "a patch"}))
+def test_version_is_appended_to_the_url(server: RemoteServer, frame: np.ndarray, path: str) -> None:
+    server.on("/v1/caption", Reply({"caption": "a patch"}))
     with MoondreamAPI(server.url + path) as model:
-        assert model.caption(picture)["caption"] == "a patch"
+        assert model.caption(frame)["caption"] == "a patch"
         assert repr(model) == f"MoondreamAPI('{server.url}/v1')"
 
 
 @pytest.mark.parametrize("key", ["secret", None])
 def test_api_key_is_sent_as_a_header(
-    server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch, key: str | None
+    server: RemoteServer, frame: np.ndarray, monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
     monkeypatch.setenv("MOONDREAM_API_KEY", "from-environment")
-    server.on("/v1/caption", Answer({"caption": "a patch"}))
+    server.on("/v1/caption", Reply({"caption": "a patch"}))
     with MoondreamAPI(server.url, api_key=key) as model:
-        model.caption(picture)
+        model.caption(frame)
     with MoondreamAPI(server.url, api_key="") as model:
-        model.caption(picture)
-    headers = [asked.headers for asked in server.asked]
+        model.caption(frame)
+    headers = [request.headers for request in server.requests]
     assert headers[0]["x-moondream-auth"] == (key or "from-environment")
     assert "x-moondream-auth" not in headers[1]
 
@@ -96,44 +96,44 @@ def test_api_key_is_sent_as_a_header(
 def test_request_and_response_format(
     server: RemoteServer,
     model: MoondreamAPI,
-    picture: np.ndarray,
+    frame: np.ndarray,
     method: str,
     arguments: dict[str, Any],
     sent: dict[str, Any],
     reply: dict[str, Any],
     result: dict[str, Any],
 ) -> None:  # fmt: skip
-    server.on(f"/v1/{method}", Answer(reply))
-    got = getattr(model, method)(picture, **arguments)
+    server.on(f"/v1/{method}", Reply(reply))
+    got = getattr(model, method)(frame, **arguments)
     assert {key: got[key] for key in result} == result
-    (asked,) = server.asked
-    assert asked.body.pop("image_url").startswith("data:image/jpeg;base64,/9j/")
-    assert asked.body == sent
+    (request,) = server.requests
+    assert request.body.pop("image_url").startswith("data:image/jpeg;base64,/9j/")
+    assert request.body == sent
 
 
 def test_query_without_an_image(server: RemoteServer, model: MoondreamAPI) -> None:
-    server.on("/v1/query", Answer({"answer": "4"}))
+    server.on("/v1/query", Reply({"answer": "4"}))
     assert model.query(question="2 + 2?")["answer"] == "4"
-    assert server.asked[0].body == {"question": "2 + 2?"}
+    assert server.requests[0].body == {"question": "2 + 2?"}
 
 
-def test_model_argument_takes_precedence_over_variant(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on("/v1/caption", Answer({"caption": "a"}))
+def test_model_argument_takes_precedence_over_variant(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on("/v1/caption", Reply({"caption": "a"}))
     with MoondreamAPI(server.url, model="moondream3-preview") as model:
-        model.caption(picture, settings={"variant": "mine"})
-    assert server.asked[0].body["model"] == "moondream3-preview"
-    assert server.asked[0].body["settings"] == {"variant": "mine"}
+        model.caption(frame, settings={"variant": "mine"})
+    assert server.requests[0].body["model"] == "moondream3-preview"
+    assert server.requests[0].body["settings"] == {"variant": "mine"}
 
 
-def test_confidence_is_one_if_the_server_has_no_scores(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on("/v1/detect", Answer({"objects": [{**BOX, "confidence": 0.25}]}))
-    with MoondreamAPI(server.url) as model:  # its list of models is a 404
-        assert model.detect(picture, "cat")["objects"] == [{**BOX, "confidence": 1.0}]
+def test_confidence_is_one_if_the_server_has_no_scores(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on("/v1/detect", Reply({"objects": [{**BOX, "confidence": 0.25}]}))
+    with MoondreamAPI(server.url) as model:  # without a list of models
+        assert model.detect(frame, "cat")["objects"] == [{**BOX, "confidence": 1.0}]
         assert model.has_scores is False
 
 
 @pytest.mark.parametrize(
-    ("method", "reply", "says"),
+    ("method", "reply", "message"),
     [
         ("detect", {"points": []}, "no valid 'objects', expected a list"),
         ("detect", {"objects": {"x_min": 1}}, "no valid 'objects', expected a list"),
@@ -171,91 +171,95 @@ def test_confidence_is_one_if_the_server_has_no_scores(server: RemoteServer, pic
     ],
 )
 def test_invalid_responses_raise(
-    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, method: str, reply: Any, says: str
+    server: RemoteServer, model: MoondreamAPI, frame: np.ndarray, method: str, reply: Any, message: str
 ) -> None:
-    server.on(f"/v1/{method}", Answer(reply))
-    with pytest.raises(BackendError, match=says) as caught:
-        getattr(model, method)(picture, "cat")
+    server.on(f"/v1/{method}", Reply(reply))
+    with pytest.raises(BackendError, match=message) as caught:
+        getattr(model, method)(frame, "cat")
     assert str(caught.value).startswith(f"{server.url}/v1/{method} returned")
 
 
 @pytest.mark.parametrize(
     ("answer", "pieces"),
     [
-        (streamed({"chunk": "a "}, {"chunk": "cat"}, DONE), ["a ", "cat"]),
-        (streamed({"chunk": "a"}, {"stats": {}}, {"chunk": ""}, {"chunk": "b", "completed": True}), ["a", "b"]),
-        (streamed({"chunk": "a"}, done=True), ["a"]),
-        (streamed(b": hello", b"event: x", b'data:{"chunk": "a"}\r', DONE), ["a"]),
-        (streamed('{"chunk": "a\u2028b\x85"}'.join(["data: ", ""]).encode(), DONE), ["a\u2028b\x85"]),
-        (streamed(DONE), []),
-        (Answer({"caption": "all at once"}), ["all at once"]),
+        (event_stream({"chunk": "a "}, {"chunk": "cat"}, DONE), ["a ", "cat"]),
+        (event_stream({"chunk": "a"}, {"stats": {}}, {"chunk": ""}, {"chunk": "b", "completed": True}), ["a", "b"]),
+        (event_stream({"chunk": "a"}, done=True), ["a"]),
+        (event_stream(b": hello", b"event: x", b'data:{"chunk": "a"}\r', DONE), ["a"]),
+        (event_stream('{"chunk": "a\u2028b\x85"}'.join(["data: ", ""]).encode(), DONE), ["a\u2028b\x85"]),
+        (event_stream(DONE), []),
+        (Reply({"caption": "all at once"}), ["all at once"]),
     ],
 )  # fmt: skip
 def test_streamed_text(
-    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, pieces: list[str]
+    server: RemoteServer, model: MoondreamAPI, frame: np.ndarray, answer: Reply, pieces: list[str]
 ) -> None:
     server.on("/v1/caption", answer)
-    assert list(model.caption(picture, stream=True)["caption"]) == pieces
-    assert server.asked[0].body["stream"] is True
+    assert list(model.caption(frame, stream=True)["caption"]) == pieces
+    assert server.requests[0].body["stream"] is True
 
 
 @pytest.mark.parametrize(
-    ("answer", "before", "says"),
+    ("answer", "before", "message"),
     [
-        (streamed({"chunk": "a"}), ["a"], "closed the connection early: the stream ended before the text was complete"),
-        (streamed({"chunk": "a"}, {"error": {"message": "out of memory"}}), ["a"], "an error: out of memory"),
-        (streamed({"chunk": "a"}, b"data: {"), ["a"], "streamed invalid JSON: {"),
-        (streamed({"chunk": "a"}, [1]), ["a"], "streamed no JSON object"),
-        (streamed({"chunk": "a"}, {"chunk": 5}), ["a"], "streamed an invalid chunk, expected a string: 5"),
+        (
+            event_stream({"chunk": "a"}),
+            ["a"],
+            "closed the connection early: the stream ended before the text was complete",
+        ),
+        (event_stream({"chunk": "a"}, {"error": {"message": "out of memory"}}), ["a"], "an error: out of memory"),
+        (event_stream({"chunk": "a"}, b"data: {"), ["a"], "streamed invalid JSON: {"),
+        (event_stream({"chunk": "a"}, [1]), ["a"], "streamed no JSON object"),
+        (event_stream({"chunk": "a"}, {"chunk": 5}), ["a"], "streamed an invalid chunk, expected a string: 5"),
     ],
 )
 def test_stream_errors_are_raised(
-    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, before: list[str], says: str
+    server: RemoteServer, model: MoondreamAPI, frame: np.ndarray, answer: Reply, before: list[str], message: str
 ) -> None:
     server.on("/v1/caption", answer)
-    pieces = model.stream(Caption(picture))
+    pieces = model.stream(Caption(frame))
     assert [next(pieces) for _ in before] == before
-    with pytest.raises(BackendError, match=says):
+    with pytest.raises(BackendError, match=message):
         next(pieces)
 
 
-def test_interrupted_stream_raises(server: RemoteServer, model: MoondreamAPI, picture: np.ndarray) -> None:
-    half = streamed({"chunk": "a"}).body
-    server.on("/v1/caption", Answer(half, kind="text/event-stream", fault="cut"))
+def test_interrupted_stream_raises(server: RemoteServer, model: MoondreamAPI, frame: np.ndarray) -> None:
+    half = event_stream({"chunk": "a"}).body
+    server.on("/v1/caption", Reply(half, kind="text/event-stream", fault="cut"))
     with pytest.raises(BackendError, match="closed the connection early"):
-        list(model.stream(Caption(picture)))
+        list(model.stream(Caption(frame)))
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "message"),
     [
-        (Answer({"error": {"message": "no"}}, 400), "returned status 400: no"),
-        (Answer({"error": "Model not loaded"}), "returned an error: Model not loaded"),
-        (streamed({"error": "no"}), "returned an error: no"),
-        (Answer(fault="reset"), "closed the connection early"),
+        (Reply({"error": {"message": "no"}}, 400), "returned status 400: no"),
+        (Reply({"error": "Model not loaded"}), "returned an error: Model not loaded"),
+        (event_stream({"error": "no"}), "returned an error: no"),
+        (Reply(fault="reset"), "closed the connection early"),
     ],
 )
 def test_errors_before_the_first_part_are_raised_by_the_call(
-    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray, answer: Answer, says: str
+    server: RemoteServer, model: MoondreamAPI, frame: np.ndarray, answer: Reply, message: str
 ) -> None:
     server.on("/v1/caption", answer)
-    with pytest.raises(BackendError, match=says):
-        model.stream(Caption(picture))
+    with pytest.raises(BackendError, match=message):
+        model.stream(Caption(frame))
 
 
-def test_opening_a_stream_is_retried(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on("/v1/caption", Answer({}, 503), Answer(fault="reset"), streamed({"chunk": "a"}, DONE))
+def test_opening_a_stream_is_retried(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on("/v1/caption", Reply({}, 503), Reply(fault="reset"), event_stream({"chunk": "a"}, DONE))
     with MoondreamAPI(server.url, backoff=0.001) as model:
-        assert list(model.stream(Caption(picture))) == ["a"]
-    assert len(server.asked) == 3
+        assert list(model.stream(Caption(frame))) == ["a"]
+    assert len(server.requests) == 3
 
 
-def test_reasoning_is_the_first_part_of_a_stream(
-    server: RemoteServer, model: MoondreamAPI, picture: np.ndarray
-) -> None:
-    server.on("/v1/query", streamed({"reasoning": REASONING}, {"chunk": "2"}, DONE), streamed({"chunk": "2"}, DONE))
-    reply = model.query(picture, "How many?", reasoning=True, stream=True)
+def test_reasoning_is_the_first_part_of_a_stream(server: RemoteServer, model: MoondreamAPI, frame: np.ndarray) -> None:
+    server.on(
+        "/v1/query", event_stream({"reasoning": REASONING}, {"chunk": "2"}, DONE), event_stream({"chunk": "2"}, DONE)
+    )
+    reply = model.query(frame, "How many?", reasoning=True, stream=True)
     assert reply["reasoning"]["text"] == "Two cats."
     assert list(reply["answer"]) == ["2"]
-    # A server that keeps its thoughts to itself.
-    assert list(model.stream(Query(picture, "How many?", reasoning=True))) == [Reasoning(""), "2"]
+    # A server that returns no reasoning.
+    assert list(model.stream(Query(frame, "How many?", reasoning=True))) == [Reasoning(""), "2"]

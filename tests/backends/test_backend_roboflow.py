@@ -1,4 +1,4 @@
-"""Roboflow Inference through inference-sdk, against answers as a Roboflow server gives them."""
+"""Client for Roboflow Inference, with replies of a Roboflow server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moondream_cv import Detector
 from moondream_cv.backends import RoboflowInference
 from moondream_cv.errors import BackendError, UnsupportedSkill
 from moondream_cv.requests import Detect, DetectResult
-from tests.helpers.remote_server import Answer, Asked, RemoteServer
+from tests.helpers.remote_server import ReceivedRequest, RemoteServer, Reply
 
 pytest.importorskip("inference_sdk")
 
@@ -30,9 +30,9 @@ def prediction(x: Any, y: float, width: float, height: float, **more: Any) -> di
     return {"x": x, "y": y, "width": width, "height": height, **extras, **more}
 
 
-def found(*predictions: Any, **more: Any) -> Answer:
+def found(*predictions: Any, **more: Any) -> Reply:
     image = {"width": 50, "height": 40}
-    return Answer({"inference_id": "i", "time": 0.1, "image": image, "predictions": list(predictions), **more})
+    return Reply({"inference_id": "i", "time": 0.1, "image": image, "predictions": list(predictions), **more})
 
 
 @pytest.fixture
@@ -41,76 +41,72 @@ def model(server: RemoteServer) -> Any:
         yield connected
 
 
-def test_boxes_are_converted_to_fractions(server: RemoteServer, model: RoboflowInference, picture: np.ndarray) -> None:
+def test_boxes_are_converted_to_fractions(server: RemoteServer, model: RoboflowInference, frame: np.ndarray) -> None:
     server.on(PATH, found(prediction(15, 20, 20, 20), prediction(0, 0, 10, 8, confidence=0.25)))
-    assert model.detect(picture, "cat") == {
+    assert model.detect(frame, "cat") == {
         "objects": [
             {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 1.0},
             {"x_min": -0.1, "y_min": -0.1, "x_max": 0.1, "y_max": 0.1, "confidence": 1.0},
         ],
         "truncated": False,
     }
-    (asked,) = server.asked
-    image = asked.body.pop("image")
+    (request,) = server.requests
+    image = request.body.pop("image")
     assert image["type"] == "base64"
     assert Image.open(io.BytesIO(base64.b64decode(image["value"], validate=True))).size == (50, 40)
-    assert asked.body == {"api_key": None, "model_id": "moondream2/moondream2_2b_jul24", "prompt": "cat"}
+    assert request.body == {"api_key": None, "model_id": "moondream2/moondream2_2b_jul24", "prompt": "cat"}
 
 
-def test_classes_are_requested_concurrently(server: RemoteServer, picture: np.ndarray) -> None:
+def test_classes_are_requested_concurrently(server: RemoteServer, frame: np.ndarray) -> None:
     together = threading.Barrier(3)
 
-    def answer(asked: Asked) -> Answer:
+    def answer(request: ReceivedRequest) -> Reply:
         together.wait(240)
-        return found(prediction(15, 20, 20, 20)) if asked.body["prompt"] == "cat" else found()
+        return found(prediction(15, 20, 20, 20)) if request.body["prompt"] == "cat" else found()
 
     server.on(PATH, answer)
     with RoboflowInference(server.url, max_in_flight=3, model_id="moondream2") as model:
         for _ in range(2):
-            detections = Detector(model)(picture, ["dog", "cat", "red car"])
+            detections = Detector(model)(frame, ["dog", "cat", "red car"])
             assert detections.xyxy.tolist() == [[5, 10, 25, 30]]
             assert detections.class_id is not None
             assert detections.class_id.tolist() == [1]
-    asked = server.to(PATH)
-    assert {a.body["model_id"] for a in asked} == {"moondream2"}
-    assert len(asked) == 6
-    assert len({a.connection for a in asked}) == 3  # used again by the second call
+    request = server.to(PATH)
+    assert {a.body["model_id"] for a in request} == {"moondream2"}
+    assert len(request) == 6
+    assert len({a.connection for a in request}) == 3  # reused by the second call
 
 
 @pytest.mark.parametrize("form", ["array", "pil", "rgba", "file object", "bytes", "floats"])
-def test_every_image_type_is_sent(
-    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, form: str
-) -> None:
+def test_every_image_type_is_sent(server: RemoteServer, model: RoboflowInference, frame: np.ndarray, form: str) -> None:
     server.on(PATH, found())
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(frame).save(file, "PNG")
     file.seek(0)
     forms: dict[str, Any] = {
-        "array": picture,
-        "pil": Image.fromarray(picture),
-        "rgba": Image.fromarray(picture).convert("RGBA"),
+        "array": frame,
+        "pil": Image.fromarray(frame),
+        "rgba": Image.fromarray(frame).convert("RGBA"),
         "file object": file,
         "bytes": file.getvalue(),
-        "floats": picture / 255,
+        "floats": frame / 255,
     }
     assert model.detect(forms[form], "cat")["objects"] == []
-    image = base64.b64decode(server.asked[0].body["image"]["value"], validate=True)
+    image = base64.b64decode(server.requests[0].body["image"]["value"], validate=True)
     assert Image.open(io.BytesIO(image)).size == (50, 40)
 
 
-def test_api_key_is_sent_in_the_body(
-    server: RemoteServer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_api_key_is_sent_in_the_body(server: RemoteServer, frame: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBOFLOW_API_KEY", "from-environment")
     server.on(PATH, found())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with RoboflowInference(server.url) as model:
-            model.detect(picture, "cat")
+            model.detect(frame, "cat")
         with RoboflowInference(server.url, api_key="given") as model:
-            model.detect(picture, "cat")
-    assert [asked.body["api_key"] for asked in server.to(PATH)] == ["from-environment", "given"]
-    assert not [asked for asked in server.asked if "given" in asked.path or "from-environment" in asked.path]
+            model.detect(frame, "cat")
+    assert [request.body["api_key"] for request in server.to(PATH)] == ["from-environment", "given"]
+    assert not [request for request in server.requests if "given" in request.path or "from-environment" in request.path]
 
 
 def test_api_key_is_sent_as_a_header_to_roboflow_hosts() -> None:
@@ -124,12 +120,10 @@ def test_api_key_is_sent_as_a_header_to_roboflow_hosts() -> None:
             assert model._client().inference_configuration.api_key_transport is transport
 
 
-def test_max_objects_truncates_the_response(
-    server: RemoteServer, model: RoboflowInference, picture: np.ndarray
-) -> None:
+def test_max_objects_truncates_the_response(server: RemoteServer, model: RoboflowInference, frame: np.ndarray) -> None:
     server.on(PATH, found(prediction(15, 20, 20, 20), prediction(5, 5, 2, 2)))
     for most, truncated in [(1, True), (2, False), (3, False)]:
-        reply = model.detect(picture, "cat", settings={"max_objects": most})
+        reply = model.detect(frame, "cat", settings={"max_objects": most})
         assert len(reply["objects"]) == min(most, 2)
         assert reply["truncated"] is truncated
 
@@ -142,11 +136,11 @@ def test_max_objects_truncates_the_response(
     ],
 )
 def test_has_scores_is_read_from_info(
-    server: RemoteServer, picture: np.ndarray, info: dict[str, Any], scores: bool
+    server: RemoteServer, frame: np.ndarray, info: dict[str, Any], scores: bool
 ) -> None:
-    server.on(PATH, found(prediction(15, 20, 20, 20, confidence=0.25))).on("/info", Answer(info))
+    server.on(PATH, found(prediction(15, 20, 20, 20, confidence=0.25))).on("/info", Reply(info))
     with RoboflowInference(server.url) as model:
-        results = model.run([Detect(picture, "cat"), Detect(picture, "dog")])
+        results = model.run([Detect(frame, "cat"), Detect(frame, "dog")])
         assert model.has_scores is scores
     for result in results:
         assert isinstance(result, DetectResult)
@@ -154,37 +148,43 @@ def test_has_scores_is_read_from_info(
     assert len(server.to("/info")) == 1
 
 
-@pytest.mark.parametrize("failure", [Answer({"message": "boom"}, 500), Answer({"message": "boom"}, 502)])
+@pytest.mark.parametrize("failure", [Reply({"message": "boom"}, 500), Reply({"message": "boom"}, 502)])
 def test_server_errors_are_retried(
-    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, failure: Answer
+    server: RemoteServer, model: RoboflowInference, frame: np.ndarray, failure: Reply
 ) -> None:
     server.on(PATH, failure, failure, found())
-    assert model.detect(picture, "cat")["objects"] == []
-    assert len(server.asked) == 3
+    assert model.detect(frame, "cat")["objects"] == []
+    assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("failure", [Answer({"message": "busy"}, 503), Answer(fault="reset")])
+@pytest.mark.parametrize("failure", [Reply({"message": "busy"}, 503), Reply(fault="reset")])
 def test_retries_of_the_sdk_are_not_repeated(
-    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, failure: Answer
+    server: RemoteServer, model: RoboflowInference, frame: np.ndarray, failure: Reply
 ) -> None:
     server.on(PATH, failure)
     with pytest.raises(BackendError, match=r"returned status 503: busy|is unreachable"):
-        model.detect(picture, "cat")
-    assert len(server.asked) == 3
+        model.detect(frame, "cat")
+    assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(
-    ("answer", "says"),
+    ("answer", "message"),
     [
-        (Answer({"message": "Bad image"}, 400), "returned status 400: Bad image"),
-        (Answer({"message": "who?"}, 401), "returned status 401: who.*pass api_key= or set ROBOFLOW_API_KEY"),
-        (Answer(b"<html>no</html>", 404, kind="text/html"), "returned status 404"),
-        (Answer(["no"], 400), "returned a response that inference-sdk cannot parse"),
-        (Answer(b"<html>hello</html>", kind="text/html"), "returned a response that inference-sdk cannot parse"),
-        (Answer(b""), "returned a response that inference-sdk cannot parse"),
-        (Answer([1, 2]), r"returned no JSON object: \[1, 2\]"),
-        (Answer({"response": "a cat", "image": {"width": 1, "height": 1}}), "returned text instead of boxes: 'a cat'"),
-        (Answer({"predictions": None}), "no valid 'predictions', expected a list"),
+        (Reply({"message": "Bad image"}, 400), "returned status 400: Bad image"),
+        (Reply({"message": "who?"}, 401), "returned status 401: who.*pass api_key= or set ROBOFLOW_API_KEY"),
+        (Reply(b"<html>no</html>", 404, kind="text/html"), "returned status 404"),
+        (Reply(["no"], 400), "returned a response that inference-sdk cannot parse"),
+        (
+            Reply(b"<html>hello</html>", kind="text/html"),
+            "returned a response that inference-sdk cannot parse",
+        ),
+        (Reply(b""), "returned a response that inference-sdk cannot parse"),
+        (Reply([1, 2]), r"returned no JSON object: \[1, 2\]"),
+        (
+            Reply({"response": "a cat", "image": {"width": 1, "height": 1}}),
+            "returned text instead of boxes: 'a cat'",
+        ),
+        (Reply({"predictions": None}), "no valid 'predictions', expected a list"),
         (found("cat"), "invalid entry in 'predictions', expected an object: 'cat'"),
         (found(prediction("1", 1, 1, 1)), "invalid 'x', expected a number: '1'"),
         (found(prediction(float("nan"), 1, 1, 1)), "invalid 'x', expected a finite number: nan"),
@@ -193,34 +193,34 @@ def test_retries_of_the_sdk_are_not_repeated(
     ],
 )
 def test_invalid_responses_raise(
-    server: RemoteServer, model: RoboflowInference, picture: np.ndarray, answer: Answer, says: str
+    server: RemoteServer, model: RoboflowInference, frame: np.ndarray, answer: Reply, message: str
 ) -> None:
     server.on(PATH, answer)
-    with pytest.raises(BackendError, match=says) as caught:
-        model.detect(picture, "cat")
+    with pytest.raises(BackendError, match=message) as caught:
+        model.detect(frame, "cat")
     assert str(caught.value).startswith(f"{server.url}{PATH} ")
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
 
 
 def test_image_size_is_used_if_the_response_has_none(
-    server: RemoteServer, model: RoboflowInference, picture: np.ndarray
+    server: RemoteServer, model: RoboflowInference, frame: np.ndarray
 ) -> None:
     server.on(PATH, found(prediction(25, 20, 50, 40), image=None))
-    box = model.detect(picture, "cat")["objects"][0]
+    box = model.detect(frame, "cat")["objects"][0]
     assert [box[name] for name in ("x_min", "y_min", "x_max", "y_max")] == [0, 0, 1, 1]
 
 
-def test_timeout_is_raised(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on(PATH, Answer(fault="hang"), found())
+def test_timeout_is_raised(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on(PATH, Reply(fault="hang"), found())
     with RoboflowInference(server.url, timeout=0.3, has_scores=False) as model:
         with pytest.raises(BackendError, match=r"did not respond within 0.3 s; increase timeout="):
-            model.detect(picture, "cat")
+            model.detect(frame, "cat")
         model._http.timeout = 240.0
-        assert model.detect(picture, "cat")["objects"] == []
+        assert model.detect(frame, "cat")["objects"] == []
 
 
 def test_hanging_server_does_not_prevent_exit(server: RemoteServer) -> None:
-    server.on(PATH, Answer(fault="hang"))
+    server.on(PATH, Reply(fault="hang"))
     code = (
         "from moondream_cv.backends import RoboflowInference\n"
         "from moondream_cv import Detect\n"
@@ -235,10 +235,10 @@ def test_hanging_server_does_not_prevent_exit(server: RemoteServer) -> None:
 
 
 @pytest.mark.parametrize("call", [("caption",), ("query", "?"), ("point", "cat")])
-def test_other_skills_raise(model: RoboflowInference, picture: np.ndarray, call: tuple[str, ...]) -> None:
-    says = rf"RoboflowInference cannot {call[0]}, only detect; use MoondreamAPI or a model from"
-    with pytest.raises(UnsupportedSkill, match=says):
-        getattr(model, call[0])(picture, *call[1:])
+def test_other_skills_raise(model: RoboflowInference, frame: np.ndarray, call: tuple[str, ...]) -> None:
+    message = rf"RoboflowInference cannot {call[0]}, only detect; use MoondreamAPI or a model from"
+    with pytest.raises(UnsupportedSkill, match=message):
+        getattr(model, call[0])(frame, *call[1:])
 
 
 def test_missing_sdk_names_the_extra() -> None:

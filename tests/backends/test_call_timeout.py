@@ -1,4 +1,4 @@
-"""Calls that are given up after a while."""
+"""Calls with a time limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`connect`, and URLs in the place of model names."""
+"""`connect`, and URLs as model names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from moondream_cv import Detector, Pointer, connect, load
 from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowInference
 from moondream_cv.backends.base import RemoteModel
 from moondream_cv.errors import BackendError, UnsupportedSkill
-from tests.helpers.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import RemoteServer, Reply
 
-OURS = Answer({"object": "list", "data": [{"id": "tiny"}], "models": [{"id": "tiny", "has_scores": True}]})
-STATION = Answer({"models": [{"id": "moondream-2", "name": "Moondream 2", "description": "", "version": "1"}]})
-OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
-INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+OURS = Reply({"object": "list", "data": [{"id": "tiny"}], "models": [{"id": "tiny", "has_scores": True}]})
+STATION = Reply({"models": [{"id": "moondream-2", "name": "Moondream 2", "description": "", "version": "1"}]})
+OPENAI = Reply({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
+INFO = Reply({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
 BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 0.5}
 
 
@@ -43,7 +43,7 @@ BOX = {"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "confidence": 0
     ],
 )
 def test_known_hosts_are_not_probed(url: str, kind: type[RemoteModel], target: str) -> None:
-    with connect(url) as model:  # this machine has no way to reach them
+    with connect(url) as model:  # without network access
         assert (type(model), model.url) == (kind, target)
 
 
@@ -58,18 +58,23 @@ def test_known_hosts_are_not_probed(url: str, kind: type[RemoteModel], target: s
         ({"/vlm/v1/models": OPENAI}, "/vlm", OpenAICompatible, "/vlm/v1", 1),
         ({"/vlm/v1/models": STATION}, "/vlm/", MoondreamAPI, "/vlm/v1", 1),
         ({"/info": INFO}, "", RoboflowInference, "", 2),
-        ({"/v1/models": Answer(b"<html>", kind="text/html"), "/info": INFO}, "", RoboflowInference, "", 2),
-        ({"/v1/models": Answer({}, 500), "/info": INFO}, "", RoboflowInference, "", 2),
+        ({"/v1/models": Reply(b"<html>", kind="text/html"), "/info": INFO}, "", RoboflowInference, "", 2),
+        ({"/v1/models": Reply({}, 500), "/info": INFO}, "", RoboflowInference, "", 2),
     ],
 )
 def test_dialect_is_probed(
-    server: RemoteServer, routes: dict[str, Answer], path: str, kind: type[RemoteModel], target: str, probes: int
+    server: RemoteServer,
+    routes: dict[str, Reply],
+    path: str,
+    kind: type[RemoteModel],
+    target: str,
+    probes: int,
 ) -> None:
     for route, answer in routes.items():
         server.on(route, answer)
     with connect(server.url + path) as model:
         assert (type(model), model.url) == (kind, server.url + target)
-    assert len(server.asked) == probes
+    assert len(server.requests) == probes
 
 
 @pytest.mark.parametrize(
@@ -80,14 +85,17 @@ def test_given_dialect_is_not_probed(server: RemoteServer, dialect: str, kind: t
     with connect(server.url, dialect, max_in_flight=3, timeout=5) as model:
         assert type(model) is kind
         assert model.max_in_flight == 3
-    assert server.asked == []
+    assert server.requests == []
 
 
-@pytest.mark.parametrize("answer", [Answer({}), Answer([1]), Answer(b"<html>", kind="text/html"), Answer({}, 404)])
-def test_unknown_api_raises(server: RemoteServer, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [Reply({}), Reply([1]), Reply(b"<html>", kind="text/html"), Reply({}, 404)],
+)
+def test_unknown_api_raises(server: RemoteServer, answer: Reply) -> None:
     server.on("/v1/models", answer).on("/info", answer)
-    says = r"has an unknown API; pass dialect= with one of roboflow, moondream, openai, fal$"
-    with pytest.raises(BackendError, match=says) as caught:
+    message = r"has an unknown API; pass dialect= with one of roboflow, moondream, openai, fal$"
+    with pytest.raises(BackendError, match=message) as caught:
         connect(server.url)
     assert str(caught.value).startswith(server.url)
 
@@ -107,7 +115,7 @@ def test_unresponsive_server_raises() -> None:
 
 
 def test_probe_sends_the_api_key(server: RemoteServer) -> None:
-    server.on("/v1/models", Answer({"error": "key?"}, 401), OURS)
+    server.on("/v1/models", Reply({"error": "key?"}, 401), OURS)
     with pytest.raises(BackendError, match="the server requires a key: pass api_key="):
         connect(server.url)
     with connect(server.url, api_key="secret") as model:
@@ -121,7 +129,7 @@ def test_probe_does_not_send_keys_from_the_environment(server: RemoteServer, mon
         monkeypatch.setenv(name, "from-environment")
     server.on("/v1/models", OURS)
     connect(server.url).close()
-    assert "from-environment" not in json.dumps([dict(asked.headers) for asked in server.asked])
+    assert "from-environment" not in json.dumps([dict(request.headers) for request in server.requests])
 
 
 def test_unreachable_server_raises() -> None:
@@ -133,15 +141,15 @@ def test_unreachable_server_raises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("http://x", "grpc"), "dialect must be one of auto, roboflow, moondream, openai, fal, got 'grpc'"),
         (("localhost:9001",), "'localhost:9001' is not a server URL"),
         (("moondream2",), "'moondream2' is not a server URL"),
     ],
 )
-def test_invalid_arguments_raise(arguments: tuple[str, ...], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_arguments_raise(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         connect(*arguments)
 
 
@@ -150,22 +158,22 @@ def test_unknown_option_raises() -> None:
         connect("https://fal.run", model_id="x")
 
 
-def test_url_as_a_model_name(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on("/v1/models", OURS).on("/v1/detect", Answer({"objects": [BOX]})).on("/v1/point", Answer({"points": []}))
+def test_url_as_a_model_name(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on("/v1/models", OURS).on("/v1/detect", Reply({"objects": [BOX]})).on("/v1/point", Reply({"points": []}))
     with Detector(server.url, confidence=0.4) as detector, Pointer(server.url) as pointer:
-        found = detector(picture, "patch")
+        found = detector(frame, "patch")
         assert found.xyxy.tolist() == [[5, 10, 25, 30]]
         assert found.confidence is not None
         assert found.confidence.tolist() == [0.5]
-        assert len(pointer(picture, "patch")) == 0
+        assert len(pointer(frame, "patch")) == 0
     with pytest.raises(Exception, match="is closed"):
-        detector(picture, "patch")
+        detector(frame, "patch")
 
 
 def test_device_with_a_url_raises(server: RemoteServer) -> None:
     with pytest.raises(ValueError, match="device must be None for the URL of a server, got 'cpu'"):
         Detector(server.url, device="cpu")
-    assert server.asked == []
+    assert server.requests == []
 
 
 def test_server_without_the_skill_raises(server: RemoteServer) -> None:
@@ -191,7 +199,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 
 def test_remote_detector_does_not_import_torch(server: RemoteServer) -> None:
-    server.on("/v1/models", OURS).on("/v1/detect", Answer({"objects": [BOX]}))
+    server.on("/v1/models", OURS).on("/v1/detect", Reply({"objects": [BOX]}))
     ended = run(
         "-c",
         "import sys, numpy\n"
@@ -216,7 +224,7 @@ def test_remote_detector_does_not_import_torch(server: RemoteServer) -> None:
 def test_command_line_accepts_a_url(
     server: RemoteServer, tmp_path: Path, command: tuple[str, ...], route: str, reply: dict[str, Any], shown: str
 ) -> None:
-    server.on("/v1/models", OURS).on(route, Answer(reply))
+    server.on("/v1/models", OURS).on(route, Reply(reply))
     file = io.BytesIO()
     Image.new("RGB", (50, 40)).save(file, "PNG")
     (tmp_path / "a.png").write_bytes(file.getvalue())
@@ -226,4 +234,4 @@ def test_command_line_accepts_a_url(
     assert shown in ended.stdout
     refused = run(*arguments, "--device", "cpu", cwd=tmp_path)
     assert refused.returncode != 0
-    assert "--device: only for a model on this machine" in " ".join(refused.stderr.split())
+    assert "--device applies to a local model only" in " ".join(refused.stderr.split())

@@ -1,4 +1,4 @@
-"""No key and no password in a repr, a log, an error, or anything that an error is chained to."""
+"""API keys and passwords are redacted in reprs, logs and errors, including chained errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import MoondreamError
 from moondream_cv.requests import Detect, ErrorResult
 from moondream_cv.urls import is_url, shown_url
-from tests.helpers.remote_server import Answer, RemoteServer, streamed
+from tests.helpers.remote_server import RemoteServer, Reply, event_stream
 
 KEY = "kid-3f0a77:ksecret/5+e1"
 MODELS = {
@@ -26,23 +26,23 @@ MODELS = {
     "FAL_KEY": (Fal, "/fal-ai/moondream2/object-detection"),
     "ROBOFLOW_API_KEY": (RoboflowInference, "/infer/lmm"),
 }
-LEAKS: dict[str, Callable[[str], Answer]] = {
-    "json": lambda key: Answer({"error": {"message": f"the key {key} is unknown"}}, 401),
-    "quoted": lambda key: Answer({"message": f"no ?api_key={quote(key, safe='')}&x"}, 403),
-    "text": lambda key: Answer(f"denied: {key}".encode(), 400, kind="text/plain"),
-    "cut": lambda key: Answer({"detail": "x" * 295 + key}, 400),
-    "part": lambda key: Answer({"detail": f"wrong secret {key.split(':')[1]}"}, 400),
-    "rubbish": lambda key: Answer({"headers": {"Authorization": key}}),
-    "list": lambda key: Answer([key]),
-    "no json": lambda key: Answer(f"<p>{key}".encode(), kind="text/html"),
-    "a number": lambda key: Answer({"objects": [{"x_min": key}], "predictions": [{"x": key}]}),
-    "a choice": lambda key: Answer({"choices": [{"message": {"content": f"you sent {key}"}}]}),
-    "retried": lambda key: Answer({"message": f"busy with {key}"}, 500),
+LEAKS: dict[str, Callable[[str], Reply]] = {
+    "json": lambda key: Reply({"error": {"message": f"the key {key} is unknown"}}, 401),
+    "quoted": lambda key: Reply({"message": f"no ?api_key={quote(key, safe='')}&x"}, 403),
+    "text": lambda key: Reply(f"denied: {key}".encode(), 400, kind="text/plain"),
+    "cut": lambda key: Reply({"detail": "x" * 295 + key}, 400),
+    "part": lambda key: Reply({"detail": f"wrong secret {key.split(':')[1]}"}, 400),
+    "rubbish": lambda key: Reply({"headers": {"Authorization": key}}),
+    "list": lambda key: Reply([key]),
+    "no json": lambda key: Reply(f"<p>{key}".encode(), kind="text/html"),
+    "a number": lambda key: Reply({"objects": [{"x_min": key}], "predictions": [{"x": key}]}),
+    "a choice": lambda key: Reply({"choices": [{"message": {"content": f"you sent {key}"}}]}),
+    "retried": lambda key: Reply({"message": f"busy with {key}"}, 500),
 }
 
 
 def texts_of(error: BaseException | None) -> list[str]:
-    """All texts of an error and of what it is chained to."""
+    """Return all texts of an error and of its chained errors."""
     found = []
     while error is not None:
         found += [str(error), repr(error)]
@@ -54,7 +54,7 @@ def texts_of(error: BaseException | None) -> list[str]:
 @pytest.mark.parametrize("variable", MODELS)
 def test_keys_are_redacted_everywhere(
     server: RemoteServer,
-    picture: np.ndarray,
+    frame: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     variable: str,
@@ -66,21 +66,21 @@ def test_keys_are_redacted_everywhere(
         pytest.importorskip("inference_sdk")
     server.on(path, LEAKS[leak](KEY))
     with caplog.at_level(logging.DEBUG), model_class(server.url, retries=1, backoff=0.001) as model:
-        (result,) = model.run([Detect(picture, "dog")])
+        (result,) = model.run([Detect(frame, "dog")])
         shown = [repr(model), str(model), repr(model._http.server)]
     assert isinstance(result, ErrorResult)
     assert isinstance(result.error, MoondreamError)
-    assert KEY in json.dumps([[dict(a.headers), a.body] for a in server.to(path)])  # it was sent all the same
+    assert KEY in json.dumps([[dict(a.headers), a.body] for a in server.to(path)])  # the key was sent
     for text in [*texts_of(result.error), *shown, caplog.text]:
         assert KEY not in text
         assert "ksecret" not in text
         assert quote(KEY, safe="") not in text
 
 
-def test_keys_are_redacted_in_stream_errors(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on("/v1/caption", streamed({"chunk": "a"}, {"error": {"message": f"quota of {KEY}"}}))
+def test_keys_are_redacted_in_stream_errors(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on("/v1/caption", event_stream({"chunk": "a"}, {"error": {"message": f"quota of {KEY}"}}))
     with MoondreamAPI(server.url, api_key=KEY) as model:
-        pieces = model.caption(picture, stream=True)["caption"]
+        pieces = model.caption(frame, stream=True)["caption"]
         assert next(pieces) == "a"
         with pytest.raises(MoondreamError, match=r"quota of \*\*\*") as caught:
             next(pieces)
@@ -89,17 +89,17 @@ def test_keys_are_redacted_in_stream_errors(server: RemoteServer, picture: np.nd
 
 @pytest.mark.parametrize("secret", ["s3cret-word", "p%40ss:word"])
 def test_passwords_in_urls_are_sent_and_redacted(
-    server: RemoteServer, picture: np.ndarray, caplog: pytest.LogCaptureFixture, secret: str
+    server: RemoteServer, frame: np.ndarray, caplog: pytest.LogCaptureFixture, secret: str
 ) -> None:
-    server.on("/v1/caption", Answer({"detail": "no"}, 403)).on("/v1/models", Answer({"models": []}))
+    server.on("/v1/caption", Reply({"detail": "no"}, 403)).on("/v1/models", Reply({"models": []}))
     url = server.url.replace("://", f"://anna:{secret}@")
     with (
         caplog.at_level(logging.DEBUG),
         connect(url) as model,
         pytest.raises(MoondreamError, match="returned status 403") as caught,
     ):
-        model.caption(picture)
-    assert all(asked.headers["authorization"].startswith("Basic ") for asked in server.asked)
+        model.caption(frame)
+    assert all(request.headers["authorization"].startswith("Basic ") for request in server.requests)
     for text in [*texts_of(caught.value), repr(model), caplog.text]:
         assert secret not in text
 
@@ -149,7 +149,7 @@ def test_server_urls_are_normalized(url: str, clean: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("localhost:2020", "'localhost:2020' is not a server URL; add the scheme"),
         ("", "is not a server URL"),
@@ -166,8 +166,8 @@ def test_server_urls_are_normalized(url: str, clean: str) -> None:
         (5, "the URL of a server must be a string such as"),
     ],
 )
-def test_invalid_server_urls_raise(url: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says) as caught:
+def test_invalid_server_urls_raise(url: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
         ServerURL.parse(url)
     assert not [text for text in texts_of(caught.value) if "secret" in text]
 

@@ -1,6 +1,6 @@
-"""The same boxes everywhere: the tiny model in this process, and behind a server of ours in each of its dialects.
+"""The detector suite for the tiny model in this process, and on `moondream-cv serve` through every dialect.
 
-Run with `pytest tests/backends/test_everywhere.py`; Roboflow's own server has its turn in `tests/roboflow`.
+`tests/roboflow` runs it with Roboflow's own server.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def tiny() -> Iterator[LocalModel]:
 
 @pytest.fixture(scope="module")
 def url(tiny: LocalModel) -> Iterator[str]:
-    """A server of ours with the tiny model."""
+    """Run `moondream-cv serve` with the tiny model, and return its URL."""
     with served(tiny) as server:
         yield server.url
 
 
 def open_deployment(name: str, tiny: LocalModel, url: str) -> Deployment:
-    """The deployment of this name; all but the local model are to be closed."""
+    """Return a deployment by name; the caller closes its model unless it is the local one."""
     if name == "local":
         return Deployment(tiny, address="tiny")
     if name == "connect":
@@ -66,7 +66,7 @@ def addressable(request: pytest.FixtureRequest, tiny: LocalModel, url: str) -> I
 
 
 class TestDetectorBackends(DetectorSuite):
-    """Local, and four dialects of our server."""
+    """The local model, and the server in four dialects."""
 
 
 def test_own_server_is_identified_as_moondream(url: str) -> None:
@@ -76,7 +76,7 @@ def test_own_server_is_identified_as_moondream(url: str) -> None:
 
 @pytest.fixture(scope="module")
 def limited_url(tiny: LocalModel) -> Iterator[str]:
-    """A server that takes small images alone."""
+    """Run a server with a low pixel limit, and return its URL."""
     with served(tiny, max_pixels=100_000) as server:
         yield server.url
 
@@ -97,7 +97,7 @@ def test_frame_that_the_server_rejects(limited_url: str, tiny: LocalModel, diale
 
 @pytest.fixture(scope="module")
 def crowded_url() -> Iterator[str]:
-    """A server that finds everything that is red."""
+    """Run a server that detects red patches, and return its URL."""
     with served(ColorModel()) as server:
         yield server.url
 
@@ -112,7 +112,7 @@ def test_truncated_list_is_marked(crowded_url: str, dialect: str, most: int) -> 
         )
     assert len(local) == most
     assert np.asarray(local.data["truncated"]).all()
-    if dialect == "roboflow":  # whose requests cannot ask for more than the usual 50
+    if dialect == "roboflow":  # its requests cannot set a limit above the default of 50
         local = local[:50]
     np.testing.assert_array_equal(found.data["truncated"], local.data["truncated"])
     np.testing.assert_allclose(found.xyxy, local.xyxy, rtol=0, atol=1e-3)

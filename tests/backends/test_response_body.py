@@ -1,4 +1,4 @@
-"""Limits on the size of what remote servers answer. Run with `pytest tests/backends/test_backend_bodies.py`."""
+"""Size limits for the responses of remote servers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, connect, 
 from moondream_cv.backends.base import RemoteModel
 from moondream_cv.backends.retries import AttemptError
 from moondream_cv.errors import BackendError
-from tests.helpers.remote_server import Answer, RemoteServer
+from tests.helpers.remote_server import RemoteServer, Reply
 
 MIB = 2**20
 GZIPPED = "Content-Encoding: gzip\r\n"
@@ -27,18 +27,18 @@ GZIPPED = "Content-Encoding: gzip\r\n"
 
 @functools.cache
 def bomb(mebibytes: int, open_with: bytes = b'{"caption": "') -> bytes:
-    """A gzip body that decompresses to so many MiB."""
+    """Return a gzip body that decompresses to a number of MiB."""
     packer = zlib.compressobj(9, wbits=zlib.MAX_WBITS | 16)
     parts = [packer.compress(open_with), *(packer.compress(b"a" * MIB) for _ in range(mebibytes)), packer.flush()]
     return b"".join(parts)
 
 
 class RawServer:
-    """A server that sends one head and then pieces until the client hangs up.
+    """A server that sends one head and then chunks until the client closes the connection.
 
     Attributes:
-        sent: Bytes of all bodies that it could send.
-        requests: Requests received.
+        sent: Number of body bytes sent.
+        requests: Number of requests received.
     """
 
     def __init__(self, head: str, pieces: Callable[[], Iterator[bytes]]) -> None:
@@ -61,10 +61,10 @@ class RawServer:
 
     def _answer(self, connection: socket.socket) -> None:
         with connection:
-            asked = b""
-            while b"\r\n\r\n" not in asked:
-                asked += connection.recv(65536)
-            head, _, body = asked.partition(b"\r\n\r\n")
+            request = b""
+            while b"\r\n\r\n" not in request:
+                request += connection.recv(65536)
+            head, _, body = request.partition(b"\r\n\r\n")
             lengths = [
                 int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-le")
             ]
@@ -98,7 +98,7 @@ def endless(piece: bytes) -> Callable[[], Iterator[bytes]]:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """The most memory in bytes that a call allocates."""
+    """Return the peak memory in bytes that a call allocates."""
     tracemalloc.start()
     try:
         call()
@@ -122,22 +122,22 @@ CLIENTS: dict[str, tuple[Callable[[str], RemoteModel], str]] = {
 }
 
 
-def call(model: RemoteModel, picture: np.ndarray) -> Any:
-    return model.caption(picture) if isinstance(model, OpenAICompatible) else model.detect(picture, "cat")
+def call(model: RemoteModel, frame: np.ndarray) -> Any:
+    return model.caption(frame) if isinstance(model, OpenAICompatible) else model.detect(frame, "cat")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLIENTS)
 @pytest.mark.parametrize(("status", "limit"), [(200, "32 MiB"), (500, "1 MiB"), (503, "1 MiB")])
 def test_gzip_bombs_are_not_decompressed_beyond_the_limit(
-    server: RemoteServer, picture: np.ndarray, name: str, status: int, limit: str
+    server: RemoteServer, frame: np.ndarray, name: str, status: int, limit: str
 ) -> None:
     make, path = CLIENTS[name]
-    server.on(path, Answer(bomb(512), status, {"Content-Encoding": "gzip"}))
+    server.on(path, Reply(bomb(512), status, {"Content-Encoding": "gzip"}))
 
     def refused() -> None:
         with make(server.url) as model, pytest.raises(BackendError, match=f"larger than the limit of {limit}"):
-            call(model, picture)
+            call(model, frame)
 
     assert peak_memory(refused) < 80 * MIB
     assert len(server.to(path)) == 1  # not retried
@@ -145,21 +145,21 @@ def test_gzip_bombs_are_not_decompressed_beyond_the_limit(
 
 @pytest.mark.parametrize("name", CLIENTS)
 @pytest.mark.parametrize("head", ["200 OK\r\n", f"200 OK\r\n{GZIPPED}", "500 Oops\r\n"])
-def test_endless_bodies_are_not_read_beyond_the_limit(picture: np.ndarray, name: str, head: str) -> None:
-    # Empty gzip members decompress to nothing: the limit applies to what is received as well.
+def test_endless_bodies_are_not_read_beyond_the_limit(frame: np.ndarray, name: str, head: str) -> None:
+    # Empty gzip members decompress to nothing, so the limit must apply to the received bytes as well.
     piece = gzip.compress(b"") * 3000 if GZIPPED in head else b" " * 65536
     with raw_server(head, endless(piece)) as server:
         with CLIENTS[name][0](server.url) as model, pytest.raises(BackendError, match="larger than the limit"):
-            call(model, picture)
+            call(model, frame)
         assert server.sent < 48 * MIB
         assert server.requests == 1
 
 
-def test_content_length_above_the_limit_is_rejected_before_reading(picture: np.ndarray) -> None:
+def test_content_length_above_the_limit_is_rejected_before_reading(frame: np.ndarray) -> None:
     with raw_server("200 OK\r\nContent-Length: 99999999999\r\n", endless(b" " * 65536)) as server:
         with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match="limit of 32 MiB"):
-            model.caption(picture)
-        assert server.sent < 16 * MIB  # what fits into the buffers of the sockets
+            model.caption(frame)
+        assert server.sent < 16 * MIB  # size of the socket buffers
 
 
 EVENTS = "200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -167,14 +167,14 @@ EVENTS = "200 OK\r\nContent-Type: text/event-stream\r\n"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_stream_lines_are_limited(picture: np.ndarray, gzipped: bool) -> None:
+def test_stream_lines_are_limited(frame: np.ndarray, gzipped: bool) -> None:
     pieces = (lambda: iter([bomb(512, b"data: ")])) if gzipped else endless(b"a" * 65536)
     with raw_server(EVENTS + GZIPPED * gzipped, pieces) as server:
 
         def refused() -> None:
-            says = "line in its event stream larger than the limit of 1 MiB"
-            with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match=says):
-                list(model.caption(picture, stream=True)["caption"])
+            message = "line in its event stream larger than the limit of 1 MiB"
+            with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match=message):
+                list(model.caption(frame, stream=True)["caption"])
 
         assert peak_memory(refused) < 16 * MIB
         assert server.sent < 16 * MIB
@@ -182,14 +182,14 @@ def test_stream_lines_are_limited(picture: np.ndarray, gzipped: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [b": nothing\n", b"\n", b'data: {"chunk": ""}\n\n'])
-def test_stream_size_is_limited(picture: np.ndarray, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_size_is_limited(frame: np.ndarray, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(response_body, "MAX_STREAM_BYTES", 4 * MIB)
     with raw_server(EVENTS, endless(line * 4096)) as server:
 
         def refused() -> None:
-            says = "stream larger than the limit of 4 MiB"
-            with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match=says):
-                list(model.caption(picture, stream=True)["caption"])
+            message = "stream larger than the limit of 4 MiB"
+            with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match=message):
+                list(model.caption(frame, stream=True)["caption"])
 
         assert peak_memory(refused) < 8 * MIB
         assert server.requests == 1
@@ -202,45 +202,45 @@ def test_probe_responses_are_limited() -> None:
         assert server.sent < 2 * 48 * MIB  # two routes
 
 
-def test_json_with_too_many_values_is_rejected(server: RemoteServer, picture: np.ndarray) -> None:
-    server.on("/v1/caption", Answer(b'{"a": [' + b"[]," * 5_000_000 + b"[]]}"))
+def test_json_with_too_many_values_is_rejected(server: RemoteServer, frame: np.ndarray) -> None:
+    server.on("/v1/caption", Reply(b'{"a": [' + b"[]," * 5_000_000 + b"[]]}"))
 
     def refused() -> None:
         with MoondreamAPI(server.url) as model, pytest.raises(BackendError, match="limit of 2,000,000 values"):
-            model.caption(picture)
+            model.caption(frame)
 
     assert peak_memory(refused) < 64 * MIB
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-def test_only_gzip_encoding_is_accepted(server: RemoteServer, picture: np.ndarray, name: str) -> None:
+def test_only_gzip_encoding_is_accepted(server: RemoteServer, frame: np.ndarray, name: str) -> None:
     make, path = CLIENTS[name]
     server.on(
         path,
-        Answer(b"abc", headers={"Content-Encoding": "gzip, gzip"}),
-        Answer(b"abc", headers={"Content-Encoding": "gzip"}),
+        Reply(b"abc", headers={"Content-Encoding": "gzip, gzip"}),
+        Reply(b"abc", headers={"Content-Encoding": "gzip"}),
     )
     with make(server.url) as model:
         with pytest.raises(BackendError, match="content encoding 'gzip, gzip', but only gzip was requested"):
-            call(model, picture)
+            call(model, frame)
         with pytest.raises(BackendError, match="invalid gzip data"):
-            call(model, picture)
-    assert {asked.headers["accept-encoding"] for asked in server.to(path)} == {"gzip"}
+            call(model, frame)
+    assert {request.headers["accept-encoding"] for request in server.to(path)} == {"gzip"}
 
 
-def test_gzip_responses_and_streams_are_decompressed(server: RemoteServer, picture: np.ndarray) -> None:
+def test_gzip_responses_and_streams_are_decompressed(server: RemoteServer, frame: np.ndarray) -> None:
     reply = b'{"caption": "a patch", "objects": [], "predictions": []}'
     stream = b'data: {"chunk": "a "}\n\ndata: {"chunk": "patch"}\n\ndata: {"completed": true}\n\n'
     headers = {"Content-Encoding": "gzip"}
-    server.on("/v1/caption", Answer(gzip.compress(reply), headers=headers))
-    server.on("/infer/lmm", Answer(gzip.compress(reply), headers=headers))
+    server.on("/v1/caption", Reply(gzip.compress(reply), headers=headers))
+    server.on("/infer/lmm", Reply(gzip.compress(reply), headers=headers))
     with MoondreamAPI(server.url) as model:
-        assert model.caption(picture)["caption"] == "a patch"
-        server.on("/v1/caption", Answer(gzip.compress(stream), headers=headers, kind="text/event-stream"))
-        assert list(model.caption(picture, stream=True)["caption"]) == ["a ", "patch"]
-        server.on("/v1/caption", Answer({"message": "no"}, 400))
+        assert model.caption(frame)["caption"] == "a patch"
+        server.on("/v1/caption", Reply(gzip.compress(stream), headers=headers, kind="text/event-stream"))
+        assert list(model.caption(frame, stream=True)["caption"]) == ["a ", "patch"]
+        server.on("/v1/caption", Reply({"message": "no"}, 400))
     with roboflow(server.url) as model:
-        assert model.detect(picture, "cat")["objects"] == []
+        assert model.detect(frame, "cat")["objects"] == []
 
 
 @pytest.mark.parametrize("size", [1, 7, 65536, 10**7])

@@ -26,10 +26,10 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError, CheckpointError, MoondreamError
 from moondream_cv.requests import Detect, ErrorResult
 from moondream_cv_blocks import REGISTERED_INITIALIZERS, ModelPool, load_blocks, pool
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 
 TINY = Path(moondream_cv.__file__).parent / "tiny"
-MODELS_ANSWER = Answer({"models": [{"id": "tiny", "has_scores": True}]})
+MODELS_ANSWER = Reply({"models": [{"id": "tiny", "has_scores": True}]})
 THREADS = 8
 KEYS = ("API_KEY", "FAL_KEY", "MOONDREAM_API_KEY", "OPENAI_API_KEY", "ROBOFLOW_API_KEY")
 VARIABLES = (pool.ALLOWED, pool.DEVICE, pool.TIMEOUT, *KEYS)
@@ -245,13 +245,13 @@ def test_failed_model_is_retried_after_retry_seconds(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: now))
-    server.on("/v1/models", Answer({}, 404))
+    server.on("/v1/models", Reply({}, 404))
 
     def fails() -> int:
         """Assert that the model fails, and return the number of requests so far."""
         with pytest.raises(BackendError, match="has an unknown API"):
             models.get(server.url)
-        return len(server.asked)
+        return len(server.requests)
 
     once = fails()
     now += pool.RETRY_SECONDS - 0.1
@@ -374,7 +374,7 @@ def test_get_rejects_names_that_are_not_strings(models: ModelPool, name: Any) ->
 def test_slow_model_does_not_block_other_models(models: ModelPool, server: RemoteServer) -> None:
     asked, resume = threading.Event(), threading.Event()
 
-    def reply(_: object) -> Answer:
+    def reply(_: object) -> Reply:
         asked.set()
         resume.wait(240)
         return MODELS_ANSWER
@@ -469,7 +469,7 @@ def test_invalid_timeout_in_the_environment_raises(monkeypatch: pytest.MonkeyPat
 
 
 def test_timeout_applies_to_servers(server: RemoteServer) -> None:
-    server.on("/v1/models", MODELS_ANSWER).on("/v1/caption", Answer(fault="hang"))
+    server.on("/v1/models", MODELS_ANSWER).on("/v1/caption", Reply(fault="hang"))
     models = ModelPool(timeout=0.2)
     with pytest.raises(BackendError, match=r"did not respond within 0\.2 s"):
         models.get(server.url).caption(np.zeros((8, 8, 3), np.uint8))
@@ -479,8 +479,8 @@ def test_timeout_applies_to_servers(server: RemoteServer) -> None:
 # API keys of the environment
 
 
-INFO = Answer({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
-OPENAI = Answer({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
+INFO = Reply({"name": "Roboflow Inference Server", "version": "1.8.3", "uuid": "u"})
+OPENAI = Reply({"object": "list", "data": [{"id": "gpt", "object": "model"}]})
 HOSTS = {"this machine": "127.0.0.1", "localhost": "localhost", "another host": "127.1"}
 SERVICES = {
     "MOONDREAM_API_KEY": ("/v1/models", MODELS_ANSWER),
@@ -509,12 +509,12 @@ def test_keys_are_sent_to_trusted_servers_only(
     if listed:
         monkeypatch.setenv(pool.ALLOWED, f"tiny, {url}/")
     model = models.get(url)
-    probes = len(server.asked)
+    probes = len(server.requests)
     assert isinstance(
         model.run([Detect(np.zeros((8, 8, 3), np.uint8), "dog")])[0], ErrorResult
     )  # the server has no such route
-    sent = json.dumps([[asked.path, dict(asked.headers), asked.body] for asked in server.asked])
-    assert len(server.asked) > probes > 0
+    sent = json.dumps([[asked.path, dict(asked.headers), asked.body] for asked in server.requests])
+    assert len(server.requests) > probes > 0
     assert ("key-of-the-environment" in sent) == (listed or host != "another host")
 
 

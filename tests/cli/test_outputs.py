@@ -20,7 +20,7 @@ from PIL import Image
 
 from moondream_cv.requests import Result
 from tests.helpers.color_model import ColorModel, picture
-from tests.helpers.remote_server import Answer, RemoteServer, remote_server
+from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.small_commands import command
 
 Run = Callable[..., Any]
@@ -29,8 +29,8 @@ Run = Callable[..., Any]
 @pytest.fixture
 def server() -> Iterator[RemoteServer]:
     with remote_server() as running:
-        running.on("/v1/models", Answer({"models": []}))
-        running.on("/v1/detect", Answer({"objects": []}))
+        running.on("/v1/models", Reply({"models": []}))
+        running.on("/v1/detect", Reply({"objects": []}))
         yield running
 
 
@@ -159,7 +159,7 @@ def test_backslashes_in_a_path_are_not_doubled(run: Run, folder: Path) -> None:
 
 
 def test_image_urls(run: Run, folder: Path, server: RemoteServer) -> None:
-    server.on("/shelf/a%20b.png", Answer((folder / "one.png").read_bytes(), kind="image/png"))
+    server.on("/shelf/a%20b.png", Reply((folder / "one.png").read_bytes(), kind="image/png"))
     url = f"{server.url}/shelf/a%20b.png?token=secret"
     result = run("detect", url, "-c", "red", "-o", "out/")
     assert result.exit_code == 0, result.stderr
@@ -169,7 +169,7 @@ def test_image_urls(run: Run, folder: Path, server: RemoteServer) -> None:
     urls = [f"{server.url}/shelf/a%20b.png?{number}" for number in range(10)]  # more than are downloaded early
     lines = [json.loads(line) for line in run("detect", *urls, "-c", "red", "--json").stdout.splitlines()]
     assert [(line["image"], len(line["objects"])) for line in lines] == [(url, 1) for url in urls]
-    assert sum("a%20b" in asked.path for asked in server.asked) == 11
+    assert sum("a%20b" in asked.path for asked in server.requests) == 11
 
 
 @pytest.mark.parametrize(

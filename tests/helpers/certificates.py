@@ -1,4 +1,4 @@
-"""A throw-away certificate authority, for clients that insist on https."""
+"""Temporary certificate authority, for clients that require https."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 
 class Certificates(NamedTuple):
-    """Paths of PEM files: the authority's certificate, which clients trust, and localhost's certificate and key."""
+    """Paths of PEM files.
+
+    Attributes:
+        authority: Certificate of the authority, which clients trust.
+        certificate: Certificate of localhost.
+        key: Private key of localhost.
+    """
 
     authority: str
     certificate: str
@@ -15,7 +21,7 @@ class Certificates(NamedTuple):
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """Write certificates that are valid for localhost into a folder."""
+    """Write certificates for localhost to a folder, and return their paths."""
     import trustme
 
     authority = trustme.CA()

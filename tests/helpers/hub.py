@@ -1,12 +1,12 @@
-"""A Hugging Face hub on this machine: repositories with the published layout, and everything that can go wrong.
+"""Local Hugging Face hub: repositories in the published layout, and simulated failures.
 
     with Hub() as hub:
         commit = hub.add("someone/model", {"config.json": b"{}", "model.safetensors": weights}, refs=["main"])
         hub.fail("/resolve/", status=503)
         ...  # with HF_ENDPOINT=hub.url
 
-Large files (weights) have a SHA-256 and are redirected to a second server at another host name, as on the real hub;
-small files have Git's hash. Both servers answer range requests. `hub.requests` lists the requests.
+Large files (weights) have a SHA-256 and are redirected to a second server with another host name, as on the real hub;
+small files have a Git hash. Both servers support range requests. `hub.requests` lists the requests.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ LOGIN_PAGE = b"<!DOCTYPE html>\n<html><body>Welcome to Airport WiFi. Please log 
 
 @dataclass
 class Failure:
-    """A fault of the servers in all matching requests.
+    """A failure of matching requests.
 
     Attributes:
-        pattern: Regular expression in the path.
-        status: HTTP status; 0: no answer until the server closes.
-        times: Number of requests that fail; None: all.
-        location: Redirect to this URL instead.
-        cut: Send this many bytes of the real file, then close the connection.
-        method: "GET" or "HEAD"; None: both.
-        range: Regular expression for the Range header, "" if there is none; None: any.
+        pattern: Regular expression for the path.
+        status: Status code; 0 for no response until the server closes.
+        headers: Headers of the response.
+        body: Body of the response.
+        times: Number of requests that fail; None for all.
+        location: URL to redirect to instead.
+        cut: Number of bytes of the file to send before the connection is closed.
+        method: "GET" or "HEAD"; None for both.
+        range: Regular expression for the Range header, which is "" if missing; None for any.
     """
 
     pattern: str
@@ -59,7 +61,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that arrived."""
+    """A recorded request."""
 
     host: str
     method: str
@@ -72,12 +74,12 @@ class Hub:
     """A hub with its file server (CDN).
 
     Attributes:
-        url: For HF_ENDPOINT.
+        url: URL for HF_ENDPOINT.
         cdn: URL of the file server.
-        requests: All requests, in their order.
-        private: Repositories that need the token "secret".
-        gated: Repositories that no token opens.
-        lists_hashes: Whether the list of files contains hashes, as the real hub does.
+        requests: All requests, in order.
+        private: Repositories that require the token "secret".
+        gated: Repositories without access for any token.
+        lists_hashes: Whether the list of files contains hashes, as on the real hub.
     """
 
     def __init__(self) -> None:
@@ -105,7 +107,7 @@ class Hub:
             server.server_close()
 
     def add(self, repo: str, files: Mapping[str, bytes], refs: Iterable[str] = ("main",)) -> str:
-        """Add a commit, and let branches or tags point to it; returns the commit's hash."""
+        """Add a commit, set branches or tags to it, and return its hash."""
         digest = hashlib.sha1(f"{repo} {len(self.repos.get(repo, {}))}".encode())
         for name, content in sorted(files.items()):
             digest.update(name.encode() + b"\0" + content)
@@ -116,13 +118,13 @@ class Hub:
         return commit
 
     def fail(self, pattern: str = "", status: int = 200, **options: object) -> Failure:
-        """Let requests fail from now on; see `Failure`."""
+        """Add a failure for the following requests, see `Failure`."""
         failure = Failure(pattern, status, **options)  # type: ignore[arg-type]
         self.failures.append(failure)
         return failure
 
     def asked(self, pattern: str = "", method: str | None = None) -> list[Asked]:
-        """The requests whose path matches."""
+        """Return the requests whose path matches a pattern."""
         with self._lock:
             return [a for a in self.requests if re.search(pattern, a.path) and method in (None, a.method)]
 
@@ -198,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repo, commit, name
 
     def _files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """The commit and files of a revision; None if an error was sent."""
+        """Return the commit and files of a revision; None if an error was sent."""
         opened = self.headers.get("Authorization") == "Bearer secret"
         if repo not in self.hub.repos or (repo in self.hub.private and not opened):
             self._error(401, "RepoNotFound")
@@ -273,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             self.wfile.write(body if cut is None else body[:cut])
-        except OSError:  # the client has read enough
+        except OSError:  # the client closed the connection
             self.close_connection = True
         if cut is not None and cut < len(body):
             self.close_connection = True

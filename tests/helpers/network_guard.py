@@ -1,11 +1,11 @@
-"""A guard that lets nothing of this process speak to another machine, and tells what has tried.
+"""Guard that blocks and records network access of this process to other machines.
 
     with refusing_network() as attempts:
         ...
     assert attempts == []
 
-Python reports each connection and each look-up of a name to audit hooks before it is made. What code in other languages
-does without Python's sockets is not seen, and neither are other processes: those need a guard of their own.
+Python reports connections and name lookups to audit hooks before they happen. Access by native code
+without Python's sockets is not detected, nor is access by other processes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _INTERNET_FAMILIES = {socket.AF_INET, socket.AF_INET6}
 
 
 class NetworkRefused(ConnectionError):
-    """Something spoke to another machine, or asked for its address."""
+    """A connection to another machine, or a lookup of its address."""
 
 
 @contextmanager
 def refusing_network() -> Iterator[list[str]]:
-    """Raise `NetworkRefused` where a connection or a look-up of a name is not for this machine, in every thread.
+    """Raise `NetworkRefused` for connections to other machines and lookups of their names, in every thread.
 
     Yields:
-        What was refused so far, also where the error was caught by whoever tried.
+        Descriptions of the blocked attempts so far, including those whose error was caught.
     """
     global _installed
-    if not _installed:  # a hook stays until the process ends
+    if not _installed:  # a hook cannot be removed
         sys.addaudithook(_hook)
         _installed = True
     attempts: list[str] = []
@@ -45,7 +45,7 @@ def refusing_network() -> Iterator[list[str]]:
 
 
 def is_here(host: object) -> bool:
-    """Whether a host, as sockets take it, is this machine."""
+    """Return whether a host is this machine."""
     if isinstance(host, (bytes, bytearray)):
         host = host.decode("ascii", "replace")
     if host is None or host in ("", "localhost"):
@@ -59,9 +59,9 @@ def is_here(host: object) -> bool:
 
 
 def _to(place: Any, address: Any) -> bool:
-    """Whether a socket sends to this machine."""
+    """Return whether a socket sends to this machine."""
     if place.family in _INTERNET_FAMILIES:
-        return address is None or is_here(address[0])  # None: to where it is connected
+        return address is None or is_here(address[0])  # None: the connected address
     return place.family in _LOCAL_FAMILIES
 
 
@@ -84,4 +84,4 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     attempt = f"{event} {arguments[1] if _EVENTS[event] is _to else arguments[0]}"
     for guard in _guards:
         guard.append(attempt)
-    raise NetworkRefused(f"no network here: {attempt}")
+    raise NetworkRefused(f"network access is blocked: {attempt}")

@@ -1,4 +1,4 @@
-"""The known releases of Moondream 2 at sizes of a few kilobytes, on a hub on this machine."""
+"""The known releases of Moondream 2 on a local hub, with weights of a few kilobytes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,19 @@ EARLIER_TEMPLATES = {
 
 @dataclass
 class Published:
-    """A hub with the published layout, at small sizes."""
+    """A local hub with the published layout and small weights.
+
+    Attributes:
+        hub: Hub.
+        weights: Content of the weights.
+        release: Commit of the current release.
+        main: Commit of the main branch.
+        earlier: Commit of an earlier release.
+    """
 
     hub: Hub
     weights: bytes
-    release: str  # commits
+    release: str
     main: str
     earlier: str
 
@@ -58,7 +66,7 @@ def weights(seed: int, folder: Path) -> bytes:
 
 
 def packed(content: bytes, folder: Path) -> bytes:
-    """The weights with those of the decoder's MLPs in 4 bits."""
+    """Return weights with the decoder MLPs quantized to 4 bits."""
     (folder / "plain.safetensors").write_bytes(content)
     tensors = load_file(folder / "plain.safetensors")
     for name in [name for name in tensors if ".text.blocks" in name and ".mlp." in name and name.endswith(".weight")]:
@@ -71,7 +79,7 @@ def packed(content: bytes, folder: Path) -> bytes:
 
 @contextmanager
 def published_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
-    """The known releases at sizes of a few kilobytes, on a hub that `HF_ENDPOINT` names; an empty cache."""
+    """Run a hub with small releases, set `HF_ENDPOINT` to it, and use an empty cache."""
     small = small_config()
     earlier = replace(small, tokenizer=replace(small.tokenizer, bos_id=1, eos_id=1, templates=EARLIER_TEMPLATES))
     known = (Release(REPO, RELEASE, small, TOKENIZER_REPO), Release(REPO, EARLIER, earlier))
@@ -88,7 +96,7 @@ def published_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
             "config.json": PUBLISHED_CONFIG,
             "hf_moondream.py": b"raise AssertionError",
             "README.md": b"x" * 10_000,
-            "tokenizer.json": tokenizer_json(control_tokens=["<a>", "<b>"]),  # of the earlier releases
+            "tokenizer.json": tokenizer_json(control_tokens=["<a>", "<b>"]),  # of earlier releases
         }
         old = weights(1, tmp_path / "old")
         new = weights(0, tmp_path / "new")

@@ -1,7 +1,7 @@
-"""A server on localhost that answers what a test tells it to, and remembers what it was asked.
+"""HTTP server on localhost that returns prepared replies and records the requests.
 
 with remote_server() as server:
-    server.on("/v1/caption", Answer({"caption": "a cat"}))
+    server.on("/v1/caption", Reply({"caption": "a cat"}))
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from urllib.parse import urlsplit
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request as it came.
+class ReceivedRequest:
+    """A recorded request.
 
     Attributes:
-        path: With the query.
-        headers: By lower-case names.
-        body: The JSON of the body; None where there is no body.
-        connection: The port that it came from: equal for requests over one connection.
+        method: HTTP method.
+        path: Path with the query.
+        headers: Headers by lower-case names.
+        body: Parsed JSON of the body; None if there is none.
+        connection: Port of the client, equal for all requests of one connection.
     """
 
     method: str
@@ -37,13 +38,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer.
+class Reply:
+    """A response to return from the server.
 
     Attributes:
-        body: Bytes as they are, anything else as JSON.
-        fault: "reset" the connection instead; "hang": never answer; "cut": close the connection within the body;
-            "trickle": send a byte of the body every 20 ms, and never the last one.
+        body: Bytes, or a value to send as JSON.
+        status: Status code.
+        headers: Additional headers.
+        kind: Content type.
+        fault: "reset" closes the connection instead of responding; "hang" never responds; "cut" closes the connection
+            inside the body; "trickle" sends a byte of the body every 20 ms, and never completes it.
     """
 
     body: Any = field(default_factory=dict)
@@ -53,29 +57,29 @@ class Answer:
     fault: Literal["", "reset", "hang", "cut", "trickle"] = ""
 
 
-Reply = Answer | Callable[[Asked], Answer]
+ReplySource = Reply | Callable[[ReceivedRequest], Reply]
 
 
-def streamed(*events: object, done: bool = False) -> Answer:
-    """Server-sent events: bytes as they are, anything else as JSON."""
+def event_stream(*events: object, done: bool = False) -> Reply:
+    """Return a response with server-sent events: bytes, or values to send as JSON."""
     lines = [event if isinstance(event, bytes) else b"data: " + json.dumps(event).encode() for event in events]
-    return Answer(b"\n\n".join([*lines, b"data: [DONE]"] if done else lines) + b"\n\n", kind="text/event-stream")
+    return Reply(b"\n\n".join([*lines, b"data: [DONE]"] if done else lines) + b"\n\n", kind="text/event-stream")
 
 
 class RemoteServer:
     """A running server.
 
     Attributes:
-        url: Without a slash at the end.
-        asked: All requests so far, in the order in which they came.
-        most_in_flight: How many of them waited for an answer at a time, at the most.
+        url: URL without a trailing slash.
+        requests: All requests so far, in order.
+        max_in_flight_seen: Maximum number of concurrent requests so far.
     """
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
-        self.most_in_flight = 0
+        self.requests: list[ReceivedRequest] = []
+        self.max_in_flight_seen = 0
         self._in_flight = 0
-        self._replies: dict[str, list[Reply]] = {}
+        self._replies: dict[str, list[ReplySource]] = {}
         self._lock = threading.Lock()
         self.stopping = threading.Event()
         self._http = _Threads(("127.0.0.1", 0), _Handler)
@@ -84,36 +88,36 @@ class RemoteServer:
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
-    def on(self, path: str, *replies: Reply) -> RemoteServer:
-        """Answer a path with these, one after the other, and then always with the last; other paths give 404."""
+    def on(self, path: str, *replies: ReplySource) -> RemoteServer:
+        """Set the replies of a path, in order; the last one repeats. Other paths return 404."""
         self._replies[path] = list(replies)
         return self
 
-    def to(self, path: str) -> list[Asked]:
-        """The requests to a path."""
-        return [asked for asked in self.asked if urlsplit(asked.path).path == path]
+    def to(self, path: str) -> list[ReceivedRequest]:
+        """Return the requests to a path."""
+        return [request for request in self.requests if urlsplit(request.path).path == path]
 
     def stop(self) -> None:
         self.stopping.set()
         self._http.shutdown()
         self._http.server_close()
 
-    def take(self, asked: Asked) -> Reply:
+    def record(self, request: ReceivedRequest) -> ReplySource:
         with self._lock:
-            self.asked.append(asked)
+            self.requests.append(request)
             self._in_flight += 1
-            self.most_in_flight = max(self.most_in_flight, self._in_flight)
-            replies = self._replies.get(urlsplit(asked.path).path, [Answer({"error": {"message": "no route"}}, 404)])
+            self.max_in_flight_seen = max(self.max_in_flight_seen, self._in_flight)
+            replies = self._replies.get(urlsplit(request.path).path, [Reply({"error": {"message": "no route"}}, 404)])
             return replies.pop(0) if len(replies) > 1 else replies[0]
 
-    def answered(self) -> None:
+    def finish(self) -> None:
         with self._lock:
             self._in_flight -= 1
 
 
 @contextlib.contextmanager
 def remote_server() -> Iterator[RemoteServer]:
-    """Run such a server on a free port."""
+    """Run a server on a free port."""
     server = RemoteServer()
     try:
         yield server
@@ -128,7 +132,7 @@ class _Threads(ThreadingHTTPServer):
     remote: RemoteServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are what some tests are about."""
+        """Ignore clients that close the connection, which some tests do."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -141,36 +145,36 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         headers = {name.lower(): value for name, value in self.headers.items()}
         parsed = json.loads(body) if body else None
-        asked = Asked(self.command, self.path, headers, parsed, self.client_address[1])
-        reply = remote.take(asked)
+        request = ReceivedRequest(self.command, self.path, headers, parsed, self.client_address[1])
+        source = remote.record(request)
         try:
-            answer = reply if isinstance(reply, Answer) else reply(asked)
+            response = source if isinstance(source, Reply) else source(request)
         finally:
-            remote.answered()
-        self._send(answer)
+            remote.finish()
+        self._send(response)
 
     do_POST = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def _send(self, answer: Answer) -> None:
-        self.close_connection = bool(answer.fault)
-        if answer.fault == "hang":
+    def _send(self, response: Reply) -> None:
+        self.close_connection = bool(response.fault)
+        if response.fault == "hang":
             self.server.remote.stopping.wait(240)
             return
-        if answer.fault == "reset":
+        if response.fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             return
-        content = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.kind)
-        endless = {"cut": 1, "trickle": 2**20}.get(answer.fault, 0)
+        content = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode()
+        self.send_response(response.status)
+        self.send_header("Content-Type", response.kind)
+        endless = {"cut": 1, "trickle": 2**20}.get(response.fault, 0)
         self.send_header("Content-Length", str(len(content) + endless))
-        for name, value in answer.headers.items():
+        for name, value in response.headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-        while answer.fault == "trickle" and not self.server.remote.stopping.wait(0.02):
+        while response.fault == "trickle" and not self.server.remote.stopping.wait(0.02):
             self.wfile.write(b" ")

@@ -1,7 +1,7 @@
-"""Default signals for the tests and for the processes that they start.
+"""Default signal handling for the tests and the processes that they start.
 
-Processes started by `nohup ... &` ignore SIGINT, and their children inherit that. So do processes that many CI systems
-start.
+Processes started by `nohup ... &` ignore SIGINT, and their children inherit this. So do processes started by many CI
+systems.
 """
 
 from __future__ import annotations
