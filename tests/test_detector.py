@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
 import logging
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -24,17 +26,18 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from moondream_cv import detector as detector_module
+from moondream_cv.backends import DIALECTS
 from moondream_cv.detector import Detector, Pointer
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError, ImageError, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import DetectedObject, DetectedPoint, PointResult, Request, Result
-from tests.helpers.color_model import ColorModel, ListModel, picture
+from tests.helpers.color_model import ColorModel, ListModel, color_frame
 
 pytestmark = pytest.mark.compat
 
 RED, GREEN = (10, 5, 30, 45), (50, 20, 70, 40)
-FRAME = picture(("red", RED), ("green", GREEN))
-BROKEN = picture(("magenta", (0, 0, 80, 60)))
+FRAME = color_frame(("red", RED), ("green", GREEN))
+BROKEN = color_frame(("magenta", (0, 0, 80, 60)))
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_list_of_frames_returns_a_list_of_the_same_length(color_model: ColorMode
     assert detector([], "red") == []
     (single,) = detector([FRAME], "red")
     assert_filled(single, 1)
-    first, second = detector([FRAME, picture(("green", (0, 0, 5, 5)), size_wh=(20, 10))], ["red", "green"])
+    first, second = detector([FRAME, color_frame(("green", (0, 0, 5, 5)), size_wh=(20, 10))], ["red", "green"])
     assert_filled(first, 2)
     assert second.xyxy.tolist() == [[0, 0, 5, 5]]
     assert second.class_id.tolist() == [1]
@@ -276,13 +279,13 @@ def test_threshold_without_scores_warns_once() -> None:
 
 
 def test_truncation_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    frame = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)])
+    frame = color_frame(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)])
     with caplog.at_level(logging.INFO, "moondream_cv"):
         assert len(Detector(ColorModel(), max_objects=3)(frame, "red")) == 3
     assert "'red': there may be more than max_objects=3" in caplog.text
 
 
-ROW = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", GREEN))
+ROW = color_frame(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", GREEN))
 
 
 def test_mark_truncated_marks_every_object_of_a_truncated_class() -> None:
@@ -369,9 +372,9 @@ def test_unreadable_frames_raise_image_error(frame: Any, color_model: ColorModel
 
 
 def test_model_error_is_raised(color_model: ColorModel) -> None:
-    with pytest.raises(BackendError, match="refused the picture"):
+    with pytest.raises(BackendError, match="rejected the image"):
         Detector(color_model)(BROKEN, "red")
-    with pytest.raises(BackendError, match="refused the picture"):
+    with pytest.raises(BackendError, match="rejected the image"):
         Detector(color_model)([FRAME, BROKEN], "red")
 
 
@@ -386,7 +389,7 @@ def test_on_error_empty_returns_empty_detections(color_model: ColorModel, caplog
     assert len(color_model.runs) == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "missing.png" in caplog.text
-    assert "refused the picture" in caplog.text
+    assert "rejected the image" in caplog.text
     assert_filled(detector("missing.png", "red"), 0)
     with pytest.raises(ValueError, match="at least one class"):  # an invalid argument always raises
         detector(FRAME, [])
@@ -403,13 +406,31 @@ def test_detect_each_returns_errors_in_order(color_model: ColorModel, on_error: 
     assert isinstance(unread, ImageError)
     assert "frames[1]: " in str(unread)
     assert "missing.png" in str(unread)
-    assert "refused the picture" in str(failed)
+    assert "rejected the image" in str(failed)
     assert len(color_model.runs) == 1
     assert detector.detect_each([], "red") == []
     with pytest.raises(ValueError, match="at least one class"):
         detector.detect_each([FRAME], [])
     with pytest.raises(ValueError, match="frames must be a list, got ndarray"):
         detector.detect_each(FRAME, "red")  # type: ignore[arg-type]
+
+
+def test_deprecated_attempt_calls_detect_each(color_model: ColorModel) -> None:
+    with pytest.warns(FutureWarning, match="attempt is deprecated .* use detect_each") as caught:
+        (detections,) = Detector(color_model).attempt([FRAME], "red")
+    assert caught[0].filename == __file__
+    assert isinstance(detections, sv.Detections)
+    assert_filled(detections, 1)
+
+
+@pytest.mark.parametrize("kind", [Detector, Pointer, *DIALECTS.values()])
+def test_constructor_signature_and_docstring_list_every_option(kind: Any) -> None:
+    parameters = [*inspect.signature(kind).parameters.values()]
+    documented = re.findall(
+        r"^ *(\w+): ", inspect.cleandoc(kind.__init__.__doc__).partition("Raises:")[0], re.MULTILINE
+    )
+    assert {parameter.name for parameter in parameters} <= {*documented, "base_url", "api_url"}
+    assert not [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
 
 
 @pytest.mark.parametrize(
@@ -501,14 +522,14 @@ def test_acall_returns_the_results_of_a_call(color_model: ColorModel) -> None:
 
 def test_concurrent_calls_return_their_own_results(color_model: ColorModel) -> None:
     detector = Detector(color_model, nms=0.5)
-    frames = [picture(("red", (x, 5, x + 10, 20))) for x in range(60)]
+    frames = [color_frame(("red", (x, 5, x + 10, 20))) for x in range(60)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda frame: detector(frame, ["green", "red"]), frames))
     assert [d.xyxy[0, 0] for d in found] == list(range(60))
 
 
 def test_detector_works_as_an_inference_slicer_callback(color_model: ColorModel) -> None:
-    frame = picture(("red", (150, 20, 160, 30)), ("green", (20, 150, 40, 170)), size_wh=(200, 200))
+    frame = color_frame(("red", (150, 20, 160, 30)), ("green", (20, 150, 40, 170)), size_wh=(200, 200))
     slicer = sv.InferenceSlicer(partial(Detector(color_model), classes=["red", "green"]), slice_wh=120, overlap_wh=40)
     detections = slicer(frame)
     assert sorted(detections.xyxy.tolist()) == [[20, 150, 40, 170], [150, 20, 160, 30]]

@@ -89,7 +89,7 @@ COLOUR_KINDS: dict[str, Callable[[], Any]] = {
     "pil rgb": lambda: Image.fromarray(RGB),
     "pil rgba, transparent": lambda: Image.fromarray(np.dstack([RGB, ALPHA])),
     "pil palette": palette,
-    "pil palette, one transparent colour": lambda: palette(3),
+    "pil palette, one transparent color": lambda: palette(3),
     "pil palette, alpha per colour": lambda: palette(bytes(range(0, 160, 10))),
     "pil cmyk": lambda: Image.fromarray(RGB).convert("CMYK"),
     "png bytes": lambda: encoded(RGB, "PNG"),

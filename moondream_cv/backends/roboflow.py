@@ -102,7 +102,7 @@ class RoboflowInference(RemoteModel):
 
         try:
             return self._client().infer_lmm(inference_input=image, model_id=self.model_id, prompt=prompt)
-        except AttemptError:  # of `LimitedAdapter`
+        except AttemptError:  # raised by `LimitedAdapter`
             raise
         except HTTPCallErrorError as error:
             status = error.status_code

@@ -91,11 +91,11 @@ def test_other_files_are_reencoded(frame: np.ndarray, kind: str, mode: str, opti
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "png"])
-@pytest.mark.parametrize("form", ["array", "grey", "floats", "pil", "rgba", "file object"])
+@pytest.mark.parametrize("form", ["array", "gray", "floats", "pil", "rgba", "file object"])
 def test_other_image_types_are_encoded(frame: np.ndarray, image_format: str, form: str) -> None:
     forms: dict[str, Any] = {
         "array": frame,
-        "grey": frame[..., 0],
+        "gray": frame[..., 0],
         "floats": frame / 255,
         "pil": Image.fromarray(frame),
         "rgba": Image.fromarray(frame).convert("RGBA"),
@@ -108,8 +108,8 @@ def test_other_image_types_are_encoded(frame: np.ndarray, image_format: str, for
     with Image.open(io.BytesIO(file_of(encoded))) as opened:
         assert (encoded.mime, opened.format) == (f"image/{image_format}", image_format.upper())
         seen = np.array(opened.convert("RGB")).astype(int)
-        assert image_format == "png" or opened.layer[1][1:3] == (1, 1)  # colours at full resolution
-    assert np.abs(seen - expected).max() <= (0 if image_format == "png" else 20)  # beside edges
+        assert image_format == "png" or opened.layer[1][1:3] == (1, 1)  # color at full resolution
+    assert np.abs(seen - expected).max() <= (0 if image_format == "png" else 20)  # JPEG artifacts at edges
     assert encoded.size == (50, 40)
 
 
