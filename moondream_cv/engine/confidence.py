@@ -68,11 +68,11 @@ def axis_features(logits: Tensor) -> Tensor:
     return torch.stack((stop - start, wide_stop - wide_start, start), -1)
 
 
-def confidence(going_on: float, box: Sequence[float], features: Sequence[Sequence[float]]) -> float:
+def confidence(continue_prob: float, box: Sequence[float], features: Sequence[Sequence[float]]) -> float:
     """Compute the confidence of an object.
 
     Args:
-        going_on: `continue_probability` before the object.
+        continue_prob: `continue_probability` before the object.
         box: x and y of the center, and for an object also width and height, as fractions of the image.
         features: `AxisFeatures` of each number of `box`, in the same order.
 
@@ -85,7 +85,7 @@ def confidence(going_on: float, box: Sequence[float], features: Sequence[Sequenc
     if len(features) != len(box):
         raise ValueError(f"box and features must have the same length, got {len(box)} and {len(features)}")
     axes = [AxisFeatures(*axis) for axis in features]
-    score = going_on / max(1.0 - going_on * axes[0].before, 1e-6)
+    score = continue_prob / max(1.0 - continue_prob * axes[0].before, 1e-6)
     for i, axis in enumerate(axes):
         score *= axis.near if i < 2 else axis.wide
     # Rounding may exceed the range slightly; written so that NaN stays NaN.

@@ -161,10 +161,10 @@ def run_heads(
         if deciding:
             decisions = logits[: len(deciding)]
             eos = network.config.tokenizer.eos_id
-            going_on = continue_probability(decisions, eos)[:, None]
+            continue_probs = continue_probability(decisions, eos)[:, None]
             stop = (decisions.argmax(-1) == eos)[:, None]
-            packed = torch.cat((_gather(partial, deciding), going_on, stop), 1)  # [D, all columns]
-            _scatter(partial, deciding, going_on, COLUMNS["continue_probability"])
+            packed = torch.cat((_gather(partial, deciding), continue_probs, stop), 1)  # [D, all columns]
+            _scatter(partial, deciding, continue_probs, COLUMNS["continue_probability"])
         if writing:
             params = [one for i in writing if (one := sampling[i]) is not None]
             token_embeddings, sampled = _sample_tokens(

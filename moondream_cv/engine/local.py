@@ -437,9 +437,9 @@ class LocalModel(PublishedMethods):
     def _pieces(self, request: Request) -> Iterator[Any]:
         scheduler = self.scheduler()
         job = scheduler.submit(request)
-        going_on = True
-        while going_on:
-            going_on = scheduler.step()
+        is_running = True
+        while is_running:
+            is_running = scheduler.step()
             yield from job.take()
         if isinstance(job.result, ErrorResult):
             raise job.result.error

@@ -84,12 +84,12 @@ def test_mass_of_earlier_objects_does_not_lower_confidence() -> None:
 
 @given(PROBABILITY, st.lists(FEATURES, min_size=4, max_size=4), st.sampled_from([2, 4]))
 def test_confidence_is_in_range_and_increases_with_continue_probability(
-    going_on: float, features: list, count: int
+    continue_prob: float, features: list, count: int
 ) -> None:
     box = (0.5,) * count
-    value = confidence(going_on, box, features[:count])
+    value = confidence(continue_prob, box, features[:count])
     assert 0.0 <= value <= 1.0
-    assert value <= confidence(min(1.0, going_on + 0.1), box, features[:count]) + 1e-9
+    assert value <= confidence(min(1.0, continue_prob + 0.1), box, features[:count]) + 1e-9
 
 
 @pytest.mark.parametrize("axis", range(-1, 4))

@@ -162,9 +162,9 @@ def test_taken_pieces_come_one_by_one_and_equal_the_result(model: LocalModel) ->
     jobs = [scheduler.submit(request) for request in requests]
     pieces: list[list[Any]] = [[] for _ in jobs]
     num_early = [0] * len(jobs)
-    going_on = True
-    while going_on:
-        going_on = scheduler.step()
+    is_running = True
+    while is_running:
+        is_running = scheduler.step()
         for i, job in enumerate(jobs):
             new = job.take()
             assert len(new) <= (1 if not job.done else 2)  # the last step returns the remaining text
@@ -664,9 +664,9 @@ def test_out_of_memory_between_steps_loses_no_pieces(model: LocalModel, calls: t
     jobs = [scheduler.submit(request) for request in mixed(*images)]
     pieces: list[list[Any]] = [[] for _ in jobs]
     with failing(model.network.text, at_calls(*calls)) as failed_shapes:
-        going_on = True
-        while going_on:
-            going_on = scheduler.step()
+        is_running = True
+        while is_running:
+            is_running = scheduler.step()
             for given, job in zip(pieces, jobs, strict=True):
                 given += job.take()
     assert len(failed_shapes) == len(calls)
@@ -743,14 +743,14 @@ def test_image_waits_for_memory_of_images_in_the_same_step(model: LocalModel) ->
     settings = [dataclasses.replace(SHORT, max_crops=crops) for crops in (1, 2, None)]
     jobs = [scheduler.submit(Caption(FIRST, "short", one)) for one in settings]
     encoded: list[int] = []
-    going_on = True
+    is_running = True
     with failing(model.network.vision, lambda _crops: len(encoded) == 1 or encoded.append(1)):  # type: ignore[func-returns-value]
         for _ in range(200):
             encoded.clear()
-            going_on = scheduler.step()
-            if not going_on:
+            is_running = scheduler.step()
+            if not is_running:
                 break
-    assert not going_on
+    assert not is_running
     assert_alone(model, jobs)
 
 
