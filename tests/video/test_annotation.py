@@ -369,7 +369,7 @@ def test_panel_is_drawn_right_of_the_image(size: tuple[int, int]) -> None:
 
 
 def panel_rows(panel: Panel, zones: Zones | None = None) -> list[list[tuple[str, str, str]]]:
-    return [[(row.name, row.first, row.second) for row in (s.head, *s.rows)] for s in panel._sections(zones)]
+    return [[(row.name, row.first, row.second) for row in (s.head, *s.entries)] for s in panel._sections(zones)]
 
 
 def test_panel_counts_current_and_total_objects() -> None:
@@ -390,7 +390,7 @@ def test_panel_counts_current_and_total_objects() -> None:
 def test_panel_with_many_classes_keeps_zones_and_detected_classes() -> None:
     panel = Panel([f"class {number}" for number in range(50)], None)
     panel.update(found([(0, 0, 9, 9)], [1], ["class 40"], [40]))
-    kept = panel._sections(None)[0].shortened(6).rows
+    kept = panel._sections(None)[0].shortened(6).entries
     assert [row.name for row in kept] == ["class 40", "class 0", "class 1", "class 2", "+46 more"]
     for size in ((16, 16), (320, 240)):  # smaller than the panel
         annotator = Annotator("box,label", panel._classes, zones=Zones.from_dict(ZONES), panel=True)

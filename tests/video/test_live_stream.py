@@ -56,9 +56,9 @@ def test_predicted_boxes_move_between_keyframes(images: list[np.ndarray], monkey
             found.append(next(stream))
             if number % 10 == 9:  # a call takes the time of about ten frames
                 until(lambda: stream.keyframe_detector.backlog == 1)
-                looked = stream.keyframe_detector.detections_run
+                detections_run = stream.keyframe_detector.detections_run
                 due.release()
-                until(lambda looked=looked: stream.keyframe_detector.detections_run > looked)
+                until(lambda detections_run=detections_run: stream.keyframe_detector.detections_run > detections_run)
         due.release()
     late = [t for t in found if frame_number(t.frame.image) > 50]
     assert len(late) > 15

@@ -300,7 +300,7 @@ def test_on_frame_gets_the_same_summary_after_each_frame(clip: Path) -> None:
     assert objects == {id(summary)}
     assert [frames for frames, _, _ in seen] == list(range(1, FRAMES + 1))
     assert [s for _, s, _ in seen] == pytest.approx([n / FPS for n in range(FRAMES)], abs=1e-3)
-    assert [looked for *_, looked in seen] == sorted(looked for *_, looked in seen)
+    assert [count for *_, count in seen] == sorted(count for *_, count in seen)
 
 
 # Failures ----------------------------------------------------------------------------------------------------------

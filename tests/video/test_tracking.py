@@ -362,9 +362,9 @@ def test_velocity_is_averaged_over_the_latest_observations() -> None:
 
 def test_to_detections_has_the_format_of_a_detector() -> None:
     track = track_of((0.0, (10, 100), 0.8), tracker_id=7)
-    looked = found((300, 100), (400, 100), class_ids=[1, 0])
-    looked.tracker_id = np.array([-1, 9])
-    detections = to_detections(predict_boxes([track], 0.0, 0.2, SIZE), ["dog", "cat"], SIZE, looked)
+    keyframe_detections = found((300, 100), (400, 100), class_ids=[1, 0])
+    keyframe_detections.tracker_id = np.array([-1, 9])
+    detections = to_detections(predict_boxes([track], 0.0, 0.2, SIZE), ["dog", "cat"], SIZE, keyframe_detections)
     assert detections.xyxy.dtype == np.float32
     assert detections.xyxy.tolist()[0] == [0.0, 80.0, 30.0, 120.0]
     assert ids(detections) == [7, -1]

@@ -51,10 +51,10 @@ class Traffic:
     """Detector of objects that appear and disappear: in each lane one after another, each at a new position."""
 
     def __init__(self) -> None:
-        self.looked = 0
+        self.calls = 0
 
     def __call__(self, image: np.ndarray, classes: Sequence[str]) -> sv.Detections:
-        number, self.looked = self.looked * EVERY, self.looked + 1
+        number, self.calls = self.calls * EVERY, self.calls + 1
         boxes, class_ids = [], []
         for lane in range(LANES):
             life, age = divmod(number + lane * 8, LIFE)

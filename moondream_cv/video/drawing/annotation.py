@@ -200,13 +200,13 @@ class Annotator:
         flat = _is_flat(detections.xyxy).tolist()
         names = class_names(detections, self.classes)
         taken = list(taken)
-        for row in _label_order(detections):
-            text = pen.shorten(names[row], longest, _id_and_score(detections, row))
+        for index in _label_order(detections):
+            text = pen.shorten(names[index], longest, _id_and_score(detections, index))
             if not text:
                 continue
-            plate = pen.plate(text, _BGR[colors[row]])
-            grown = _radius(pen) + 1 if flat[row] else (pen.line - 1) // 2
-            left, top, right, bottom = np.clip(detections.xyxy[row], 0, (width, height, width, height)).tolist()
+            plate = pen.plate(text, _BGR[colors[index]])
+            grown = _radius(pen) + 1 if flat[index] else (pen.line - 1) // 2
+            left, top, right, bottom = np.clip(detections.xyxy[index], 0, (width, height, width, height)).tolist()
             mark = (int(left) - grown, int(top) - grown, int(right) + grown + 1, int(bottom) + grown + 1)
             place = _place(_around(mark, plate.shape[1], plate.shape[0]), plate, taken, (width, height))
             paste(image, plate, place[0], place[1])
@@ -286,14 +286,14 @@ def _parse(what: str | Sequence[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def _id_and_score(detections: sv.Detections, row: int) -> str:
+def _id_and_score(detections: sv.Detections, index: int) -> str:
     """Return the track ID and the confidence for a label."""
     text = ""
-    tracker_id = int(track_ids(detections)[row])
+    tracker_id = int(track_ids(detections)[index])
     if tracker_id >= 0:
         text += f" #{tracker_id}"
     if detections.confidence is not None:
-        text += f" {float(detections.confidence[row]):.2f}"
+        text += f" {float(detections.confidence[index]):.2f}"
     return text
 
 

@@ -140,11 +140,11 @@ class LineCrossings:
         )  # [A, N, 2]
         along, across = (offsets @ self._direction).mean(0), offsets @ self._normal  # [N], [A, N]
         sizes = (boxes.xyxy[:, 2:] - boxes.xyxy[:, :2]) @ np.abs(self._normal)
-        for row, at, away, size in zip(rows, along, across.T, sizes, strict=True):
-            track = self._track(int(ids[row]), float(at), float(away.mean()))
+        for index, at, away, size in zip(rows, along, across.T, sizes, strict=True):
+            track = self._track(int(ids[index]), float(at), float(away.mean()))
             margin = self._margin(float(size), track.crossings)
             left, right = away.min() > min(margin, self._limits[0]), away.max() <= -min(margin, self._limits[1])
-            crossed[row] = track.cross(int(left) - int(right), self._threshold)
+            crossed[index] = track.cross(int(left) - int(right), self._threshold)
         while len(self._tracks) > MAX_TRACKS + len(rows):
             self._tracks.popitem(last=False)
         return crossed > 0, crossed < 0

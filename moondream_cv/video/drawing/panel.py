@@ -112,27 +112,27 @@ class Panel:
 
     def _sections(self, zones: Zones | None) -> list[_Section]:
         tracked = any(self._ids.values())
-        rows = []
+        entries = []
         for name, seen in self._ids.items():
             color = self._colors[self._class_ids.get(name, 0) % len(self._colors)] if self._colors else None
             total = str(len(seen)) if tracked else ""
-            rows.append(_Row(name, str(self._now[name]), total, color, name in self._seen))
-        sections = [_Section(_Row("Objects", "now", "total" if tracked else ""), rows)]
+            entries.append(_Entry(name, str(self._now[name]), total, color, name in self._seen))
+        sections = [_Section(_Entry("Objects", "now", "total" if tracked else ""), entries)]
         if zones is not None:
             counts = zones.counts()
             entered = any(count["ids"] for count in counts["zones"].values())
             areas = [
-                _Row(name, str(count["now"]), str(count["ids"]) if entered else "")
+                _Entry(name, str(count["now"]), str(count["ids"]) if entered else "")
                 for name, count in counts["zones"].items()
             ]
-            lines = [_Row(name, str(count["in"]), str(count["out"])) for name, count in counts["lines"].items()]
-            head = _Row("Zones", "now", "total" if entered else "")
-            sections += [_Section(head, areas), _Section(_Row("Lines", "in", "out"), lines)]
-        return [section for section in sections if section.rows]
+            lines = [_Entry(name, str(count["in"]), str(count["out"])) for name, count in counts["lines"].items()]
+            head = _Entry("Zones", "now", "total" if entered else "")
+            sections += [_Section(head, areas), _Section(_Entry("Lines", "in", "out"), lines)]
+        return [section for section in sections if section.entries]
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Entry:
     name: str
     first: str
     second: str
@@ -142,16 +142,16 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Section:
-    head: _Row
-    rows: list[_Row]
+    head: _Entry
+    entries: list[_Entry]
 
     def shortened(self, room: int) -> _Section:
-        """Return the section with at most `room` lines, including its header; rows without objects are cut first."""
-        if len(self.rows) + 1 <= room:
+        """Return the section with at most `room` lines, including its header; entries without objects are cut first."""
+        if len(self.entries) + 1 <= room:
             return self
         kept = max(0, room - 2)
-        rows = sorted(self.rows, key=lambda row: not row.seen)[:kept]
-        return _Section(self.head, [*rows, _Row(f"+{len(self.rows) - kept} more", "", "")])
+        entries = sorted(self.entries, key=lambda entry: not entry.seen)[:kept]
+        return _Section(self.head, [*entries, _Entry(f"+{len(self.entries) - kept} more", "", "")])
 
 
 def _table(width: int, height: int, pen: Pen, sections: list[_Section]) -> BGRImage:
@@ -162,29 +162,32 @@ def _table(width: int, height: int, pen: Pen, sections: list[_Section]) -> BGRIm
     margin, step = max(4, pen.text // 2), round(1.45 * pen.text)
     gap = step // 2  # between sections
     room = (height - 2 * margin - gap * (len(sections) - 1)) // step
-    # The class list is the longest one, so it is shortened to make room for the sections below it.
-    below = sum(len(section.rows) + 1 for section in sections[1:])
+
+    # Shorten the class list, which is the longest one, to make room for the sections below it
+    below = sum(len(section.entries) + 1 for section in sections[1:])
     sections = [sections[0].shortened(max(3, room - below)), *sections[1:]]
     column = round(2.9 * pen.text)
     y, free = margin, room
+
+    # Draw the sections
     for section in sections:
         section = section.shortened(max(2, free))
-        for number, row in enumerate((section.head, *section.rows)):
+        for number, entry in enumerate((section.head, *section.entries)):
             color = _GRAY if number == 0 else WHITE
             left = margin
-            if row.color is not None:
+            if entry.color is not None:
                 mark = round(0.6 * pen.text)
                 top = y + (line_height(pen.text) - mark) // 2
-                canvas[max(0, top) : top + mark, left : left + mark] = row.color
+                canvas[max(0, top) : top + mark, left : left + mark] = entry.color
                 left += mark + pen.text // 2
-            columns = 2 if row.second else 1 if row.first else 0
-            name = _shorten(row.name, "", pen.text, width - margin - left - columns * column)
+            columns = 2 if entry.second else 1 if entry.first else 0
+            name = _shorten(entry.name, "", pen.text, width - margin - left - columns * column)
             _letter(canvas, name, left, y, pen, color)
-            for place, text in enumerate((row.second, row.first) if row.second else (row.first,)):
+            for place, text in enumerate((entry.second, entry.first) if entry.second else (entry.first,)):
                 right = width - margin - place * column
                 _letter(canvas, text, right - _length(text, pen.text), y, pen, color)
             y += step
-        free -= len(section.rows) + 1
+        free -= len(section.entries) + 1
         y += gap
     return canvas
 

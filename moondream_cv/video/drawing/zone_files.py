@@ -290,6 +290,7 @@ def _check_scale(where: str, points: npt.NDArray[np.float64], fractions: bool) -
 
 def _message(problem: ErrorDetails, data: object, source: str) -> str:
     """Return the message for a pydantic error."""
+    # Find the line or zone
     place, kind, value = problem["loc"], problem["type"], shown(problem["input"])
     model: type[BaseModel] = ZoneFile
     where = source
@@ -301,6 +302,8 @@ def _message(problem: ErrorDetails, data: object, source: str) -> str:
         place = place[2:]
     known = [field.alias or name for name, field in model.model_fields.items()]
     needed = [name for name, field in model.model_fields.items() if field.is_required()]
+
+    # Describe the problem
     if kind == "extra_forbidden":
         key = str(place[-1])
         close = get_close_matches(key, known, 1)

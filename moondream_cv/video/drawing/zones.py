@@ -136,13 +136,13 @@ class _Presence:
         if self._threshold == 1:
             return inside
         counted = inside.copy()
-        for row in np.flatnonzero(ids >= 0):
-            present, run = self._tracks.pop(int(ids[row]), (False, 0))
-            run = run + 1 if inside[row] != present else 0
+        for index in np.flatnonzero(ids >= 0):
+            present, run = self._tracks.pop(int(ids[index]), (False, 0))
+            run = run + 1 if inside[index] != present else 0
             if run >= self._threshold:
                 present, run = not present, 0
-            self._tracks[int(ids[row])] = present, run
-            counted[row] = present
+            self._tracks[int(ids[index])] = present, run
+            counted[index] = present
         while len(self._tracks) > MAX_TRACKS + len(ids):
             self._tracks.popitem(last=False)
         return counted

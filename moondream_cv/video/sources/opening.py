@@ -82,9 +82,12 @@ def open_source(
         ValueError: `source` has another type, a number of seconds or `fps` is out of range, or `fps` is set for a
             source that has frame times.
     """
+    # Check the arguments
     check_fps(fps)
     check_times(open_timeout, read_timeout, reconnect_for)
     live = partial(LiveReader, open_timeout=open_timeout, read_timeout=read_timeout, reconnect_for=reconnect_for)
+
+    # Open sources, webcams, URLs and paths
     if isinstance(source, Source):
         _reject_fps(fps, f"{source.name} is already open")
         return source
@@ -106,6 +109,8 @@ def open_source(
         return _open_url(source, live, (open_timeout, read_timeout))
     if isinstance(source, (str, os.PathLike)):
         return _open_path(os.fspath(source), fps)
+
+    # Open iterables
     if isinstance(source, np.ndarray) and source.ndim < 4:
         raise ValueError(f"an array of shape {source.shape} is not a sequence of frames; pass a list of images")
     if isinstance(source, (bytes, bytearray, memoryview, Mapping)) or not isinstance(source, Iterable):

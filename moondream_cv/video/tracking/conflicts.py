@@ -115,14 +115,14 @@ class ClassConflicts:
         # A detection of the track's class that only touches it is preferred if its confidence is higher.
         touching = (class_ids[:, None] == track_classes) & (ious > 0)
         rival = np.where(touching, confidence[:, None], 0.0).max(0, initial=0.0)
-        for row in np.argsort(-confidence).tolist():
-            if own[row].any():
+        for index in np.argsort(-confidence).tolist():
+            if own[index].any():
                 continue
-            allowed = free & (ious[row] >= CONTINUE_IOU) & (rival < confidence[row])
-            allowed &= np.array([self._exclude(class_id, class_ids[row]) for class_id in track_classes], bool)
+            allowed = free & (ious[index] >= CONTINUE_IOU) & (rival < confidence[index])
+            allowed &= np.array([self._exclude(class_id, class_ids[index]) for class_id in track_classes], bool)
             if allowed.any():
-                best = int(np.where(allowed, ious[row], -1).argmax())
-                chosen[row], free[best] = track_classes[best], False
+                best = int(np.where(allowed, ious[index], -1).argmax())
+                chosen[index], free[best] = track_classes[best], False
         return chosen
 
     def _exclude(self, first: int, second: int) -> bool:

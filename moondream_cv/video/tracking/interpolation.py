@@ -4,8 +4,8 @@ An interpolated box moves in a straight line from one observation to the next, i
 one missed keyframe. Before its first observation an object is shown only if it enters at the edge of the frame, and
 after its last one only if it leaves there.
 
-A predicted box moves at constant velocity until two keyframes in a row have missed the object, or until it has left the
-frame.
+A predicted box moves at constant velocity until two consecutive keyframes have missed the object, or until it has left
+the frame.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def match_lost_tracks(
     if not lost or not boxes:
         return {}
     costs = np.array([[_cost(track, box, time, interval, resolution_wh) for track in lost] for box in boxes])
-    rows, columns = linear_sum_assignment(np.minimum(costs, _NO_MATCH))
-    return {int(row): lost[column] for row, column in zip(rows, columns, strict=True) if costs[row, column] < 1.0}
+    pairs = zip(*linear_sum_assignment(np.minimum(costs, _NO_MATCH)), strict=True)
+    return {int(box): lost[track] for box, track in pairs if costs[box, track] < 1.0}
 
 
 def _cost(track: Track, box: Box, time: float, interval: float, resolution_wh: tuple[int, int]) -> float:

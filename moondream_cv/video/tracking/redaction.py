@@ -66,13 +66,13 @@ class Redactor:
         self._rescale(resolution_wh)
         detections = _merge_duplicates(detections)
         assert detections.tracker_id is not None, "a tracker sets it"
-        for row, tracker_id in enumerate(detections.tracker_id.tolist()):
+        for index, tracker_id in enumerate(detections.tracker_id.tolist()):
             key = tracker_id if tracker_id >= 0 else next(self._untracked)
             if key not in self._tracks:
-                class_id = 0 if detections.class_id is None else int(detections.class_id[row])
+                class_id = 0 if detections.class_id is None else int(detections.class_id[index])
                 self._tracks[key] = _Observations(class_id)
-            confidence = 1.0 if detections.confidence is None else float(detections.confidence[row])
-            self._tracks[key].append(time, np.asarray(detections.xyxy[row], np.float64), confidence)
+            confidence = 1.0 if detections.confidence is None else float(detections.confidence[index])
+            self._tracks[key].append(time, np.asarray(detections.xyxy[index], np.float64), confidence)
 
     def cover(
         self,
@@ -97,12 +97,15 @@ class Redactor:
             Boxes in pixels, clipped to the frame: one per track, and one per untracked detection, with `tracker_id` -1.
             The confidence is that of the detection nearest in time.
         """
+        # Compute the limits
         self._rescale(resolution_wh)
         growing = self.bridge_seconds + delay
         covered = max(growing, interval) + _ROUNDING
         diagonal = float(np.hypot(*resolution_wh))
         limits = np.array(resolution_wh * 2, np.float64)
-        rows: list[tuple[Array, float, int, int]] = []
+        items: list[tuple[Array, float, int, int]] = []
+
+        # Cover each track with the hull of its possible boxes
         for key, track in list(self._tracks.items()):
             if not track.forget(time - HISTORY * covered):
                 del self._tracks[key]
@@ -117,13 +120,15 @@ class Redactor:
             hull = np.concatenate((hull[:2] - margin, hull[2:] + margin))
             clipped = np.clip(hull, 0, limits)
             if (clipped[2:] > clipped[:2]).all() or (hull[2:] == hull[:2]).any():  # points have no area
-                rows.append((clipped, track.nearest_confidence(time), track.class_id, max(key, -1)))
+                items.append((clipped, track.nearest_confidence(time), track.class_id, max(key, -1)))
+
+        # Return the boxes as detections
         return sv.Detections(
-            xyxy=np.array([row[0] for row in rows], np.float32).reshape(-1, 4),
-            confidence=np.array([row[1] for row in rows], np.float32),
-            class_id=np.array([row[2] for row in rows], int),
-            tracker_id=np.array([row[3] for row in rows], int),
-            data={"class_name": np.array([classes[row[2]] for row in rows], dtype=str)},
+            xyxy=np.array([item[0] for item in items], np.float32).reshape(-1, 4),
+            confidence=np.array([item[1] for item in items], np.float32),
+            class_id=np.array([item[2] for item in items], int),
+            tracker_id=np.array([item[3] for item in items], int),
+            data={"class_name": np.array([classes[item[2]] for item in items], dtype=str)},
         )
 
     def _rescale(self, resolution_wh: tuple[int, int]) -> None:
@@ -254,9 +259,9 @@ def _merge_duplicates(detections: sv.Detections) -> sv.Detections:
     xyxy = detections.xyxy.copy()
     rows = np.flatnonzero(~duplicate)
     nearest = rows[sv.box_iou_batch(detections.xyxy[duplicate], detections.xyxy[rows]).argmax(1)]
-    for row, other in zip(np.flatnonzero(duplicate), nearest, strict=True):
-        xyxy[other, :2] = np.minimum(xyxy[other, :2], detections.xyxy[row, :2])
-        xyxy[other, 2:] = np.maximum(xyxy[other, 2:], detections.xyxy[row, 2:])
+    for index, other in zip(np.flatnonzero(duplicate), nearest, strict=True):
+        xyxy[other, :2] = np.minimum(xyxy[other, :2], detections.xyxy[index, :2])
+        xyxy[other, 2:] = np.maximum(xyxy[other, 2:], detections.xyxy[index, 2:])
     merged = detections[~duplicate]
     assert isinstance(merged, sv.Detections), "indexed by rows"
     merged.xyxy = xyxy[~duplicate]

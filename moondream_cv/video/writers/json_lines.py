@@ -31,20 +31,20 @@ class JsonLinesWriter(TextWriter):
         line = {
             "frame": frame.index,
             "time": _number(frame.time, 6),
-            "detections": [_to_dict(detections, row) for row in range(len(detections))],
+            "detections": [_to_dict(detections, index) for index in range(len(detections))],
         }
         self._target.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def _to_dict(detections: sv.Detections, row: int) -> dict[str, Any]:
+def _to_dict(detections: sv.Detections, index: int) -> dict[str, Any]:
     names, tracker = detections.data.get("class_name"), detections.tracker_id
     confidence = detections.confidence
-    tracker_id = -1 if tracker is None else int(tracker[row])
+    tracker_id = -1 if tracker is None else int(tracker[index])
     return {
-        "xyxy": [_number(value, 2) for value in detections.xyxy[row]],
-        "class_name": None if names is None else str(names[row]),
-        "class_id": None if detections.class_id is None else int(detections.class_id[row]),
-        "confidence": None if confidence is None else _number(confidence[row], 4),
+        "xyxy": [_number(value, 2) for value in detections.xyxy[index]],
+        "class_name": None if names is None else str(names[index]),
+        "class_id": None if detections.class_id is None else int(detections.class_id[index]),
+        "confidence": None if confidence is None else _number(confidence[index], 4),
         "tracker_id": tracker_id if tracker_id >= 0 else None,
     }
 

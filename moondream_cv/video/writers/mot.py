@@ -34,12 +34,12 @@ class MotWriter(TextWriter):
             VideoError: The lines cannot be written, or the writer is closed.
         """
         lines = []
-        for row in range(len(detections)):
-            tracker_id = -1 if detections.tracker_id is None else int(detections.tracker_id[row])
-            left, top, right, bottom = (float(value) for value in detections.xyxy[row])
+        for index in range(len(detections)):
+            tracker_id = -1 if detections.tracker_id is None else int(detections.tracker_id[index])
+            left, top, right, bottom = (float(value) for value in detections.xyxy[index])
             if tracker_id < 0 or not all(map(math.isfinite, (left, top, right, bottom))):
                 continue
-            confidence = 1.0 if detections.confidence is None else float(detections.confidence[row])
+            confidence = 1.0 if detections.confidence is None else float(detections.confidence[index])
             box = ",".join(f"{round(value, 2) + 0.0:.2f}" for value in (left, top, right - left, bottom - top))
             lines.append(f"{frame.index + 1},{tracker_id},{box},{confidence:.4f},-1,-1,-1\n")
         self._target.write("".join(lines))

@@ -84,6 +84,8 @@ def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tupl
     copied: list[int] = []
     left_out: list[str] = []
     has_sound, matroska_holds_all = False, True
+
+    # Sort the streams
     try:
         # An absolute path, since FFmpeg takes "12:30.mp4" for a URL
         with av.open(os.path.abspath(source), metadata_errors="replace") as opened:
@@ -102,6 +104,8 @@ def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tupl
         raise VideoError(
             f"the audio of {source} cannot be read: {reason(error)}; omit audio_from for a video without audio"
         ) from error
+
+    # Log the streams that are left out
     if left_out:
         names = ", ".join(left_out)
         advice = "; write a .mkv file to keep them" if matroska_holds_all and file_format != MATROSKA else ""
@@ -146,9 +150,12 @@ def remux(
     import av
 
     with contextlib.ExitStack() as files:
+        # Open the files
         images = files.enter_context(av.open(str(video)))
         options = {} if file_format == MATROSKA else {"movflags": "faststart"}
         output = files.enter_context(av.open(str(target), "w", format=file_format, container_options=options))
+
+        # Plan the video stream
         source = images.streams.video[0]
         unit = Fraction(source.time_base or 1)
         timeline = _Timeline(times, max(1, round(last / unit)))
@@ -157,6 +164,8 @@ def remux(
         # Matroska stores this rate, and OpenCV reads it.
         stream.codec_context.framerate = Fraction(len(times) / total).limit_denominator(1001)
         merged = [timeline.timed(_packets(images, [source]), stream)]
+
+        # Plan audio and subtitles
         if side is not None and side.indices:
             other = files.enter_context(av.open(os.path.abspath(side.path), metadata_errors="replace"))
             copies = {index: _copied_stream(output, other.streams[index]) for index in side.indices}
@@ -164,6 +173,8 @@ def remux(
                 0.0 if file_format == MATROSKA else _PREROLL
             )  # Matroska has no negative times, and would shift all streams
             merged.append(_shifted(other, copies, side.recordings or [Recording(0.0, 0.0)], total, preroll))
+
+        # Copy the packets in decoding order
         output.start_encoding()  # from here on, streams have the time bases of the target
         damaged = 0
         for packet in heapq.merge(*merged, key=_decoding_time):

@@ -135,6 +135,7 @@ class VideoWriter(Writer):
             ValueError: The image is not [H, W, 3] uint8.
             VideoError: The target cannot be written to, or is closed.
         """
+        # Check state and image
         if self._closed:
             raise VideoError(f"{self.path} is closed; create a new writer")
         if self._failed:
@@ -144,6 +145,8 @@ class VideoWriter(Writer):
         image = frame.image
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise ValueError(f"image must be [H, W, 3] uint8 BGR, got {list(image.shape)} {image.dtype}")
+
+        # Encode the image
         try:
             if self._encoder is None:
                 self._size = (image.shape[1], image.shape[0])
