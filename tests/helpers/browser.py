@@ -1,4 +1,4 @@
-"""Pages in a real browser, for tests of what they show and do. It needs Chromium and Playwright for Python."""
+"""Helpers for tests of pages in a real browser. They need Chromium and Playwright for Python."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    """A headless browser. Without one the test skips, or fails where `CI` is set."""
+    """Yield a headless browser. If there is none, skip the test, or fail it if `CI` is set."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
-        lacking(f"there is no {', '.join(BROWSERS)} on the path")
+        skip_or_fail(f"none of {', '.join(BROWSERS)} is on the path")
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        lacking("Playwright is not installed: pip install playwright")
+        skip_or_fail("Playwright is not installed: pip install playwright")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
-def lacking(reason: str) -> NoReturn:
+def skip_or_fail(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
@@ -43,9 +43,9 @@ def lacking(reason: str) -> NoReturn:
 
 @contextlib.contextmanager
 def visiting(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Gives a function that opens the page of a server; what else it is given are options of Playwright's context.
+    """Yield a function that opens the page of a server, with further options of Playwright's `new_context`.
 
-    At the end no page may have asked for anything elsewhere, opened a dialog, or failed in a script.
+    At the end, check that no page has sent a request to another site, opened a dialog or raised a script error.
     """
     contexts: list[Any] = []
     wrong: list[str] = []
@@ -59,7 +59,7 @@ def visiting(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
-        page.on("console", lambda said: wrong.append(said.text) if is_failure(said) else None)
+        page.on("console", lambda message: wrong.append(message.text) if is_failure(message) else None)
         page.goto(server.url)
         return page
 
@@ -71,42 +71,42 @@ def visiting(browser: Any) -> Iterator[Callable[..., Any]]:
     assert wrong == []
 
 
-def is_failure(said: Any) -> bool:
-    """Whether the console speaks of more than a status that the page itself explains."""
-    return said.type in ("error", "warning") and not said.text.startswith("Failed to load resource")
+def is_failure(message: Any) -> bool:
+    """Return whether a console message is an error other than an HTTP status, which the page reports itself."""
+    return message.type in ("error", "warning") and not message.text.startswith("Failed to load resource")
 
 
-def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
-    """An image as a file; the options are Pillow's."""
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    """Return an image as a file, with options of Pillow's `save`."""
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
 def upload(page: Any, content: bytes, name: str = "scene.png", mime: str = "image/png") -> None:
-    """Choose a file."""
+    """Choose a file in the page."""
     page.set_input_files("#file", {"name": name, "mimeType": mime, "buffer": content})
 
 
 def ask(page: Any, task: str, prompt: str = "") -> None:
-    """Choose a task, type a prompt, press Enter, and wait until it is done."""
+    """Choose a task, enter a prompt, run it and wait for the result."""
     page.locator(f"input[value={task}]").check()
     if prompt:
         page.locator("#prompt").fill(prompt)
         page.locator("#prompt").press("Enter")
     else:
         page.locator("#run").click()
-    settled(page)
+    wait_until_done(page)
 
 
-def settled(page: Any) -> None:
-    """Wait until nothing runs any more."""
+def wait_until_done(page: Any) -> None:
+    """Wait until no run is in progress."""
     page.locator("#timing", has_text=re.compile(r"\d")).wait_for()
     page.locator("#run").wait_for(state="visible")
 
 
 def rectangles(page: Any, selector: str) -> list[list[float]]:
-    """Left, top, right and bottom of elements, in CSS pixels from the image's corner."""
+    """Return (left, top, right, bottom) of elements, in CSS pixels relative to the image."""
     measure = "(all) => all.map((e) => e.getBoundingClientRect()).map((r) => [r.left, r.top, r.right, r.bottom])"
     x, y, *_ = page.locator("#image").evaluate_all(measure)[0]
     return [
@@ -116,7 +116,7 @@ def rectangles(page: Any, selector: str) -> list[list[float]]:
 
 
 def transfer(page: Any, content: bytes, name: str, mime: str) -> Any:
-    """What a drop or a paste of a file carries."""
+    """Return the data transfer of a dropped or pasted file."""
     make = """([text, name, type]) => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], name, {type}));
@@ -126,7 +126,7 @@ def transfer(page: Any, content: bytes, name: str, mime: str) -> Any:
 
 
 def copied(page: Any) -> str:
-    """What the copy button puts into the clipboard."""
+    """Click the copy button and return the content of the clipboard."""
     page.locator("#copy").click()
     page.locator("#copy", has_text="Copied").wait_for()
     text = page.evaluate("navigator.clipboard.readText()")

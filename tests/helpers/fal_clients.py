@@ -1,4 +1,4 @@
-"""fal's unmodified clients, in processes of their own: the Python one reads its hosts when it is imported."""
+"""Runs fal's clients in separate processes, because the Python client reads its hosts when it is imported."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ const failure = async (call) => {
 
 
 def run_python(code: str, server: Served, certificates: Certificates, uri: str = "", key: str = "kid:ksec") -> Any:
-    """What a script shows that uses fal-client over TLS; `uri` is what it finds under that name."""
+    """Run a script with fal-client over TLS and return the value it passes to `show`; `uri` is a variable in it."""
     host = server.url.removeprefix("https://")
     environment = {
         "FAL_RUN_HOST": f"{host}/run",
@@ -69,7 +69,7 @@ def run_python(code: str, server: Served, certificates: Certificates, uri: str =
 
 
 def run_node(code: str, server: Served, uri: str = "", key: str = "kid:ksec") -> Any:
-    """What a script shows that uses @fal-ai/client; skips where that is not installed."""
+    """Run a script with @fal-ai/client and return the value it passes to `show`. Skip the test if it is missing."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")

@@ -1,4 +1,4 @@
-"""A model that computes only as far as a test lets it, so that what happens meanwhile is no matter of time."""
+"""A model that a test can pause and resume, so that results do not depend on timing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from tests.helpers.served import Served, served
 
 
 class HeldModel:
-    """Random weights, whose texts go on until their tokens are spent, behind a scheduler that stops.
-
-    It is held at first, or after some steps; `go_on` lets it compute freely.
-    """
+    """A model with random weights and long replies. Its scheduler pauses after some steps until `resume` is called."""
 
     def __init__(self, steps: int = 0, then_fails: bool = False) -> None:
-        """Make one.
+        """Create a model.
 
         Args:
-            steps: That it takes before it stops.
-            then_fails: Whether the step after these fails, as on a device that is lost.
+            steps: Number of steps before the pause.
+            then_fails: Whether the next step fails instead, as with a lost device.
         """
         self._model = random_model()
         self._left, self._fails = steps, then_fails
@@ -31,12 +28,12 @@ class HeldModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def go_on(self) -> None:
-        """Compute freely from now on."""
+    def resume(self) -> None:
+        """Run without pauses from now on."""
         self._open.set()
 
     def scheduler(self) -> Any:
-        """The model's own scheduler, whose steps wait."""
+        """Return a scheduler whose steps wait while the model is paused."""
         scheduler = self._model.scheduler()
         step = scheduler.step
 
@@ -55,16 +52,16 @@ class HeldModel:
 
 @contextlib.contextmanager
 def held_server(steps: int = 0, then_fails: bool = False, **options: Any) -> Iterator[tuple[HeldModel, Served]]:
-    """A server of a held model, which is let go at the end at the latest, so that the server can stop.
+    """Serve a `HeldModel`, which is resumed at the end so that the server can stop.
 
     Args:
-        steps: As in `HeldModel`.
-        then_fails: As in `HeldModel`.
-        **options: As in `served`.
+        steps: Number of steps before the pause.
+        then_fails: Whether the next step fails instead.
+        **options: Further arguments of `served`.
     """
     model = HeldModel(steps, then_fails)
     with served(model, **options) as running:
         try:
             yield model, running
         finally:
-            model.go_on()
+            model.resume()

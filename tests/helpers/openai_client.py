@@ -1,4 +1,4 @@
-"""Chat completions through OpenAI's unmodified client, as the tests write them."""
+"""Short functions for chat completions with OpenAI's client."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LONG = {"temperature": 0, "max_tokens": 300}
 
 
 def client_of(server: Served, **options: Any) -> Any:
-    """A client that does not try again."""
+    """Return a client without retries."""
     return openai.OpenAI(base_url=f"{server.url}/v1", **{"api_key": "any", "max_retries": 0, **options})
 
 
-def text(said: str) -> dict[str, Any]:
-    return {"type": "text", "text": said}
+def text(value: str) -> dict[str, Any]:
+    return {"type": "text", "text": value}
 
 
 def image(url: str) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def assistant(content: Any) -> dict[str, Any]:
 
 
 def ask(client: Any, messages: list[Any], **options: Any) -> Any:
-    """A chat completion at temperature 0."""
+    """Return a chat completion at temperature 0."""
     return client.chat.completions.create(model="tiny", messages=messages, **{**GREEDY, **options})
 
 
 def named(name: str) -> dict[str, Any]:
-    """A response format of a schema name."""
+    """Return a response format with a schema name."""
     return {"type": "json_schema", "json_schema": {"name": name, "schema": {"type": "object"}}}

@@ -1,4 +1,4 @@
-"""`moondream-cv serve` in a process of its own, for tests that stop it."""
+"""`moondream-cv serve` in a separate process, for tests that stop it."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def free_port() -> int:
 
 
 class ServeProcess:
-    """`moondream-cv serve` in a process of its own."""
+    """A process that runs `moondream-cv serve`."""
 
     def __init__(self, *arguments: str, key: str | None = None, port: int | None = None) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the process
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open while the process runs
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("MOONDREAM_CV_API_KEYS", None)
         if key is not None:
             environment["MOONDREAM_CV_API_KEYS"] = key
         self.process = subprocess.Popen(
             [sys.executable, "-m", "moondream_cv", "serve", "--port", str(self.port), *arguments],
-            stderr=self._log,  # a pipe that nobody reads would stop the server once it is full
+            stderr=self._log,  # an unread pipe would block the server when it is full
             stdout=subprocess.DEVNULL,
             env=environment,
         )
@@ -50,12 +50,12 @@ class ServeProcess:
         raise AssertionError("the server did not become ready")
 
     def end(self, sig: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; give the exit status and what it wrote to standard error."""
+        """Send a signal; return the exit status and the standard error output."""
         self.process.send_signal(sig)
         return self.finish()
 
     def finish(self) -> tuple[int, str]:
-        """Wait until it ends by itself; likewise."""
+        """Wait until the process exits; return the exit status and the standard error output."""
         status = self.process.wait(timeout=240)
         self._log.seek(0)
         return status, self._log.read().decode()

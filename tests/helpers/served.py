@@ -1,4 +1,4 @@
-"""A real server in a thread, for tests that talk HTTP to it."""
+"""A server in a thread, for tests that send HTTP requests."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Served:
     """A running server.
 
     Attributes:
-        url: Without a slash at the end.
-        service: Its insides.
-        client: Talks to it; errors are answers, not exceptions.
+        url: Base URL without a trailing slash.
+        service: Service of the application.
+        client: HTTP client for the server; error statuses raise no exception.
     """
 
     url: str
@@ -52,11 +52,11 @@ def served(
     """Serve a model on a free port of localhost.
 
     Args:
-        model: What `create_app` takes.
-        name: What clients know it as.
-        wrap: Makes the ASGI application that is really run.
-        tls: Certificate and key, both paths of PEM files.
-        **options: Of `ServerSettings`.
+        model: Model, engine or loader for `create_app`.
+        name: Model name that clients use.
+        wrap: Wraps the ASGI application.
+        tls: Paths of the certificate and the key in PEM format.
+        **options: Fields of `ServerSettings`.
     """
     app = create_app(model, name=name, settings=ServerSettings(**{"drain": 240.0, **options}))
     secure = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
@@ -66,24 +66,24 @@ def served(
     thread.start()
     deadline = time.monotonic() + 240
     while not server.started:
-        assert thread.is_alive(), "the server ended while it started"
+        assert thread.is_alive(), "the server stopped during startup"
         assert time.monotonic() < deadline, "the server did not start"
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"{'https' if tls else 'http'}://localhost:{port}"
-    headers = {"Content-Type": "application/json"}  # for `content=`, which has none of its own
+    headers = {"Content-Type": "application/json"}  # httpx sets none for `content=`
     with httpx.Client(base_url=url, timeout=300, verify=tls is None, headers=headers) as client:
         try:
             yield Served(url, app.state.service, client)
         finally:
-            client.close()  # uvicorn waits for connections with TLS that are kept for another request
+            client.close()  # uvicorn waits for idle TLS connections
             server.should_exit = True
             thread.join(timeout=300)
             assert not thread.is_alive(), "the server did not stop"
 
 
 def data_uri(image: Image.Image, format: str = "PNG") -> str:
-    """An image as clients send it."""
+    """Return an image as a data URI."""
     file = io.BytesIO()
     image.convert("RGB").save(file, format)
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""One server of the tiny model for all tests that only talk to it."""
+"""Fixtures of the server tests: one server of the tiny model for all tests that only send requests."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def server(tiny: LocalModel) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def scene() -> scenes.Scene:
-    """What the tiny model gets right: a red circle, a blue square, a cat."""
+    """A scene that the tiny model detects correctly: a red circle, a blue square and a cat."""
     return scenes.render_scene(5, resolution_wh=(320, 240), names=("red circle", "blue square", "cat"), style="plain")
 
 
 @pytest.fixture(scope="session")
-def picture(scene: scenes.Scene) -> Image.Image:
+def scene_image(scene: scenes.Scene) -> Image.Image:
     return Image.fromarray(scene.image)
 
 
 @pytest.fixture(scope="session")
-def uri(picture: Image.Image) -> str:
-    """The picture as a lossless data URI."""
-    return data_uri(picture)
+def uri(scene_image: Image.Image) -> str:
+    """The scene as a lossless data URI."""
+    return data_uri(scene_image)

@@ -1,4 +1,4 @@
-"""Batches: JSON lines in and out, mixed, partly wrong, long, left alone.
+"""Batches of JSON lines: mixed skills, invalid lines, limits and disconnects.
 
 Run with `pytest tests/server/test_batch.py`.
 """
@@ -29,7 +29,7 @@ from tests.helpers.served import Served, data_uri, served
 from tests.helpers.waiting import until
 
 GREEDY = {"temperature": 0.0}
-ENDLESS = 100_000  # tokens: as many as the context allows, which takes many seconds
+ENDLESS = 100_000  # tokens; fills the context, which takes many seconds
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def talker() -> LocalModel:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    """ImageLoader that differ, in content and size."""
+def scene_images() -> list[Image.Image]:
+    """Images with different content and size."""
     sizes = [(320, 240), (240, 320), (200, 200)]
     return [
         Image.fromarray(scenes.render_scene(seed, resolution_wh=size, names=("red circle", "cat"), style="plain").image)
@@ -52,7 +52,7 @@ def written(lines: list[Any]) -> bytes:
 
 
 def post(running: Served, lines: list[Any], **options: Any) -> list[dict[str, Any]]:
-    """The answers to lines, one for each."""
+    """Return the answers to lines, one per line."""
     answer = running.client.post("/v1/batch", content=written(lines), **options)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("application/x-ndjson")
@@ -66,11 +66,13 @@ def caption(uri: str, max_tokens: int) -> dict[str, Any]:
     return {"skill": "caption", "image_url": uri, "settings": {**GREEDY, "max_tokens": max_tokens}}
 
 
-def test_all_skills_on_several_images(server: Served, tiny: LocalModel, pictures: list[Image.Image]) -> None:
+def test_batch_answers_equal_the_answers_of_the_model(
+    server: Served, tiny: LocalModel, scene_images: list[Image.Image]
+) -> None:
     lines: list[dict[str, Any]] = []
     asked: list[Any] = []
-    for picture in pictures:
-        sent = {"image_url": data_uri(picture), "settings": GREEDY}
+    for scene_image in scene_images:
+        sent = {"image_url": data_uri(scene_image), "settings": GREEDY}
         refs = [[0.5, 0.5], [0.1, 0.1, 0.6, 0.6]]
         lines += [
             {**sent, "skill": "detect", "object": "red circle"},
@@ -81,11 +83,11 @@ def test_all_skills_on_several_images(server: Served, tiny: LocalModel, pictures
             {"skill": "query", "question": "What is this?", "settings": GREEDY},
         ]
         asked += [
-            Detect(picture, "red circle"),
-            Point(picture, "cat"),
-            Caption(picture, "short", GREEDY),
-            Query(picture, "How many cats are there?", True, (), GREEDY),
-            Query(picture, "What is this?", False, refs, GREEDY),
+            Detect(scene_image, "red circle"),
+            Point(scene_image, "cat"),
+            Caption(scene_image, "short", GREEDY),
+            Query(scene_image, "How many cats are there?", True, (), GREEDY),
+            Query(scene_image, "What is this?", False, refs, GREEDY),
             Query(None, "What is this?", settings=GREEDY),
         ]
     for answer, expected in zip(post(server, lines), tiny.run(asked), strict=True):
@@ -94,7 +96,7 @@ def test_all_skills_on_several_images(server: Served, tiny: LocalModel, pictures
 
 
 def assert_alike(found: Any, expected: Any) -> None:
-    """Equal but for the last digits, in which rows that decode together may differ."""
+    """Check that answers are equal up to rounding, which depends on the batch."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key in expected:
@@ -107,8 +109,8 @@ def assert_alike(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, abs=1e-4) if isinstance(expected, float) else expected)
 
 
-def test_more_lines_than_are_in_flight_keep_their_order(server: Served, pictures: list[Image.Image]) -> None:
-    uris = [data_uri(picture) for picture in pictures]
+def test_answers_keep_the_order_of_many_lines(server: Served, scene_images: list[Image.Image]) -> None:
+    uris = [data_uri(scene_image) for scene_image in scene_images]
     lines = [
         {"custom_id": f"line {i}", **caption(uris[i % 3], 1 + i % 5)} if i % 2 else
         {"custom_id": f"line {i}", "skill": "point", "object": "cat", "image_url": uris[i % 3]}
@@ -148,20 +150,20 @@ WRONG: list[tuple[Any, int, str]] = [
 ]  # fmt: skip
 
 
-def test_a_line_that_is_wrong_spoils_no_other(server: Served, uri: str) -> None:
+def test_invalid_line_does_not_affect_other_lines(server: Served, uri: str) -> None:
     right = {"skill": "detect", "object": "cat", "image_url": uri}
     lines = [line for wrong, _, _ in WRONG for line in (wrong, right)]
     answers = post(server, lines)
-    for (_, code, said), wrong, answer in zip(WRONG, answers[::2], answers[1::2], strict=True):
+    for (_, code, message), wrong, answer in zip(WRONG, answers[::2], answers[1::2], strict=True):
         assert wrong.keys() == {"index", "custom_id", "error"}
         assert wrong["error"]["code"] == code
-        assert re.search(said, wrong["error"]["message"])
+        assert re.search(message, wrong["error"]["message"])
         assert len(wrong["error"]["message"]) < 500
         assert len(answer["result"]["objects"]) == 1
 
 
 @pytest.mark.parametrize("own", ["a", "ä€🐈\u2028", "", 0, -7, 2**53, None])
-def test_own_ids_come_back(server: Served, own: Any) -> None:
+def test_custom_id_is_returned(server: Served, own: Any) -> None:
     asked = {"skill": "query", "question": "What is this?"}
     answers = post(server, [{**asked, "custom_id": own}, {"skill": "wrong", "custom_id": own}, asked])
     assert [answer["custom_id"] for answer in answers] == [own, own, None]
@@ -178,7 +180,9 @@ def test_own_ids_come_back(server: Served, own: Any) -> None:
     ids=["blank lines", "line ends of Windows", "no line end at the end", "byte order mark"],
 )
 @pytest.mark.parametrize("kind", ["application/x-ndjson", "application/jsonl", "application/json; charset=utf-8"])
-def test_what_lines_are(server: Served, change: Callable[[list[bytes]], bytes], kind: str) -> None:
+def test_blank_lines_and_byte_order_marks_are_skipped(
+    server: Served, change: Callable[[list[bytes]], bytes], kind: str
+) -> None:
     lines = [json.dumps({"skill": "query", "question": "What?", "custom_id": i}).encode() for i in range(3)]
     answer = server.client.post("/v1/batch", content=change(lines), headers={"Content-Type": kind})
     assert answer.status_code == 200
@@ -188,25 +192,25 @@ def test_what_lines_are(server: Served, change: Callable[[list[bytes]], bytes], 
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "message"),
     [
         (b"", 400, "empty"),
         (b"\n \r\n", 400, "empty"),
         (b"{}\n" * (MAX_LINES + 1), 413, "at most 10,000 lines, got 10,001"),
     ],
 )
-def test_batches_that_are_refused(server: Served, body: bytes, status: int, said: str) -> None:
+def test_invalid_batches_are_rejected(server: Served, body: bytes, status: int, message: str) -> None:
     answer = server.client.post("/v1/batch", content=body)
     assert answer.status_code == status
-    assert re.search(said, answer.json()["error"]["message"])
+    assert re.search(message, answer.json()["error"]["message"])
     until(lambda: server.service.in_flight == 0)
 
 
-def test_as_many_lines_as_are_allowed(server: Served) -> None:
+def test_maximum_number_of_lines_is_accepted(server: Served) -> None:
     assert len(server.client.post("/v1/batch", content=b"{}\n" * MAX_LINES).text.splitlines()) == MAX_LINES
 
 
-def test_keys_and_sizes(tiny: LocalModel) -> None:
+def test_batch_requires_a_key_and_respects_the_body_limit(tiny: LocalModel) -> None:
     with served(tiny, api_keys=("batch-key",), max_body=100) as running:
         line = written([{"skill": "query", "question": "What?"}])
         assert running.client.post("/v1/batch", content=line).status_code == 401
@@ -215,10 +219,10 @@ def test_keys_and_sizes(tiny: LocalModel) -> None:
         assert running.client.post("/v1/batch", content=line * 10, headers=with_key).status_code == 413
 
 
-def test_an_image_is_opened_and_encoded_once(
-    tiny: LocalModel, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+def test_image_in_several_lines_is_decoded_and_encoded_once(
+    tiny: LocalModel, scene_images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uris = [data_uri(picture) for picture in pictures]
+    uris = [data_uri(scene_image) for scene_image in scene_images]
     with served(tiny) as running:
         opened = counting(running.service, monkeypatch)
         assert tiny.image_cache is not None
@@ -231,7 +235,7 @@ def test_an_image_is_opened_and_encoded_once(
 
 
 def counting(service: Service, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each image is opened from now on."""
+    """Count how often each image is opened from now on."""
     opened: Counter[str] = Counter()
     really = service.images.open
 
@@ -243,7 +247,7 @@ def counting(service: Service, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return opened
 
 
-def test_one_place_is_enough(tiny: LocalModel, uri: str) -> None:
+def test_batch_runs_with_a_single_queue_slot(tiny: LocalModel, uri: str) -> None:
     with served(tiny, queue=1) as running:
         lines = [caption(uri, 3) if i % 3 else b"wrong" for i in range(2 * MAX_IN_FLIGHT)]
         answers = post(running, lines)
@@ -251,7 +255,7 @@ def test_one_place_is_enough(tiny: LocalModel, uri: str) -> None:
         until(lambda: running.service.in_flight == 0)
 
 
-def test_half_of_the_places_are_left_to_others(talker: LocalModel, uri: str) -> None:
+def test_batch_leaves_half_of_the_queue_slots_free(talker: LocalModel, uri: str) -> None:
     with served(talker, queue=8) as running:
         body = written([caption(uri, ENDLESS)] * 16)
         with running.client.stream("POST", "/v1/batch", content=body) as answer:
@@ -263,7 +267,7 @@ def test_half_of_the_places_are_left_to_others(talker: LocalModel, uri: str) -> 
         until(lambda: running.service.in_flight == 0)
 
 
-def test_a_full_queue_takes_no_batch(talker: LocalModel, uri: str) -> None:
+def test_full_queue_rejects_a_batch(talker: LocalModel, uri: str) -> None:
     with served(talker, queue=1) as running, running.client.stream(
         "POST", "/v1/batch", content=written([caption(uri, ENDLESS)])
     ) as first:  # fmt: skip
@@ -271,7 +275,7 @@ def test_a_full_queue_takes_no_batch(talker: LocalModel, uri: str) -> None:
         assert running.client.post("/v1/batch", content=b"{}").status_code == 429
 
 
-def test_answers_come_as_they_are_ready_and_whoever_leaves_ends_it(talker: LocalModel, uri: str) -> None:
+def test_answers_are_streamed_and_disconnect_cancels_the_batch(talker: LocalModel, uri: str) -> None:
     lines = [caption(uri, 2), b"wrong", *[caption(uri, ENDLESS)] * 100]
     with served(talker) as running:
         engine: Any = running.service.engine
@@ -286,7 +290,7 @@ def test_answers_come_as_they_are_ready_and_whoever_leaves_ends_it(talker: Local
         )
 
 
-def test_a_client_that_leaves_while_it_sends(tiny: LocalModel) -> None:
+def test_disconnect_while_sending_releases_the_slot(tiny: LocalModel) -> None:
     with served(tiny) as running:
 
         def half() -> Iterator[bytes]:
@@ -299,10 +303,10 @@ def test_a_client_that_leaves_while_it_sends(tiny: LocalModel) -> None:
         until(lambda: running.service.in_flight == 0)
 
 
-def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> None:
+def test_time_limit_applies_to_each_line(talker: LocalModel, uri: str) -> None:
     lines = [caption(uri, 2), caption(uri, ENDLESS), caption(uri, ENDLESS), caption(uri, 2)]
-    for limit in (2, 10, 50):  # the first one within which this machine answers a short line
-        # One at a time: together they take longer than the limit.
+    for limit in (2, 10, 50):  # use the first limit within which this machine answers a short line
+        # The lines run one after another; together they take longer than the limit.
         with served(talker, queue=1, timeout=limit) as running:
             answers = post(running, lines)
             assert not running.service.engine._loop.request_ids
@@ -313,7 +317,7 @@ def test_the_time_limit_is_one_for_each_line(talker: LocalModel, uri: str) -> No
     assert f"{limit} seconds" in answers[1]["error"]["message"]
 
 
-def test_a_client_that_does_not_read_holds_up_the_rest(tiny: LocalModel, uri: str) -> None:
+def test_slow_reader_limits_the_lines_in_flight(tiny: LocalModel, uri: str) -> None:
     async def run() -> float:
         service = await started(tiny)
         batch = Batch(iter([json.dumps(caption(uri, 1)).encode()] * 10 * MAX_IN_FLIGHT), service)
@@ -329,7 +333,7 @@ def test_a_client_that_does_not_read_holds_up_the_rest(tiny: LocalModel, uri: st
     assert asyncio.run(run()) == MAX_IN_FLIGHT
 
 
-def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_earlier_lines_are_freed(tiny: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 8 * MAX_IN_FLIGHT
     uris = [data_uri(Image.new("RGB", (40 + i, 40), (i, 2 * i % 256, 0))) for i in range(count)]
     seen: list[weakref.ref[Image.Image]] = []
@@ -341,15 +345,15 @@ def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.Monkey
         really = service.images.open
 
         async def open_and_watch(value: str) -> Image.Image:
-            picture = await really(value)
-            seen.append(weakref.ref(picture))
-            return picture
+            scene_image = await really(value)
+            seen.append(weakref.ref(scene_image))
+            return scene_image
 
         monkeypatch.setattr(service.images, "open", open_and_watch)
         batch = Batch((json.dumps(caption(uri, 1)).encode() for uri in uris), service)
         async for answer in batch.answers():
             assert b'"result"' in answer
-            most = max(most, sum(picture() is not None for picture in seen))
+            most = max(most, sum(scene_image() is not None for scene_image in seen))
         batch.close()
         await ended(service)
 
@@ -359,7 +363,7 @@ def test_what_was_sent_is_forgotten(tiny: LocalModel, monkeypatch: pytest.Monkey
 
 
 async def started(model: LocalModel) -> Service:
-    """A service in this event loop that keeps no pictures, one place of which is taken."""
+    """Yield a service in this event loop, without an image cache and with one queue slot in use."""
     service = Service(model, "tiny", ServerSettings(keep=1))
     await service.start()
     service.acquire_slot()
@@ -371,7 +375,7 @@ async def ended(service: Service) -> None:
     await service.stop()
 
 
-def test_the_schema_says_what_a_batch_is(server: Served) -> None:
+def test_openapi_schema_documents_batches(server: Served) -> None:
     post = server.client.get("/openapi.json").json()["paths"]["/v1/batch"]["post"]
     assert {"application/x-ndjson", "application/jsonl"} == post["requestBody"]["content"].keys()
     assert {"200", "400", "401", "413", "429", "503"} <= post["responses"].keys()

@@ -1,4 +1,4 @@
-"""Checks of bodies before they are parsed, and the budget for receiving them.
+"""Checks of bodies before parsing, and the budget for receiving them.
 
 Run with `pytest tests/server/test_bodies.py`.
 """
@@ -34,7 +34,7 @@ from tests.server.test_connections import HEAD, connected
         (b"[]" * 65 + b'""' * 500_000, 400),
     ],
 )
-def test_json_is_checked_before_it_is_parsed(body: bytes, status: int | None) -> None:
+def test_json_is_checked_before_parsing(body: bytes, status: int | None) -> None:
     if status is None:
         asyncio.run(check_json(body))
     else:
@@ -43,13 +43,13 @@ def test_json_is_checked_before_it_is_parsed(body: bytes, status: int | None) ->
         assert caught.value.status == status
 
 
-def test_bodies_wait_until_they_fit() -> None:
+def test_bodies_wait_for_the_receive_budget() -> None:
     async def run() -> None:
         budget = ReceiveBudget(10)
         first, second, other = (budget.reserve(*each) for each in (("a", 6), ("a", 6), ("b", 10)))
         await first.__aenter__()
         waiting = asyncio.ensure_future(second.__aenter__())
-        await other.__aenter__()  # of another client: at once
+        await other.__aenter__()  # another client does not wait
         await asyncio.sleep(0)
         assert not waiting.done()
         await first.__aexit__(None, None, None)
@@ -68,7 +68,7 @@ def test_bodies_wait_until_they_fit() -> None:
     asyncio.run(run())
 
 
-def test_bodies_that_never_end_delay_only_their_client(tiny: LocalModel) -> None:
+def test_endless_bodies_delay_only_the_same_client(tiny: LocalModel) -> None:
     with served(tiny, max_body=100_000) as server, contextlib.ExitStack() as stack:
         for _ in range(5):
             client = stack.enter_context(connected(server))

@@ -1,4 +1,4 @@
-"""Limits on heads, on the time a request may take to arrive, and on connections per client.
+"""Limits on headers, on the time for a request to arrive, and on connections per client.
 
 Run with `pytest tests/server/test_connections.py`.
 """
@@ -17,7 +17,7 @@ from moondream_cv.server import connections
 from moondream_cv.server.connections import MAX_HEAD, MAX_URL, address_group
 from tests.helpers.served import Served, served
 
-WAIT = 240  # seconds, only to end a test that hangs
+WAIT = 240  # seconds; ends a test that hangs
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def connected(server: Served, source: str = "127.0.0.1") -> Iterator[socket.sock
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Everything that the server sends until it closes the connection."""
+    """Return all data that the server sends until it closes the connection."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := client.recv(65_536):
@@ -65,7 +65,7 @@ def test_endless_heads_are_rejected(server: Served, start: bytes, part: bytes, s
     with connected(server) as client:
         client.sendall(start)
         sent = send_until_closed(client, (part for _ in range(10_000)))
-        assert sent < 20_000_000  # of 100 MB: what the buffers of both sockets take
+        assert sent < 20_000_000  # far less than the 100 MB; limited by the socket buffers
         answer = read_all(client)
         assert answer == b"" or b" " + status in answer.split(b"\r\n")[0]
     assert server.client.get("/health").status_code == 200
@@ -96,7 +96,7 @@ def test_pipelined_requests_are_counted_one_by_one(server: Served) -> None:
 def test_connections_without_a_complete_request_are_closed(
     tiny: LocalModel, monkeypatch: pytest.MonkeyPatch, sent: bytes, status: bytes
 ) -> None:
-    for seconds in (0.3, 3, 30):  # until this machine sends in time
+    for seconds in (0.3, 3, 30):  # use the first limit within which this machine sends
         monkeypatch.setattr(connections, "HEAD_SECONDS", seconds)
         monkeypatch.setattr(connections, "REQUEST_SECONDS", seconds)
         with served(tiny) as server, connected(server) as client:
@@ -108,7 +108,7 @@ def test_connections_without_a_complete_request_are_closed(
     assert status in answer
 
 
-def test_silent_connections_lock_nobody_out(tiny: LocalModel) -> None:
+def test_idle_connections_do_not_lock_out_other_clients(tiny: LocalModel) -> None:
     with served(tiny, connections_per_client=20) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(server)) for _ in range(60)]
         assert server.client.get("/health").status_code == 200
@@ -116,8 +116,8 @@ def test_silent_connections_lock_nobody_out(tiny: LocalModel) -> None:
         assert read_all(silent[0]) == b""  # the oldest were closed
 
 
-def test_too_many_busy_connections_are_told_when_to_retry(tiny: LocalModel) -> None:
-    """Requests that are being answered are never closed in favor of others."""
+def test_too_many_busy_connections_get_503_with_retry_after(tiny: LocalModel) -> None:
+    """Connections with a running request are never closed in favor of others."""
     busy = HEAD + b"Content-Length: 0\r\n\r\n"
 
     class Slow:
@@ -142,7 +142,7 @@ def test_too_many_busy_connections_are_told_when_to_retry(tiny: LocalModel) -> N
                 return read_all(client)
 
         until_busy = ask(b"/v1/models")
-        while b" 503 " not in until_busy:  # until all five are being answered
+        while b" 503 " not in until_busy:  # wait until all five are running
             until_busy = ask(b"/v1/models")
         answer_head, _, body = until_busy.partition(b"\r\n\r\n")
         assert b"retry-after: 5" in answer_head.lower()
@@ -150,7 +150,7 @@ def test_too_many_busy_connections_are_told_when_to_retry(tiny: LocalModel) -> N
         assert b" 200 " in ask(b"/health")
 
 
-def test_addresses_are_grouped() -> None:
+def test_ipv6_addresses_are_grouped_by_network() -> None:
     assert address_group(("192.0.2.1", 5)) == "192.0.2.1"
     assert address_group(("2001:db8:0:1::5", 5)) == address_group(("2001:db8:0:1:9::", 6)) == "2001:db8:0:1::/64"
     assert address_group(None) == address_group(None)

@@ -41,19 +41,19 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "decoder_process" in " ".join(child.cmdline())]
 
 
-def test_pixels_arrive_as_they_are(decoders: DecoderPool) -> None:
+def test_decoded_pixels_equal_those_of_to_rgb(decoders: DecoderPool) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (33, 77, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     before = len(children())
     for _ in range(3):
         assert np.array_equal(decoders.decode(file.getvalue()), pixels)
-    assert len(children()) == before + 1  # one process, used again
+    assert len(children()) == before + 1  # the same process is used again
     decoders.close()
     assert len(children()) == before
 
 
-def test_errors_of_images_keep_their_message(decoders: DecoderPool) -> None:
+def test_image_errors_keep_their_message(decoders: DecoderPool) -> None:
     with pytest.raises(ImageError, match="is not an image in a supported format"):
         decoders.decode(b"hello")
     with pytest.raises(ImageError, match="too large: 8000x7000 pixels"):
@@ -61,7 +61,7 @@ def test_errors_of_images_keep_their_message(decoders: DecoderPool) -> None:
     assert decoders.decode(png((4, 4))).shape == (4, 4, 3)
 
 
-def test_an_image_that_takes_too_long_ends_its_process() -> None:
+def test_slow_image_kills_its_decoder_process() -> None:
     decoders = DecoderPool(50_000_000, timeout=0.01)
     with pytest.raises(ImageError, match=r"took longer than 0\.01 s to decode"):
         decoders.decode(png(LARGE))
@@ -70,7 +70,7 @@ def test_an_image_that_takes_too_long_ends_its_process() -> None:
     decoders.close()
 
 
-def test_a_decoder_that_crashes_is_replaced(decoders: DecoderPool) -> None:
+def test_crashed_decoder_is_replaced(decoders: DecoderPool) -> None:
     decoders.decode(png((4, 4)))
     decoders._idle[0]._process.kill()
     with pytest.raises(ImageError, match="cannot be decoded"):
@@ -97,25 +97,25 @@ def test_clients_acquire_slots_in_turn() -> None:
     assert order.index("c") < third_of_a
 
 
-def test_one_slot_stays_free_of_each_client() -> None:
+def test_one_client_never_occupies_all_slots() -> None:
     async def run() -> None:
         slots = FairSlots(2)
         await slots.acquire("a")
         second = asyncio.ensure_future(slots.acquire("a"))
         await asyncio.sleep(0)
-        await slots.acquire("b")  # at once
+        await slots.acquire("b")  # without waiting
         assert not second.done()
         slots.release("b")
         await asyncio.sleep(0)
         assert not second.done()
         second.cancel()
         slots.release("a")
-        await slots.acquire("a")  # one that was cancelled holds nothing
+        await slots.acquire("a")  # a cancelled waiter holds no slot
 
     asyncio.run(run())
 
 
-def test_images_of_one_client_do_not_delay_those_of_another(tiny: LocalModel) -> None:
+def test_images_of_one_client_do_not_delay_other_clients(tiny: LocalModel) -> None:
     slow = {"image_url": data_uri(Image.new("RGB", LARGE)), "object": "cat"}
     small = {"image_url": data_uri(Image.new("RGB", (64, 64))), "object": "cat"}
     other = httpx.HTTPTransport(local_address="127.0.0.2")

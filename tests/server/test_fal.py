@@ -1,4 +1,4 @@
-"""fal's dialect over plain HTTP, and through its Python client over TLS."""
+"""fal's API over plain HTTP, and with its Python client over TLS."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def secure(tiny: LocalModel, certificates: Certificates) -> Iterator[Served]:
 
 
 def inputs(uri: str) -> dict[str, dict[str, Any]]:
-    """The arguments of the four apps, by what stands behind the name of the app."""
+    """Return the arguments of the four apps, by the suffix of the path."""
     return {
         "": {"image_url": uri, "settings": GREEDY},
         "/visual-query": {"image_url": uri, "prompt": "How many objects are there?", "settings": GREEDY},
@@ -48,11 +48,11 @@ def inputs(uri: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def outputs(tiny: LocalModel, picture: Image.Image) -> dict[str, dict[str, Any]]:
-    """What they give, according to the model itself."""
-    told = tiny.caption(picture, settings=GREEDY)
-    answer = tiny.query(picture, "How many objects are there?", settings=GREEDY)
-    boxes, points = tiny.detect(picture, "blue square")["objects"], tiny.point(picture, "cat")["points"]
+def outputs(tiny: LocalModel, scene_image: Image.Image) -> dict[str, dict[str, Any]]:
+    """Return the expected outputs of the four apps, computed with the model."""
+    told = tiny.caption(scene_image, settings=GREEDY)
+    answer = tiny.query(scene_image, "How many objects are there?", settings=GREEDY)
+    boxes, points = tiny.detect(scene_image, "blue square")["objects"], tiny.point(scene_image, "cat")["points"]
     assert boxes
     assert points
     return {
@@ -71,7 +71,9 @@ def events(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("prefix", ["", "/run"])
-def test_answers_at_once(server: Served, uri: str, outputs: dict[str, Any], prefix: str) -> None:
+def test_synchronous_answers_equal_those_of_the_model(
+    server: Served, uri: str, outputs: dict[str, Any], prefix: str
+) -> None:
     for app, body in inputs(uri).items():
         answer = server.post(f"{prefix}{APP}{app}", body)
         assert (answer.status_code, answer.json()) == (200, outputs[app])
@@ -79,12 +81,14 @@ def test_answers_at_once(server: Served, uri: str, outputs: dict[str, Any], pref
 
 
 @pytest.mark.parametrize("length", ["short", "long"])
-def test_lengths_of_captions(server: Served, tiny: LocalModel, picture: Image.Image, uri: str, length: str) -> None:
+def test_caption_length_is_passed_to_the_model(
+    server: Served, tiny: LocalModel, scene_image: Image.Image, uri: str, length: str
+) -> None:
     answer = server.post(APP, {"image_url": uri, "length": length, "settings": GREEDY})
-    assert answer.json()["output"] == tiny.caption(picture, length, settings=GREEDY)["caption"]
+    assert answer.json()["output"] == tiny.caption(scene_image, length, settings=GREEDY)["caption"]
 
 
-def test_streams_repeat_what_there_is(server: Served, uri: str, outputs: dict[str, Any]) -> None:
+def test_stream_events_repeat_the_reply_so_far(server: Served, uri: str, outputs: dict[str, Any]) -> None:
     for app, body in inputs(uri).items():
         answer = server.post(f"{APP}{app}/stream", body)
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -97,7 +101,7 @@ def test_streams_repeat_what_there_is(server: Served, uri: str, outputs: dict[st
         assert len(parts) >= len(last["objects"] if "objects" in last else last["output"].split())
 
 
-def test_truncated_answers(server: Served, uri: str) -> None:
+def test_truncated_answers_are_marked(server: Served, uri: str) -> None:
     body = {"image_url": uri, "settings": {"temperature": 0, "max_tokens": 2}}
     assert server.post(APP, body).json()["truncated"] is True
     assert events(server.post(f"{APP}/stream", body).text)[-1]["truncated"] is True
@@ -114,7 +118,9 @@ def test_truncated_answers(server: Served, uri: str) -> None:
         ("", [], None),
     ],
 )
-def test_bodies_that_do_not_fit(server: Served, start: str, app: str, body: Any, field: str | None) -> None:
+def test_bodies_that_do_not_match_the_schema_get_422(
+    server: Served, start: str, app: str, body: Any, field: str | None
+) -> None:
     answer = server.post(f"{start}{app}", body)
     (detail,) = answer.json()["detail"]
     assert answer.status_code == 422
@@ -136,7 +142,7 @@ def test_bodies_that_do_not_fit(server: Served, start: str, app: str, body: Any,
         (f"{QUEUE}?fal_webhook=http://example.com", {}, "webhooks are not supported", "unsupported_parameter"),
     ],
 )
-def test_requests_that_are_refused(server: Served, uri: str, path: str, body: Any, message: str, kind: str) -> None:
+def test_invalid_requests_are_rejected(server: Served, uri: str, path: str, body: Any, message: str, kind: str) -> None:
     answer = server.post(path, {"image_url": uri, **body})
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
@@ -144,12 +150,12 @@ def test_requests_that_are_refused(server: Served, uri: str, path: str, body: An
 
 
 @pytest.mark.parametrize("path", ["/fal-ai/flux", "/run/fal-ai/moondream2/nothing", "/queue/fal-ai/other/requests/1"])
-def test_apps_that_are_not_there(server: Served, path: str) -> None:
+def test_unknown_apps_get_404(server: Served, path: str) -> None:
     answer = server.client.get(path)
     assert (answer.status_code, answer.json()["detail"]) == (404, f"no route at {path}")
 
 
-def test_a_failure_in_the_middle_of_a_stream(uri: str) -> None:
+def test_error_in_a_stream_is_its_last_event(uri: str) -> None:
     with held_server(steps=40, then_fails=True) as (_, failing):
         *parts, last = events(failing.post(f"{APP}/visual-query/stream", {"image_url": uri, **LONG}).text)
     assert parts[0]["output"]
@@ -158,7 +164,7 @@ def test_a_failure_in_the_middle_of_a_stream(uri: str) -> None:
 
 
 @pytest.mark.parametrize("header", ["0", "-1", "soon", "nan"])
-def test_time_limits_that_are_nonsense(server: Served, uri: str, header: str) -> None:
+def test_invalid_time_limits_get_422(server: Served, uri: str, header: str) -> None:
     for path in (APP, QUEUE):
         assert server.post(path, {"image_url": uri}, headers={"X-Fal-Request-Timeout": header}).status_code == 422
 
@@ -166,7 +172,7 @@ def test_time_limits_that_are_nonsense(server: Served, uri: str, header: str) ->
 # --- the Python client ------------------------------------------------------------------------------------------------
 
 
-def test_run_and_stream(secure: Served, certificates: Certificates, uri: str, outputs: dict[str, Any]) -> None:
+def test_client_runs_and_streams(secure: Served, certificates: Certificates, uri: str, outputs: dict[str, Any]) -> None:
     code = (
         f"inputs = {inputs(uri)!r}\n"
         + """
@@ -182,7 +188,9 @@ show(found)
         assert len(stream) > 1
 
 
-def test_the_asynchronous_client(secure: Served, certificates: Certificates, uri: str, outputs: dict[str, Any]) -> None:
+def test_async_client_runs_and_streams(
+    secure: Served, certificates: Certificates, uri: str, outputs: dict[str, Any]
+) -> None:
     code = """
 arguments = {"image_url": uri, "object": "cat"}
 app = APP + "/point-object-detection"
@@ -199,7 +207,7 @@ show(asyncio.run(main()))
     assert run_python(code, secure, certificates, uri) == [expected] * 3 + [{**expected, "partial": False}]
 
 
-def test_errors(secure: Served, certificates: Certificates, uri: str) -> None:
+def test_client_raises_errors_with_status_and_id(secure: Served, certificates: Certificates, uri: str) -> None:
     code = """
 def fetch(handle):
     return handle.get()
@@ -234,7 +242,7 @@ show({
     assert found["result"]["id"] == found["id"]
 
 
-def test_keys(tiny: LocalModel, certificates: Certificates, uri: str) -> None:
+def test_client_sends_api_keys(tiny: LocalModel, certificates: Certificates, uri: str) -> None:
     tls = certificates.certificate, certificates.key
     with served(tiny, tls=tls, api_keys=("id:secret",)) as locked:
         code = """
@@ -257,7 +265,7 @@ show([
     assert "wrong" not in refused[0]["message"].replace("or a wrong one", "")
 
 
-def test_a_full_queue_is_retried(certificates: Certificates, uri: str) -> None:
+def test_client_retries_when_the_queue_is_full(certificates: Certificates, uri: str) -> None:
     tls = certificates.certificate, certificates.key
     body = {"image_url": uri, "prompt": "What?", "settings": {"temperature": 0, "max_tokens": 3}}
     code = f"""
@@ -265,18 +273,18 @@ arguments = {{"image_url": uri, **{body!r}}}
 show([fal_client.run(APP + "/visual-query", arguments), fal_client.submit(APP + "/visual-query", arguments).get()])
 """
     with held_server(tls=tls, queue=1) as (held, busy), ThreadPoolExecutor(1) as pool:
-        busy.client.headers["Connection"] = "close"  # uvicorn waits long for a TLS connection that is kept
+        busy.client.headers["Connection"] = "close"  # uvicorn waits for idle TLS connections
         first = busy.post(f"{QUEUE}/visual-query", body).json()
         refused = busy.post(f"{QUEUE}/visual-query", body)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         second = pool.submit(run_python, code, busy, certificates, uri)
         until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.metrics.text())
-        held.go_on()
+        held.resume()
         found = second.result()
         assert found == [busy.client.get(first["response_url"]).json()] * 2
 
 
-def test_the_clients_own_time_limit(certificates: Certificates, uri: str) -> None:
+def test_time_limit_of_the_client_gets_504_without_retry(certificates: Certificates, uri: str) -> None:
     code = f"""
 arguments = {{"image_url": uri, **{LONG!r}}}
 app = APP + "/visual-query"

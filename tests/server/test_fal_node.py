@@ -1,4 +1,4 @@
-"""fal's dialect through its JavaScript client, in Node."""
+"""fal's API with its JavaScript client, in Node."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SIZE = {"width": 320, "height": 240}
 
 
 @pytest.fixture
-def expected(tiny: LocalModel, picture: Image.Image) -> dict[str, Any]:
-    return {**tiny.detect(picture, "blue square"), "image": SIZE}
+def expected(tiny: LocalModel, scene_image: Image.Image) -> dict[str, Any]:
+    return {**tiny.detect(scene_image, "blue square"), "image": SIZE}
 
 
-def test_run_and_stream(server: Served, uri: str, expected: dict[str, Any]) -> None:
+def test_client_runs_and_streams(server: Served, uri: str, expected: dict[str, Any]) -> None:
     code = """
 const input = { image_url: uri, object: "blue square" };
 const { data, requestId } = await fal.run(APP + "/object-detection", { input });
@@ -37,7 +37,7 @@ show({ data, requestId, events, done: await stream.done(), streamId: stream.requ
 
 
 @pytest.mark.parametrize("mode", ["polling", "streaming"])
-def test_subscribe(server: Served, uri: str, expected: dict[str, Any], mode: str) -> None:
+def test_client_subscribes_to_the_queue(server: Served, uri: str, expected: dict[str, Any], mode: str) -> None:
     code = f"""
 const updates = [];
 let id;
@@ -54,7 +54,7 @@ show({{ data, requestId, id, updates }});
     assert [line["message"].split()[0] for line in last["logs"]] == ["queued:", "started:", "finished"]
 
 
-def test_queue_calls(server: Served, uri: str, expected: dict[str, Any]) -> None:
+def test_client_uses_the_queue_routes(server: Served, uri: str, expected: dict[str, Any]) -> None:
     code = """
 const app = APP + "/object-detection";
 const submitted = await fal.queue.submit(app, { input: { image_url: uri, object: "blue square" }, priority: "low" });
@@ -68,7 +68,7 @@ show({ submitted, done, data, late: await failure(() => fal.queue.cancel(app, { 
     assert found["done"]["response_url"] == found["submitted"]["response_url"]
 
 
-def test_errors(server: Served, uri: str) -> None:
+def test_client_raises_errors_with_status_and_id(server: Served, uri: str) -> None:
     code = """
 const app = APP + "/object-detection";
 const bad = { image_url: "?", object: "cat" };
@@ -98,7 +98,7 @@ show({
     assert all(error["id"] for error in found.values())
 
 
-def test_keys(tiny: LocalModel, uri: str) -> None:
+def test_client_sends_api_keys(tiny: LocalModel, uri: str) -> None:
     code = """
 const input = { image_url: uri, object: "cat" };
 show(await failure(() => fal.subscribe(APP + "/object-detection", { input, pollInterval: 20 })));
@@ -108,7 +108,7 @@ show(await failure(() => fal.subscribe(APP + "/object-detection", { input, pollI
         assert run_node(code, locked, uri, key="id:wrong")["status"] == 401
 
 
-def test_cancelling_and_time_limits(uri: str) -> None:
+def test_client_cancels_requests_and_sends_time_limits(uri: str) -> None:
     code = """
 const app = APP + "/visual-query";
 const input = { image_url: uri, prompt: "What?", settings: { temperature: 0, max_tokens: 300 } };

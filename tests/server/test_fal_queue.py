@@ -1,4 +1,4 @@
-"""fal's queue: its states, over plain HTTP, and through the Python client over TLS."""
+"""fal's queue: states over plain HTTP, and the Python client over TLS."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = {"prompt": "What?", "settings": {"temperature": 0, "max_tokens": 300}}
 
 @pytest.fixture
 def holding() -> Iterator[tuple[HeldModel, Served]]:
-    """A server with one place, whose model waits."""
+    """A server with one queue slot and a paused model."""
     with held_server(queue=1) as both:
         yield both
 
@@ -41,7 +41,7 @@ def submit(server: Served, uri: str) -> dict[str, Any]:
 
 
 def states_of(server: Served, submitted: dict[str, Any], query: str = "") -> Iterator[dict[str, Any]]:
-    """The events of its status stream, as they come."""
+    """Yield the events of the status stream of a request."""
     with server.client.stream("GET", f"{submitted['status_url']}/stream{query}") as answer:
         assert answer.headers["x-fal-request-id"] == submitted["request_id"]
         for line in answer.iter_lines():
@@ -52,8 +52,8 @@ def states_of(server: Served, submitted: dict[str, Any], query: str = "") -> Ite
 # --- plain HTTP -------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_from_submission_to_result(
-    holding: tuple[HeldModel, Served], model: LocalModel, picture: Image.Image, uri: str
+def test_queued_request_goes_through_all_states(
+    holding: tuple[HeldModel, Served], model: LocalModel, scene_image: Image.Image, uri: str
 ) -> None:
     held, server = holding
     submitted = submit(server, uri)
@@ -77,7 +77,7 @@ def test_a_request_from_submission_to_result(
     assert (working.status_code, working.json()["status"], working.json()["logs"]) == (202, "IN_PROGRESS", None)
     assert server.post(f"{QUEUE}/visual-query", {"image_url": uri, **LONG}).status_code == 429
 
-    held.go_on()
+    held.resume()
     seen += states
     assert [state["status"] for state in seen] == ["IN_QUEUE", "IN_PROGRESS", "COMPLETED"][-len(seen) :]
     done = server.client.get(submitted["status_url"], params={"logs": "true"})
@@ -85,18 +85,18 @@ def test_a_request_from_submission_to_result(
     assert done.json()["metrics"]["inference_time"] > 0
     assert "error" not in done.json()
     logs = done.json()["logs"]
-    assert [line for state in seen for line in state["logs"]] == logs  # each event brings the new ones
+    assert [line for state in seen for line in state["logs"]] == logs  # each event has only the new lines
     assert [line["message"].split()[0] for line in logs] == ["queued:", "started:", "finished"]
     times = [datetime.fromisoformat(line["timestamp"]) for line in logs]
     assert times == sorted(times)
     result = server.client.get(here)
-    expected = model.query(picture, LONG["prompt"], settings=LONG["settings"])
+    expected = model.query(scene_image, LONG["prompt"], settings=LONG["settings"])
     assert (result.status_code, result.json()["output"]) == (200, expected["answer"])
     for answer in (early, working, done, result):
         assert answer.headers["x-fal-request-id"] == submitted["request_id"]
 
 
-def test_cancelling_gives_the_place_back(holding: tuple[HeldModel, Served], uri: str) -> None:
+def test_cancel_releases_the_queue_slot(holding: tuple[HeldModel, Served], uri: str) -> None:
     held, server = holding
     submitted = submit(server, uri)
     cancelled = server.client.put(submitted["cancel_url"])
@@ -110,12 +110,12 @@ def test_cancelling_gives_the_place_back(holding: tuple[HeldModel, Served], uri:
     assert (again.status_code, again.json()["status"]) == (400, "ALREADY_COMPLETED")
 
     second = submit(server, uri)
-    held.go_on()
+    held.resume()
     assert list(states_of(server, second))[-1]["status"] == "COMPLETED"
     assert server.client.get(second["response_url"]).status_code == 200
 
 
-def test_the_engine_lets_go_of_what_was_cancelled(uri: str) -> None:
+def test_cancel_removes_the_request_from_the_engine(uri: str) -> None:
     with held_server(steps=40) as (_, running):
         submitted = submit(running, uri)
         states = states_of(running, submitted)
@@ -128,23 +128,23 @@ def test_the_engine_lets_go_of_what_was_cancelled(uri: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "/status", "/status/stream"])
-def test_ids_that_are_not_there(server: Served, place: str) -> None:
+def test_unknown_ids_get_404(server: Served, place: str) -> None:
     answer = server.client.get(f"{QUEUE}/requests/{UUID(int=1)}{place}")
     assert answer.status_code == 404
     assert str(UUID(int=1)) in answer.json()["detail"]
 
 
-def test_cancelling_what_is_not_there(server: Served) -> None:
+def test_cancel_of_an_unknown_id_gets_404(server: Served) -> None:
     assert server.client.put(f"{QUEUE}/requests/{UUID(int=1)}/cancel").status_code == 404
 
 
-def test_addresses_are_those_that_the_client_used(tiny: LocalModel, uri: str) -> None:
+def test_urls_use_the_address_of_the_client(tiny: LocalModel, uri: str) -> None:
     with served(tiny, allowed_hosts=("vision.example",)) as server:
         answer = server.post(QUEUE, {"image_url": uri}, headers={"Host": "vision.example:8443"})
     assert answer.json()["status_url"].startswith(f"http://vision.example:8443{QUEUE}/requests/")
 
 
-def test_a_request_that_takes_too_long(uri: str) -> None:
+def test_slow_request_completes_with_504(uri: str) -> None:
     with held_server(timeout=0.3) as (_, running):
         submitted = submit(running, uri)
         assert list(states_of(running, submitted))[-1]["error_type"] == "timeout_error"
@@ -153,7 +153,7 @@ def test_a_request_that_takes_too_long(uri: str) -> None:
         assert "longer than 0.3 seconds" in result.json()["detail"]
 
 
-def test_keys_guard_results(tiny: LocalModel, uri: str) -> None:
+def test_results_require_an_api_key(tiny: LocalModel, uri: str) -> None:
     with served(tiny, api_keys=("id:secret",)) as locked:
         headers = {"Authorization": "Key id:secret"}
         submitted = locked.post(QUEUE, {"image_url": uri}, headers=headers).json()
@@ -174,7 +174,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
-def test_the_python_client(tiny: LocalModel, certificates: Certificates, picture: Image.Image, uri: str) -> None:
+def test_python_client_uses_the_queue(
+    tiny: LocalModel, certificates: Certificates, scene_image: Image.Image, uri: str
+) -> None:
     pytest.importorskip("fal_client")
     code = """
 arguments = {"image_url": uri, "object": "blue square"}
@@ -195,7 +197,7 @@ show({
 """
     with served(tiny, tls=(certificates.certificate, certificates.key)) as secure:
         found = run_python(code, secure, certificates, uri)
-    expected = {**tiny.detect(picture, "blue square"), "image": {"width": 320, "height": 240}}
+    expected = {**tiny.detect(scene_image, "blue square"), "image": {"width": 320, "height": 240}}
     assert found["got"] == found["by id"][0] == found["subscribed"] == expected
     assert found["by id"][1]["logs"] is None
     assert found["status"]["logs"][0]["message"] == "queued: object detection"
@@ -207,7 +209,7 @@ show({
     assert (name, len(last["logs"])) == ("Completed", 3)
 
 
-def test_the_python_client_cancels(certificates: Certificates, uri: str) -> None:
+def test_python_client_cancels_requests(certificates: Certificates, uri: str) -> None:
     pytest.importorskip("fal_client")
     code = f"""
 handle = fal_client.submit(APP + "/visual-query", {{"image_url": uri, **{LONG!r}}})
@@ -224,11 +226,11 @@ show([state, failure(handle.get)])
     assert (error["status"], error["error_type"], error["message"]) == (400, "cancelled", "the request was cancelled")
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- finished requests ------------------------------------------------------------------------------------------------
 
 
 def in_a_queue(model: LocalModel, test: Callable[[RequestQueue], Coroutine[Any, Any, None]], **options: Any) -> None:
-    """Run a test with the queue of a service."""
+    """Run a test with the request queue of a service."""
 
     async def run() -> None:
         service = Service(model, "tiny", ServerSettings())
@@ -242,7 +244,7 @@ def in_a_queue(model: LocalModel, test: Callable[[RequestQueue], Coroutine[Any, 
 
 
 async def finished(queue: RequestQueue, count: int) -> list[QueuedRequest]:
-    """Requests that were submitted and have ended, one after the other."""
+    """Submit requests one after another and return them when they have ended."""
 
     async def work(context: RequestContext, started: Callable[[], None]) -> dict[str, Any]:
         started()
@@ -256,7 +258,7 @@ async def finished(queue: RequestQueue, count: int) -> list[QueuedRequest]:
     return requests
 
 
-def test_the_oldest_are_forgotten(tiny: LocalModel) -> None:
+def test_oldest_finished_requests_are_dropped(tiny: LocalModel) -> None:
     async def test(queue: RequestQueue) -> None:
         first, *others = await finished(queue, 4)
         with pytest.raises(ServerError, match="no request") as caught:
@@ -267,7 +269,7 @@ def test_the_oldest_are_forgotten(tiny: LocalModel) -> None:
     in_a_queue(tiny, test, keep=3)
 
 
-def test_what_is_old_is_forgotten(tiny: LocalModel) -> None:
+def test_expired_requests_are_dropped(tiny: LocalModel) -> None:
     async def test(queue: RequestQueue) -> None:
         (request,) = await finished(queue, 1)
         await asyncio.sleep(0.06)
@@ -277,7 +279,7 @@ def test_what_is_old_is_forgotten(tiny: LocalModel) -> None:
     in_a_queue(tiny, test, seconds=0.05)
 
 
-def test_what_runs_is_not_forgotten(tiny: LocalModel) -> None:
+def test_running_requests_are_kept(tiny: LocalModel) -> None:
     async def test(queue: RequestQueue) -> None:
         release = asyncio.Event()
 

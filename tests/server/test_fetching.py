@@ -1,7 +1,7 @@
-"""Images by URL: limits, redirects, and no way into private networks. Run with `pytest tests/server/test_fetching.py`.
+"""Downloads of image URLs: limits, redirects and SSRF protection. Run with `pytest tests/server/test_fetching.py`.
 
-The server is a scripted one on 127.0.0.1 and 127.0.0.2. Where an address has to count as public, `is_public` is
-replaced for that address alone; a refusal also has to leave no connection behind.
+The tests use scripted servers on 127.0.0.1 and 127.0.0.2. If an address has to be public, `is_public` is replaced for
+that address only. Rejected URLs must not lead to any connection.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from moondream_cv.server.fetching import Fetcher
 from moondream_cv.server.ssrf_protection import MAX_URL_LENGTH, is_public
 
 OTHER = "127.0.0.2"
-PICTURE = bytes(range(256)) * 4
+CONTENT = bytes(range(256)) * 4
 SECRET = "hunter2"
 several_loopbacks = pytest.mark.skipif(sys.platform != "linux", reason="only Linux answers on all of 127.0.0.0/8")
 
 
 def reply(body: bytes = b"", status: int = 200, **headers: str | int) -> bytes:
-    """An HTTP reply; Content-Length is that of the body unless given, and left out where it is empty text."""
+    """Return an HTTP response. Content-Length is the size of the body by default; an empty string omits it."""
     lines = {"Content-Length": len(body), **{name.replace("_", "-"): value for name, value in headers.items()}}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value != "")
     return f"HTTP/1.1 {status} Status\r\n{head}\r\n".encode() + body
@@ -59,14 +59,14 @@ def redirect(location: str, status: int = 302) -> bytes:
 
 
 class Site(socketserver.ThreadingTCPServer):
-    """Answers each path with the bytes that `replies` has for it, and records connections and requests."""
+    """A server that returns the bytes in `replies` for each path, and records connections and requests."""
 
     daemon_threads = True
     allow_reuse_address = True
 
     def __init__(self, host: str, port: int = 0) -> None:
-        super().__init__((host, port), Visit)
-        self.replies: dict[str, bytes | Callable[[], Iterator[bytes]]] = {"/ok": reply(PICTURE)}
+        super().__init__((host, port), SiteHandler)
+        self.replies: dict[str, bytes | Callable[[], Iterator[bytes]]] = {"/ok": reply(CONTENT)}
         self.accepted = 0
         self.requests: list[str] = []
         self.stopped = threading.Event()
@@ -81,14 +81,14 @@ class Site(socketserver.ThreadingTCPServer):
         return super().get_request()
 
     def connections(self) -> int:
-        """How many came before this call. Connections are accepted in order, so one of our own shows the count."""
+        """Return the number of connections before this call. It opens one itself, as they are accepted in order."""
         with socket.create_connection((str(self.server_address[0]), self.port), timeout=240) as own:
             own.sendall(b"GET /count HTTP/1.1\r\n\r\n")
             assert own.recv(1) == b""
         return self.accepted - 1
 
 
-class Visit(socketserver.BaseRequestHandler):
+class SiteHandler(socketserver.BaseRequestHandler):
     server: Site
 
     def handle(self) -> None:
@@ -104,7 +104,7 @@ class Visit(socketserver.BaseRequestHandler):
             for part in [answer] if isinstance(answer, bytes) else answer():
                 self.request.sendall(part)
         except OSError:
-            pass  # the client has left, as it should from bodies that are too large
+            pass  # the client has disconnected, as expected for oversized bodies
 
     def reset(self) -> None:
         self.request.recv(65536)
@@ -112,7 +112,7 @@ class Visit(socketserver.BaseRequestHandler):
 
 
 @contextmanager
-def started(site: Site) -> Iterator[Site]:
+def running_site(site: Site) -> Iterator[Site]:
     thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -126,14 +126,14 @@ def started(site: Site) -> Iterator[Site]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    with started(Site("127.0.0.1")) as site:
+    with running_site(Site("127.0.0.1")) as site:
         yield site
 
 
 @pytest.fixture
 def other(site: Site) -> Iterator[Site]:
     """A second site on another loopback address and the same port."""
-    with started(Site(OTHER, site.port)) as other:
+    with running_site(Site(OTHER, site.port)) as other:
         yield other
 
 
@@ -142,8 +142,8 @@ def other_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssrf_protection, "is_public", lambda address: address == OTHER or is_public(address))
 
 
-class Names(AbstractResolver):
-    """Answers each name with the next of its lists of addresses, and with the last from then on."""
+class FakeResolver(AbstractResolver):
+    """A resolver that returns the next list of addresses for each name, and repeats the last list."""
 
     def __init__(self, answers: dict[str, list[list[str]]]) -> None:
         self.answers = answers
@@ -165,7 +165,7 @@ class Names(AbstractResolver):
 
 
 def fetch(*urls: str, **options: Any) -> list[bytes]:
-    """Download with one fetcher, in order."""
+    """Download URLs with one fetcher, in order."""
 
     async def run() -> list[bytes]:
         fetcher = Fetcher(**{"max_bytes": 100_000, **options})
@@ -177,8 +177,8 @@ def fetch(*urls: str, **options: Any) -> list[bytes]:
     return asyncio.run(run())
 
 
-def refusal(*urls: str, **options: Any) -> str:
-    """The message of the error, which must be short and say nothing of addresses and insides."""
+def error_message(*urls: str, **options: Any) -> str:
+    """Return the message of the error. It must be short and contain no internal details."""
     with pytest.raises(ImageError) as caught:
         fetch(*urls, **options)
     message = str(caught.value)
@@ -191,25 +191,25 @@ def refusal(*urls: str, **options: Any) -> str:
 # --- ordinary downloads -----------------------------------------------------------------------------------------------
 
 
-def test_the_body_is_returned_as_it_is(site: Site) -> None:
-    assert fetch(f"{site.url}/ok", allow_private=True) == [PICTURE]
+def test_body_is_returned_unchanged(site: Site) -> None:
+    assert fetch(f"{site.url}/ok", allow_private=True) == [CONTENT]
 
 
-def test_exactly_max_bytes_are_accepted(site: Site) -> None:
-    assert fetch(f"{site.url}/ok", allow_private=True, max_bytes=len(PICTURE)) == [PICTURE]
+def test_body_of_max_bytes_is_accepted(site: Site) -> None:
+    assert fetch(f"{site.url}/ok", allow_private=True, max_bytes=len(CONTENT)) == [CONTENT]
 
 
-def test_a_chunked_body_is_put_together(site: Site) -> None:
+def test_chunked_body_is_joined(site: Site) -> None:
     site.replies["/chunks"] = lambda: chunked(1000, 9)
     assert fetch(f"{site.url}/chunks", allow_private=True) == [bytes(9000)]
 
 
-def test_the_request_says_who_asks_and_nothing_else(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_has_a_user_agent_and_no_cookies_or_proxy(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     site.replies["/from"] = reply(status=302, Location="/ok", Set_Cookie="a=b")
     url = f"http://images.example:{site.port}/from#part"
-    fetch(url, url, allow_private=True, resolver=Names({"images.example": [["127.0.0.1"]]}))
+    fetch(url, url, allow_private=True, resolver=FakeResolver({"images.example": [["127.0.0.1"]]}))
     names = [{line.split(":")[0] for line in request.splitlines()[1:] if line} for request in site.requests]
     assert names == [{"Host", "User-Agent", "Accept", "Accept-Encoding", "Connection"}] * 4
     assert all("User-Agent: moondream-cv/" in request for request in site.requests)
@@ -217,12 +217,12 @@ def test_the_request_says_who_asks_and_nothing_else(site: Site, monkeypatch: pyt
     assert site.requests[0].startswith("GET /from HTTP/1.1")
 
 
-def test_downloads_run_side_by_side(site: Site) -> None:
+def test_downloads_run_concurrently(site: Site) -> None:
     together = threading.Barrier(5, timeout=240)
 
     def meet() -> Iterator[bytes]:
         together.wait()
-        yield reply(PICTURE)
+        yield reply(CONTENT)
 
     async def run() -> list[bytes]:
         fetcher = Fetcher(max_bytes=10_000, allow_private=True)
@@ -232,11 +232,11 @@ def test_downloads_run_side_by_side(site: Site) -> None:
             await fetcher.close()
 
     site.replies["/meet"] = meet
-    assert asyncio.run(run()) == [PICTURE] * 5
+    assert asyncio.run(run()) == [CONTENT] * 5
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_certificates_are_checked(trusted: bool, tmp_path: Path) -> None:
+def test_certificates_are_verified(trusted: bool, tmp_path: Path) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -256,18 +256,18 @@ def test_certificates_are_checked(trusted: bool, tmp_path: Path) -> None:
         "asyncio.run(run())\n"
     )
     environment = {**os.environ, "SSL_CERT_FILE": str(tmp_path / "ca.pem")} if trusted else {**os.environ}
-    with started(site):
+    with running_site(site):
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240
         )
     assert result.stderr == ""
-    expected = f"{len(PICTURE)}" if trusted else "certificate of the host is not trusted"
+    expected = f"{len(CONTENT)}" if trusted else "certificate of the host is not trusted"
     assert expected in result.stdout
 
 
-# --- downloads that go wrong ------------------------------------------------------------------------------------------
+# --- failed downloads -------------------------------------------------------------------------------------------------
 
-BAD_REPLIES: dict[str, tuple[bytes | Callable[[], Iterator[bytes]], str]] = {
+INVALID_RESPONSES: dict[str, tuple[bytes | Callable[[], Iterator[bytes]], str]] = {
     "missing": (reply(b"no", status=404), "returned status 404"),
     "forbidden": (reply(b"no", status=403), "status 403"),
     "broken": (reply(status=500), "status 500"),
@@ -280,7 +280,7 @@ BAD_REPLIES: dict[str, tuple[bytes | Callable[[], Iterator[bytes]], str]] = {
     "until closed too large": (lambda: iter([reply(Content_Length=""), bytes(100_001)]), "larger than"),
     "gzip bomb": (reply(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"), "is compressed"),
     "other compression": (reply(b"x", Content_Encoding="BR"), "is compressed"),
-    "truncated": (reply(PICTURE, Content_Length=len(PICTURE) + 1), "was interrupted"),
+    "truncated": (reply(CONTENT, Content_Length=len(CONTENT) + 1), "was interrupted"),
     "truncated chunks": (lambda: iter(list(chunked(1000, 3))[:2]), "was interrupted"),
     "no reply": (b"", "was interrupted"),
     "not http": (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "was interrupted"),
@@ -299,34 +299,36 @@ BAD_REPLIES: dict[str, tuple[bytes | Callable[[], Iterator[bytes]], str]] = {
 }
 
 
-@pytest.mark.parametrize(("answer", "message"), BAD_REPLIES.values(), ids=BAD_REPLIES.keys())
-def test_bad_replies(site: Site, answer: Any, message: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("answer", "message"), INVALID_RESPONSES.values(), ids=INVALID_RESPONSES.keys())
+def test_invalid_responses_raise_image_error(
+    site: Site, answer: Any, message: str, request: pytest.FixtureRequest
+) -> None:
     path = "/" + request.node.callspec.id.replace(" ", "%20")
     site.replies[path] = answer
     with pytest.raises(ImageError, match=message):
         fetch(f"{site.url}{path}", allow_private=True)
-    assert site.url in refusal(f"{site.url}{path}", allow_private=True)
+    assert site.url in error_message(f"{site.url}{path}", allow_private=True)
 
 
-def test_a_reset_connection(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Visit, "handle", Visit.reset)
-    assert "was interrupted" in refusal(f"{site.url}/ok", allow_private=True)
+def test_connection_reset_raises_image_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SiteHandler, "handle", SiteHandler.reset)
+    assert "was interrupted" in error_message(f"{site.url}/ok", allow_private=True)
 
 
-def test_nobody_listens(site: Site) -> None:
+def test_refused_connection_raises_image_error(site: Site) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        message = refusal(f"http://localhost:{free.getsockname()[1]}/", allow_private=True)
+        message = error_message(f"http://localhost:{free.getsockname()[1]}/", allow_private=True)
     assert "cannot connect to the host" in message
     assert "127.0.0.1" not in message
 
 
-def test_an_unknown_name() -> None:
-    assert "host not found" in refusal("http://nowhere.example/", resolver=Names({}))
+def test_unknown_host_raises_image_error() -> None:
+    assert "host not found" in error_message("http://nowhere.example/", resolver=FakeResolver({}))
 
 
 @pytest.mark.parametrize("kind", ["no reply", "slow head", "slow body", "slow redirects"])
-def test_the_time_limit_covers_everything(site: Site, kind: str) -> None:
+def test_time_limit_covers_the_whole_download(site: Site, kind: str) -> None:
     def drip() -> Iterator[bytes]:
         if kind == "slow redirects":
             site.stopped.wait(0.15)
@@ -337,17 +339,17 @@ def test_the_time_limit_covers_everything(site: Site, kind: str) -> None:
             yield b"" if kind == "no reply" else b"X: y\r\n"
 
     site.replies["/drip"] = drip
-    message = refusal(f"{site.url}/drip", allow_private=True, timeout=0.4, max_redirects=1000)
+    message = error_message(f"{site.url}/drip", allow_private=True, timeout=0.4, max_redirects=1000)
     assert "longer than 0.4 s" in message
 
 
-def test_the_time_limit_covers_names() -> None:
-    class Slow(Names):
+def test_time_limit_covers_name_resolution() -> None:
+    class Slow(FakeResolver):
         async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
             await asyncio.Event().wait()
             raise AssertionError
 
-    assert "longer than 0.1 s" in refusal("http://slow.example/", resolver=Slow({}), timeout=0.1)
+    assert "longer than 0.1 s" in error_message("http://slow.example/", resolver=Slow({}), timeout=0.1)
 
 
 # --- redirects --------------------------------------------------------------------------------------------------------
@@ -357,16 +359,16 @@ def test_the_time_limit_covers_names() -> None:
 @pytest.mark.parametrize("location", ["/ok", "ok", "{url}/ok", "//127.0.0.1:{port}/ok"])
 def test_redirects_are_followed(site: Site, status: int, location: str) -> None:
     site.replies["/from"] = redirect(location.format(url=site.url, port=site.port), status)
-    assert fetch(f"{site.url}/from", allow_private=True) == [PICTURE]
+    assert fetch(f"{site.url}/from", allow_private=True) == [CONTENT]
 
 
 @pytest.mark.parametrize(("limit", "reached"), [(0, False), (2, False), (3, True)])
-def test_redirects_are_counted(site: Site, limit: int, reached: bool) -> None:
+def test_number_of_redirects_is_limited(site: Site, limit: int, reached: bool) -> None:
     site.replies.update({"/a": redirect("/b"), "/b": redirect("/c"), "/c": redirect("/ok")})
     if reached:
-        assert fetch(f"{site.url}/a", allow_private=True, max_redirects=limit) == [PICTURE]
+        assert fetch(f"{site.url}/a", allow_private=True, max_redirects=limit) == [CONTENT]
     else:
-        message = refusal(f"{site.url}/a", allow_private=True, max_redirects=limit)
+        message = error_message(f"{site.url}/a", allow_private=True, max_redirects=limit)
         assert f"redirects more than {limit} times" in message
         assert len(site.requests) == limit + 1
 
@@ -376,11 +378,11 @@ def test_redirects_are_counted(site: Site, limit: int, reached: bool) -> None:
 @pytest.mark.parametrize(
     "target", ["http://127.0.0.1:{port}/ok", "//localhost:{port}/ok", "http://inside.example:{port}"]
 )
-def test_a_redirect_to_a_private_address_is_refused(site: Site, other: Site, target: str) -> None:
+def test_redirect_to_a_private_address_is_rejected(site: Site, other: Site, target: str) -> None:
     other.replies["/from"] = redirect(target.format(port=site.port))
-    names = Names({"localhost": [["127.0.0.1"]], "inside.example": [["127.0.0.1"]]})
-    assert fetch(f"{other.url}/ok", resolver=names) == [PICTURE]
-    message = refusal(f"{other.url}/from", resolver=names)
+    names = FakeResolver({"localhost": [["127.0.0.1"]], "inside.example": [["127.0.0.1"]]})
+    assert fetch(f"{other.url}/ok", resolver=names) == [CONTENT]
+    message = error_message(f"{other.url}/from", resolver=names)
     assert "private address" in message
     assert site.connections() == 0
     assert [request.split()[1] for request in other.requests] == ["/ok", "/from"]
@@ -388,7 +390,7 @@ def test_a_redirect_to_a_private_address_is_refused(site: Site, other: Site, tar
 
 # --- private addresses ------------------------------------------------------------------------------------------------
 
-SPELLINGS = {
+NOTATIONS = {
     "plain": "http://127.0.0.1:{port}/ok",
     "other loopback": "http://127.8.9.10:{port}/ok",
     "unspecified": "http://0.0.0.0:{port}/ok",
@@ -448,8 +450,8 @@ SPELLINGS = {
 }
 
 
-class SystemNames(Names):
-    """What the operating system makes of a name, except that public names lead to 127.0.0.1."""
+class SystemResolver(FakeResolver):
+    """The resolver of the operating system, except that public names lead to 127.0.0.1."""
 
     async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
         self.asked.append(host)
@@ -461,23 +463,23 @@ class SystemNames(Names):
         return await super().resolve(host, port, family)
 
 
-@pytest.mark.parametrize("url", SPELLINGS.values(), ids=SPELLINGS.keys())
-def test_no_spelling_leads_to_this_machine(site: Site, url: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("url", NOTATIONS.values(), ids=NOTATIONS.keys())
+def test_no_notation_of_a_loopback_address_is_connected(site: Site, url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "moondream_cv")
-    message = refusal(url.format(port=site.port), resolver=SystemNames({}))
+    message = error_message(url.format(port=site.port), resolver=SystemResolver({}))
     assert site.connections() == 0
     assert "host not found" in message or ("rejected an image URL" in caplog.text and "ok" not in caplog.text)
 
 
 @pytest.mark.parametrize("host", ["[::1]", "[::]", "localhost"])
-def test_the_loopback_of_ipv6_is_not_reached(host: str) -> None:
+def test_ipv6_loopback_is_rejected(host: str) -> None:
     try:
         server = socket.create_server(("::1", 0), family=socket.AF_INET6)
     except OSError:
         pytest.skip("this machine has no IPv6")
     with server:
         server.setblocking(False)
-        assert "private address" in refusal(f"http://{host}:{server.getsockname()[1]}/")
+        assert "private address" in error_message(f"http://{host}:{server.getsockname()[1]}/")
         with pytest.raises(BlockingIOError):
             server.accept()
 
@@ -496,10 +498,10 @@ def test_the_loopback_of_ipv6_is_not_reached(host: str) -> None:
     ],
     ids=" ".join,
 )
-def test_a_name_that_points_inside_is_refused(site: Site, addresses: list[str]) -> None:
-    message = refusal(
+def test_name_with_a_private_address_is_rejected(site: Site, addresses: list[str]) -> None:
+    message = error_message(
         f"http://images.example.com:{site.port}/ok?key={SECRET}",
-        resolver=Names({"images.example.com": [addresses]}),
+        resolver=FakeResolver({"images.example.com": [addresses]}),
     )
     assert "private address" in message
     assert f"http://images.example.com:{site.port}" in message
@@ -507,7 +509,7 @@ def test_a_name_that_points_inside_is_refused(site: Site, addresses: list[str]) 
     assert site.connections() == 0
 
 
-def test_the_system_resolver_is_covered(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_address_of_the_system_resolver_is_rejected(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from aiohttp import ThreadedResolver
 
     def inside(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
@@ -530,33 +532,33 @@ def test_the_system_resolver_is_covered(site: Site, monkeypatch: pytest.MonkeyPa
 
 @several_loopbacks
 @pytest.mark.usefixtures("other_is_public")
-def test_a_name_that_changes_its_answer_is_refused(site: Site, other: Site) -> None:
-    names = Names({"rebinding.example": [[OTHER], ["127.0.0.1"]]})
+def test_dns_rebinding_is_rejected(site: Site, other: Site) -> None:
+    names = FakeResolver({"rebinding.example": [[OTHER], ["127.0.0.1"]]})
     url = f"http://rebinding.example:{site.port}/ok"
-    assert "private address" in refusal(url, url, resolver=names)
+    assert "private address" in error_message(url, url, resolver=names)
     assert names.asked == ["rebinding.example"] * 2
     assert (other.connections(), site.connections()) == (1, 0)
 
 
 @several_loopbacks
 @pytest.mark.usefixtures("other_is_public")
-def test_a_name_that_changes_its_answer_within_a_redirect_is_refused(site: Site, other: Site) -> None:
+def test_dns_rebinding_in_a_redirect_is_rejected(site: Site, other: Site) -> None:
     other.replies["/from"] = redirect("/ok")
-    names = Names({"rebinding.example": [[OTHER], ["127.0.0.1"]]})
-    assert "private address" in refusal(f"http://rebinding.example:{site.port}/from", resolver=names)
+    names = FakeResolver({"rebinding.example": [[OTHER], ["127.0.0.1"]]})
+    assert "private address" in error_message(f"http://rebinding.example:{site.port}/from", resolver=names)
     assert (other.connections(), site.connections()) == (1, 0)
 
 
 @several_loopbacks
 @pytest.mark.usefixtures("other_is_public")
 @pytest.mark.parametrize("addresses", [["127.0.0.1", OTHER], ["::1", "127.0.0.1", OTHER], [OTHER, "127.0.0.1"]])
-def test_of_several_addresses_only_public_ones_are_tried(site: Site, other: Site, addresses: list[str]) -> None:
-    names = Names({"mixed.example": [addresses]})
-    assert fetch(f"http://mixed.example:{site.port}/ok", resolver=names) == [PICTURE]
+def test_only_public_addresses_of_a_name_are_connected(site: Site, other: Site, addresses: list[str]) -> None:
+    names = FakeResolver({"mixed.example": [addresses]})
+    assert fetch(f"http://mixed.example:{site.port}/ok", resolver=names) == [CONTENT]
     assert (other.connections(), site.connections()) == (1, 0)
 
 
-# --- which addresses are public ---------------------------------------------------------------------------------------
+# --- public addresses -------------------------------------------------------------------------------------------------
 
 PUBLIC = ["8.8.8.8", "1.1.1.1", "100.63.255.255", "100.128.0.0", "172.15.255.255", "172.32.0.0", "169.253.255.255"]
 PUBLIC += [
@@ -595,12 +597,14 @@ NO_ADDRESS = [
     ("address", "expected"),
     [(a, True) for a in PUBLIC] + [(a, False) for a in PRIVATE + NO_ADDRESS],
 )
-def test_is_public(address: str, expected: bool) -> None:
+def test_is_public_classifies_addresses(address: str, expected: bool) -> None:
     assert is_public(address) is expected
 
 
 @given(st.ip_addresses())
-def test_no_address_is_public_that_python_calls_special(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+def test_addresses_that_python_calls_special_are_not_public(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> None:
     special = not address.is_global or address.is_multicast or address.is_reserved or address.is_link_local
     assert not (is_public(str(address)) and special)
 
@@ -608,14 +612,16 @@ def test_no_address_is_public_that_python_calls_special(address: ipaddress.IPv4A
 @given(
     st.ip_addresses(v=4), st.sampled_from(["::ffff:0:0", "::", "::ffff:0:0:0", "64:ff9b::", "64:ff9b:1::", "2001::"])
 )
-def test_no_ipv4_address_within_an_ipv6_address_is_public(address: ipaddress.IPv4Address, prefix: str) -> None:
+def test_ipv6_addresses_with_an_embedded_ipv4_address_are_not_public(
+    address: ipaddress.IPv4Address, prefix: str
+) -> None:
     assert not is_public(str(ipaddress.IPv6Address(int(ipaddress.IPv6Address(prefix)) + int(address))))
     assert not is_public(str(ipaddress.IPv6Address((0x2002 << 112) + (int(address) << 80))))
 
 
 # --- URLs -------------------------------------------------------------------------------------------------------------
 
-BAD_URLS = {
+INVALID_URLS = {
     "": "begins with 'no scheme'",
     "dog.jpg": "begins with 'no scheme'",
     "/etc/passwd": "begins with 'no scheme'",
@@ -651,22 +657,22 @@ BAD_URLS = {
 }
 
 
-@pytest.mark.parametrize(("url", "message"), BAD_URLS.items(), ids=[url[:40] or "empty" for url in BAD_URLS])
+@pytest.mark.parametrize(("url", "message"), INVALID_URLS.items(), ids=[url[:40] or "empty" for url in INVALID_URLS])
 @pytest.mark.parametrize("allow_private", [False, True])
-def test_bad_urls(url: str, message: str, allow_private: bool) -> None:
-    names = Names({})
+def test_invalid_urls_are_rejected_before_name_resolution(url: str, message: str, allow_private: bool) -> None:
+    names = FakeResolver({})
     with pytest.raises(ImageError, match=message):
         fetch(url, allow_private=allow_private, resolver=names)
-    refusal(url, allow_private=allow_private, resolver=names)
+    error_message(url, allow_private=allow_private, resolver=names)
     assert names.asked == []
 
 
 @pytest.mark.parametrize(
     "url", ["http://bücher.example/", "https://a_b.example:8443/x", "http://EXAMPLE.example./%20é?a=ü"]
 )
-def test_ordinary_urls_are_looked_up(url: str) -> None:
-    names = Names({})
-    assert "host not found" in refusal(url, resolver=names)
+def test_valid_urls_are_resolved(url: str) -> None:
+    names = FakeResolver({})
+    assert "host not found" in error_message(url, resolver=names)
     assert len(names.asked) == 1
     assert names.asked[0].isascii()
 
@@ -674,12 +680,12 @@ def test_ordinary_urls_are_looked_up(url: str) -> None:
 @given(
     st.text(max_size=30), st.sampled_from(["", "http://", "http://a", "https://127.0.0.1:", "http://[", "http://a@"])
 )
-def test_any_text_is_looked_up_or_refused(text: str, start: str) -> None:
+def test_arbitrary_text_raises_only_image_error(text: str, start: str) -> None:
     with pytest.raises(ImageError):
-        fetch(start + text, resolver=Names({}))
+        fetch(start + text, resolver=FakeResolver({}))
 
 
-# --- the fetcher itself -----------------------------------------------------------------------------------------------
+# --- the fetcher ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -692,13 +698,13 @@ def test_any_text_is_looked_up_or_refused(text: str, start: str) -> None:
         ({"max_redirects": -1}, "max_redirects must be an integer of at least 0, got -1"),
     ],
 )
-def test_limits_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_limits_out_of_range_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fetcher(**{"max_bytes": 1, **options})
 
 
 @pytest.mark.parametrize("part", ["head", "body"])
-def test_close_ends_downloads_and_refuses_new_ones(site: Site, part: str) -> None:
+def test_close_aborts_downloads_and_rejects_new_ones(site: Site, part: str) -> None:
     arrived = threading.Event()
 
     def hang() -> Iterator[bytes]:
@@ -712,7 +718,7 @@ def test_close_ends_downloads_and_refuses_new_ones(site: Site, part: str) -> Non
         fetcher = Fetcher(max_bytes=5000, timeout=60, allow_private=True)
         running = asyncio.create_task(fetcher.fetch(f"{site.url}/hang"))
         await asyncio.to_thread(arrived.wait, 240)
-        await asyncio.sleep(0.2)  # so that it waits for more, which closing aiohttp's session does not end
+        await asyncio.sleep(0.2)  # the download now waits for data, which closing the aiohttp session does not abort
         await fetcher.close()
         await fetcher.close()
         with pytest.raises(ImageError, match=r"server is shutting down|was interrupted"):
@@ -724,7 +730,7 @@ def test_close_ends_downloads_and_refuses_new_ones(site: Site, part: str) -> Non
     asyncio.run(run())
 
 
-def test_nothing_runs_on_after_the_time_limit(site: Site) -> None:
+def test_no_task_remains_after_the_time_limit(site: Site) -> None:
     def hang() -> Iterator[bytes]:
         site.stopped.wait()
         yield b""
@@ -743,7 +749,7 @@ def test_nothing_runs_on_after_the_time_limit(site: Site) -> None:
     asyncio.run(run())
 
 
-def test_a_cancelled_download_is_cancelled(site: Site) -> None:
+def test_cancelled_download_leaves_the_fetcher_usable(site: Site) -> None:
     arrived = threading.Event()
 
     def hang() -> Iterator[bytes]:
@@ -758,21 +764,24 @@ def test_a_cancelled_download_is_cancelled(site: Site) -> None:
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert await fetcher.fetch(f"{site.url}/ok") == PICTURE
+        assert await fetcher.fetch(f"{site.url}/ok") == CONTENT
         await fetcher.close()
 
     site.replies["/hang"] = hang
     asyncio.run(run())
 
 
-def test_closing_before_the_first_download() -> None:
+def test_close_without_downloads_rejects_new_ones() -> None:
     async def run() -> None:
-        await Fetcher(max_bytes=1).close()
+        fetcher = Fetcher(max_bytes=1)
+        await fetcher.close()
+        with pytest.raises(ImageError, match="server is shutting down"):
+            await fetcher.fetch("http://images.example/")
 
     asyncio.run(run())
 
 
-def test_without_aiohttp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_aiohttp_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""`/v1/gaze`, gaze in a batch, and through the client of this project. Run with `pytest tests/server/test_gaze.py`."""
+"""`/v1/gaze`, gaze in a batch, and the Moondream backend. Run with `pytest tests/server/test_gaze.py`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from moondream_cv import connect
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.requests import Gaze, GazeResult
 from tests.helpers.color_model import ColorModel
-from tests.helpers.remote_server import Answer, remote_server
+from tests.helpers.remote_server import Reply, remote_server
 from tests.helpers.served import Served, served
 
 EYE = [0.4, 0.3]
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: LocalModel, picture: Image.Image) -> dict[str, float]:
-    """The point that the model returns if it is forced to."""
-    (result,) = tiny.run([Gaze(picture, (EYE[0], EYE[1]), force=True)])
+def expected(tiny: LocalModel, scene_image: Image.Image) -> dict[str, float]:
+    """The point that the model returns with `force_detect`."""
+    (result,) = tiny.run([Gaze(scene_image, (EYE[0], EYE[1]), force=True)])
     assert isinstance(result, GazeResult)
     assert result.gaze is not None
     return {"x": result.gaze.x, "y": result.gaze.y}
@@ -33,10 +33,10 @@ def test_gaze_returns_a_point(server: Served, uri: str, expected: dict[str, floa
     assert answer.json() == {"request_id": answer.headers["x-request-id"], "gaze": pytest.approx(expected)}
 
 
-def test_gaze_without_force_is_that_of_the_model(
-    server: Served, tiny: LocalModel, picture: Image.Image, uri: str
+def test_gaze_without_force_equals_the_model(
+    server: Served, tiny: LocalModel, scene_image: Image.Image, uri: str
 ) -> None:
-    gaze = tiny.detect_gaze(picture, EYE)["gaze"]
+    gaze = tiny.detect_gaze(scene_image, EYE)["gaze"]
     answer = server.post("/v1/gaze", {"image_url": uri, "eye": EYE, "settings": {}, "model": "moondream2"})
     assert answer.json()["gaze"] == (None if gaze is None else pytest.approx(gaze))
 
@@ -58,7 +58,7 @@ def test_gaze_can_be_streamed(server: Served, uri: str, expected: dict[str, floa
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "said"),
+    ("changes", "status", "message"),
     [
         ({"eye": None}, 422, "eye"),
         ({"eye": [0.5]}, 422, "eye"),
@@ -72,14 +72,14 @@ def test_gaze_can_be_streamed(server: Served, uri: str, expected: dict[str, floa
     ],
 )
 def test_invalid_requests_are_rejected(
-    server: Served, uri: str, changes: dict[str, Any], status: int, said: str
+    server: Served, uri: str, changes: dict[str, Any], status: int, message: str
 ) -> None:
     answer = server.post("/v1/gaze", {"image_url": uri, "eye": EYE, **changes})
     assert answer.status_code == status, answer.text
-    assert said in answer.json()["error"]["message"] + str(answer.json()["error"]["param"])
+    assert message in answer.json()["error"]["message"] + str(answer.json()["error"]["param"])
 
 
-def test_gaze_in_a_batch(server: Served, uri: str, expected: dict[str, float]) -> None:
+def test_batch_lines_can_have_gaze(server: Served, uri: str, expected: dict[str, float]) -> None:
     line = {"skill": "gaze", "image_url": uri, "eye": EYE, "force_detect": True}
     text = "\n".join(map(json.dumps, (line, {**line, "eye": [2, 2]})))
     good, bad = map(
@@ -92,25 +92,25 @@ def test_gaze_in_a_batch(server: Served, uri: str, expected: dict[str, float]) -
     assert bad["error"]["code"] == 400
 
 
-def test_every_skill_that_is_listed_has_a_route(server: Served) -> None:
+def test_every_listed_skill_has_a_route(server: Served) -> None:
     (model,) = server.client.get("/v1/models").json()["models"]
     assert "gaze" in model["skills"]
     routes = server.client.get("/openapi.json").json()["paths"]
     assert {f"/v1/{skill}" for skill in model["skills"]} <= routes.keys()
 
 
-def test_the_client_of_this_project_has_gaze(
-    server: Served, tiny: LocalModel, picture: Image.Image, expected: dict[str, float]
+def test_moondream_backend_supports_gaze(
+    server: Served, tiny: LocalModel, scene_image: Image.Image, expected: dict[str, float]
 ) -> None:
     forced = {"force_detect": True}
     with connect(server.url, image_format="png") as model:
         assert model.skills == tiny.skills
-        assert model.detect_gaze(picture, EYE, unstable_settings=forced) == {"gaze": pytest.approx(expected)}
+        assert model.detect_gaze(scene_image, EYE, unstable_settings=forced) == {"gaze": pytest.approx(expected)}
 
 
-def test_gateways_to_servers_without_gaze_reject_it(uri: str) -> None:
+def test_gateway_to_a_server_without_gaze_rejects_it(uri: str) -> None:
     with remote_server() as remote:
-        remote.on("/v1/models", Answer({"models": [{"id": "moondream2", "skills": ["caption"]}]}))
+        remote.on("/v1/models", Reply({"models": [{"id": "moondream2", "skills": ["caption"]}]}))
         with connect(remote.url, "moondream") as model, served(model) as gateway:
             answer = gateway.post("/v1/gaze", {"image_url": uri, "eye": EYE})
             assert (answer.status_code, answer.json()["error"]["type"]) == (400, "unsupported_skill")

@@ -1,4 +1,4 @@
-"""A corpus of hostile requests: each is answered, none with more than a client's mistake, none leaves anything behind.
+"""A corpus of hostile requests: each gets a success or a 4xx status, and none leaks resources.
 
 Run with `pytest tests/server/test_hostile.py`.
 """
@@ -30,7 +30,7 @@ MIB = 2**20
 JSON = {"Content-Type": "application/json"}
 
 
-def picture(kind: str, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
+def scene_image(kind: str, size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, kind, **options)
@@ -42,13 +42,13 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, data: bytes, extra: bytes = b"") -> bytes:
-    """A PNG file that claims a size, with whatever pixels."""
+    """Return a PNG file with the given size in its header and arbitrary pixel data."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
 
 
 def bombs() -> Iterator[tuple[str, bytes]]:
-    """Small files that ask for much."""
+    """Return small files that need much memory or time to decode."""
     zeros = zlib.compress(bytes(30 * MIB), 9)
     yield "png of 60,000 × 60,000", png(60_000, 60_000, zeros)
     yield "png of 2**31 - 1 squared", png(2**31 - 1, 2**31 - 1, zeros)
@@ -76,7 +76,7 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 
 
 def containers() -> Iterator[tuple[str, bytes]]:
-    """Images inside other files, and files that only a rejected decoder reads."""
+    """Return images inside other files, and files for decoders that are disabled."""
     for path in sorted(HOSTILE.iterdir()):
         yield path.name, path.read_bytes()
     yield "png of 60,000 × 60,000 in an icon", icon(png(60_000, 60_000, b""))
@@ -86,10 +86,10 @@ def containers() -> Iterator[tuple[str, bytes]]:
 
 
 def damaged() -> Iterator[tuple[str, bytes]]:
-    """Files cut short, and files with changed bytes."""
+    """Return truncated files and files with changed bytes."""
     rng = random.Random(0)
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "ICO", "PPM"):
-        whole = picture(kind)
+        whole = scene_image(kind)
         for share in (0.02, 0.1, 0.3, 0.6, 0.9):
             yield f"{kind} cut at {share}", whole[: int(len(whole) * share)]
         changed = bytearray(whole)
@@ -100,7 +100,7 @@ def damaged() -> Iterator[tuple[str, bytes]]:
 
 
 def other_files() -> Iterator[tuple[str, bytes]]:
-    """What is no picture."""
+    """Return files that are not images."""
     yield "svg", b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>"
     yield "eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/etc/passwd) (r) file\n"
     yield "pdf", b"%PDF-1.4\n%%EOF"
@@ -142,7 +142,7 @@ TEXTS = [
 
 
 def images() -> list[tuple[str, str]]:
-    """Hostile values of an image, as clients would send them."""
+    """Return hostile values for an image field."""
     files = [*bombs(), *containers(), *damaged(), *other_files()]
     encoded = [(name, base64.b64encode(content).decode()) for name, content in files]
     return [
@@ -224,7 +224,7 @@ def target(tiny: LocalModel) -> Iterator[Served]:
 
 
 def check(answer: Any) -> None:
-    """A client's mistake, or an answer; said briefly, and nothing of the machine."""
+    """Check that a response is a success or a 4xx error with a short message without internal details."""
     assert answer.status_code < 500 or answer.status_code in (503, 504), answer.text[:500]
     assert len(answer.text) < 5_000
     for secret in ("Traceback", "site-packages", "moondream_cv/", "root:"):
@@ -232,7 +232,7 @@ def check(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("sender", SENDERS)
-def test_hostile_images_are_refused(target: Served, sender: str) -> None:
+def test_hostile_images_are_rejected(target: Served, sender: str) -> None:
     refused = 0
     for name, image in IMAGES:
         path, body = SENDERS[sender](image)
@@ -246,20 +246,20 @@ def test_hostile_images_are_refused(target: Served, sender: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_hostile_bodies_are_refused(target: Served, path: str) -> None:
+def test_hostile_bodies_are_rejected(target: Served, path: str) -> None:
     for name, body, headers in BODIES:
         answer = target.client.post(path, content=body, headers=headers)
         check(answer)
         later = path in (
             "/v1/batch",
             "/queue/fal-ai/moondream2",
-        )  # which say only afterwards what is wrong with an image
+        )  # queue requests report errors of images later
         if not later:
             assert answer.status_code >= 400, (name, answer.text[:300])
     until(lambda: target.service.in_flight == 0)
 
 
-def test_a_hostile_line_spoils_no_batch(target: Served) -> None:
+def test_hostile_line_does_not_affect_a_batch(target: Served) -> None:
     good = {"skill": "query", "question": "What?", "settings": {"max_tokens": 3}}
     lines = [json.dumps(good)]
     for _, image in IMAGES:
@@ -275,11 +275,11 @@ def test_a_hostile_line_spoils_no_batch(target: Served) -> None:
     assert sum("error" in line for line in results) >= 150
 
 
-def test_there_are_at_least_200() -> None:
+def test_at_least_200_hostile_inputs_are_tested() -> None:
     assert len(IMAGES) + len(BODIES) >= 200
 
 
-def test_nothing_is_left_behind(target: Served) -> None:
+def test_hostile_inputs_leave_no_requests_threads_or_files(target: Served) -> None:
     process = psutil.Process(os.getpid())
 
     def all_once() -> None:

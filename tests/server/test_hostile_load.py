@@ -1,6 +1,6 @@
-"""Requests that are meant to stop a server for everyone else: health and memory of the process stay as they were.
+"""Denial-of-service requests: the server stays responsive, and its memory does not grow.
 
-Run with `pytest tests/server/test_hostile_load.py`; `-m soak` adds the time that `/health` takes meanwhile.
+Run with `pytest tests/server/test_hostile_load.py`; `-m soak` also checks the latency of `/health`.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def memory(server: ServeProcess) -> int:
     return sum(member.memory_info().rss for member in family)
 
 
-class Watch:
-    """Asks for `/health` again and again; notes the longest time and the largest memory."""
+class HealthMonitor:
+    """Requests `/health` repeatedly; records the maximum latency and the maximum memory."""
 
     def __init__(self, server: ServeProcess) -> None:
         self._server, self._ended = server, threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.slowest, self.memory, self.count = 0.0, 0, 0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> HealthMonitor:
         self._thread.start()
         return self
 
@@ -99,20 +99,24 @@ class Watch:
             self.count += 1
 
 
-def attack(server: ServeProcess, kind: str) -> Watch:
+def attack(server: ServeProcess, kind: str) -> HealthMonitor:
     path, make = BODIES[kind]
     body = make()
-    with Watch(server) as watch:
+    with HealthMonitor(server) as watch:
         answer = httpx.post(server.url + path, content=body, headers=JSON, timeout=240)
-        assert 400 <= answer.status_code < 500 or '"code":413' in answer.text, answer.text[:300]  # of the batch's line
-        while not watch.count:  # of short requests
+        assert 400 <= answer.status_code < 500 or '"code":413' in answer.text, answer.text[
+            :300
+        ]  # one line of the batch
+        while not watch.count:  # short requests
             time.sleep(0.01)
     return watch
 
 
 @pytest.mark.parametrize("kind", BODIES)
-def test_memory_stays_as_it_was(server: ServeProcess, kind: str) -> None:
-    httpx.post(f"{server.url}/v1/caption", content=detection(b"GIF89a"), headers=JSON, timeout=240)  # starts a decoder
+def test_memory_does_not_grow_under_hostile_load(server: ServeProcess, kind: str) -> None:
+    httpx.post(
+        f"{server.url}/v1/caption", content=detection(b"GIF89a"), headers=JSON, timeout=240
+    )  # start a decoder first
     before = memory(server)
     attack(server, kind)
     assert memory(server) - before < MEMORY
@@ -120,28 +124,28 @@ def test_memory_stays_as_it_was(server: ServeProcess, kind: str) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", BODIES)
-def test_health_answers_meanwhile(server: ServeProcess, kind: str) -> None:
+def test_health_answers_under_hostile_load(server: ServeProcess, kind: str) -> None:
     watch = attack(server, kind)
     print(f"{kind}: /health within {watch.slowest:.2f} s, {watch.count} times")
     assert watch.slowest < HEALTH_SECONDS
 
 
 @pytest.mark.soak
-def test_health_answers_beside_silent_connections(server: ServeProcess) -> None:
+def test_health_answers_with_many_idle_connections(server: ServeProcess) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(1_300):
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=240)
             stack.enter_context(connection)
-        with Watch(server) as watch:
+        with HealthMonitor(server) as watch:
             while watch.count < 20:
                 time.sleep(0.01)
     assert watch.slowest < HEALTH_SECONDS
 
 
 @pytest.mark.soak
-def test_health_answers_beside_an_endless_header(server: ServeProcess) -> None:
+def test_health_answers_during_an_endless_header(server: ServeProcess) -> None:
     before = memory(server)
-    with Watch(server) as watch, socket.create_connection(("127.0.0.1", server.port), timeout=240) as client:
+    with HealthMonitor(server) as watch, socket.create_connection(("127.0.0.1", server.port), timeout=240) as client:
         with contextlib.suppress(ConnectionError):
             client.sendall(HEAD + b"X-Long: ")
             for _ in range(300):
@@ -153,7 +157,7 @@ def test_health_answers_beside_an_endless_header(server: ServeProcess) -> None:
 
 
 def test_ghostscript_is_never_started(server: ServeProcess, tmp_path: Path) -> None:
-    """A program named `gs` on the path of the server leaves a trace if it is run."""
+    """A fake `gs` program on the path of the server records its calls."""
     trace = tmp_path / "trace"
     program = tmp_path / "gs"
     program.write_text(f"#!/bin/sh\ntouch {trace}\n")

@@ -1,6 +1,6 @@
-"""Many clients at once, all skills, all dialects: nothing lost, nothing swapped, nothing left behind.
+"""Many concurrent clients with all skills and APIs: every answer is correct, and nothing leaks.
 
-Run with `pytest tests/server/test_load.py`; `make soak` asks fifty times as much.
+Run with `pytest tests/server/test_load.py`; `make soak` sends fifty times as many requests.
 """
 
 from __future__ import annotations
@@ -116,16 +116,16 @@ ASKED: list[tuple[Ask, Know]] = [
 ]
 
 
-def picture(seed: int) -> Image.Image:
+def scene_image(seed: int) -> Image.Image:
     return Image.fromarray(render_scene(seed, resolution_wh=(200 + seed % 5 * 40, 160), names=NAMES).image)
 
 
 def ask_all(running: Served, tiny: LocalModel, count: int) -> None:
-    """Ask so many things from 32 clients at once, and compare each answer with the model's own."""
+    """Send requests from 32 concurrent clients and compare each answer with the answer of the model."""
 
     def one(number: int) -> None:
         ask, know = ASKED[number % len(ASKED)]
-        image = picture(number // 3)  # some share an image
+        image = scene_image(number // 3)  # some share an image
         with httpx.Client(base_url=running.url, timeout=120) as client:
             found = ask(client, image)
         right = know(tiny, image)
@@ -141,7 +141,7 @@ def ask_all(running: Served, tiny: LocalModel, count: int) -> None:
     assert running.service.in_flight == 0
 
 
-def test_nothing_is_lost_or_swapped(tiny: LocalModel) -> None:
+def test_concurrent_clients_get_correct_answers(tiny: LocalModel) -> None:
     with served(tiny) as running:
         ask_all(running, tiny, 40)
         text = running.client.get("/metrics").text
@@ -150,7 +150,7 @@ def test_nothing_is_lost_or_swapped(tiny: LocalModel) -> None:
 
 
 @pytest.mark.soak
-def test_nothing_is_lost_or_swapped_or_left_behind(tiny: LocalModel) -> None:
+def test_sustained_load_gives_correct_answers_and_leaks_nothing(tiny: LocalModel) -> None:
     process = psutil.Process(os.getpid())
     with served(tiny) as running:
         ask_all(running, tiny, 400)
@@ -159,6 +159,6 @@ def test_nothing_is_lost_or_swapped_or_left_behind(tiny: LocalModel) -> None:
         for _ in range(4):
             ask_all(running, tiny, 400)
         gc.collect()
-        assert len(gc.get_objects()) - objects < 2_000  # more than one of each request
-        # The clients are in this process, too, and 32 threads leave gaps in the allocator's memory.
+        assert len(gc.get_objects()) - objects < 2_000  # more than one of each kind
+        # The clients run in this process too, and 32 threads fragment the memory.
         assert process.memory_info().rss - before < 120 * 2**20

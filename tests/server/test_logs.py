@@ -29,7 +29,7 @@ HEADS = [
 
 @contextmanager
 def set_up(as_json: bool, stream: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`set_up_logging` that writes to a stream and is undone afterwards."""
+    """Return `set_up_logging` for a stream; the logging configuration is restored afterwards."""
     loggers = [logging.getLogger(name) for name in ("moondream_cv", "uvicorn")]
     before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     last = logging.lastResort.formatter if logging.lastResort else None
@@ -56,7 +56,7 @@ def raw(port: int, head: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_requests_cannot_forge_lines(style: str) -> None:
+def test_requests_cannot_forge_log_lines(style: str) -> None:
     with serving("--model", "tiny", "--log-format", style) as server:
         for path in PATHS:
             raw(server.port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
@@ -65,7 +65,7 @@ def test_requests_cannot_forge_lines(style: str) -> None:
             assert b"\x1b" not in answer
             assert b"\x9b" not in answer
         _, text = server.end()
-    lines = text.splitlines()  # also at U+2028 and C1 characters
+    lines = text.splitlines()  # U+2028 and C1 characters also end lines
     assert lines == text.rstrip("\n").split("\n")
     assert all(line.isprintable() for line in lines)
     assert not [line for line in lines if line.startswith("FAKE")]
@@ -78,7 +78,7 @@ def test_requests_cannot_forge_lines(style: str) -> None:
         assert any("\nFAKE\x1b[31m" in entry["message"] for entry in entries)
 
 
-def test_the_request_id_is_replaced_unless_it_is_plain(server: Served) -> None:
+def test_invalid_request_id_is_replaced(server: Served) -> None:
     for given in ("a b", "a\x9b", "x" * 65, 'a"', "ä"):
         answer = server.client.get("/health", headers={"X-Request-Id": given.encode("latin-1")})
         assert len(answer.headers["x-request-id"]) == 32
@@ -91,9 +91,9 @@ ODD = "a\n\x1b\x7f\x9b\u2028\u202e\ud800ü猫"
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_no_line_is_lost(as_json: bool, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_requests_lose_no_log_line(as_json: bool, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
-    # Python's own standard error replaces what it cannot encode.
+    # Python's standard error replaces characters that it cannot encode.
     stream = io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace")
     with set_up(as_json, stream, monkeypatch):
         logger = logging.getLogger("moondream_cv.test")
@@ -118,7 +118,7 @@ def test_no_line_is_lost(as_json: bool, encoding: str, monkeypatch: pytest.Monke
     assert ODD in third["exc_info"]
 
 
-def test_loggers_without_handlers_are_escaped_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loggers_without_handlers_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     with set_up(False, stream, monkeypatch):
         assert logging.lastResort is not None

@@ -1,4 +1,4 @@
-"""What every request goes through: keys, sizes, ids, logs, metrics, paths, errors.
+"""Middleware: API keys, sizes, request IDs, logs, metrics, paths and errors.
 
 Run with `pytest tests/server/test_middleware.py`.
 """
@@ -44,7 +44,7 @@ def detection(uri: str) -> dict[str, str]:
         {"X-Moondream-Auth": "wrong", "Authorization": f"Bearer {KEY}"},
     ],
 )
-def test_a_right_key_opens(locked: Served, uri: str, headers: dict[str, str]) -> None:
+def test_valid_key_is_accepted(locked: Served, uri: str, headers: dict[str, str]) -> None:
     assert locked.post("/v1/detect", detection(uri), headers=headers).status_code == 200
 
 
@@ -62,24 +62,24 @@ def test_a_right_key_opens(locked: Served, uri: str, headers: dict[str, str]) ->
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1//detect", "/v1/batch", "/v1/models", "/metrics", "/nothing"])
-def test_without_a_right_key_nothing_opens(locked: Served, uri: str, headers: dict[str, Any], path: str) -> None:
+def test_missing_or_invalid_key_gets_401(locked: Served, uri: str, headers: dict[str, Any], path: str) -> None:
     answer = locked.client.request("GET" if path in ("/v1/models", "/metrics") else "POST", path, headers=headers)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"] == "Bearer"
     assert "API key" in answer.text
 
 
-def test_a_key_in_the_query_opens_as_roboflow_s_clients_send_it(locked: Served) -> None:
+def test_key_in_the_query_is_accepted(locked: Served) -> None:
     assert locked.client.get("/v1/models", params={"api_key": KEY}).status_code == 200
     assert locked.client.get("/v1/models", params={"api_key": "wrong"}).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/openapi.json"])
-def test_what_orchestrators_ask_is_open(locked: Served, path: str) -> None:
+def test_probes_need_no_key(locked: Served, path: str) -> None:
     assert locked.client.get(path).status_code == 200
 
 
-def test_keys_are_neither_logged_nor_shown(locked: Served, uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_are_not_logged(locked: Served, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         locked.post("/v1/detect", detection(uri), headers={"X-Moondream-Auth": KEY})
         locked.client.get("/v1/models", params={"api_key": KEY})
@@ -92,7 +92,7 @@ def test_keys_are_neither_logged_nor_shown(locked: Served, uri: str, caplog: pyt
         assert secret not in repr(locked.service.settings)
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_read(locked: Served) -> None:
+def test_oversized_body_is_rejected_before_it_is_received(locked: Served) -> None:
     headers = {"X-Moondream-Auth": KEY, "Content-Type": "application/json"}
     declared = locked.client.post("/v1/detect", content=b"x" * 300_000, headers=headers)
     chunked = locked.client.post("/v1/detect", content=(b"x" * 50_000 for _ in range(10)), headers=headers)
@@ -100,14 +100,14 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(locked: Served) -
         assert answer.status_code == 413
         assert "200,000 bytes" in answer.json()["error"]["message"]
     host, port = locked.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=240) as client:  # only says that it would send so much
+    with socket.create_connection((host, int(port)), timeout=240) as client:  # only the Content-Length is large
         head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"X-Moondream-Auth: {KEY}\r\nContent-Length: 9999999999\r\n\r\n"
         client.sendall(head.encode())
         assert b" 413 " in client.recv(1000)
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(locked: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_that_does_not_arrive_gets_408(locked: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
     host, port = locked.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=240) as client:
@@ -117,16 +117,16 @@ def test_a_body_that_does_not_come_is_not_waited_for(locked: Served, monkeypatch
         assert b" 408 " in client.recv(1000)
 
 
-def test_a_key_is_not_needed_where_none_is_set(server: Served, uri: str) -> None:
+def test_server_without_keys_needs_no_key(server: Served, uri: str) -> None:
     assert server.post("/v1/detect", detection(uri)).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1//detect", "//v1/detect", "/v1///detect"])
-def test_doubled_slashes_are_accepted(server: Served, uri: str, path: str) -> None:
+def test_repeated_slashes_are_accepted(server: Served, uri: str, path: str) -> None:
     assert httpx.post(server.url + path, json=detection(uri), timeout=240).json()["objects"]
 
 
-def test_every_answer_has_an_id_and_the_client_s_own_is_kept(server: Served) -> None:
+def test_responses_have_a_request_id_and_keep_that_of_the_client(server: Served) -> None:
     own = server.client.get("/health", headers={"X-Request-Id": "mine-1.2"})
     assert own.headers["X-Request-Id"] == "mine-1.2"
     for bad in ("a b", "x" * 65, "a;b"):
@@ -135,7 +135,7 @@ def test_every_answer_has_an_id_and_the_client_s_own_is_kept(server: Served) -> 
     assert server.client.get("/nothing").headers["X-Request-Id"] != server.client.get("/no").headers["X-Request-Id"]
 
 
-def test_logs_are_json_with_the_request_s_id(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_are_json_with_the_request_id(server: Served, capsys: pytest.CaptureFixture[str]) -> None:
     loggers = [logging.getLogger(name) for name in ("moondream_cv", "uvicorn")]
     before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
     try:
@@ -157,7 +157,7 @@ def test_logs_are_json_with_the_request_s_id(server: Served, capsys: pytest.Capt
     assert line["milliseconds"] >= 0
 
 
-def test_metrics_count_requests_tokens_rows_and_cache_hits(tiny: LocalModel, uri: str) -> None:
+def test_metrics_count_requests_tokens_batches_and_cache_hits(tiny: LocalModel, uri: str) -> None:
     with served(tiny) as running:
         for _ in range(2):
             running.post("/v1/detect", detection(uri))
@@ -170,15 +170,15 @@ def test_metrics_count_requests_tokens_rows_and_cache_hits(tiny: LocalModel, uri
     assert lines['moondream_cv_request_seconds_count{dialect="moondream",route="/v1/detect"}'] == "3.0"
     assert lines['moondream_cv_skill_requests_total{outcome="ok",skill="detect"}'] == "2.0"
     assert float(lines['moondream_cv_tokens_total{kind="prompt"}']) > 100
-    assert float(lines['moondream_cv_tokens_total{kind="completion"}']) >= 6  # a box takes three
+    assert float(lines['moondream_cv_tokens_total{kind="completion"}']) >= 6  # a box has three
     assert float(lines["moondream_cv_batch_rows_count"]) > 0
     assert float(lines['moondream_cv_image_cache_total{outcome="hit"}']) >= 1
     assert lines["moondream_cv_requests_taken"] == "0.0"
     assert lines["moondream_cv_queue_depth"] == "0.0"
-    assert "/a/path" not in text  # paths that anyone can make up would fill the memory
+    assert "/a/path" not in text  # arbitrary paths as labels would fill the memory
 
 
-def test_other_pages_may_call_only_where_they_are_named(server: Served, tiny: LocalModel) -> None:
+def test_cors_allows_only_configured_origins(server: Served, tiny: LocalModel) -> None:
     asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in server.client.options("/v1/detect", headers=asked).headers
     with served(tiny, cors_origins=("https://page.example",), api_keys=(KEY,)) as running:
@@ -189,28 +189,30 @@ def test_other_pages_may_call_only_where_they_are_named(server: Served, tiny: Lo
         assert "access-control-allow-origin" not in other.headers
         refused = running.client.post("/v1/detect", json={}, headers={"Origin": "https://page.example"})
         assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == "https://page.example"  # so that the page can read it
+        assert refused.headers["access-control-allow-origin"] == "https://page.example"  # readable by the page
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "said"),
+    ("method", "path", "status", "message"),
     [
         ("GET", "/nothing", 404, "no route at /nothing"),
         ("GET", "/v1/detect", 405, "GET is not allowed for /v1/detect"),
         ("DELETE", "/v1/caption", 405, "DELETE"),
-        ("GET", "/docs", 404, "/docs"),  # their scripts would come from elsewhere
+        ("GET", "/docs", 404, "/docs"),  # FastAPI's pages load scripts from other sites
         ("GET", "/redoc", 404, "/redoc"),
         ("GET", "/../../etc/passwd", 404, "no route at"),
     ],
 )
-def test_what_is_not_there_is_said_in_json(server: Served, method: str, path: str, status: int, said: str) -> None:
+def test_unknown_routes_and_methods_get_json_errors(
+    server: Served, method: str, path: str, status: int, message: str
+) -> None:
     answer = server.client.request(method, path)
     assert answer.status_code == status
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"", "Field required"),
         (b"{", "JSON decode error"),
@@ -224,15 +226,15 @@ def test_what_is_not_there_is_said_in_json(server: Served, method: str, path: st
         (b"\0", ""),
     ],
 )
-def test_a_body_that_is_none_is_the_client_s_mistake(server: Served, body: bytes, said: str) -> None:
+def test_invalid_bodies_get_4xx(server: Served, body: bytes, message: str) -> None:
     answer = server.client.post("/v1/detect", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 413, 422)
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
     assert len(answer.text) < 1000
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"max_objects": 0}, "max_objects must be an integer of at least 1"),
         ({"temperature": -1}, "temperature"),
@@ -242,10 +244,12 @@ def test_a_body_that_is_none_is_the_client_s_mistake(server: Served, body: bytes
         ({"variant": "../../adapter.pt"}, "no adapters"),
     ],
 )
-def test_settings_out_of_range_are_refused(server: Served, uri: str, settings: dict[str, object], said: str) -> None:
+def test_settings_out_of_range_are_rejected(
+    server: Served, uri: str, settings: dict[str, object], message: str
+) -> None:
     answer = server.post("/v1/detect", {**detection(uri), "settings": settings})
     assert answer.status_code == 400
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +261,7 @@ def test_settings_out_of_range_are_refused(server: Served, uri: str, settings: d
         {"max_crops": 10**9, "max_objects": 10**30, "max_tokens": 10**30, "seed": 10**30},
     ],
 )
-def test_settings_that_are_unknown_null_or_huge_do_no_harm(server: Served, uri: str, settings: object) -> None:
+def test_unknown_null_and_huge_settings_are_accepted(server: Served, uri: str, settings: object) -> None:
     assert server.post("/v1/detect", {**detection(uri), "settings": settings}).json()["objects"]
 
 
@@ -267,6 +271,6 @@ def test_settings_that_are_unknown_null_or_huge_do_no_harm(server: Served, uri: 
      {"queue": 0}, {"queue": 1.5}, {"timeout": 0}, {"timeout": float("inf")}, {"max_body": -1}, {"api_keys": (" ",)},
      {"api_keys": ("ключ",)}],
 )  # fmt: skip
-def test_options_out_of_range_are_refused(given: dict[str, object]) -> None:
+def test_server_settings_out_of_range_are_rejected(given: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=NAMES.get(next(iter(given)), next(iter(given)))):
         ServerSettings(**given)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Moondream's dialect with Moondream's own Python client, unmodified, and what that client cannot send, as plain HTTP.
+"""Moondream's API with Moondream's Python client, and with plain HTTP for requests that the client cannot send.
 
 Run with `pytest tests/server/test_moondream.py`.
 """
@@ -37,12 +37,12 @@ def client(server: Served) -> Any:
 
 @pytest.fixture(scope="module")
 def lossless(uri: str) -> Base64EncodedImage:
-    """The client makes a JPEG of a picture, and passes on what is encoded already."""
+    """Return an encoded image, which the client passes on; it would convert other images to JPEG."""
     return Base64EncodedImage(image_url=uri)
 
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
-    """The events of a stream, every one of which must be framed as the clients insist on."""
+    """Return the events of a stream and check the format that the clients require."""
     assert answer.headers["content-type"].startswith("text/event-stream")
     blocks = answer.text.split("\n\n")
     assert blocks.pop() == ""
@@ -51,7 +51,7 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
 
 
 def refusal(call: Callable[[], Any]) -> tuple[int, dict[str, Any]]:
-    """What Moondream's client raises, and what its user can read from it."""
+    """Return the status and the message of the error that the client raises."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         call()
     with caught.value as answer:
@@ -59,32 +59,34 @@ def refusal(call: Callable[[], Any]) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("length", ["short", "normal", "long"])
-def test_captions(client: Any, tiny: LocalModel, picture: Image.Image, lossless: Any, length: str) -> None:
-    expected = tiny.caption(picture, length, settings=GREEDY)["caption"]
+def test_client_gets_captions(
+    client: Any, tiny: LocalModel, scene_image: Image.Image, lossless: Any, length: str
+) -> None:
+    expected = tiny.caption(scene_image, length, settings=GREEDY)["caption"]
     assert client.caption(lossless, length, settings=GREEDY) == {"caption": expected}
     pieces = list(client.caption(lossless, length, stream=True, settings=GREEDY)["caption"])
     assert "".join(pieces) == expected
     assert len(pieces) > 1
 
 
-def test_captions_have_the_normal_length_by_themselves(
-    server: Served, tiny: LocalModel, picture: Any, uri: str
-) -> None:
+def test_default_caption_length_is_normal(server: Served, tiny: LocalModel, scene_image: Any, uri: str) -> None:
     body = {"image_url": uri, "settings": GREEDY, "length": None, "stream": None, "model": None}
-    expected = tiny.caption(picture, "normal", settings=GREEDY)["caption"]
+    expected = tiny.caption(scene_image, "normal", settings=GREEDY)["caption"]
     assert server.post("/v1/caption", body).json()["caption"] == expected
 
 
 @pytest.mark.parametrize("with_image", [True, False])
-def test_questions(client: Any, tiny: LocalModel, picture: Any, lossless: Any, with_image: bool) -> None:
-    image, sent = (picture, lossless) if with_image else (None, None)
+def test_client_gets_answers(client: Any, tiny: LocalModel, scene_image: Any, lossless: Any, with_image: bool) -> None:
+    image, sent = (scene_image, lossless) if with_image else (None, None)
     expected = tiny.query(image, HOW_MANY, settings=GREEDY)["answer"]
     assert client.query(sent, HOW_MANY, settings=GREEDY) == {"answer": expected}
     assert "".join(client.query(sent, HOW_MANY, stream=True, settings=GREEDY)["answer"]) == expected
 
 
-def test_reasoning(client: Any, server: Served, tiny: LocalModel, picture: Any, lossless: Any, uri: str) -> None:
-    expected = tiny.query(picture, HOW_MANY, reasoning=True, settings=GREEDY)
+def test_client_gets_reasoning(
+    client: Any, server: Served, tiny: LocalModel, scene_image: Any, lossless: Any, uri: str
+) -> None:
+    expected = tiny.query(scene_image, HOW_MANY, reasoning=True, settings=GREEDY)
     thoughts = json.loads(json.dumps(expected["reasoning"]))
     assert thoughts["grounding"], "the tiny model grounds this"
     answer = client.query(lossless, HOW_MANY, reasoning=True, settings=GREEDY)
@@ -95,9 +97,9 @@ def test_reasoning(client: Any, server: Served, tiny: LocalModel, picture: Any, 
     assert events(server.post("/v1/query", body))[0] == {"reasoning": thoughts}
 
 
-def test_spatial_references(client: Any, tiny: LocalModel, picture: Any, lossless: Any) -> None:
+def test_client_sends_spatial_references(client: Any, tiny: LocalModel, scene_image: Any, lossless: Any) -> None:
     refs = [[0.5, 0.5], [0.1, 0.1, 0.4, 0.4]]
-    expected = tiny.query(picture, "What is this?", spatial_refs=refs, settings=GREEDY)["answer"]
+    expected = tiny.query(scene_image, "What is this?", spatial_refs=refs, settings=GREEDY)["answer"]
     assert client.query(lossless, "What is this?", spatial_refs=refs, settings=GREEDY) == {"answer": expected}
 
 
@@ -110,8 +112,10 @@ def test_settings_reach_the_model(client: Any, lossless: Any) -> None:
 
 @pytest.mark.parametrize("name", ["blue square", "cat", "red circle", "yellow star"])
 @pytest.mark.parametrize("encoding", ["PNG", "JPEG"])
-def test_objects_and_points(client: Any, tiny: LocalModel, picture: Any, name: str, encoding: str) -> None:
-    sent = client.encode_image(picture) if encoding == "JPEG" else Base64EncodedImage(data_uri(picture))
+def test_client_gets_objects_and_points(
+    client: Any, tiny: LocalModel, scene_image: Any, name: str, encoding: str
+) -> None:
+    sent = client.encode_image(scene_image) if encoding == "JPEG" else Base64EncodedImage(data_uri(scene_image))
     seen = opened(sent.image_url)
     for found, expected in [
         (client.detect(sent, name), tiny.detect(seen, name)),
@@ -124,19 +128,19 @@ def test_objects_and_points(client: Any, tiny: LocalModel, picture: Any, name: s
 
 
 def opened(uri: str) -> Image.Image:
-    """What the server sees of a data URI."""
+    """Return the image in a data URI."""
     return Image.fromarray(to_rgb(decode_base64(uri)))
 
 
 @pytest.mark.parametrize("skill", ["detect", "point"])
-def test_a_limit_of_objects_is_said_to_be_one(server: Served, skill: str) -> None:
+def test_max_objects_marks_the_answer_as_truncated(server: Served, skill: str) -> None:
     several = scenes.render_scene(2, resolution_wh=(320, 240), names=("red circle",) * 3, style="plain").image
     body = {"image_url": data_uri(Image.fromarray(several)), "object": "red circle"}
     assert server.post(f"/v1/{skill}", {**body, "settings": {"max_objects": 1}}).json()["truncated"] is True
     assert server.post(f"/v1/{skill}", body).json()["truncated"] is False
 
 
-def test_answers_have_an_id_and_points_a_count(server: Served, uri: str) -> None:
+def test_answers_have_a_request_id_and_points_have_a_count(server: Served, uri: str) -> None:
     answer = server.post("/v1/point", {"image_url": uri, "object": "cat"}, headers={"X-Request-Id": "mine-1"})
     assert answer.headers["X-Request-Id"] == answer.json()["request_id"] == "mine-1"
     assert answer.json()["count"] == len(answer.json()["points"]) == 1
@@ -146,19 +150,19 @@ def test_answers_have_an_id_and_points_a_count(server: Served, uri: str) -> None
 
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1//detect", "//v1/detect"])
 @pytest.mark.parametrize("key", ["object", "obj"])
-def test_what_moondream_station_accepts(server: Served, uri: str, path: str, key: str) -> None:
+def test_fields_of_moondream_station_are_accepted(server: Served, uri: str, path: str, key: str) -> None:
     bare = uri.partition(",")[2]
     answer = server.client.post(server.url + path, json={"image_url": bare, key: "cat"})
     assert answer.status_code == 200
     assert len(answer.json()["objects"]) == 1
 
 
-def test_a_slash_at_the_end_of_the_endpoint(server: Served, lossless: Any) -> None:
+def test_trailing_slash_of_the_endpoint_is_accepted(server: Served, lossless: Any) -> None:
     assert len(md.vl(endpoint=f"{server.url}/v1/").detect(lossless, "cat")["objects"]) == 1
 
 
-def test_a_picture_with_transparency(client: Any, picture: Image.Image) -> None:
-    encoded = client.encode_image(picture.convert("RGBA"))
+def test_image_with_transparency_is_accepted(client: Any, scene_image: Image.Image) -> None:
+    encoded = client.encode_image(scene_image.convert("RGBA"))
     assert encoded.image_url.startswith("data:image/jpeg;base64,")
     assert len(client.point(encoded, "cat")["points"]) == 1
 
@@ -172,7 +176,7 @@ def test_a_picture_with_transparency(client: Any, picture: Image.Image) -> None:
         ("/v1/point", {"object": "cat"}, "point"),
     ],
 )
-def test_streams_are_framed_for_these_clients(
+def test_stream_events_have_the_format_of_the_clients(
     server: Served, uri: str, path: str, body: dict[str, Any], pieces: str
 ) -> None:
     asked = {"image_url": uri, "settings": GREEDY, **body}
@@ -186,14 +190,14 @@ def test_streams_are_framed_for_these_clients(
         assert found == [pytest.approx(item, abs=1e-4) for item in whole[f"{pieces}s"]]
 
 
-def test_a_stream_without_pieces_ends(server: Served, uri: str) -> None:
+def test_empty_stream_ends_with_completed(server: Served, uri: str) -> None:
     asked = {"image_url": uri, "object": "yellow star", "stream": True}
     assert events(server.post("/v1/detect", asked)) == [{"completed": True}]
 
 
-def test_a_failure_on_the_way_ends_a_stream(uri: str) -> None:
+def test_error_in_a_stream_is_its_last_event(uri: str) -> None:
     settings = {**GREEDY, "max_tokens": 100_000}
-    for limit in (1.5, 15, 90):  # the first one within which this machine begins to answer
+    for limit in (1.5, 15, 90):  # use the first limit within which this machine starts to answer
         with served(endless_model(), timeout=limit) as running:
             answer = running.post("/v1/caption", {"image_url": uri, "stream": True, "settings": settings})
             if answer.status_code == 504:
@@ -212,19 +216,19 @@ def test_a_failure_on_the_way_ends_a_stream(uri: str) -> None:
 @pytest.mark.parametrize(
     "name", [None, "", "tiny", "moondream2", "vikhyatk/Moondream2@2025-06-21", "moondream3-preview"]
 )
-def test_models_that_are_served(server: Served, lossless: Any, name: str | None) -> None:
+def test_names_of_the_served_model_are_accepted(server: Served, lossless: Any, name: str | None) -> None:
     assert md.vl(endpoint=f"{server.url}/v1", model=name).detect(lossless, "cat")["objects"]
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("gpt-4o", "'gpt-4o'.*'tiny'"),
         ("moondream3-preview/01ABC@20", "no finetunes.*01ABC@20"),
         ("tiny/01ABC@20", "no finetunes"),
     ],
 )
-def test_models_that_are_not(server: Served, lossless: Any, name: str, said: str) -> None:
+def test_other_models_get_404(server: Served, lossless: Any, name: str, message: str) -> None:
     client = md.vl(endpoint=f"{server.url}/v1", model=name)
     for call in (
         lambda: client.detect(lossless, "cat"),
@@ -233,10 +237,10 @@ def test_models_that_are_not(server: Served, lossless: Any, name: str, said: str
     ):
         code, error = refusal(call)
         assert (code, error["code"], error["param"], error["type"]) == (404, 404, "model", "not_found_error")
-        assert re.search(said, error["message"])
+        assert re.search(message, error["message"])
 
 
-def test_variants(server: Served, uri: str) -> None:
+def test_variants_are_rejected(server: Served, uri: str) -> None:
     asked = {"image_url": uri, "object": "cat"}
     assert server.post("/v1/detect", {**asked, "variant": None}).status_code == 200
     assert server.post("/v1/detect", {**asked, "variant": "01ABC@20"}).status_code == 404
@@ -244,20 +248,20 @@ def test_variants(server: Served, uri: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_segmentation_is_not_in_moondream_2(client: Any, lossless: Any, stream: bool) -> None:
+def test_segmentation_gets_400(client: Any, lossless: Any, stream: bool) -> None:
     code, error = refusal(lambda: list(client.segment(lossless, "cat", stream=stream)))
     assert (code, error["type"]) == (400, "unsupported_skill")
     assert "/v1/detect" in error["message"]
 
 
-def test_points_take_no_spatial_references(client: Any, lossless: Any) -> None:
+def test_spatial_references_for_points_get_400(client: Any, lossless: Any) -> None:
     assert client.point(lossless, "cat", spatial_refs=[])["points"]
     code, error = refusal(lambda: client.point(lossless, "cat", spatial_refs=[[0.5, 0.5]]))
     assert (code, error["type"], error["param"]) == (400, "unsupported_skill", "spatial_refs")
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda c, i: c.caption(i, "huge"), "'huge'"),
         (lambda c, i: c.query(i, " "), "question"),
@@ -275,10 +279,10 @@ def test_points_take_no_spatial_references(client: Any, lossless: Any) -> None:
         (lambda c, i: list(c.caption(i, "huge", stream=True)["caption"]), "'huge'"),
     ],
 )
-def test_values_that_are_refused(client: Any, lossless: Any, call: Callable[[Any, Any], Any], said: str) -> None:
+def test_values_out_of_range_get_400(client: Any, lossless: Any, call: Callable[[Any, Any], Any], message: str) -> None:
     code, error = refusal(lambda: call(client, lossless))
     assert (code, error["code"]) == (400, 400)
-    assert re.search(said, error["message"])
+    assert re.search(message, error["message"])
 
 
 @pytest.mark.parametrize(
@@ -296,7 +300,7 @@ def test_values_that_are_refused(client: Any, lossless: Any, call: Callable[[Any
         ("/v1/point", [], None),
     ],
 )
-def test_bodies_that_do_not_fit(server: Served, path: str, body: Any, param: str | None) -> None:
+def test_bodies_that_do_not_match_the_schema_get_422(server: Served, path: str, body: Any, param: str | None) -> None:
     answer = server.post(path, body)
     assert answer.status_code == 422
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
@@ -304,13 +308,13 @@ def test_bodies_that_do_not_fit(server: Served, path: str, body: Any, param: str
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\0", b"\xff\xfe", b'{"image_url": ' + b"[" * 100_000])
-def test_what_is_no_json_is_refused(server: Served, text: bytes) -> None:
+def test_invalid_json_is_rejected(server: Served, text: bytes) -> None:
     answer = server.client.post("/v1/detect", content=text, headers={"Content-Type": "application/json"})
     assert answer.status_code in (400, 413, 422)
     assert answer.json()["error"]["message"]
 
 
-def test_keys(tiny: LocalModel, lossless: Any, uri: str) -> None:
+def test_client_sends_api_keys(tiny: LocalModel, lossless: Any, uri: str) -> None:
     with served(tiny, api_keys=(KEY,)) as running:
         endpoint = f"{running.url}/v1"
         assert md.vl(endpoint=endpoint, api_key=KEY).detect(lossless, "cat")["objects"]
@@ -323,17 +327,17 @@ def test_keys(tiny: LocalModel, lossless: Any, uri: str) -> None:
             assert running.post("/v1/detect", asked, headers=headers).status_code == 200
 
 
-def test_an_image_by_its_url(tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+def test_image_urls_are_downloaded(tiny: LocalModel, scene_image: Image.Image, uri: str) -> None:
     def with_picture(app: FastAPI) -> FastAPI:
         app.add_api_route("/scene.png", lambda: Response(decode_base64(uri), media_type="image/png"))
         return app
 
     with served(tiny, wrap=with_picture, private_urls=True) as running:
         found = md.vl(endpoint=f"{running.url}/v1").detect(Base64EncodedImage(f"{running.url}/scene.png"), "cat")
-    assert found["objects"] == [pytest.approx(item, abs=1e-4) for item in tiny.detect(picture, "cat")["objects"]]
+    assert found["objects"] == [pytest.approx(item, abs=1e-4) for item in tiny.detect(scene_image, "cat")["objects"]]
 
 
-def test_a_server_that_cannot_answer_now(tiny: LocalModel, lossless: Any) -> None:
+def test_unavailable_server_gets_429_and_503(tiny: LocalModel, lossless: Any) -> None:
     with served(tiny, queue=1) as running:
         client = md.vl(endpoint=f"{running.url}/v1")
         running.service.acquire_slot()
@@ -346,20 +350,20 @@ def test_a_server_that_cannot_answer_now(tiny: LocalModel, lossless: Any) -> Non
         assert (code, error["type"]) == (503, "service_unavailable")
 
 
-def test_an_answer_that_takes_too_long(lossless: Any) -> None:
+def test_slow_answer_gets_504(lossless: Any) -> None:
     with served(endless_model(), timeout=0.5) as running:
         client = md.vl(endpoint=f"{running.url}/v1")
         code, error = refusal(lambda: client.caption(lossless, settings={**GREEDY, "max_tokens": 100_000}))
         assert (code, error["type"]) == (504, "timeout_error")
 
 
-def test_a_body_that_is_too_large(tiny: LocalModel, lossless: Any) -> None:
+def test_oversized_body_gets_413(tiny: LocalModel, lossless: Any) -> None:
     with served(tiny, max_body=1000) as running:
         code, error = refusal(lambda: md.vl(endpoint=f"{running.url}/v1").detect(lossless, "cat"))
         assert (code, error["type"]) == (413, "request_too_large")
 
 
-def test_the_schema_says_what_is_answered(server: Served) -> None:
+def test_openapi_schema_documents_the_answers(server: Served) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
     for skill in ("caption", "query", "detect", "point", "gaze"):
         answers = paths[f"/v1/{skill}"]["post"]["responses"]

@@ -1,6 +1,6 @@
-"""Moondream's JavaScript client from npm, unmodified, in Node. Run with `pytest tests/server/test_npm_moondream.py`.
+"""Moondream's JavaScript client from npm, in Node. Run with `pytest tests/server/test_npm_moondream.py`.
 
-It needs `node`, and the packages that `npm ci` puts into tests/npm.
+It needs `node` and the packages that `npm ci` installs in tests/npm.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ pytestmark = [
 
 
 def drive(url: str, image: str, *wanted: tuple[str, dict[str, Any]], key: str = "") -> tuple[list[Any], Image.Image]:
-    """Make calls in Node.
+    """Call the client in Node.
 
     Args:
-        url: The server's.
+        url: URL of the server.
         image: A file or a data URI.
-        wanted: Methods of the client and their requests, less the image.
-        key: None is sent if it is empty.
+        wanted: Methods of the client and their requests, without the image.
+        key: API key; an empty string sends none.
 
     Returns:
-        What each call gave, or its error; the picture as the client sent it.
+        The result or the error of each call, and the image as the client sent it.
     """
     arguments = [f"{url}/v1", key, image, json.dumps(wanted)]
     ran = subprocess.run(
@@ -79,13 +79,13 @@ def drive(url: str, image: str, *wanted: tuple[str, dict[str, Any]], key: str = 
 
 
 @pytest.fixture(scope="module")
-def file(picture: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> str:
+def file(scene_image: Image.Image, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("npm") / "scene.png"
-    picture.save(path)
+    scene_image.save(path)
     return str(path)
 
 
-def test_objects_and_points(server: Served, tiny: LocalModel, file: str) -> None:
+def test_client_gets_objects_and_points(server: Served, tiny: LocalModel, file: str) -> None:
     asked = {"object": "cat"}
     (found, pointed, nothing), seen = drive(
         server.url, file, ("detect", asked), ("point", asked), ("detect", {"object": "yellow star"})
@@ -100,7 +100,7 @@ def test_objects_and_points(server: Served, tiny: LocalModel, file: str) -> None
     assert nothing == {"objects": []}
 
 
-def test_captions(server: Served, tiny: LocalModel, uri: str) -> None:
+def test_client_gets_captions(server: Served, tiny: LocalModel, uri: str) -> None:
     replies, seen = drive(
         server.url,
         uri,
@@ -109,14 +109,14 @@ def test_captions(server: Served, tiny: LocalModel, uri: str) -> None:
         ("caption", {"length": "short", "stream": True}),
     )
     normal, short, streamed = (reply["caption"] for reply in replies)
-    likeliest = {"temperature": 0.0}  # with the published settings, the tiny model hardly ever says anything else
+    likeliest = {"temperature": 0.0}  # with the published settings, the tiny model rarely returns another answer
     assert normal == tiny.caption(seen, settings=likeliest)["caption"]
     assert short == tiny.caption(seen, "short", settings=likeliest)["caption"]
     assert "".join(streamed) == short
     assert len(streamed) > 1
 
 
-def test_questions(server: Served, tiny: LocalModel, uri: str) -> None:
+def test_client_gets_answers(server: Served, tiny: LocalModel, uri: str) -> None:
     asked = {"question": "How many blue squares are there?"}
     replies, seen = drive(
         server.url,
@@ -135,7 +135,7 @@ def test_questions(server: Served, tiny: LocalModel, uri: str) -> None:
     assert blind.keys() == {"answer"}
 
 
-def test_errors(server: Served, uri: str) -> None:
+def test_client_raises_errors(server: Served, uri: str) -> None:
     replies, _ = drive(
         server.url,
         uri,
@@ -146,10 +146,10 @@ def test_errors(server: Served, uri: str) -> None:
         ("caption", {"length": "huge", "stream": True}),
     )
     assert [reply["error"] for reply in replies[:3]] == [f"HTTP error! status: {code}" for code in (404, 400, 400)]
-    assert replies[3:] == [{"stream": []}, {"caption": []}]  # this client does not look at the status of a stream
+    assert replies[3:] == [{"stream": []}, {"caption": []}]  # this client ignores the status of a stream
 
 
-def test_keys(tiny: LocalModel, uri: str) -> None:
+def test_client_sends_api_keys(tiny: LocalModel, uri: str) -> None:
     with served(tiny, api_keys=(KEY,)) as running:
         for key, expected in ((KEY, "objects"), ("another", "error"), ("", "error")):
             (reply,), _ = drive(running.url, uri, ("detect", {"object": "cat"}), key=key)

@@ -1,4 +1,4 @@
-"""The OpenAI dialect, through OpenAI's own client and Moondream's chat: answers."""
+"""Answers of OpenAI's API, with OpenAI's client and the chat of Moondream's client."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def client(server: Served) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def talker(model: LocalModel) -> Iterator[Any]:
-    """A client of a model with random weights, whose answers are long, and other for every prompt."""
+def random_client(model: LocalModel) -> Iterator[Any]:
+    """A client of a model with random weights, whose answers are long and differ between prompts."""
     with served(model) as running, client_of(running) as opened:
         yield opened
 
@@ -47,9 +47,11 @@ def talker(model: LocalModel) -> Iterator[Any]:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer(client: Any, tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+def test_completion_equals_the_answer_of_the_model(
+    client: Any, tiny: LocalModel, scene_image: Image.Image, uri: str
+) -> None:
     reply = ask(client, [user(text(QUESTION), image(uri))])
-    assert reply.choices[0].message.content == tiny.query(picture, QUESTION, settings=GREEDY)["answer"]
+    assert reply.choices[0].message.content == tiny.query(scene_image, QUESTION, settings=GREEDY)["answer"]
     assert (reply.object, reply.model, reply.choices[0].finish_reason) == ("chat.completion", "tiny", "stop")
     assert reply.choices[0].message.role == "assistant"
     assert reply.id.startswith("chatcmpl-")
@@ -101,51 +103,57 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_what_a_conversation_asks(talker: Any, model: LocalModel, picture: Image.Image, uri: str, name: str) -> None:
+def test_conversation_is_converted_to_one_question(
+    random_client: Any, model: LocalModel, scene_image: Image.Image, uri: str, name: str
+) -> None:
     messages, question, with_image = CONVERSATIONS[name]
-    expected = model.query(picture if with_image else None, question, settings=SOME)
-    assert ask(talker, messages(uri), **SOME).choices[0].message.content == expected["answer"]
+    expected = model.query(scene_image if with_image else None, question, settings=SOME)
+    assert ask(random_client, messages(uri), **SOME).choices[0].message.content == expected["answer"]
 
 
-def test_conversations_that_ask_other_things_have_other_answers(model: LocalModel, picture: Image.Image) -> None:
+def test_different_conversations_get_different_answers(model: LocalModel, scene_image: Image.Image) -> None:
     asked = {(question, with_image) for _, question, with_image in CONVERSATIONS.values()}
-    answers = [model.query(picture if seen else None, question, settings=SOME)["answer"] for question, seen in asked]
+    answers = [
+        model.query(scene_image if seen else None, question, settings=SOME)["answer"] for question, seen in asked
+    ]
     assert len(set(answers)) == len(asked) == 4
 
 
-def test_sampling(talker: Any, model: LocalModel, picture: Image.Image, uri: str) -> None:
+def test_sampling_parameters_reach_the_model(
+    random_client: Any, model: LocalModel, scene_image: Image.Image, uri: str
+) -> None:
     sampled = [{**SOME, "seed": 1}, {**SOME, "seed": 2}, {**SOME, "temperature": 3.0}, {**SOME, "top_p": 0.1}]
-    replies = [ask(talker, [user(text(QUESTION), image(uri))], **settings).choices[0] for settings in sampled]
-    expected = [model.query(picture, QUESTION, settings=settings) for settings in sampled]
+    replies = [ask(random_client, [user(text(QUESTION), image(uri))], **settings).choices[0] for settings in sampled]
+    expected = [model.query(scene_image, QUESTION, settings=settings) for settings in sampled]
     assert [reply.message.content for reply in replies] == [found["answer"] for found in expected]
     assert [reply.finish_reason == "length" for reply in replies] == [found["truncated"] for found in expected]
     assert len({found["answer"] for found in expected}) == 4
 
 
-def test_fewer_crops(talker: Any, model: LocalModel, picture: Image.Image) -> None:
-    large = picture.resize((1600, 1200))
+def test_max_crops_reaches_the_model(random_client: Any, model: LocalModel, scene_image: Image.Image) -> None:
+    large = scene_image.resize((1600, 1200))
     answers = [model.query(large, QUESTION, settings={**SOME, "max_crops": most})["answer"] for most in (1, 12)]
     asked = [user(text(QUESTION), image(data_uri(large)))]
-    crops = [ask(talker, asked, **SOME, extra_body={"max_crops": most}) for most in (1, 99)]
+    crops = [ask(random_client, asked, **SOME, extra_body={"max_crops": most}) for most in (1, 99)]
     assert [reply.choices[0].message.content for reply in crops] == answers
     assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize("key", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_truncated_answer(talker: Any, uri: str, key: str, stream: bool) -> None:
-    reply = ask(talker, [user(text(QUESTION), image(uri))], stream=stream, **{key: 2})
+def test_truncated_answer_ends_with_length(random_client: Any, uri: str, key: str, stream: bool) -> None:
+    reply = ask(random_client, [user(text(QUESTION), image(uri))], stream=stream, **{key: 2})
     last = list(reply)[-1] if stream else reply
     assert last.choices[0].finish_reason == "length"
 
 
-def test_the_newer_key_for_tokens_wins(talker: Any, uri: str) -> None:
-    reply = ask(talker, [user(text(QUESTION), image(uri))], max_tokens=100, max_completion_tokens=2)
+def test_max_completion_tokens_overrides_max_tokens(random_client: Any, uri: str) -> None:
+    reply = ask(random_client, [user(text(QUESTION), image(uri))], max_tokens=100, max_completion_tokens=2)
     assert reply.usage.completion_tokens == 2
 
 
-def test_reasoning(client: Any, tiny: LocalModel, picture: Image.Image, uri: str) -> None:
-    expected = json.loads(json.dumps(tiny.query(picture, QUESTION, reasoning=True, settings=GREEDY)))
+def test_reasoning_is_returned_on_request(client: Any, tiny: LocalModel, scene_image: Image.Image, uri: str) -> None:
+    expected = json.loads(json.dumps(tiny.query(scene_image, QUESTION, reasoning=True, settings=GREEDY)))
     messages = [user(text(QUESTION), image(uri))]
     message = ask(client, messages, extra_body={"reasoning": True}).choices[0].message
     assert (message.content, message.reasoning) == (expected["answer"], expected["reasoning"])
@@ -155,7 +163,7 @@ def test_reasoning(client: Any, tiny: LocalModel, picture: Image.Image, uri: str
     assert "".join(delta.content or "" for delta in deltas) == expected["answer"]
 
 
-def test_what_is_unknown_or_does_not_matter_is_ignored(client: Any, uri: str) -> None:
+def test_unknown_and_irrelevant_parameters_are_ignored(client: Any, uri: str) -> None:
     messages = [user(text(QUESTION), image(uri))]
     ignored = {"user": "me", "stop": None, "n": 1, "tools": [], "logprobs": False, "response_format": {"type": "text"}}
     more = {"modalities": ["text"], "reasoning": {"effort": "low"}, "unheard_of": [1]}
@@ -167,11 +175,11 @@ def test_what_is_unknown_or_does_not_matter_is_ignored(client: Any, uri: str) ->
 
 
 @pytest.mark.parametrize("with_usage", [False, True])
-def test_a_streamed_answer(talker: Any, uri: str, with_usage: bool) -> None:
+def test_streamed_chunks_add_up_to_the_answer(random_client: Any, uri: str, with_usage: bool) -> None:
     messages = [user(text(QUESTION), image(uri))]
-    whole = ask(talker, messages, **SOME)
+    whole = ask(random_client, messages, **SOME)
     options = {"stream_options": {"include_usage": True}} if with_usage else {}
-    chunks = list(ask(talker, messages, stream=True, **SOME, **options))
+    chunks = list(ask(random_client, messages, stream=True, **SOME, **options))
     if with_usage:
         last = chunks.pop()
         assert (last.choices, last.usage) == ([], whole.usage)
@@ -187,27 +195,27 @@ def test_a_streamed_answer(talker: Any, uri: str, with_usage: bool) -> None:
     assert len(choices) > 3
 
 
-def test_a_stream_on_the_wire_ends_with_done(server: Served, uri: str) -> None:
+def test_stream_ends_with_done(server: Served, uri: str) -> None:
     body = {"messages": [user(text(QUESTION), image(uri))], "stream": True, **GREEDY}
     answer = server.post("/v1/chat/completions", body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_the_asynchronous_client(talker: Any, uri: str) -> None:
+def test_async_client_gets_completions_and_streams(random_client: Any, uri: str) -> None:
     messages = [user(text(QUESTION), image(uri))]
 
     async def run() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=talker.base_url, api_key="any", max_retries=0) as opened:
+        async with openai.AsyncOpenAI(base_url=random_client.base_url, api_key="any", max_retries=0) as opened:
             plain = ask(opened, messages, **SOME)
             streamed = await ask(opened, messages, stream=True, **SOME)
             pieces = [chunk.choices[0].delta.content or "" async for chunk in streamed]
             return [(await plain).choices[0].message.content, "".join(pieces)]
 
-    assert asyncio.run(run()) == [ask(talker, messages, **SOME).choices[0].message.content] * 2
+    assert asyncio.run(run()) == [ask(random_client, messages, **SOME).choices[0].message.content] * 2
 
 
-def test_a_failure_in_the_middle_of_a_stream(uri: str) -> None:
+def test_error_in_a_stream_is_its_last_event(uri: str) -> None:
     with held_server(steps=40, then_fails=True) as (_, failing), client_of(failing) as client:
         received: list[Any] = []
         with pytest.raises(openai.APIError, match="restart the server") as caught:
@@ -216,7 +224,7 @@ def test_a_failure_in_the_middle_of_a_stream(uri: str) -> None:
         assert caught.value.type == "service_unavailable"
 
 
-def test_a_stream_that_takes_too_long(uri: str) -> None:
+def test_slow_stream_ends_with_an_error(uri: str) -> None:
     with (
         held_server(steps=40, timeout=2.0) as (_, slow),
         client_of(slow) as client,
@@ -230,12 +238,12 @@ def test_a_stream_that_takes_too_long(uri: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("as_list", [False, True])
-def test_an_answer_ends_before_a_stop_string(talker: Any, uri: str, stream: bool, as_list: bool) -> None:
+def test_answer_ends_before_a_stop_string(random_client: Any, uri: str, stream: bool, as_list: bool) -> None:
     messages = [user(text(QUESTION), image(uri))]
-    whole = ask(talker, messages, **SOME)
+    whole = ask(random_client, messages, **SOME)
     content = whole.choices[0].message.content
     stop = content[len(content) // 2 :][:3]
-    reply = ask(talker, messages, stream=stream, stop=["never in it", stop] if as_list else stop, **SOME)
+    reply = ask(random_client, messages, stream=stream, stop=["never in it", stop] if as_list else stop, **SOME)
     if stream:
         choices = [chunk.choices[0] for chunk in reply]
         answer, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
@@ -254,13 +262,13 @@ def test_an_answer_ends_before_a_stop_string(talker: Any, uri: str, stream: bool
     [
         ("detect", "blue square", {}),
         ("point", "cat", {}),
-        ("detect", "green star", {}),  # which is not there
+        ("detect", "green star", {}),  # a missing choice
         ("detect", "red circle", {"max_objects": 1}),
         ("point", "red circle", {"max_objects": 1}),
     ],
 )
-def test_structured_answers(
-    client: Any, tiny: LocalModel, picture: Image.Image, uri: str, skill: str, name: str, options: Any, stream: bool
+def test_schema_names_return_boxes_and_points(
+    client: Any, tiny: LocalModel, scene_image: Image.Image, uri: str, skill: str, name: str, options: Any, stream: bool
 ) -> None:
     messages = [{"role": "system", "content": "You find things."}, user(text(name), image(uri))]
     reply = ask(client, messages, response_format=named(f"moondream_{skill}"), stream=stream, extra_body=options)
@@ -269,14 +277,14 @@ def test_structured_answers(
         content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     else:
         chunks, content = [reply], reply.choices[0].message.content
-    assert json.loads(content) == getattr(tiny, skill)(picture, name, settings=options)
+    assert json.loads(content) == getattr(tiny, skill)(scene_image, name, settings=options)
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_a_list_that_is_cut_says_so(talker: Any, uri: str) -> None:
+def test_truncated_list_is_marked(random_client: Any, uri: str) -> None:
     options: dict[str, Any] = {"response_format": named("moondream_detect"), "extra_body": {"max_objects": 2}}
-    reply = ask(talker, [user(text("a"), image(uri))], **options)
-    chunks = list(ask(talker, [user(text("a"), image(uri))], stream=True, **options))
+    reply = ask(random_client, [user(text("a"), image(uri))], **options)
+    chunks = list(ask(random_client, [user(text("a"), image(uri))], stream=True, **options))
     found = json.loads(reply.choices[0].message.content)
     assert (len(found["objects"]), found["truncated"], reply.choices[0].finish_reason) == (2, True, "stop")
     assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == found
@@ -290,15 +298,15 @@ class Box(BaseModel):
     confidence: float
 
 
-class moondream_detect(BaseModel):  # the client sends the name of the class
+class moondream_detect(BaseModel):  # the client sends the class name
     objects: list[Box]
     truncated: bool
 
 
-def test_the_clients_parser(client: Any, tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+def test_client_parses_boxes_and_points(client: Any, tiny: LocalModel, scene_image: Image.Image, uri: str) -> None:
     messages = [user(text("blue square"), image(uri))]
     reply = client.chat.completions.parse(model="tiny", messages=messages, response_format=moondream_detect)
-    assert reply.choices[0].message.parsed.model_dump() == tiny.detect(picture, "blue square")
+    assert reply.choices[0].message.parsed.model_dump() == tiny.detect(scene_image, "blue square")
 
 
 # --- structured output ------------------------------------------------------------------------------------------------
@@ -315,46 +323,48 @@ class Report(BaseModel):
     color: Literal["red", "blue"] | None
 
 
-def test_the_client_parses_a_pydantic_model(talker: Any, uri: str) -> None:
+def test_the_client_parses_a_pydantic_model(random_client: Any, uri: str) -> None:
     messages = [user(text(QUESTION), image(uri))]
     options = {"model": "tiny", "messages": messages, "response_format": Report, "temperature": 3.0, "top_p": 1}
-    replies = [talker.chat.completions.parse(**options, seed=seed) for seed in range(4)]
+    replies = [random_client.chat.completions.parse(**options, seed=seed) for seed in range(4)]
     assert all(isinstance(reply.choices[0].message.parsed, Report) for reply in replies)
     assert {reply.choices[0].finish_reason for reply in replies} == {"stop"}
     assert len({reply.choices[0].message.content for reply in replies}) > 1
-    with talker.chat.completions.stream(**options, seed=0) as stream:
+    with random_client.chat.completions.stream(**options, seed=0) as stream:
         streamed = stream.get_final_completion()
     assert streamed.choices[0].message.parsed == replies[0].choices[0].message.parsed
 
 
-def test_a_trained_model_answers_in_json(client: Any, uri: str) -> None:
+def test_trained_model_answers_in_json(client: Any, uri: str) -> None:
     reply = client.chat.completions.parse(
         model="tiny", messages=[user(text(QUESTION), image(uri))], response_format=Report, temperature=0
     )
     assert isinstance(reply.choices[0].message.parsed, Report)
 
 
-def test_json_object(talker: Any, uri: str) -> None:
+def test_json_object_returns_any_object(random_client: Any, uri: str) -> None:
     messages = [user(text(QUESTION), image(uri))]
     settings = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 600}
-    replies = [ask(talker, messages, response_format={"type": "json_object"}, seed=s, **settings) for s in range(5)]
+    replies = [
+        ask(random_client, messages, response_format={"type": "json_object"}, seed=s, **settings) for s in range(5)
+    ]
     complete = [r.choices[0].message.content for r in replies if r.choices[0].finish_reason == "stop"]
     assert all(isinstance(json.loads(content), dict) for content in complete)
     assert all(reply.choices[0].message.content.startswith("{") for reply in replies)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_truncated_json_ends_with_length(talker: Any, uri: str, stream: bool) -> None:
+def test_truncated_json_ends_with_length(random_client: Any, uri: str, stream: bool) -> None:
     schema = {"name": "report", "schema": Report.model_json_schema(), "strict": True}
     options: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 5}
-    reply = ask(talker, [user(text(QUESTION), image(uri))], stream=stream, **options)
+    reply = ask(random_client, [user(text(QUESTION), image(uri))], stream=stream, **options)
     assert (list(reply)[-1] if stream else reply).choices[0].finish_reason == "length"
 
 
-def test_a_schema_constrains_the_answer_and_not_the_reasoning(talker: Any, uri: str) -> None:
+def test_schema_constrains_the_answer_and_not_the_reasoning(random_client: Any, uri: str) -> None:
     schema = {"name": "kind", "schema": {"enum": ["cat", "dog"]}}
     options: dict[str, Any] = {"response_format": {"type": "json_schema", "json_schema": schema}, "max_tokens": 40}
-    reply = ask(talker, [user(text(QUESTION), image(uri))], extra_body={"reasoning": True}, **options)
+    reply = ask(random_client, [user(text(QUESTION), image(uri))], extra_body={"reasoning": True}, **options)
     assert json.loads(reply.choices[0].message.content) in ("cat", "dog")
     assert reply.choices[0].message.reasoning["text"]
 
@@ -389,18 +399,18 @@ def with_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CLOSED)
-def test_an_object_has_only_the_properties_in_its_schema(talker: Any, uri: str, name: str) -> None:
+def test_object_has_only_the_properties_in_its_schema(random_client: Any, uri: str, name: str) -> None:
     for seed in range(3):
         settings = {**SOME, "max_tokens": 60, "seed": seed, "response_format": with_schema(CLOSED[name])}
-        choice = ask(talker, [user(text(QUESTION), image(uri))], **settings).choices[0]
+        choice = ask(random_client, [user(text(QUESTION), image(uri))], **settings).choices[0]
         assert choice.finish_reason == "stop"
         assert json.loads(choice.message.content).keys() - {"properties"} == {"a"}
 
 
 @pytest.mark.parametrize("name", OPEN)
-def test_schemas_that_need_other_properties_are_not_closed(talker: Any, uri: str, name: str) -> None:
-    # A schema without a conforming object would get 400
-    reply = ask(talker, [user(text(QUESTION), image(uri))], **SOME, response_format=with_schema(OPEN[name]))
+def test_schemas_that_need_other_properties_are_not_closed(random_client: Any, uri: str, name: str) -> None:
+    # a schema without a conforming object would get 400
+    reply = ask(random_client, [user(text(QUESTION), image(uri))], **SOME, response_format=with_schema(OPEN[name]))
     assert reply.choices[0].message.content.startswith("{")
 
 
@@ -424,12 +434,12 @@ def choice_of(name: str) -> dict[str, Any]:
     ],
     ids=["named", "one of two", "required"],
 )
-def test_a_forced_call_has_conforming_arguments(
-    talker: Any, uri: str, choice: Any, tools: list[type[BaseModel]], reason: str
+def test_forced_call_has_conforming_arguments(
+    random_client: Any, uri: str, choice: Any, tools: list[type[BaseModel]], reason: str
 ) -> None:
     messages = [user(text(QUESTION), image(uri))]
     options = {"tools": [tool_of(tool) for tool in tools], "tool_choice": choice, "temperature": 3.0, "top_p": 1}
-    replies = [ask(talker, messages, **options, seed=seed).choices[0] for seed in range(3)]
+    replies = [ask(random_client, messages, **options, seed=seed).choices[0] for seed in range(3)]
     for reply in replies:
         (call,) = reply.message.tool_calls
         Report.model_validate_json(call.function.arguments)
@@ -440,7 +450,7 @@ def test_a_forced_call_has_conforming_arguments(
     assert len({call.function.arguments for call in calls}) > 1
 
 
-def test_a_forced_call_returns_what_the_response_format_returns(client: Any, uri: str) -> None:
+def test_forced_call_returns_the_same_json_as_response_format(client: Any, uri: str) -> None:
     messages = [user(text(QUESTION), image(uri))]
     schema = {"name": "report", "schema": Report.model_json_schema()}
     plain = ask(client, messages, response_format={"type": "json_schema", "json_schema": schema})
@@ -450,10 +460,14 @@ def test_a_forced_call_returns_what_the_response_format_returns(client: Any, uri
 
 
 @pytest.mark.parametrize("function", [{}, {"parameters": None}, {"parameters": {}}], ids=["missing", "null", "empty"])
-def test_a_tool_without_parameters_takes_any_object(talker: Any, uri: str, function: dict[str, Any]) -> None:
+def test_tool_without_parameters_accepts_any_object(random_client: Any, uri: str, function: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "note", **function}}
     reply = ask(
-        talker, [user(text(QUESTION), image(uri))], tools=[tool], tool_choice="required", **{**SOME, "max_tokens": 600}
+        random_client,
+        [user(text(QUESTION), image(uri))],
+        tools=[tool],
+        tool_choice="required",
+        **{**SOME, "max_tokens": 600},
     )
     (call,) = reply.choices[0].message.tool_calls
     assert call.function.arguments.startswith("{")
@@ -466,9 +480,9 @@ class Node(BaseModel):
     child: Node | None  # the schema is a reference without a type
 
 
-def test_parameters_can_be_a_reference(talker: Any, uri: str) -> None:
+def test_parameters_can_be_a_reference(random_client: Any, uri: str) -> None:
     reply = ask(
-        talker, [user(text(QUESTION), image(uri))], tools=[tool_of(Node)], tool_choice="required", max_tokens=600
+        random_client, [user(text(QUESTION), image(uri))], tools=[tool_of(Node)], tool_choice="required", max_tokens=600
     )
     (call,) = reply.choices[0].message.tool_calls
     assert call.function.arguments.startswith('{"name": ')
@@ -477,11 +491,11 @@ def test_parameters_can_be_a_reference(talker: Any, uri: str) -> None:
 
 
 @pytest.mark.parametrize(("choice", "reason"), [(choice_of("Report"), "stop"), ("required", "tool_calls")])
-def test_a_streamed_call(talker: Any, uri: str, choice: Any, reason: str) -> None:
+def test_streamed_deltas_add_up_to_the_call(random_client: Any, uri: str, choice: Any, reason: str) -> None:
     messages = [user(text(QUESTION), image(uri))]
     options = {"tools": [tool_of(Report)], "tool_choice": choice, "temperature": 3.0, "seed": 1}
-    whole = ask(talker, messages, **options).choices[0].message.tool_calls[0]
-    streamed = ask(talker, messages, stream=True, stream_options={"include_usage": True}, **options)
+    whole = ask(random_client, messages, **options).choices[0].message.tool_calls[0]
+    streamed = ask(random_client, messages, stream=True, stream_options={"include_usage": True}, **options)
     choices = [chunk.choices[0] for chunk in streamed if chunk.choices]
     first, last = choices[0], choices.pop()
     (start,) = first.delta.tool_calls
@@ -497,14 +511,14 @@ def test_a_streamed_call(talker: Any, uri: str, choice: Any, reason: str) -> Non
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", [choice_of("Report"), "required"])
-def test_a_truncated_call_ends_with_length(talker: Any, uri: str, choice: Any, stream: bool) -> None:
+def test_truncated_call_ends_with_length(random_client: Any, uri: str, choice: Any, stream: bool) -> None:
     options: dict[str, Any] = {"tools": [tool_of(Report)], "tool_choice": choice, "max_tokens": 5}
-    reply = ask(talker, [user(text(QUESTION), image(uri))], stream=stream, **options)
+    reply = ask(random_client, [user(text(QUESTION), image(uri))], stream=stream, **options)
     assert (list(reply)[-1] if stream else reply).choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("choice", [choice_of("Report"), "required"])
-def test_the_client_parses_and_streams_the_arguments_of_a_call(talker: Any, uri: str, choice: Any) -> None:
+def test_the_client_parses_and_streams_the_arguments_of_a_call(random_client: Any, uri: str, choice: Any) -> None:
     options: dict[str, Any] = {
         "model": "tiny",
         "messages": [user(text(QUESTION), image(uri))],
@@ -513,9 +527,9 @@ def test_the_client_parses_and_streams_the_arguments_of_a_call(talker: Any, uri:
         "temperature": 3.0,
         "seed": 1,
     }
-    (call,) = talker.chat.completions.parse(**options).choices[0].message.tool_calls
+    (call,) = random_client.chat.completions.parse(**options).choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, Report)
-    with talker.chat.completions.stream(**options) as stream:
+    with random_client.chat.completions.stream(**options) as stream:
         kinds = [event.type for event in stream]
         (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
     assert streamed.function == call.function
@@ -523,24 +537,26 @@ def test_the_client_parses_and_streams_the_arguments_of_a_call(talker: Any, uri:
     assert kinds.count("tool_calls.function.arguments.delta") > 3
 
 
-def test_a_forced_call_after_reasoning(talker: Any, uri: str) -> None:
+def test_forced_call_can_follow_reasoning(random_client: Any, uri: str) -> None:
     options: dict[str, Any] = {"tools": [tool_of(Animal)], "tool_choice": "required", "max_tokens": 60}
     messages, options["extra_body"] = [user(text(QUESTION), image(uri))], {"reasoning": True}
-    message = ask(talker, messages, **options).choices[0].message
+    message = ask(random_client, messages, **options).choices[0].message
     Animal.model_validate_json(message.tool_calls[0].function.arguments)
-    deltas = [chunk.choices[0].delta for chunk in ask(talker, messages, stream=True, **options)]
+    deltas = [chunk.choices[0].delta for chunk in ask(random_client, messages, stream=True, **options)]
     assert [delta.reasoning for delta in deltas if hasattr(delta, "reasoning")] == [message.reasoning]
     pieces = [call.function.arguments for delta in deltas for call in delta.tool_calls or ()]
     assert "".join(pieces) == message.tool_calls[0].function.arguments
 
 
-# --- Moondream's own client -------------------------------------------------------------------------------------------
+# --- Moondream's client -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reasoning", [None, False, True])
-def test_moondreams_chat(tiny: LocalModel, picture: Image.Image, uri: str, reasoning: bool | None) -> None:
+def test_moondream_client_uses_chat_completions(
+    tiny: LocalModel, scene_image: Image.Image, uri: str, reasoning: bool | None
+) -> None:
     md = pytest.importorskip("moondream")
-    expected = json.loads(json.dumps(tiny.query(picture, QUESTION, reasoning=bool(reasoning), settings=GREEDY)))
+    expected = json.loads(json.dumps(tiny.query(scene_image, QUESTION, reasoning=bool(reasoning), settings=GREEDY)))
     messages = [user(text(QUESTION), image(uri))]
     settings = {"temperature": 0, "max_tokens": 50, "max_objects": 3}
     with served(tiny, api_keys=("the-key",)) as locked:

@@ -1,4 +1,4 @@
-"""The OpenAI dialect, through OpenAI's own client: models, what is refused, statuses, and images at addresses."""
+"""OpenAI's API with OpenAI's client: models, rejected requests, statuses and image URLs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def client(server: Served) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", ["tiny", "moondream2", "vikhyatk/moondream2", "moondream3-preview", "Moondream-2B"])
-def test_names_of_the_model(client: Any, name: str) -> None:
+def test_names_of_the_served_model_are_accepted(client: Any, name: str) -> None:
     reply = client.chat.completions.create(model=name, messages=[user(QUESTION)], max_tokens=2)
     assert reply.model == "tiny"
     assert client.models.retrieve(name).id == "tiny"
@@ -57,7 +57,7 @@ def test_names_of_the_model(client: Any, name: str) -> None:
         ("Tiny", "'Tiny' does not exist"),
     ],
 )
-def test_models_that_do_not_exist(client: Any, name: str, message: str) -> None:
+def test_unknown_models_get_404(client: Any, name: str, message: str) -> None:
     for call in (
         lambda: client.chat.completions.create(model=name, messages=[user(QUESTION)]),
         lambda: client.models.retrieve(name),
@@ -67,19 +67,19 @@ def test_models_that_do_not_exist(client: Any, name: str, message: str) -> None:
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
-def test_a_served_name_with_a_revision(tiny: LocalModel) -> None:
+def test_served_name_can_have_a_revision(tiny: LocalModel) -> None:
     name = "vikhyatk/moondream2@2025-06-21"
     with served(tiny, name=name) as running, client_of(running) as client:
         assert client.models.retrieve(name).id == name
 
 
-def test_the_list_of_models(client: Any) -> None:
+def test_models_can_be_listed_and_retrieved(client: Any) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("tiny", "model", "moondream-cv")
     assert model == client.models.retrieve("tiny")
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- rejected requests ------------------------------------------------------------------------------------------------
 
 
 def schema(value: Any) -> dict[str, Any]:
@@ -216,7 +216,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_is_refused(client: Any, name: str) -> None:
+def test_unsupported_requests_are_rejected(client: Any, name: str) -> None:
     options, param, code = UNSUPPORTED[name]
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **{"messages": [user(QUESTION)], **options})
@@ -255,8 +255,8 @@ def test_neutral_parameters_do_not_change_the_answer(client: Any) -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in one message", "in two messages"])
-def test_several_images(client: Any, picture: Image.Image, uri: str, apart: bool) -> None:
-    other = image(data_uri(picture.rotate(180)))
+def test_several_images_are_rejected(client: Any, scene_image: Image.Image, uri: str, apart: bool) -> None:
+    other = image(data_uri(scene_image.rotate(180)))
     messages = (
         [user(image(uri), text("?")), user(other, text(QUESTION))]
         if apart
@@ -270,7 +270,7 @@ def test_several_images(client: Any, picture: Image.Image, uri: str, apart: bool
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"messages": 3}', b'{"messages": [{"role": "user", "content": 3}]}']
 )
-def test_bodies_that_are_nonsense(server: Served, body: bytes) -> None:
+def test_invalid_bodies_get_400(server: Served, body: bytes) -> None:
     answer = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -279,7 +279,7 @@ def test_bodies_that_are_nonsense(server: Served, body: bytes) -> None:
 # --- statuses ---------------------------------------------------------------------------------------------------------
 
 
-def test_keys(tiny: LocalModel) -> None:
+def test_client_sends_api_keys(tiny: LocalModel) -> None:
     with served(tiny, api_keys=("right-key",)) as locked:
         with client_of(locked, api_key="wrong-key") as client, pytest.raises(openai.AuthenticationError) as caught:
             ask(client, [user(QUESTION)])
@@ -290,21 +290,21 @@ def test_keys(tiny: LocalModel) -> None:
             assert ask(client, [user(QUESTION)], max_tokens=2).usage.completion_tokens > 0
 
 
-def test_a_body_that_is_too_large(tiny: LocalModel) -> None:
+def test_oversized_body_gets_413(tiny: LocalModel) -> None:
     with served(tiny, max_body=10_000) as small, client_of(small) as client:
         with pytest.raises(openai.APIStatusError, match="exceeds 10,000 bytes") as caught:
             ask(client, [user("x" * 20_000)])
         assert caught.value.status_code == 413
 
 
-def test_a_request_that_takes_too_long(uri: str) -> None:
+def test_slow_request_gets_504(uri: str) -> None:
     with held_server(timeout=0.5) as (_, slow), client_of(slow) as client:
         with pytest.raises(openai.InternalServerError, match=r"longer than 0\.5 seconds") as caught:
             ask(client, [user(text(QUESTION), image(uri))], **LONG)
         assert (caught.value.status_code, caught.value.type) == (504, "timeout_error")
 
 
-def test_a_server_that_is_loading(tiny: LocalModel) -> None:
+def test_loading_server_gets_503(tiny: LocalModel) -> None:
     loaded = threading.Event()
 
     def load() -> LocalModel:
@@ -318,7 +318,7 @@ def test_a_server_that_is_loading(tiny: LocalModel) -> None:
         loaded.set()
 
 
-def test_a_full_queue_is_retried_by_the_client() -> None:
+def test_client_retries_when_the_queue_is_full() -> None:
     with held_server(queue=1) as (held, busy), ThreadPoolExecutor(2) as pool, client_of(busy) as impatient:
         first = pool.submit(ask, impatient, [user(QUESTION)], max_tokens=2)
         until(lambda: busy.service.in_flight)
@@ -329,12 +329,12 @@ def test_a_full_queue_is_retried_by_the_client() -> None:
         with client_of(busy, max_retries=3) as patient:
             second = pool.submit(ask, patient, [user(QUESTION)], max_tokens=2)
             until(lambda: b"moondream_cv_refused_total 2.0" in busy.service.metrics.text())
-            held.go_on()
+            held.resume()
             assert second.result(240).choices[0].message.content == first.result(240).choices[0].message.content
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place(uri: str, stream: bool) -> None:
+def test_disconnect_releases_the_queue_slot(uri: str, stream: bool) -> None:
     cancelled = 'moondream_cv_skill_requests_total{outcome="cancelled",skill="query"} 1.0'
     with held_server(steps=40, queue=1) as (_, running):
         if stream:
@@ -342,7 +342,7 @@ def test_a_client_that_leaves_frees_its_place(uri: str, stream: bool) -> None:
                 pieces = ask(client, [user(text(QUESTION), image(uri))], stream=True, **LONG)
                 next(iter(pieces))
                 pieces.close()
-        for seconds in () if stream else (0.5, 5, 50):  # until the model has the request before the client leaves
+        for seconds in () if stream else (0.5, 5, 50):  # wait until the model has the request
             with client_of(running, timeout=seconds) as client, pytest.raises(openai.APITimeoutError):
                 ask(client, [user(text(QUESTION), image(uri))], **LONG)
             until(lambda: running.service.in_flight == 0)
@@ -352,14 +352,14 @@ def test_a_client_that_leaves_frees_its_place(uri: str, stream: bool) -> None:
         assert cancelled in running.client.get("/metrics").text
 
 
-# --- images at addresses ----------------------------------------------------------------------------------------------
+# --- image URLs -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def site(picture: Image.Image) -> Iterator[str]:
-    """The address of the picture, on this machine."""
+def site(scene_image: Image.Image) -> Iterator[str]:
+    """URL of the scene on this machine."""
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    scene_image.save(file, "PNG")
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -377,17 +377,17 @@ def site(picture: Image.Image) -> Iterator[str]:
         running.shutdown()
 
 
-def test_an_image_url(tiny: LocalModel, picture: Image.Image, site: str) -> None:
+def test_image_urls_are_downloaded(tiny: LocalModel, scene_image: Image.Image, site: str) -> None:
     with served(tiny, private_urls=True) as running, client_of(running) as client:
         reply = ask(client, [user(text(QUESTION), image(site))])
-    assert reply.choices[0].message.content == tiny.query(picture, QUESTION, settings=GREEDY)["answer"]
+    assert reply.choices[0].message.content == tiny.query(scene_image, QUESTION, settings=GREEDY)["answer"]
 
 
-# --- a model that is elsewhere ----------------------------------------------------------------------------------------
+# --- remote models ----------------------------------------------------------------------------------------------------
 
 
-class Elsewhere:
-    """A remote model: it counts no tokens, and what it answers to a question is what it was made with."""
+class FakeRemoteModel:
+    """A remote model that reports no token counts and always returns the same result."""
 
     skills = frozenset({"query"})
     has_scores = False
@@ -402,8 +402,8 @@ class Elsewhere:
         pass
 
 
-def test_without_counts_there_is_no_usage() -> None:
-    with served(Elsewhere(QueryResult("a cat"))) as running, client_of(running) as client:
+def test_usage_is_null_without_token_counts() -> None:
+    with served(FakeRemoteModel(QueryResult("a cat"))) as running, client_of(running) as client:
         reply = ask(client, [user(QUESTION)])
     assert (reply.choices[0].message.content, reply.usage) == ("a cat", None)
 
@@ -416,9 +416,9 @@ def test_without_counts_there_is_no_usage() -> None:
         (KeyError("a bug"), 500, "server_error", None),
     ],
 )
-def test_a_remote_model_that_fails(error: Exception, status: int, kind: str, code: str | None) -> None:
+def test_errors_of_a_remote_model_are_converted(error: Exception, status: int, kind: str, code: str | None) -> None:
     with (
-        served(Elsewhere(ErrorResult(error))) as running,
+        served(FakeRemoteModel(ErrorResult(error))) as running,
         client_of(running) as client,
         pytest.raises(openai.APIStatusError) as caught,
     ):

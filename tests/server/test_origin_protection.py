@@ -1,6 +1,6 @@
-"""Hosts and origins that a server without API keys accepts, and the content types of POST requests.
+"""Allowed hosts and origins of a server without API keys, and content types of POST requests.
 
-Run with `pytest tests/server/test_sites.py`.
+Run with `pytest tests/server/test_origin_protection.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from moondream_cv.engine.local import LocalModel
 from moondream_cv.server.origin_protection import allowed_hosts_for, host_name
 from tests.helpers.served import Served, served
 
-DETECTION = {"image_url": "https://example.com/a.png", "object": ""}  # rejected by the route, with status 400
+DETECTION = {"image_url": "https://example.com/a.png", "object": ""}  # the route rejects it with status 400
 
 
 def status_of(server: Served, path: str = "/v1/detect", **headers: str) -> int:
@@ -47,7 +47,7 @@ def test_other_hosts_are_rejected(server: Served, host: str) -> None:
     assert server.client.get("/health", headers={"Host": host}).status_code == 200  # probes use any name
 
 
-def test_allowed_hosts(tiny: LocalModel) -> None:
+def test_allowed_hosts_are_accepted(tiny: LocalModel) -> None:
     with served(tiny, allowed_hosts=("gpu.example", "ip")) as server:
         assert status_of(server, Host="GPU.example:2020") != 403
         assert status_of(server, Host="192.0.2.1:2020") != 403
@@ -65,7 +65,7 @@ def test_servers_with_keys_accept_any_host_and_origin(tiny: LocalModel) -> None:
 @pytest.mark.parametrize(
     ("listening", "names"), [("127.0.0.1", ()), ("localhost", ()), ("gpu.example", ("gpu.example",))]
 )
-def test_hosts_of_an_address(listening: str, names: tuple[str, ...]) -> None:
+def test_allowed_hosts_for_returns_the_names_of_an_address(listening: str, names: tuple[str, ...]) -> None:
     assert allowed_hosts_for(listening) == names
     assert "ip" in allowed_hosts_for("0.0.0.0")
     assert "ip" in allowed_hosts_for("::")
@@ -74,7 +74,7 @@ def test_hosts_of_an_address(listening: str, names: tuple[str, ...]) -> None:
 def test_cross_site_requests_are_rejected(server: Served, tiny: LocalModel) -> None:
     assert status_of(server, Origin="https://attacker.example") == 403
     assert status_of(server, Origin="null") == 403
-    assert status_of(server, Origin="http://localhost:1") == 403  # another port is another site
+    assert status_of(server, Origin="http://localhost:1") == 403  # another port is another origin
     assert status_of(server, Origin=server.url) != 403
     assert server.client.get("/v1/models", headers={"Origin": "https://attacker.example"}).status_code == 200
     with served(tiny, cors_origins=("https://page.example",)) as allowing:

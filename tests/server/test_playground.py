@@ -1,6 +1,6 @@
-"""The playground, driven in a real browser against a real server. Run with `pytest tests/server/test_playground.py`.
+"""The playground in a real browser with a real server. Run with `pytest tests/server/test_playground.py`.
 
-It needs Chromium and Playwright for Python; without them it skips, and fails where `CI` is set.
+It needs Chromium and Playwright for Python. Without them, the tests are skipped, or fail if `CI` is set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from PIL import ExifTags, Image
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.loading import load
 from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
-from tests.helpers.browser import ask, chromium, copied, encoded, rectangles, settled, transfer, upload, visiting
+from tests.helpers.browser import (
+    ask,
+    chromium,
+    copied,
+    encoded,
+    rectangles,
+    transfer,
+    upload,
+    visiting,
+    wait_until_done,
+)
 from tests.helpers.served import Served, served
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Open]:
-    """Opens the page of a server. At the end, nothing may have gone elsewhere, and no script may have failed."""
+    """Opens the page of a server. At the end, checks requests to other sites and script errors."""
     with visiting(browser) as visit:
         yield visit
 
@@ -49,18 +59,18 @@ def page(visit: Open, server: Served) -> Any:
 
 
 @pytest.fixture(scope="module")
-def png(picture: Image.Image) -> bytes:
-    return encoded(picture, "PNG")
+def png(scene_image: Image.Image) -> bytes:
+    return encoded(scene_image, "PNG")
 
 
 def expected(page: Any, objects: Sequence[dict[str, float]]) -> Any:
-    """Where boxes belong, as `rectangles` has them."""
+    """Return the expected rectangles of objects, in the format of `rectangles`."""
     _, _, width, height = rectangles(page, "#image")[0]
     keys = ("x_min", "y_min", "x_max", "y_max")
     return np.clip([[found[key] for key in keys] for found in objects], 0, 1) * (width, height, width, height)
 
 
-def test_the_page_names_the_model_and_its_skills(page: Any, server: Served, tiny: LocalModel) -> None:
+def test_page_shows_the_model_and_its_skills(page: Any, server: Served, tiny: LocalModel) -> None:
     page.locator(".lamp.ready").wait_for()
     assert page.title() == "tiny · moondream-cv"
     assert page.locator("#model").inner_text() == "tiny"
@@ -68,7 +78,7 @@ def test_the_page_names_the_model_and_its_skills(page: Any, server: Served, tiny
     assert page.locator("input[name=task]:disabled").count() == 0
 
 
-def test_headers_allow_nothing_but_the_page(server: Served) -> None:
+def test_headers_allow_only_the_page(server: Served) -> None:
     answer = server.client.get("/")
     policy = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
@@ -82,12 +92,12 @@ def test_headers_allow_nothing_but_the_page(server: Served) -> None:
     assert (again.status_code, again.content) == (304, b"")
 
 
-def test_there_is_an_icon(server: Served) -> None:
+def test_icon_is_served(server: Served) -> None:
     answer = server.client.get("/favicon.ico")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "image/svg+xml")
 
 
-def test_a_server_can_do_without_the_page(tiny: LocalModel) -> None:
+def test_page_can_be_disabled(tiny: LocalModel) -> None:
     with served(tiny, page=False) as running:
         assert running.client.get("/").status_code == 404
 
@@ -102,21 +112,21 @@ def test_a_server_can_do_without_the_page(tiny: LocalModel) -> None:
         ("GIF", "image/gif", {}, 1, False),
     ],
 )
-def test_boxes_lie_where_the_model_says(
+def test_boxes_are_drawn_at_the_detected_positions(
     page: Any,
     tiny: LocalModel,
-    picture: Image.Image,
+    scene_image: Image.Image,
     format: str,
     mime: str,
     options: dict[str, Any],
     orientation: int,
     sent_as_it_is: bool,
 ) -> None:
-    if orientation == 6:  # lies on its side, and says so
+    if orientation == 6:  # the image is rotated, with the orientation in EXIF
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
-        picture, options = picture.transpose(Image.Transpose.ROTATE_90), {**options, "exif": exif}
-    content = encoded(picture, format, **options)
+        scene_image, options = scene_image.transpose(Image.Transpose.ROTATE_90), {**options, "exif": exif}
+    content = encoded(scene_image, format, **options)
     upload(page, content, f"scene.{format.lower()}", mime)
     ask(page, "detect", "red circle, heart, cat, blue square")
     found = {name: tiny.detect(content, name)["objects"] for name in ("red circle", "heart", "cat", "blue square")}
@@ -132,7 +142,7 @@ def test_boxes_lie_where_the_model_says(
     assert page.locator("#sent").is_hidden() == sent_as_it_is
 
 
-def test_points_lie_where_the_model_says(page: Any, tiny: LocalModel, png: bytes) -> None:
+def test_points_are_drawn_at_the_detected_positions(page: Any, tiny: LocalModel, png: bytes) -> None:
     upload(page, png)
     ask(page, "point", "blue square")
     points = tiny.point(png, "blue square")["points"]
@@ -144,7 +154,7 @@ def test_points_lie_where_the_model_says(page: Any, tiny: LocalModel, png: bytes
     assert page.locator("#status").inner_text() == "1 point"
 
 
-def test_a_question_is_answered(page: Any, tiny: LocalModel, png: bytes) -> None:
+def test_answer_is_shown(page: Any, tiny: LocalModel, png: bytes) -> None:
     question = "How many blue squares are there?"
     upload(page, png)
     ask(page, "query", question)
@@ -154,7 +164,7 @@ def test_a_question_is_answered(page: Any, tiny: LocalModel, png: bytes) -> None
     assert re.fullmatch(r"[\d.]+ m?s · first word after [\d.]+ m?s", page.locator("#timing").inner_text())
 
 
-def test_thoughts_are_shown(page: Any, tiny: LocalModel, png: bytes) -> None:
+def test_reasoning_is_shown(page: Any, tiny: LocalModel, png: bytes) -> None:
     question = "How many blue squares are there?"
     upload(page, png)
     page.locator("input[value=query]").check()
@@ -165,7 +175,7 @@ def test_thoughts_are_shown(page: Any, tiny: LocalModel, png: bytes) -> None:
     assert page.locator("#answer").inner_text() == reply["answer"].strip()
 
 
-def test_a_caption_grows(page: Any, tiny: LocalModel, png: bytes) -> None:
+def test_caption_is_streamed(page: Any, tiny: LocalModel, png: bytes) -> None:
     upload(page, png)
     page.evaluate(
         """() => {
@@ -183,7 +193,7 @@ def test_a_caption_grows(page: Any, tiny: LocalModel, png: bytes) -> None:
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_an_image_comes_by(page: Any, png: bytes, way: str) -> None:
+def test_image_can_be_dropped_and_pasted(page: Any, png: bytes, way: str) -> None:
     handle = transfer(page, png, "dropped.png", "image/png")
     page.evaluate(
         """([transfer, way]) => document.body.dispatchEvent(
@@ -196,11 +206,11 @@ def test_an_image_comes_by(page: Any, png: bytes, way: str) -> None:
     assert page.locator(".box").count() == 1
 
 
-def test_the_example_works_at_once_and_can_be_filtered_and_saved(page: Any) -> None:
+def test_example_can_be_detected_filtered_and_saved(page: Any) -> None:
     page.locator("#example").click()
     page.locator("#save").wait_for(state="visible")
     page.locator("#prompt").press("Enter")
-    settled(page)
+    wait_until_done(page)
     tags = page.locator(".tag").all_inner_texts()
     assert [tag.rsplit(" ", 1)[0] for tag in tags] == ["red circle", "blue square", "blue square"]
     scores = sorted({float(tag.rsplit(" ", 1)[1]) for tag in tags})
@@ -213,11 +223,11 @@ def test_the_example_works_at_once_and_can_be_filtered_and_saved(page: Any) -> N
     assert Image.open(download.value.path()).size == (640, 480)
 
 
-def test_what_is_missing_is_said(page: Any, png: bytes) -> None:
+def test_missing_input_shows_an_error(page: Any, png: bytes) -> None:
     error = page.locator("#error")
     page.locator("#run").click()
     assert "Choose an image" in error.inner_text()
-    upload(page, b"no picture at all", "notes.txt", "text/plain")
+    upload(page, b"not an image", "notes.txt", "text/plain")
     page.locator("#error", has_text="notes.txt is not an image").wait_for()
     upload(page, png)
     error.wait_for(state="hidden")
@@ -228,14 +238,14 @@ def test_what_is_missing_is_said(page: Any, png: bytes) -> None:
     assert error.inner_text() == "Enter a question."
 
 
-def test_what_the_server_refuses_is_said(page: Any, png: bytes) -> None:
+def test_server_errors_are_shown(page: Any, png: bytes) -> None:
     upload(page, png)
     ask(page, "query", "x" * 3000)
     assert re.fullmatch(r"[A-Z].+\(4\d\d\)", page.locator("#error").inner_text())
     assert "failed after" in page.locator("#timing").inner_text()
 
 
-def test_a_file_that_is_too_large_is_scaled_down(visit: Open, tiny: LocalModel) -> None:
+def test_oversized_file_is_scaled_down(visit: Open, tiny: LocalModel) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (500, 2500, 3), np.uint8))
     with served(tiny, max_body=2_000_000) as running:
         page = visit(running)
@@ -246,7 +256,7 @@ def test_a_file_that_is_too_large_is_scaled_down(visit: Open, tiny: LocalModel) 
         assert page.locator("#file-name").inner_text() == "noise-sent.jpg"
 
 
-def test_a_key_is_asked_for_and_kept_in_the_tab(visit: Open, tiny: LocalModel, png: bytes, tmp_path: Path) -> None:
+def test_api_key_is_requested_and_kept_in_the_tab(visit: Open, tiny: LocalModel, png: bytes, tmp_path: Path) -> None:
     with served(tiny, api_keys=("k-secret",)) as running:
         page = visit(running)
         page.locator("#error", has_text="requires an API key").wait_for()
@@ -287,12 +297,12 @@ RECIPES = [
 
 
 @pytest.mark.parametrize(("recipe", "task", "prompt"), RECIPES)
-def test_the_copied_code_gives_the_same(
+def test_copied_code_returns_the_same_results(
     page: Any, server: Served, tmp_path: Path, png: bytes, recipe: str, task: str, prompt: str
 ) -> None:
-    """The file's name and the prompts hold what shells and Python could take for something else.
+    """The file name and the prompts contain characters that are special in shells and Python.
 
-    The page rounds to pixels, and Moondream's client sends a JPEG of what it is given.
+    The tolerance covers the rounding to pixels on the page, and the JPEG conversion of Moondream's client.
     """
     name = 'the scene\'s 50% "best" $HOME.png'
     (tmp_path / name).write_bytes(png)
@@ -313,7 +323,7 @@ def test_the_copied_code_gives_the_same(
 
 
 def run(code: str, recipe: str, folder: Path, **environment: str) -> str:
-    """What a recipe prints when it is run in a folder."""
+    """Run a recipe in a folder and return its output."""
     if recipe == "client":
         pytest.importorskip("moondream", reason="Moondream's client is not installed: pip install moondream")
     command = ["sh", "-c", code] if recipe == "curl" else [sys.executable, "-c", code]
@@ -326,7 +336,7 @@ def run(code: str, recipe: str, folder: Path, **environment: str) -> str:
 
 
 def printed(out: str, recipe: str) -> list[list[float]]:
-    """Confidence and pixels of everything that a recipe printed, as the table in the page has them."""
+    """Return the confidences and pixel coordinates in the output of a recipe, as in the table on the page."""
     if recipe == "python":
         lines = re.findall(r"\[([^]]+)\] (\S+)$", out, re.MULTILINE)
         return [[float(score), *map(float, place.split())] for place, score in lines]
@@ -347,8 +357,8 @@ def printed(out: str, recipe: str) -> list[list[float]]:
     ]
 
 
-class Stuck:
-    """A model that only detects, returns no scores, and takes until it is let go."""
+class BlockingModel:
+    """A model that supports only detection, has no scores, and blocks until `released` is set."""
 
     skills = frozenset({"detect"})
     has_scores = False
@@ -369,8 +379,8 @@ class Stuck:
 
 
 @pytest.mark.parametrize("way", ["click", "Escape"])
-def test_what_runs_can_be_cancelled_and_what_is_not_there_cannot_be_chosen(visit: Open, png: bytes, way: str) -> None:
-    model = Stuck()
+def test_run_can_be_cancelled_and_unsupported_tasks_are_disabled(visit: Open, png: bytes, way: str) -> None:
+    model = BlockingModel()
     with served(model) as running:
         page = visit(running)
         page.locator(".lamp.ready").wait_for()
@@ -385,7 +395,7 @@ def test_what_runs_can_be_cancelled_and_what_is_not_there_cannot_be_chosen(visit
                 page.locator("#cancel").click()
             else:
                 page.keyboard.press("Escape")
-            settled(page)
+            wait_until_done(page)
             assert page.locator("#timing").inner_text().startswith("cancelled after ")
             assert page.locator("#status").inner_text() == "Cancelled"
             assert page.locator("#error").is_hidden()
@@ -397,8 +407,8 @@ def test_what_runs_can_be_cancelled_and_what_is_not_there_cannot_be_chosen(visit
         assert page.locator("#threshold-field").is_hidden()
 
 
-class Unstreamed:
-    """A model that only runs, which is all that a `VisionModel` has to do."""
+class NonStreamingModel:
+    """A minimal `VisionModel`, which cannot stream."""
 
     skills = frozenset({"detect"})
     has_scores = False
@@ -410,15 +420,15 @@ class Unstreamed:
         pass
 
 
-def test_a_model_that_cannot_stream_is_shown_all_the_same(visit: Open, png: bytes) -> None:
-    with served(Unstreamed()) as running:
+def test_results_of_a_model_without_streaming_are_shown(visit: Open, png: bytes) -> None:
+    with served(NonStreamingModel()) as running:
         page = visit(running)
         upload(page, png)
         ask(page, "detect", "dog")
         assert page.locator(".tag").all_inner_texts() == ["dog"]
 
 
-def test_a_model_that_is_still_loading_is_waited_for(visit: Open) -> None:
+def test_page_waits_for_a_loading_model(visit: Open) -> None:
     go = threading.Event()
 
     def load_late() -> LocalModel:
@@ -435,7 +445,7 @@ def test_a_model_that_is_still_loading_is_waited_for(visit: Open) -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (2560, "light")])
-def test_every_width_has_room(visit: Open, server: Served, width: int, scheme: str) -> None:
+def test_layout_fits_narrow_and_wide_screens(visit: Open, server: Served, width: int, scheme: str) -> None:
     page = visit(server, viewport={"width": width, "height": 740}, color_scheme=scheme)
     page.locator("#example").click()
     ask(page, "detect", f"red circle, blue square, {'unending' * 30}")
@@ -449,7 +459,7 @@ def test_every_width_has_room(visit: Open, server: Served, width: int, scheme: s
         assert tag[3] <= frame[3] + 0.5
 
 
-def test_names_are_text_and_never_html(page: Any, png: bytes) -> None:
+def test_names_are_inserted_as_text(page: Any, png: bytes) -> None:
     hostile = "<img src=x onerror=alert(1)> <script>alert(2)</script>"
     upload(page, png, f"{hostile.replace('/', '_')}.png")
     before = page.locator("img, script").count()

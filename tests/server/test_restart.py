@@ -1,6 +1,6 @@
-"""A server that is killed and started again while clients work: those that try again finish, with the right answers.
+"""A server that is killed and restarted under load: clients that retry get the correct answers.
 
-Run with `pytest tests/server/test_restart.py`; `make soak` does it for longer.
+Run with `pytest tests/server/test_restart.py`; `make soak` runs it longer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALWAYS_SAME = Settings(temperature=0)
 
 
 def requests_of(client: int, number: int) -> list[Request]:
-    """What one client asks: images of its own, all skills."""
+    """Return the requests of one client: separate images and all skills."""
     made: list[Request] = []
     for index in range(number):
         scene = render_scene(100 * client + index, resolution_wh=(160, 120), names=("cat", "red circle"))
@@ -40,7 +40,7 @@ def requests_of(client: int, number: int) -> list[Request]:
 
 
 def run_through_kills(tiny: LocalModel, requests: int, kills: int) -> None:
-    """Have clients work while the server is killed so many times; every answer has to be the right one."""
+    """Run clients while the server is killed several times, and check every answer."""
     port, answered = free_port(), threading.Semaphore(0)
     server = ServeProcess("--model", "tiny", port=port)
     server.wait_until_ready()
@@ -57,11 +57,11 @@ def run_through_kills(tiny: LocalModel, requests: int, kills: int) -> None:
         with ThreadPoolExecutor(CLIENTS) as pool:
             work_done = [pool.submit(work, client) for client in range(CLIENTS)]
             for _ in range(kills):
-                for _ in range(CLIENTS * requests // (kills + 2)):  # so much is answered between two kills
+                for _ in range(CLIENTS * requests // (kills + 2)):  # answers between two kills
                     assert answered.acquire(timeout=240)
                 server.process.send_signal(signal.SIGKILL)
                 server.process.wait()
-                time.sleep(0.3)  # in which nobody listens
+                time.sleep(0.3)  # without a server
                 server = ServeProcess("--model", "tiny", port=port)
             for client, done in enumerate(work_done):
                 expected = tiny.run(requests_of(client, requests))
@@ -73,7 +73,7 @@ def run_through_kills(tiny: LocalModel, requests: int, kills: int) -> None:
 
 
 def assert_alike(found: Result, right: Result) -> None:
-    """Equal but for the rounding of requests that decoded in other company."""
+    """Check that answers are equal up to rounding, which depends on the batch."""
     one, other = found.to_dict(), right.to_dict()  # type: ignore[union-attr]
     assert one.keys() == other.keys()
     for key in one.keys() - {"logprob", "objects"}:
@@ -82,10 +82,10 @@ def assert_alike(found: Result, right: Result) -> None:
         assert box == pytest.approx(true_box, abs=2e-3)
 
 
-def test_clients_that_try_again_finish(tiny: LocalModel) -> None:
+def test_retrying_clients_finish_after_a_restart(tiny: LocalModel) -> None:
     run_through_kills(tiny, requests=12, kills=1)
 
 
 @pytest.mark.soak
-def test_clients_that_try_again_finish_whatever_happens(tiny: LocalModel) -> None:
+def test_retrying_clients_finish_after_many_restarts(tiny: LocalModel) -> None:
     run_through_kills(tiny, requests=300, kills=10)

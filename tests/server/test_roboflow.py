@@ -1,4 +1,4 @@
-"""Roboflow's dialect with Roboflow's own client, unmodified, and what that client cannot send, as plain HTTP.
+"""Roboflow's API with Roboflow's client, and with plain HTTP for requests that the client cannot send.
 
 Run with `pytest tests/server/test_roboflow.py`.
 """
@@ -30,8 +30,8 @@ from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
 from moondream_cv.server.apis.roboflow import MAX_IMAGES
 from moondream_cv.server.images import decode_base64
 from moondream_cv.vision_model import PublishedMethods
-from tests.helpers.remote_server import Answer as RemoteAnswer
-from tests.helpers.remote_server import Asked, remote_server
+from tests.helpers.remote_server import ReceivedRequest, remote_server
+from tests.helpers.remote_server import Reply as RemoteAnswer
 from tests.helpers.served import Served, data_uri, served
 
 WIDTH, HEIGHT = 320, 240
@@ -45,19 +45,19 @@ def client(server: Served) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bgr(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture)[..., ::-1].copy()
+def bgr(scene_image: Image.Image) -> np.ndarray:
+    return np.asarray(scene_image)[..., ::-1].copy()
 
 
 @pytest.fixture(scope="module")
 def other() -> Image.Image:
-    """Another picture, of another size."""
+    """Another image with another size."""
     scene = scenes.render_scene(2, resolution_wh=(240, 240), names=("red circle",) * 3, style="plain")
     return Image.fromarray(scene.image)
 
 
 def pixels(result: dict[str, Any], resolution_wh: tuple[int, int]) -> list[dict[str, Any]]:
-    """What the model gave, as this dialect should have it."""
+    """Return the expected predictions for the objects of the model, in pixels."""
     width, height = resolution_wh
     found = []
     for box in result["objects"]:
@@ -69,7 +69,7 @@ def pixels(result: dict[str, Any], resolution_wh: tuple[int, int]) -> list[dict[
 
 
 def assert_finds(answer: dict[str, Any], image: Image.Image, name: str, tiny: LocalModel, tolerance: float) -> None:
-    """Compare an answer with the model's own, to a tolerance in pixels."""
+    """Compare an answer with the objects of the model, with a tolerance in pixels."""
     expected = pixels(tiny.detect(image, name), image.size)
     assert answer["image"] == {"width": image.width, "height": image.height}
     assert len(answer["predictions"]) == len(expected) > 0
@@ -81,32 +81,34 @@ def assert_finds(answer: dict[str, Any], image: Image.Image, name: str, tiny: Lo
 
 @pytest.mark.parametrize("name", ["cat", "red circle", "blue square"])
 @pytest.mark.parametrize("in_path", [True, False])
-def test_a_file_is_seen_as_it_is(
-    client: Any, tiny: LocalModel, picture: Any, tmp_path: Path, name: str, in_path: bool
+def test_predictions_equal_the_boxes_of_the_model(
+    client: Any, tiny: LocalModel, scene_image: Any, tmp_path: Path, name: str, in_path: bool
 ) -> None:
-    picture.save(tmp_path / "scene.png")
+    scene_image.save(tmp_path / "scene.png")
     answer = client.infer_lmm(str(tmp_path / "scene.png"), NAME, prompt=name, model_id_in_path=in_path)
-    assert_finds(answer, picture, name, tiny, 1e-3)
+    assert_finds(answer, scene_image, name, tiny, 1e-3)
     assert answer["time"] > 0
     assert answer["inference_id"]
 
 
 @pytest.mark.parametrize("how", ["array", "pil", "data URI", "base64"])
-def test_whatever_the_client_takes_for_an_image(
-    client: Any, tiny: LocalModel, picture: Any, bgr: np.ndarray, uri: str, how: str
+def test_all_image_types_of_the_client_are_accepted(
+    client: Any, tiny: LocalModel, scene_image: Any, bgr: np.ndarray, uri: str, how: str
 ) -> None:
-    image = {"array": bgr, "pil": picture, "data URI": uri, "base64": uri.partition(",")[2]}[how]
+    image = {"array": bgr, "pil": scene_image, "data URI": uri, "base64": uri.partition(",")[2]}[how]
     answer = client.infer_lmm(image, NAME, prompt="cat")
-    assert_finds(answer, picture, "cat", tiny, 6.4 if how in ("array", "pil") else 1e-3)  # the client makes JPEGs
+    assert_finds(
+        answer, scene_image, "cat", tiny, 6.4 if how in ("array", "pil") else 1e-3
+    )  # the client converts to JPEG
 
 
-def test_nothing_found_is_an_empty_list(client: Any, uri: str) -> None:
+def test_no_objects_gives_an_empty_list(client: Any, uri: str) -> None:
     assert client.infer_lmm(uri, NAME, prompt="yellow star")["predictions"] == []
 
 
-def test_answers_are_what_supervision_reads(client: Any, picture: Any, uri: str, tiny: LocalModel) -> None:
+def test_supervision_reads_the_answers(client: Any, scene_image: Any, uri: str, tiny: LocalModel) -> None:
     detections = sv.Detections.from_inference(client.infer_lmm(uri, NAME, prompt="cat"))
-    (box,) = tiny.detect(picture, "cat")["objects"]
+    (box,) = tiny.detect(scene_image, "cat")["objects"]
     corners = [box["x_min"] * WIDTH, box["y_min"] * HEIGHT, box["x_max"] * WIDTH, box["y_max"] * HEIGHT]
     assert detections.xyxy[0] == pytest.approx(corners, abs=1e-2)
     assert detections.data["class_name"].tolist() == ["cat"]
@@ -114,8 +116,8 @@ def test_answers_are_what_supervision_reads(client: Any, picture: Any, uri: str,
     assert 0 < box["confidence"] < 1
 
 
-class Scripted(PublishedMethods):
-    """A model that finds the same on every image, and has no scores."""
+class FakeModel(PublishedMethods):
+    """A model that returns the same objects for every image and has no scores."""
 
     skills = frozenset({"detect"})
     has_scores = False
@@ -136,14 +138,14 @@ class Scripted(PublishedMethods):
         ((0.25, 0.5, 0.75, 1.0), (160.0, 180.0, 160.0, 120.0)),
         ((-0.25, -0.5, 0.5, 0.5), (80.0, 60.0, 160.0, 120.0)),  # Roboflow's older class moves such boxes
         ((0.5, 0.5, 1.5, 1.25), (240.0, 180.0, 160.0, 120.0)),
-        ((-0.75, 0.25, -0.25, 0.75), (0.0, 120.0, 0.0, 120.0)),  # wholly outside: without an area, but there
-        ((0.001, 0.001, 0.002, 0.003), (0.48, 0.48, 0.32, 0.48)),  # smaller than a pixel: not rounded away
+        ((-0.75, 0.25, -0.25, 0.75), (0.0, 120.0, 0.0, 120.0)),  # completely outside: kept, with no area
+        ((0.001, 0.001, 0.002, 0.003), (0.48, 0.48, 0.32, 0.48)),  # smaller than a pixel: not rounded
     ],
 )
-def test_boxes_are_clipped_and_none_is_moved_rounded_or_lost(
+def test_boxes_are_clipped_and_otherwise_unchanged(
     uri: str, given: tuple[float, ...], expected: tuple[float, ...]
 ) -> None:
-    with served(Scripted(DetectedObject(*given, confidence=0.5))) as running:
+    with served(FakeModel(DetectedObject(*given, confidence=0.5))) as running:
         client = InferenceHTTPClient(api_url=running.url)
         (found,) = client.infer_lmm(uri, "moondream2", prompt="dog")["predictions"]
         assert [found[key] for key in ("x", "y", "width", "height")] == pytest.approx(list(expected))
@@ -152,11 +154,13 @@ def test_boxes_are_clipped_and_none_is_moved_rounded_or_lost(
 
 
 @pytest.mark.parametrize("most", [1, 2, 8])
-def test_lists(server: Served, tiny: LocalModel, picture: Any, other: Any, most: int) -> None:
+def test_list_of_images_gets_a_list_of_answers(
+    server: Served, tiny: LocalModel, scene_image: Any, other: Any, most: int
+) -> None:
     client = InferenceHTTPClient(api_url=server.url).configure(InferenceConfiguration(max_batch_size=most))
-    images = [picture, other, picture]
+    images = [scene_image, other, scene_image]
     answers = client.infer_lmm([data_uri(image) for image in images], NAME, prompt="red circle")
-    if most == 2:  # the client makes two requests of it, and does not join the answers
+    if most == 2:  # the client sends two requests and does not join the answers
         answers = [*answers[0], answers[1]]
     assert len(answers) == 3
     for answer, image in zip(answers, images, strict=True):
@@ -168,13 +172,13 @@ def test_lists(server: Served, tiny: LocalModel, picture: Any, other: Any, most:
     ("most", "count", "lengths"),
     [(4, 6, [4, 2]), (2, 6, [2, 2, 2]), (4, 5, [4, None]), (6, 6, None), (16, 6, None), (1, 6, None)],
 )
-def test_the_client_nests_the_lists_of_several_requests(
+def test_client_nests_the_lists_of_several_requests(
     server: Served, uri: str, most: int, count: int, lengths: list[int | None] | None
 ) -> None:
-    """inference-sdk returns one entry per request and joins none, whichever server answers (see docs/server.md)."""
+    """inference-sdk returns one entry per request and does not join them (see docs/server.md)."""
     asked: list[int] = []
 
-    def as_roboflow(sent: Asked) -> RemoteAnswer:  # the response that Roboflow's server declares for lists
+    def as_roboflow(sent: ReceivedRequest) -> RemoteAnswer:  # the response that Roboflow's server declares for lists
         images = sent.body["image"]
         asked.append(len(images) if isinstance(images, list) else 1)
         return RemoteAnswer([{"predictions": []}] * len(images) if isinstance(images, list) else {"predictions": []})
@@ -191,20 +195,20 @@ def test_the_client_nests_the_lists_of_several_requests(
     assert sum(asked) == count
 
 
-def test_a_list_of_one_is_answered_with_a_list(server: Served, uri: str) -> None:
+def test_list_with_one_image_gets_a_list(server: Served, uri: str) -> None:
     body = {"model_id": NAME, "prompt": "cat", "image": [{"type": "base64", "value": uri}]}
     answers = server.post("/infer/lmm", body).json()
     assert [len(answer["predictions"]) for answer in answers] == [1]
 
 
-def test_an_image_of_a_list_that_cannot_be_read(server: Served, uri: str) -> None:
+def test_unreadable_image_of_a_list_is_named(server: Served, uri: str) -> None:
     sent = [{"type": "base64", "value": uri}, {"type": "base64", "value": "aGFsbG8="}]
     answer = server.post("/infer/lmm", {"model_id": NAME, "prompt": "cat", "image": sent})
     assert answer.status_code == 400
     assert answer.json()["message"].startswith("image 1: ")
 
 
-def test_there_is_an_end_to_lists(server: Served, uri: str) -> None:
+def test_length_of_lists_is_limited(server: Served, uri: str) -> None:
     body = {"model_id": NAME, "prompt": "cat", "image": [{"type": "base64", "value": uri}] * (MAX_IMAGES + 1)}
     answer = server.post("/infer/lmm", body)
     assert answer.status_code == 422
@@ -212,12 +216,14 @@ def test_there_is_an_end_to_lists(server: Served, uri: str) -> None:
 
 
 @pytest.mark.parametrize("in_path", [True, False])
-def test_the_asynchronous_client(client: Any, tiny: LocalModel, picture: Any, uri: str, in_path: bool) -> None:
+def test_async_client_gets_predictions(
+    client: Any, tiny: LocalModel, scene_image: Any, uri: str, in_path: bool
+) -> None:
     asked = client.infer_lmm_async(uri, NAME, prompt="cat", model_id_in_path=in_path)
-    assert_finds(asyncio.run(asked), picture, "cat", tiny, 1e-3)
+    assert_finds(asyncio.run(asked), scene_image, "cat", tiny, 1e-3)
 
 
-def test_further_options_of_the_client(server: Served, uri: str) -> None:
+def test_other_options_of_the_client_are_ignored(server: Served, uri: str) -> None:
     options = InferenceConfiguration(source="tests", source_info="mine", count_inference=True, service_secret="s")
     client = InferenceHTTPClient(api_url=f"{server.url}/").configure(options)
     answer = client.infer_lmm(uri, NAME, prompt="cat", max_new_tokens=10, enable_thinking=True)
@@ -225,20 +231,20 @@ def test_further_options_of_the_client(server: Served, uri: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["//infer/lmm", "/infer//lmm", f"//infer/lmm/{NAME}"])
-def test_doubled_slashes(server: Served, uri: str, path: str) -> None:
+def test_repeated_slashes_are_accepted(server: Served, uri: str, path: str) -> None:
     body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
     assert server.client.post(server.url + path, json=body).status_code == 200
 
 
 @pytest.mark.parametrize("model_id", ["moondream2", NAME, "moondream2/moondream2-2b", "Moondream-Next", "tiny"])
-def test_models_that_are_served(server: Served, uri: str, model_id: str) -> None:
+def test_names_of_the_served_model_are_accepted(server: Served, uri: str, model_id: str) -> None:
     body = {"prompt": "cat", "image": {"type": "base64", "value": uri}}
     assert server.post("/infer/lmm", {**body, "model_id": model_id}).status_code == 200
     assert server.post(f"/infer/lmm/{model_id}", body).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("call", "status", "said"),
+    ("call", "status", "message"),
     [
         (lambda c, i: c.infer_lmm(i, "florence-2-base", prompt="cat"), 404, "'florence-2-base'.*'tiny'"),
         (lambda c, i: c.infer_lmm(i, "smolvlm2/2b", prompt="cat", model_id_in_path=True), 404, "'smolvlm2/2b'"),
@@ -248,22 +254,22 @@ def test_models_that_are_served(server: Served, uri: str, model_id: str) -> None
         (lambda c, i: c.infer_lmm("data:image/png;base64,?", NAME, prompt="cat"), 400, "data URI"),
     ],
 )
-def test_errors_as_the_client_shows_them(
-    client: Any, uri: str, call: Callable[[Any, Any], Any], status: int, said: str
+def test_client_raises_errors(
+    client: Any, uri: str, call: Callable[[Any, Any], Any], status: int, message: str
 ) -> None:
     with pytest.raises(HTTPCallErrorError) as caught:
         call(client, uri)
     assert caught.value.status_code == status
-    assert re.search(said, caught.value.api_message)
+    assert re.search(message, caught.value.api_message)
 
 
-def test_errors_as_the_asynchronous_client_shows_them(client: Any, uri: str) -> None:
+def test_async_client_raises_errors(client: Any, uri: str) -> None:
     with pytest.raises(HTTPCallErrorError) as caught:
         asyncio.run(client.infer_lmm_async(uri, "florence-2-base", prompt="cat"))
     assert caught.value.status_code == 404
 
 
-def test_the_client_tries_again_when_the_queue_was_full(tiny: LocalModel, uri: str) -> None:
+def test_client_retries_when_the_queue_is_full(tiny: LocalModel, uri: str) -> None:
     with served(tiny, queue=1) as running, ThreadPoolExecutor(1) as pool:
         client = InferenceHTTPClient(api_url=running.url)
         running.service.acquire_slot()
@@ -275,7 +281,7 @@ def test_the_client_tries_again_when_the_queue_was_full(tiny: LocalModel, uri: s
         assert len(answer.result(timeout=240)["predictions"]) == 1
 
 
-def test_a_server_that_shuts_down(tiny: LocalModel, uri: str) -> None:
+def test_draining_server_gets_503(tiny: LocalModel, uri: str) -> None:
     with served(tiny) as running:
         running.service.draining = True
         body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
@@ -284,7 +290,7 @@ def test_a_server_that_shuts_down(tiny: LocalModel, uri: str) -> None:
         assert int(answer.headers["Retry-After"]) > 0
 
 
-def test_an_image_by_its_url(tiny: LocalModel, picture: Image.Image, uri: str) -> None:
+def test_image_urls_are_downloaded(tiny: LocalModel, scene_image: Image.Image, uri: str) -> None:
     def with_picture(app: FastAPI) -> FastAPI:
         app.add_api_route("/scene.png", lambda: Response(decode_base64(uri), media_type="image/png"))
         return app
@@ -292,35 +298,35 @@ def test_an_image_by_its_url(tiny: LocalModel, picture: Image.Image, uri: str) -
     with served(tiny, wrap=with_picture, private_urls=True) as running:
         url = f"{running.url}/scene.png"
         body = {"model_id": NAME, "prompt": "cat", "image": {"type": "url", "value": url}}
-        assert_finds(running.post("/infer/lmm", body).json(), picture, "cat", tiny, 1e-3)
+        assert_finds(running.post("/infer/lmm", body).json(), scene_image, "cat", tiny, 1e-3)
         assert_finds(
-            InferenceHTTPClient(api_url=running.url).infer_lmm(url, NAME, prompt="cat"), picture, "cat", tiny, 1e-3
+            InferenceHTTPClient(api_url=running.url).infer_lmm(url, NAME, prompt="cat"), scene_image, "cat", tiny, 1e-3
         )
 
 
-def test_names_that_differ(server: Served, uri: str) -> None:
+def test_different_model_names_get_400(server: Served, uri: str) -> None:
     body = {"model_id": "moondream2", "prompt": "cat", "image": {"type": "base64", "value": uri}}
     answer = server.post(f"/infer/lmm/{NAME}", body)
     assert answer.status_code == 400
     assert NAME in answer.json()["message"]
 
 
-def test_no_name_at_all(server: Served, uri: str) -> None:
+def test_missing_model_name_gets_400(server: Served, uri: str) -> None:
     answer = server.post("/infer/lmm", {"prompt": "cat", "image": {"type": "base64", "value": uri}})
     assert answer.status_code == 400
     assert "model_id" in answer.json()["message"]
 
 
-class Ran:
-    """Fails the test that unpickles it."""
+class FailsWhenUnpickled:
+    """An object that fails the test when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return pytest.fail, ("a pickle that a client sent was opened",)
 
 
 @pytest.mark.parametrize("several", [True, False])
-def test_pickles_are_never_opened(server: Served, several: bool) -> None:
-    value = base64.b64encode(pickle.dumps(Ran())).decode()
+def test_pickles_are_rejected_without_unpickling(server: Served, several: bool) -> None:
+    value = base64.b64encode(pickle.dumps(FailsWhenUnpickled())).decode()
     image = {"type": "numpy", "value": value}
     answer = server.post("/infer/lmm", {"model_id": NAME, "prompt": "cat", "image": [image] if several else image})
     assert answer.status_code == 400
@@ -341,14 +347,14 @@ def test_pickles_are_never_opened(server: Served, several: bool) -> None:
         (None, 422),
     ],
 )
-def test_images_that_are_refused(server: Served, image: Any, status: int) -> None:
+def test_invalid_images_are_rejected(server: Served, image: Any, status: int) -> None:
     answer = server.post("/infer/lmm", {"model_id": NAME, "prompt": "cat", "image": image})
     assert answer.status_code == status
     assert answer.json().keys() == {"message", "error_type"}
 
 
 @pytest.mark.parametrize("transport", ["legacy", "header", "both"])
-def test_keys(tiny: LocalModel, uri: str, transport: str) -> None:
+def test_client_sends_api_keys(tiny: LocalModel, uri: str, transport: str) -> None:
     with served(tiny, api_keys=(KEY,)) as running:
         for key, status in ((KEY, None), ("another", 401), (None, 401)):
             options = InferenceConfiguration(api_key_transport=transport)
@@ -364,7 +370,7 @@ def test_keys(tiny: LocalModel, uri: str, transport: str) -> None:
             assert KEY not in caught.value.api_message
 
 
-def test_keys_elsewhere_and_none(tiny: LocalModel, uri: str) -> None:
+def test_other_positions_of_the_key_are_accepted(tiny: LocalModel, uri: str) -> None:
     body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
     with served(tiny, api_keys=(KEY,)) as running:
         assert running.post(f"/infer/lmm?api_key={KEY}", body).status_code == 200
@@ -376,7 +382,7 @@ def test_keys_elsewhere_and_none(tiny: LocalModel, uri: str) -> None:
         assert running.service.in_flight == 0
 
 
-def test_what_the_server_says_it_is(tiny: LocalModel) -> None:
+def test_info_describes_the_server(tiny: LocalModel) -> None:
     with served(tiny, api_keys=(KEY,)) as running:
         info = InferenceHTTPClient(api_url=running.url, api_key=KEY).get_server_info()
         assert (info.name, info.version) == ("moondream-cv", __version__)
@@ -384,16 +390,16 @@ def test_what_the_server_says_it_is(tiny: LocalModel) -> None:
         assert answer == {"name": info.name, "version": info.version, "uuid": info.uuid, "has_scores": True}
 
 
-def test_the_orientation_of_a_photograph_is_heeded(client: Any, picture: Any, tmp_path: Path) -> None:
-    turned, exif = picture.transpose(Image.Transpose.ROTATE_90), Image.Exif()
-    exif[0x0112] = 6  # turn it clockwise to see it upright
+def test_exif_orientation_is_applied(client: Any, scene_image: Any, tmp_path: Path) -> None:
+    turned, exif = scene_image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # rotate clockwise to display
     turned.save(tmp_path / "photo.png", exif=exif)
     answer = client.infer_lmm(str(tmp_path / "photo.png"), NAME, prompt="cat")
     assert answer["image"] == {"width": WIDTH, "height": HEIGHT}
     assert cv2.imread(str(tmp_path / "photo.png")).shape == (HEIGHT, WIDTH, 3)
 
 
-def test_the_schema_says_what_is_answered(server: Served) -> None:
+def test_openapi_schema_documents_the_answers(server: Served) -> None:
     schema = server.client.get("/openapi.json").json()
     for path in ("/infer/lmm", "/infer/lmm/{model_id}"):
         assert {"200", "400", "401", "404", "422"} <= schema["paths"][path]["post"]["responses"].keys()

@@ -1,4 +1,4 @@
-"""What /openapi.json promises, held against running servers: by random requests, and by one answer of each kind.
+"""Checks the responses of running servers against /openapi.json, with random requests and one response of each kind.
 
 Run with `pytest tests/server/test_schema.py`.
 """
@@ -22,7 +22,7 @@ from moondream_cv.engine.local import LocalModel
 from tests.helpers.served import Served, data_uri, served
 from tests.helpers.waiting import until
 
-EXAMPLES = 15  # of each route, as its schema has it, and as many that do not fit
+EXAMPLES = 15  # valid requests per route, and as many invalid ones
 CHECKS = [
     "not_a_server_error",
     "status_code_conformance",
@@ -30,12 +30,12 @@ CHECKS = [
     "response_schema_conformance",
     "response_headers_conformance",
 ]
-# The other checks ask for more than a schema can say: a string need not be an image (positive_data_acceptance), and
-# JSON under another type and keys that are not known are taken (negative_data_rejection). Keys have tests of their own
-# (ignored_auth), and so have methods (unsupported_method).
-ALLOWED = ["2xx", "4xx", "503", "504"]  # a server may be busy or late; what it must not do is fail
+# The other checks do not apply: a valid string need not be an image (positive_data_acceptance), and unknown fields and
+# other content types are accepted (negative_data_rejection). Other tests cover API keys (ignored_auth) and methods
+# (unsupported_method).
+ALLOWED = ["2xx", "4xx", "503", "504"]  # a server can be busy or slow, but must not fail
 IMAGE_KEYS = ("image_url", "url", "value")
-OPEN = ("/health", "/ready", "/info")  # need no API key
+OPEN = ("/health", "/ready", "/info")  # no API key required
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "minLength": 1}}}
 FAL, LMM, CHAT = "/fal-ai/moondream2", "/infer/lmm", "/v1/chat/completions"
 QUEUE = f"/queue{FAL}"
@@ -51,7 +51,7 @@ TOOL = {"type": "function", "function": {"name": "answer"}}
 SEEN = [{"type": "text", "text": "cat"}, {"type": "image_url", "image_url": {"url": IMAGE}}]
 SENT = {"type": "base64", "value": IMAGE}
 
-GOOD: dict[str, tuple[str, Any]] = {  # all of these need the model
+GOOD: dict[str, tuple[str, Any]] = {  # routes that run the model
     "caption": ("/v1/caption", CAPTION),
     "caption, streamed": ("/v1/caption", {**CAPTION, "stream": True}),
     "query": ("/v1/query", {"image_url": IMAGE, "question": "What?", "settings": FEW}),
@@ -79,7 +79,7 @@ GOOD: dict[str, tuple[str, Any]] = {  # all of these need the model
     "queue": (QUEUE, CAPTION),
     "queue's boxes": (f"{QUEUE}/object-detection", DETECT),
 }
-LATER = ("/v1/batch", QUEUE)  # what goes wrong with the model is said after the status
+LATER = ("/v1/batch", QUEUE)  # errors of the model are sent after the status
 
 BAD: dict[str, tuple[str, Any, int]] = {
     "range": ("/v1/detect", {**DETECT, "settings": {"temperature": -1}}, 400),
@@ -120,7 +120,7 @@ SITUATIONS: dict[int, dict[str, Any]] = {
 
 @schemathesis.serializer("application/x-ndjson", "application/jsonl")
 def lines(_: Any, value: Any) -> bytes:
-    """A body of lines: one string, which is sent as it is."""
+    """Serialize a body of JSON lines, which is sent unchanged."""
     return value.encode("utf-8", "replace") if isinstance(value, str) else json.dumps(value).encode()
 
 
@@ -132,14 +132,14 @@ def target(tiny: LocalModel) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def document(target: Served) -> dict[str, Any]:
-    """The schema, as a client gets it."""
+    """The published schema."""
     found: dict[str, Any] = target.client.get("/openapi.json").json()
     return found
 
 
 @pytest.fixture(scope="module")
 def published(target: Served, document: dict[str, Any]) -> Any:
-    """The schema, for schemathesis, which takes that of an event stream for the schema of one event."""
+    """The schema for schemathesis, without event streams, whose schema it would apply to single events."""
     told = json.loads(json.dumps(document))
     for path in told["paths"].values():
         for operation in path.values():
@@ -155,14 +155,14 @@ def published(target: Served, document: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def ended(target: Served) -> str:
-    """The id of a request of fal's queue that has ended."""
+    """ID of a finished request of fal's queue."""
     own = target.post(f"{QUEUE}/object-detection", DETECT).json()["request_id"]
     until(lambda: target.client.get(REQUEST.format(request_id=own)).status_code == 200)
     return str(own)
 
 
 def with_images(value: Any) -> Any:
-    """A body with a picture in place of every second string that should be one, so that some requests succeed."""
+    """Return a body with an image in every second image field, so that some requests succeed."""
     if isinstance(value, list):
         return [with_images(item) for item in value]
     if not isinstance(value, dict):
@@ -177,11 +177,11 @@ def fuzz(operation: Any, mode: GenerationMode, ended: str, examples: int, seen: 
     """Send random requests to a route.
 
     Args:
-        operation: Of schemathesis's schema.
-        mode: Whether they fit the schema.
-        ended: The id that every second request about one in the queue is given.
-        examples: How many.
-        seen: Takes the statuses of the answers.
+        operation: Operation of schemathesis's schema.
+        mode: Whether to generate valid or invalid requests.
+        ended: ID for every second request about a queued request.
+        examples: Number of requests.
+        seen: Set that collects the statuses of the responses.
     """
 
     @settings(
@@ -202,14 +202,14 @@ def fuzz(operation: Any, mode: GenerationMode, ended: str, examples: int, seen: 
 
 
 def fuzz_all(target: Served, published: Any, ended: str, subtests: pytest.Subtests, examples: int) -> None:
-    """Send random requests to all routes; afterwards, the server is as before."""
+    """Send random requests to all routes, and check that no request remains in flight."""
     seen: Counter[int] = Counter()
     operations = [found.ok() for found in published.get_all_operations()]
     assert len(operations) >= 30
     for operation in operations:
         for mode in ("positive", "negative"):
             if mode == "negative" and not (operation.body or operation.query):
-                continue  # there is nothing that could be wrong
+                continue  # the route has no parameters to invalidate
             with subtests.test(f"{operation.label}, {mode}"):
                 fuzz(operation, GenerationMode(mode), ended, examples, seen)
     assert seen.keys() >= {200, 400, 404, 422}, seen
@@ -217,20 +217,24 @@ def fuzz_all(target: Served, published: Any, ended: str, subtests: pytest.Subtes
     assert target.post("/v1/detect", DETECT).status_code == 200
 
 
-def test_answers_to_random_requests(target: Served, published: Any, ended: str, subtests: pytest.Subtests) -> None:
+def test_responses_to_random_requests_match_the_schema(
+    target: Served, published: Any, ended: str, subtests: pytest.Subtests
+) -> None:
     fuzz_all(target, published, ended, subtests, EXAMPLES)
 
 
 @pytest.mark.soak
-def test_answers_to_many(target: Served, published: Any, ended: str, subtests: pytest.Subtests) -> None:
+def test_responses_to_many_random_requests_match_the_schema(
+    target: Served, published: Any, ended: str, subtests: pytest.Subtests
+) -> None:
     fuzz_all(target, published, ended, subtests, EXAMPLES * 50)
 
 
 def check(published: Any, document: dict[str, Any], answer: httpx.Response, template: str | None = None) -> None:
-    """Hold an answer against what is documented for exactly its status and type.
+    """Check a response against the documentation of its status and content type.
 
     Args:
-        template: The path of the route, where it has parameters.
+        template: Path of the route, if it has parameters.
     """
     path, method = template or answer.request.url.path, answer.request.method
     documented = document["paths"][path][method.lower()]["responses"]
@@ -246,14 +250,16 @@ def send(server: Served, path: str, body: Any) -> httpx.Response:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_answers(target: Served, published: Any, document: dict[str, Any], name: str) -> None:
+def test_successful_responses_match_the_schema(
+    target: Served, published: Any, document: dict[str, Any], name: str
+) -> None:
     answer = send(target, *GOOD[name])
     assert answer.status_code == 200, answer.text
     check(published, document, answer)
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_refusals(target: Served, published: Any, document: dict[str, Any], name: str) -> None:
+def test_error_responses_match_the_schema(target: Served, published: Any, document: dict[str, Any], name: str) -> None:
     path, body, status = BAD[name]
     answer = send(target, path, body)
     assert answer.status_code == status, answer.text
@@ -277,7 +283,7 @@ def test_refusals(target: Served, published: Any, document: dict[str, Any], name
         (f"{QUEUE}/requests/none/status", 404),
     ],
 )
-def test_what_is_asked_without_a_body(
+def test_responses_without_a_body_match_the_schema(
     target: Served, published: Any, document: dict[str, Any], ended: str, path: str, status: int
 ) -> None:
     answer = target.client.get(path.format(request_id=ended), params={"logs": "true"} if "status" in path else None)
@@ -287,7 +293,9 @@ def test_what_is_asked_without_a_body(
     check(published, document, answer, template)
 
 
-def test_a_queued_request(target: Served, published: Any, document: dict[str, Any], ended: str) -> None:
+def test_responses_of_the_queue_match_the_schema(
+    target: Served, published: Any, document: dict[str, Any], ended: str
+) -> None:
     def ask(method: str, end: str, request: str, **options: Any) -> int:
         answer = target.client.request(method, REQUEST.format(request_id=request) + end, **options)
         check(published, document, answer, REQUEST + end)
@@ -301,7 +309,7 @@ def test_a_queued_request(target: Served, published: Any, document: dict[str, An
     assert ask("GET", "", refused) == 400
     assert ask("GET", "/status", refused) == 200
     cancelled = target.post(f"{QUEUE}/visual-query", {**CAPTION, "prompt": "What?", "settings": {}}).json()
-    assert ask("PUT", "/cancel", cancelled["request_id"]) in (202, 400)  # 400 where it was too late for that
+    assert ask("PUT", "/cancel", cancelled["request_id"]) in (202, 400)  # 400 if the request had already ended
 
 
 def no_model() -> Any:
@@ -309,7 +317,7 @@ def no_model() -> Any:
 
 
 @pytest.mark.parametrize("status", SITUATIONS)
-def test_what_every_route_can_answer(
+def test_common_errors_of_every_route_are_documented(
     tiny: LocalModel, published: Any, document: dict[str, Any], subtests: pytest.Subtests, status: int
 ) -> None:
     with served(no_model if status == 503 else tiny, **SITUATIONS[status]) as server:
@@ -327,7 +335,7 @@ def test_what_every_route_can_answer(
 
 
 @pytest.mark.parametrize("status", [401, 503])
-def test_what_routes_without_a_body_can_answer(
+def test_common_errors_of_routes_without_a_body_are_documented(
     tiny: LocalModel, published: Any, document: dict[str, Any], subtests: pytest.Subtests, status: int
 ) -> None:
     with served(no_model if status == 503 else tiny, **SITUATIONS[status]) as server:
@@ -340,6 +348,6 @@ def test_what_routes_without_a_body_can_answer(
                     check(published, document, answer, template)
 
 
-def test_the_same_routes_are_documented_once(target: Served, document: dict[str, Any]) -> None:
+def test_repeated_routes_are_documented_once(target: Served, document: dict[str, Any]) -> None:
     assert not [path for path in document["paths"] if path.startswith("/run")]
     assert target.post(f"/run{FAL}", CAPTION).status_code == 200

@@ -1,4 +1,4 @@
-"""The queue, the time limit, clients that leave, loading and shutting down.
+"""Queue slots, time limits, disconnects, loading and shutdown.
 
 Run with `pytest tests/server/test_service.py`.
 """
@@ -20,7 +20,7 @@ import pytest
 
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
-from moondream_cv.requests import CaptionResult, Query, Request, Result
+from moondream_cv.requests import CaptionResult, Query, Request, Result, Settings
 from moondream_cv.server.request_context import RequestContext, run_in_background
 from moondream_cv.server.runtime.engines import Call, ThreadEngine
 from moondream_cv.server.runtime.metrics import Metrics
@@ -32,23 +32,23 @@ from tests.helpers.models import endless_model, random_model
 from tests.helpers.served import Served, served
 from tests.helpers.waiting import until
 
-LONG = 1_000  # tokens: many more decoding steps than a detection takes
-ENDLESS = 100_000  # as many as the context allows
+LONG = 1_000  # tokens; many more decoding steps than a detection
+ENDLESS = 100_000  # tokens; fills the context
 
 
 @pytest.fixture(scope="module")
-def talker() -> LocalModel:
+def endless() -> LocalModel:
     return endless_model()
 
 
 @pytest.fixture(scope="module")
-def talking(talker: LocalModel) -> Iterator[Served]:
-    with served(talker) as running:
+def endless_server(endless: LocalModel) -> Iterator[Served]:
+    with served(endless) as running:
         yield running
 
 
-def rows(running: Served) -> int:
-    """Requests that the engine decodes, or that wait for it."""
+def num_in_engine(running: Served) -> int:
+    """Return the number of unfinished requests in the engine."""
     engine: Any = running.service.engine
     return len(engine._loop.request_ids)
 
@@ -57,8 +57,8 @@ def caption(uri: str, max_tokens: int = ENDLESS) -> dict[str, Any]:
     return {"image_url": uri, "settings": {"temperature": 0, "max_tokens": max_tokens}}
 
 
-def test_a_full_queue_is_answered_with_429_and_a_time_to_wait(talker: LocalModel, uri: str) -> None:
-    with served(talker, queue=2) as running, ThreadPoolExecutor() as pool:
+def test_full_queue_gets_429_with_retry_after(endless: LocalModel, uri: str) -> None:
+    with served(endless, queue=2) as running, ThreadPoolExecutor() as pool:
         busy = [pool.submit(running.post, "/v1/caption", caption(uri, LONG)) for _ in range(2)]
         until(lambda: running.service.in_flight == 2)
         refused = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
@@ -70,7 +70,7 @@ def test_a_full_queue_is_answered_with_429_and_a_time_to_wait(talker: LocalModel
         assert "moondream_cv_refused_total 1.0" in running.client.get("/metrics").text
 
 
-def test_of_many_at_once_each_is_answered_or_refused(tiny: LocalModel, uri: str) -> None:
+def test_concurrent_requests_get_200_or_429(tiny: LocalModel, uri: str) -> None:
     with served(tiny, queue=8) as running, ThreadPoolExecutor(60) as pool:
         body = {"image_url": uri, "object": "cat"}
         answers = list(pool.map(lambda _: running.post("/v1/detect", body), range(60)))
@@ -80,21 +80,21 @@ def test_of_many_at_once_each_is_answered_or_refused(tiny: LocalModel, uri: str)
         assert running.service.in_flight == 0
 
 
-def test_a_request_that_takes_too_long_is_answered_with_504_and_leaves_the_engine(talker: LocalModel, uri: str) -> None:
-    with served(talker, timeout=0.3) as running:
+def test_slow_request_gets_504_and_is_cancelled_in_the_engine(endless: LocalModel, uri: str) -> None:
+    with served(endless, timeout=0.3) as running:
         late = running.post("/v1/caption", caption(uri))
         assert late.status_code == 504
         assert "0.3 seconds" in late.json()["error"]["message"]
-        until(lambda: rows(running) == 0)
+        until(lambda: num_in_engine(running) == 0)
         assert running.service.in_flight == 0
 
 
-def test_a_stream_that_takes_too_long_says_so_and_ends(talker: LocalModel, uri: str) -> None:
-    for limit in (0.5, 5, 50):  # the first one within which this machine begins to answer
-        with served(talker, timeout=limit) as running:
+def test_slow_stream_ends_with_a_timeout_error(endless: LocalModel, uri: str) -> None:
+    for limit in (0.5, 5, 50):  # use the first limit within which this machine starts to answer
+        with served(endless, timeout=limit) as running:
             with running.client.stream("POST", "/v1/caption", json=caption(uri) | {"stream": True}) as answer:
                 events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line]
-            until(lambda: rows(running) == 0)
+            until(lambda: num_in_engine(running) == 0)
         if "chunk" in events[0]:
             break
     assert answer.status_code == 200
@@ -102,46 +102,46 @@ def test_a_stream_that_takes_too_long_says_so_and_ends(talker: LocalModel, uri: 
     assert f"{limit} seconds" in json.dumps(events[-1]["error"])
 
 
-def test_streaming_begins_long_before_the_end(uri: str) -> None:
+def test_first_piece_is_sent_before_the_reply_is_complete(uri: str) -> None:
     with held_server(steps=12) as (_, running):
         body = caption(uri) | {"stream": True}
         with running.client.stream("POST", "/v1/caption", json=body) as answer:
-            assert "chunk" in next(answer.iter_lines())  # while the model is held
-            assert rows(running) == 1
+            assert "chunk" in next(answer.iter_lines())  # while the model is paused
+            assert num_in_engine(running) == 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_leaves_frees_its_place(talking: Served, uri: str, streamed: bool) -> None:
-    before = talking.service.in_flight
+def test_disconnect_cancels_the_request_and_releases_the_slot(endless_server: Served, uri: str, streamed: bool) -> None:
+    before = endless_server.service.in_flight
     body = json.dumps(caption(uri) | {"stream": streamed}).encode()
-    host, port = talking.url.removeprefix("http://").split(":")
+    host, port = endless_server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         head = "POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
-        until(lambda: rows(talking) == 1)
-        assert talking.service.in_flight == before + 1
-    until(lambda: rows(talking) == 0 and talking.service.in_flight == before)
+        until(lambda: num_in_engine(endless_server) == 1)
+        assert endless_server.service.in_flight == before + 1
+    until(lambda: num_in_engine(endless_server) == 0 and endless_server.service.in_flight == before)
 
 
-def test_a_client_that_leaves_while_it_sends_costs_nothing(talking: Served) -> None:
-    host, port = talking.url.removeprefix("http://").split(":")
+def test_disconnect_while_sending_holds_no_slot(endless_server: Served) -> None:
+    host, port = endless_server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         client.sendall(b"POST /v1/caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
-    assert talking.client.get("/health").status_code == 200
-    until(lambda: talking.service.in_flight == 0)
+    assert endless_server.client.get("/health").status_code == 200
+    until(lambda: endless_server.service.in_flight == 0)
 
 
-def test_requests_that_arrive_together_decode_together(talking: Served, uri: str) -> None:
+def test_concurrent_requests_decode_in_one_batch(endless_server: Served, uri: str) -> None:
     with ThreadPoolExecutor() as pool:
-        slow = [pool.submit(talking.post, "/v1/caption", caption(uri)) for _ in range(3)]
-        until(lambda: rows(talking) == 3)
-        quick = talking.post("/v1/detect", {"image_url": uri, "object": "dog", "settings": {"max_objects": 1}})
+        slow = [pool.submit(endless_server.post, "/v1/caption", caption(uri)) for _ in range(3)]
+        until(lambda: num_in_engine(endless_server) == 3)
+        quick = endless_server.post("/v1/detect", {"image_url": uri, "object": "dog", "settings": {"max_objects": 1}})
         assert quick.status_code == 200
-        assert not any(answer.done() for answer in slow)  # it has not waited for them
+        assert not any(answer.done() for answer in slow)  # the detection did not wait for the captions
         assert len({answer.result().json()["caption"] for answer in slow}) == 1
-    steps = _histogram(talking, "moondream_cv_batch_rows")
-    assert steps[-1] > steps[_edges(talking).index(2.0)]  # some steps had more than two rows
+    steps = _histogram(endless_server, "moondream_cv_batch_rows")
+    assert steps[-1] > steps[_edges(endless_server).index(2.0)]  # some steps had more than two requests
 
 
 def _edges(running: Served) -> list[float]:
@@ -155,7 +155,7 @@ def _histogram(running: Served, name: str) -> list[float]:
     return [float(line.split()[-1]) for line in lines if line.startswith(f"{name}_bucket")]
 
 
-def test_until_the_model_is_loaded_requests_are_told_to_wait(tiny: LocalModel, uri: str) -> None:
+def test_requests_get_503_until_the_model_is_loaded(tiny: LocalModel, uri: str) -> None:
     released = threading.Event()
 
     def load() -> LocalModel:
@@ -172,11 +172,11 @@ def test_until_the_model_is_loaded_requests_are_told_to_wait(tiny: LocalModel, u
         until(lambda: running.client.get("/ready").status_code == 200)
         assert running.post("/v1/detect", {"image_url": uri, "object": "dog"}).status_code == 200
         engine: Any = running.service.engine
-    with pytest.raises(MoondreamError, match="closed"):  # the server has loaded it, so the server closes it
+    with pytest.raises(MoondreamError, match="closed"):  # the server loaded the model, so it closes it
         engine._model.check_open()
 
 
-def test_a_model_that_cannot_be_loaded_is_a_failure_of_the_service() -> None:
+def test_load_error_is_the_failure_of_the_service() -> None:
     def load() -> LocalModel:
         raise CheckpointError("there is no such model")
 
@@ -185,30 +185,30 @@ def test_a_model_that_cannot_be_loaded_is_a_failure_of_the_service() -> None:
         assert running.client.get("/ready").status_code == 503
 
 
-def test_a_shutdown_finishes_what_is_running(talker: LocalModel, uri: str) -> None:
+def test_shutdown_finishes_running_requests(endless: LocalModel, uri: str) -> None:
     with ThreadPoolExecutor() as pool:
-        with served(talker) as running:
+        with served(endless) as running:
             answer = pool.submit(httpx.post, f"{running.url}/v1/caption", json=caption(uri, LONG), timeout=300)
-            until(lambda: rows(running) == 1)
+            until(lambda: num_in_engine(running) == 1)
         assert answer.result().status_code == 200
     assert answer.result().json()["truncated"]
     assert not running.service.ready
 
 
-def test_what_was_passed_in_stays_open(talker: LocalModel) -> None:
-    with served(talker):
+def test_shutdown_does_not_close_a_model_that_was_passed_in(endless: LocalModel) -> None:
+    with served(endless):
         pass
-    talker.check_open()
+    assert endless.run([Query(None, "Why?", settings=Settings(max_tokens=1))])
 
 
-def test_an_engine_that_breaks_answers_everyone_and_is_not_ready(
+def test_failed_engine_fails_all_requests_and_readiness(
     uri: str,
 ) -> None:
     model = endless_model()
     with served(model) as running, ThreadPoolExecutor() as pool:
         waiting = pool.submit(running.post, "/v1/caption", caption(uri))
-        until(lambda: rows(running) == 1)
-        model._closed = True  # under the engine's feet, with the weights still there: the next step notices it
+        until(lambda: num_in_engine(running) == 1)
+        model._closed = True  # the next step of the engine fails
         assert waiting.result().status_code == 503
         until(lambda: running.client.get("/ready").status_code == 503)
         after = running.post("/v1/detect", {"image_url": uri, "object": "dog"})
@@ -216,8 +216,8 @@ def test_an_engine_that_breaks_answers_everyone_and_is_not_ready(
         assert "restart the server" in after.json()["error"]["message"]
 
 
-class Elsewhere(PublishedMethods):
-    """A model that has no scheduler: one request after another, and streams in two pieces."""
+class FakeRemoteModel(PublishedMethods):
+    """A model without a scheduler, which streams in two pieces."""
 
     skills = frozenset({"caption"})
     has_scores = False
@@ -232,16 +232,16 @@ class Elsewhere(PublishedMethods):
         pass
 
 
-def test_a_remote_model_is_served_as_well(uri: str) -> None:
-    with served(Elsewhere()) as running:
+def test_remote_model_can_be_served(uri: str) -> None:
+    with served(FakeRemoteModel()) as running:
         assert running.post("/v1/caption", {"image_url": uri}).json()["caption"] == "two words"
         with running.client.stream("POST", "/v1/caption", json={"image_url": uri, "stream": True}) as answer:
             events = [json.loads(line[6:]) for line in answer.iter_lines() if line]
         assert [event.get("chunk") for event in events[:2]] == ["two ", "words"]
 
 
-def test_what_nobody_foresaw_is_a_500_that_tells_nothing(uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Elsewhere):
+def test_unexpected_error_gets_500_without_details(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeRemoteModel):
         def run(self, requests: list[Request]) -> list[Result]:  # type: ignore[override]
             raise KeyError("/secret/path")
 
@@ -250,12 +250,12 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(uri: str, caplog: pytes
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
-    assert "secret" in caplog.text  # the log has it
+    assert "secret" in caplog.text  # the log has the details
 
 
-def test_an_engine_that_stops_takes_nothing_more(talker: LocalModel) -> None:
+def test_stopped_engine_rejects_calls(endless: LocalModel) -> None:
     async def go() -> Result:
-        engine = ThreadEngine(talker)
+        engine = ThreadEngine(endless)
         engine.start(Metrics())
         await asyncio.to_thread(engine.stop)
         call = Call(Query(None, "Why?"))
@@ -266,7 +266,7 @@ def test_an_engine_that_stops_takes_nothing_more(talker: LocalModel) -> None:
     assert "stopping" in str(result.error)
 
 
-def test_cancelling_at_once_gives_the_place_back(tiny: LocalModel) -> None:
+def test_cancelling_background_work_before_it_starts_releases_the_slot(tiny: LocalModel) -> None:
     async def run() -> int:
         service = Service(tiny, "tiny", ServerSettings())
         await service.start()
@@ -284,8 +284,8 @@ def test_cancelling_at_once_gives_the_place_back(tiny: LocalModel) -> None:
     assert asyncio.run(run()) == 0
 
 
-def test_a_stream_may_be_closed_after_its_exchange(tiny: LocalModel) -> None:
-    async def run() -> None:
+def test_stream_can_be_closed_after_its_context(tiny: LocalModel) -> None:
+    async def run() -> int:
         service = Service(tiny, "tiny", ServerSettings())
         await service.start()
         try:
@@ -294,13 +294,14 @@ def test_a_stream_may_be_closed_after_its_exchange(tiny: LocalModel) -> None:
             await pieces.__anext__()
             context.close()
             await pieces.aclose()  # type: ignore[attr-defined]
+            return service.in_flight
         finally:
             await service.stop()
 
-    asyncio.run(run())
+    assert asyncio.run(run()) == 0
 
 
-def test_an_image_that_nobody_waits_for_is_let_go(tiny: LocalModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_abandoned_image_errors_are_not_logged(tiny: LocalModel, caplog: pytest.LogCaptureFixture) -> None:
     with served(tiny) as server:
         for _ in range(10):
             answer = server.client.post(

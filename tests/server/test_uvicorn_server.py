@@ -1,4 +1,4 @@
-"""Where the server listens. Run with `pytest tests/server/test_running.py`."""
+"""Addresses that the server listens on. Run with `pytest tests/server/test_uvicorn_server.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moondream_cv.server.uvicorn_server import listen
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
-def test_listens_at_every_address_and_answers_without_delay(host: str) -> None:
+def test_server_listens_on_all_addresses_and_answers_without_delay(host: str) -> None:
     async def go() -> list[int]:
         delays: list[int] = []
 
@@ -32,10 +32,10 @@ def test_listens_at_every_address_and_answers_without_delay(host: str) -> None:
 
     delays = asyncio.run(go())
     assert delays
-    assert all(delays)  # small answers are not held back for company
+    assert all(delays)  # small responses are not delayed by Nagle's algorithm
 
 
-def test_an_address_that_is_taken_or_elsewhere_is_refused() -> None:
+def test_unavailable_addresses_raise_an_error() -> None:
     (holder,) = listen("127.0.0.1", 0)
     with holder:
         holder.listen()

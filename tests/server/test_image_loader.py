@@ -1,4 +1,4 @@
-"""Images as clients send them. Run with `pytest tests/server/test_wire_images.py`."""
+"""Images of clients: data URIs, base64 text and the cache. Run with `pytest tests/server/test_image_loader.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[ImageLoader]:
+def loader() -> Iterator[ImageLoader]:
     opened = ImageLoader(Fetcher(max_bytes=1_000_000), max_pixels=10_000)
     yield opened
     asyncio.run(opened.close())
@@ -42,7 +42,7 @@ PNG = base64.b64encode(encoded()).decode()
         f"data:image/png;base64,{PNG}",
         f"DATA:image/png;BASE64,{PNG}",
         f"data:;base64,{PNG}",
-        f"data:image/jpeg;base64,{PNG}",  # what it says does not count, as with a file's name
+        f"data:image/jpeg;base64,{PNG}",  # the media type is ignored, like a file extension
         f"data:image/png;charset=utf-8;base64,{PNG}",
         PNG,
         PNG.rstrip("="),
@@ -50,20 +50,20 @@ PNG = base64.b64encode(encoded()).decode()
         base64.urlsafe_b64encode(encoded()).decode(),
     ],
 )
-def test_a_data_uri_and_base64_give_the_pixels(pictures: ImageLoader, value: str) -> None:
-    assert np.array_equal(np.asarray(asyncio.run(pictures.open(value))), COLOURS)
+def test_data_uri_and_base64_are_decoded(loader: ImageLoader, value: str) -> None:
+    assert np.array_equal(np.asarray(asyncio.run(loader.open(value))), COLOURS)
 
 
-def test_a_photograph_is_turned_upright(pictures: ImageLoader) -> None:
+def test_exif_orientation_is_applied(loader: ImageLoader) -> None:
     lying = Image.fromarray(COLOURS)
     exif = lying.getexif()
     exif[0x0112] = 6
     value = base64.b64encode(encoded(lying, "PNG", exif=exif)).decode()
-    assert np.array_equal(np.asarray(asyncio.run(pictures.open(value))), np.rot90(COLOURS, -1))
+    assert np.array_equal(np.asarray(asyncio.run(loader.open(value))), np.rot90(COLOURS, -1))
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         ("", "empty"),
         ("  \n", "empty"),
@@ -85,22 +85,22 @@ def test_a_photograph_is_turned_upright(pictures: ImageLoader) -> None:
         (data_uri(Image.new("RGB", (60_000, 60_000 // 200))), "too large"),
     ],
 )
-def test_everything_else_is_refused(pictures: ImageLoader, value: str, said: str) -> None:
-    with pytest.raises(ImageError, match=said) as caught:
-        asyncio.run(pictures.open(value))
+def test_other_input_is_rejected(loader: ImageLoader, value: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message) as caught:
+        asyncio.run(loader.open(value))
     assert len(str(caught.value)) < 500
 
 
-def test_a_path_of_this_machine_is_never_opened(pictures: ImageLoader, tmp_path: Path) -> None:
+def test_file_paths_are_never_opened(loader: ImageLoader, tmp_path: Path) -> None:
     file = tmp_path / "abcd"
     file.write_bytes(encoded())
     for value in (str(file), file.as_uri(), f"file:{file}", f"file://localhost{file}"):
         with pytest.raises(ImageError) as caught:
-            asyncio.run(pictures.open(value))
+            asyncio.run(loader.open(value))
         assert "no such image file" not in str(caught.value)
 
 
-def test_the_same_file_is_decoded_once_as_long_as_there_is_room() -> None:
+def test_repeated_file_is_decoded_once_while_cached() -> None:
     opened: list[int] = []
 
     def prepare(rgb: np.ndarray) -> Image.Image:
@@ -111,16 +111,16 @@ def test_the_same_file_is_decoded_once_as_long_as_there_is_room() -> None:
         return data_uri(Image.new("RGB", (width, 10)))
 
     async def run() -> None:
-        pictures = ImageLoader(Fetcher(max_bytes=1), 10_000, prepare, keep=3 * 10 * 35)
-        first = await pictures.open(uri_of(10))
-        assert await pictures.open(uri_of(10)) is first
-        await pictures.open(uri_of(20))
-        assert await pictures.open(uri_of(10)) is first
-        await pictures.open(uri_of(15))  # pushes out the one that was not asked for for longest
-        await pictures.open(uri_of(20))
-        await pictures.open(uri_of(100))  # is larger than all that may be kept
-        await pictures.open(uri_of(100))
-        await pictures.close()
+        loader = ImageLoader(Fetcher(max_bytes=1), 10_000, prepare, keep=3 * 10 * 35)
+        first = await loader.open(uri_of(10))
+        assert await loader.open(uri_of(10)) is first
+        await loader.open(uri_of(20))
+        assert await loader.open(uri_of(10)) is first
+        await loader.open(uri_of(15))  # evicts the least recently used image
+        await loader.open(uri_of(20))
+        await loader.open(uri_of(100))  # larger than the cache
+        await loader.open(uri_of(100))
+        await loader.close()
 
     asyncio.run(run())
     assert opened == [10, 20, 15, 20, 100, 100]
