@@ -148,6 +148,7 @@ class _DecoderProcess:
         Raises:
             ImageError: The file cannot be decoded, or decoding took too long.
         """
+        # Kill the process when the time is up
         expired = threading.Event()
 
         def expire() -> None:
@@ -157,6 +158,8 @@ class _DecoderProcess:
         timer = threading.Timer(timeout, expire)
         timer.daemon = True
         timer.start()
+
+        # Decode, and convert failures of the process to errors of the image
         try:
             return self._send_and_receive(file)
         except (EOFError, OSError) as error:

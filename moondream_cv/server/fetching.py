@@ -140,6 +140,7 @@ class Fetcher:
         """
         import aiohttp
 
+        # Send the request, and convert errors to messages for the client
         try:
             async with session.get(url, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
@@ -161,6 +162,8 @@ class Fetcher:
             raise ImageError(f"{name}: cannot connect to the host; check the URL, {BASE64_ADVICE}") from error
         except (aiohttp.ClientError, OSError, RuntimeError, ValueError) as error:
             raise ImageError(f"{name}: the download was interrupted; try again, {BASE64_ADVICE}") from error
+
+        # Check the location of the redirect
         if not location:
             raise ImageError(f"{name} redirects without a Location header; use another URL, {BASE64_ADVICE}")
         return check_url(location, base=url)

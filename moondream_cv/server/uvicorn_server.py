@@ -78,13 +78,18 @@ def run_server(
         MoondreamError: The address is in use or does not belong to this machine, or the engine has failed.
         Exception: The error that prevented the model from loading.
     """
-    listening = listen(host, port)  # before the model is loaded, so that an address in use is reported at once
+    # Bind the address before the model is loaded, so that an address in use is reported at once
+    listening = listen(host, port)
+
+    # Configure uvicorn and the process
     service: Service = app.state.service
     config = server_config(
         app, service.settings, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
     )
     raise_file_limit(FILES)
     release_large_blocks()
+
+    # Serve until a signal arrives
     announce()
     server = _Server(config, service)
     if threading.current_thread() is threading.main_thread():

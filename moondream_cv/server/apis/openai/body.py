@@ -351,11 +351,14 @@ def _structured(response_format: dict[str, Any] | None) -> tuple[type[Detect] | 
     Raises:
         ServerError: The type is unknown, or the schema is missing or not usable.
     """
+    # Types without a schema
     kind = None if response_format is None else response_format.get("type")
     if response_format is None or kind == "text":
         return None, None
     if kind == "json_object":
         return None, '{"type": "object"}'
+
+    # Schema names of skills
     given = response_format.get("json_schema")
     if kind != "json_schema" or not isinstance(given, dict):
         raise ServerError(
@@ -368,6 +371,8 @@ def _structured(response_format: dict[str, Any] | None) -> tuple[type[Detect] | 
     name = given.get("name")
     if isinstance(name, str) and name in STRUCTURED:
         return STRUCTURED[name], None
+
+    # Schemas of answers
     if given.get("schema") is None:
         raise ServerError(
             400, "response_format: json_schema.schema is missing; send a JSON schema", param="response_format"
