@@ -14,13 +14,13 @@ from moondream_cv.detector import Detector
 from moondream_cv.downloads import download_image
 from moondream_cv.errors import ImageError
 from moondream_cv.images import to_rgb
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 
 
 def png() -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture(("red", (10, 5, 30, 45)))[..., ::-1]).save(file, "PNG")
+    Image.fromarray(color_frame(("red", (10, 5, 30, 45)))[..., ::-1]).save(file, "PNG")
     return file.getvalue()
 
 

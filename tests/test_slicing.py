@@ -18,7 +18,7 @@ from PIL import Image
 
 from moondream_cv import Detector, load
 from moondream_cv.engine.local import LocalModel
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 
 pytestmark = pytest.mark.compat
 
@@ -85,7 +85,7 @@ def test_batches_threads_and_image_types_return_the_same_boxes(example: ModuleTy
 
 
 def test_truncated_slice_marks_its_objects() -> None:
-    crowd = picture(*[("red", (x, 10, x + 5, 15)) for x in range(0, 100, 10)], ("red", (150, 150, 160, 160)),
+    crowd = color_frame(*[("red", (x, 10, x + 5, 15)) for x in range(0, 100, 10)], ("red", (150, 150, 160, 160)),
                     size_wh=(200, 200))  # fmt: skip
     find = partial(Detector(ColorModel(), max_objects=3, mark_truncated=True), classes=["red", "green"])
     found = sv.InferenceSlicer(find, slice_wh=100, overlap_wh=0)(crowd)
@@ -95,7 +95,7 @@ def test_truncated_slice_marks_its_objects() -> None:
 
 
 def test_objects_larger_than_a_slice_need_the_whole_image() -> None:
-    frame = picture(("red", (20, 20, 180, 180)), ("green", (185, 5, 190, 10)), size_wh=(200, 200))
+    frame = color_frame(("red", (20, 20, 180, 180)), ("green", (185, 5, 190, 10)), size_wh=(200, 200))
     model = ColorModel()
     pieces = sv.InferenceSlicer(partial(Detector(model, max_area=0.5), classes=["red", "green"]), 100, 0)(frame)
     assert pieces.data["class_name"].tolist() == ["green"]  # the four parts of the red object fill their slices

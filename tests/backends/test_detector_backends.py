@@ -14,7 +14,7 @@ from moondream_cv import Detector, connect, load
 from moondream_cv.backends import DIALECTS, MoondreamAPI
 from moondream_cv.engine.local import LocalModel
 from moondream_cv.errors import BackendError
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 from tests.helpers.served import served
 
 pytest.register_assert_rewrite("tests.helpers.detector_suite")
@@ -105,7 +105,7 @@ def crowded_url() -> Iterator[str]:
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("most", [50, 55])
 def test_truncated_list_is_marked(crowded_url: str, dialect: str, most: int) -> None:
-    frame = picture(*[("red", (x, 10, x + 5, 20)) for x in range(0, 600, 10)], size_wh=(600, 40))
+    frame = color_frame(*[("red", (x, 10, x + 5, 20)) for x in range(0, 600, 10)], size_wh=(600, 40))
     with deployment_on(crowded_url, dialect, "png").model as model:
         found, local = (
             Detector(each, max_objects=most, mark_truncated=True)(frame, "red") for each in (model, ColorModel())

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from moondream_cv.cli import app, models
 from moondream_cv.cli.models import ModelOptions
 from moondream_cv.errors import CheckpointError
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 
 Run = Callable[..., Result]
 
@@ -48,7 +48,7 @@ def run(model: ColorModel) -> Run:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the current folder, with `one.png` (a red and a green patch), `two.jpg` (no patch) and `broken.png`."""
     monkeypatch.chdir(tmp_path)
-    cv2.imwrite("one.png", picture(("red", (10, 5, 30, 45)), ("green", (50, 20, 70, 40))))
-    cv2.imwrite("two.jpg", picture())
+    cv2.imwrite("one.png", color_frame(("red", (10, 5, 30, 45)), ("green", (50, 20, 70, 40))))
+    cv2.imwrite("two.jpg", color_frame())
     Path("broken.png").write_bytes(b"junk")
     return tmp_path

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import __version__
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 
 Run = Callable[..., Any]
 
@@ -77,7 +77,7 @@ def test_point_prints_points(run: Run, folder: Path) -> None:
 def test_options_reach_the_detector(run: Run, folder: Path, model: ColorModel) -> None:
     run("detect", "one.png", "-c", "red", "--max-objects", 3)
     assert model.runs[-1][0].settings.max_objects == 3
-    Image.fromarray(picture(("red", (0, 0, 10, 10)), ("red", (5, 5, 20, 20)))[..., ::-1]).save("corner.png")
+    Image.fromarray(color_frame(("red", (0, 0, 10, 10)), ("red", (5, 5, 20, 20)))[..., ::-1]).save("corner.png")
     found = json.loads(run("detect", "corner.png", "-c", "red", "--json").stdout)["images"][0]["objects"]
     assert found[0]["confidence"] < 0.9
     assert json.loads(run("detect", "corner.png", "-c", "red", "--json", "--confidence", 0.9).stdout)["images"][0][
@@ -86,7 +86,7 @@ def test_options_reach_the_detector(run: Run, folder: Path, model: ColorModel) -
 
 
 def test_max_area_and_min_size_filter_boxes(run: Run, folder: Path) -> None:
-    Image.fromarray(picture(("red", (0, 0, 80, 59)), ("green", (50, 20, 52, 40)))[..., ::-1]).save("boxes.png")
+    Image.fromarray(color_frame(("red", (0, 0, 80, 59)), ("green", (50, 20, 52, 40)))[..., ::-1]).save("boxes.png")
 
     def found(*options: object) -> list[str]:
         result = run("detect", "boxes.png", "-c", "red,green", "--json", *options)
@@ -99,7 +99,7 @@ def test_max_area_and_min_size_filter_boxes(run: Run, folder: Path) -> None:
 
 
 def test_truncation_is_reported(run: Run, folder: Path) -> None:
-    row = picture(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", (50, 20, 70, 40)))
+    row = color_frame(*[("red", (x, 0, x + 5, 5)) for x in range(0, 80, 10)], ("green", (50, 20, 70, 40)))
     Image.fromarray(row[..., ::-1]).save("row.png")
     result = run("detect", "row.png", "one.png", "-c", "green,red", "--max-objects", 3, "--json")
     cut, whole = lines_of(result)
@@ -157,7 +157,7 @@ def test_failed_image_does_not_stop_the_others(run: Run, folder: Path) -> None:
     lines = result.stderr.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("Error: ") for line in lines)
-    assert lines[3] == "Error: magenta.png: http://colours refused the picture"
+    assert lines[3] == "Error: magenta.png: http://colors rejected the image"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import supervision as sv
 from PIL import Image
 
 from moondream_cv.requests import Result
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.small_commands import command
 
@@ -92,7 +92,7 @@ def test_every_json_key_is_documented(run: Run, folder: Path) -> None:
     for names, commands in re.findall(r"^\| (`[^|]*`) \| ([a-z, ]+) \|", REFERENCE.read_text(), re.MULTILINE):
         for name in ["detect", "point", "query", "caption"] if commands == "all" else commands.split(", "):
             documented.setdefault(name, set()).update(re.findall(r"`(\w+)`", names))
-    Image.fromarray(picture(*[("red", (x, 0, x + 5, 5)) for x in (0, 10, 20)])[..., ::-1]).save("row.png")
+    Image.fromarray(color_frame(*[("red", (x, 0, x + 5, 5)) for x in (0, 10, 20)])[..., ::-1]).save("row.png")
     seen: dict[str, set[str]] = {}
     for arguments in (
         ("detect", "-c", "red", "--max-objects", 1, "--save-txt", "labels", "--save-crop", "crops"),
@@ -310,7 +310,7 @@ def test_crop_folders_have_safe_names(name: str, expected: str) -> None:
 
 def test_slices_find_small_objects_at_their_place(run: Run, folder: Path, model: ColorModel) -> None:
     patches = [("red", (x, y, x + 6, y + 6)) for x, y in ((3, 3), (180, 20), (84, 84), (250, 130))]
-    Image.fromarray(picture(*patches, size_wh=(300, 200))[..., ::-1]).save("large.png")
+    Image.fromarray(color_frame(*patches, size_wh=(300, 200))[..., ::-1]).save("large.png")
 
     def found(*options: object) -> list[list[float]]:
         document = json.loads(run("detect", "large.png", "-c", "red", "--json", *options).stdout)
@@ -434,7 +434,7 @@ def test_device_as_output_is_rejected(run: Run, folder: Path) -> None:
 
 def test_closed_pipe_ends_the_command_silently(folder: Path) -> None:
     for number in range(20):
-        cv2.imwrite(f"{number}.png", picture())
+        cv2.imwrite(f"{number}.png", color_frame())
     process = command("detect", *(f"{n}.png" for n in range(20)), "-c", "dog", "-m", "tiny", "--json", cwd=folder)
     assert process.stdout is not None
     process.stdout.readline()

@@ -24,7 +24,7 @@ import moondream_cv.video
 from moondream_cv.cli import app
 from moondream_cv.scenes.clips import render_clip
 from tests.helpers.clips import write_clip
-from tests.helpers.color_model import ColorModel, picture
+from tests.helpers.color_model import ColorModel, color_frame
 
 Run = Callable[..., Any]
 
@@ -43,7 +43,7 @@ def frames(folder: Path) -> Path:
     for number in range(10):
         green = [("green", (2, 2, 12, 12)), ("green", (66, 2, 76, 12))] if number >= 6 else []
         red = ("red", (2 + 6 * number, 20, 22 + 6 * number, 40))
-        cv2.imwrite(f"frames/{number}.png", picture(red, *green))
+        cv2.imwrite(f"frames/{number}.png", color_frame(red, *green))
     (folder / "zones.json").write_text(json.dumps(ZONES))
     return folder / "frames"
 
@@ -366,7 +366,7 @@ def test_undecodable_frames_are_reported(run: Run, frames: Path) -> None:
 
 
 def test_frames_with_model_errors_are_reported(run: Run, frames: Path) -> None:
-    cv2.imwrite("frames/5.png", picture(("magenta", (0, 0, 80, 60))))
+    cv2.imwrite("frames/5.png", color_frame(("magenta", (0, 0, 80, 60))))
     result = run("video", "frames", "red", "--every", 1, "--json", "out.jsonl")
     assert result.exit_code == 0
     assert "Warning: the model failed on 1 of 10 frames" in result.stderr
@@ -375,7 +375,7 @@ def test_frames_with_model_errors_are_reported(run: Run, frames: Path) -> None:
 
 def test_model_error_on_every_frame_exits_with_1(run: Run, frames: Path) -> None:
     for path in frames.iterdir():
-        cv2.imwrite(str(path), picture(("magenta", (0, 0, 80, 60))))
+        cv2.imwrite(str(path), color_frame(("magenta", (0, 0, 80, 60))))
     result = run("video", "frames", "red", "--every", 1, "--json", "out.jsonl")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[0] == "red  nothing found"

@@ -94,7 +94,7 @@ class ColorModel(PublishedMethods):
         except Exception as error:
             return ErrorResult(error)
         if (rgb == MAGENTA).all():
-            return ErrorResult(BackendError("http://colours refused the picture"))
+            return ErrorResult(BackendError("http://colors rejected the image"))
         if isinstance(request, Detect):
             limit = request.settings.max_objects
             objects = self._objects(rgb, request.object)
@@ -140,7 +140,7 @@ class ListModel(ColorModel):
         return PointResult(tuple(o for o in self.objects if isinstance(o, DetectedPoint)))
 
 
-def picture(*patches: tuple[str, tuple[int, int, int, int]], size_wh: tuple[int, int] = (80, 60)) -> np.ndarray:
+def color_frame(*patches: tuple[str, tuple[int, int, int, int]], size_wh: tuple[int, int] = (80, 60)) -> np.ndarray:
     """Return a gray BGR frame with colored rectangles.
 
     Args:
