@@ -44,6 +44,8 @@ def build_tokenizer() -> Tokenizer:
 
 
 def _corpus() -> Iterator[str]:
+    """Yield the training text: each word four times, names with articles, and sentence fragments."""
+    # Words, with a leading space
     names = [*ALL_NAMES, "object"]
     words = [
         *names,
@@ -62,9 +64,13 @@ def _corpus() -> Iterator[str]:
     for word in words:
         for _ in range(4):
             yield f" {word}"
+
+    # Names with articles
     for name in names:
         article = with_article(name)
         yield from (article, f" {article}", article.capitalize())
+
+    # Fragments of questions and answers
     sentences = (
         "How many are there? how many are there? Count the",
         "What colour is the? What color is the? what colour is this? What is this? what is this?",
