@@ -66,6 +66,7 @@ def download_image(url: str, *, max_bytes: int = MAX_BYTES, max_seconds: float =
         ):
             if not response.is_success:
                 raise ImageError(f"{name}: the server returned status {response.status_code}; check the URL")
+            # Read the body up to the limits
             content = bytearray()
             for chunk in response.iter_bytes():
                 content += chunk

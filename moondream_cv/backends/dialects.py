@@ -95,6 +95,8 @@ def _probe_dialect(server: ServerURL, api_key: str | None, timeout: float) -> st
     http = HttpClient(
         server, headers=headers, secrets=(key,), timeout=min(timeout, PROBE_TIMEOUT), retries=0, max_idle=1
     )
+
+    # Probe the routes that distinguish the dialects
     try:
         probe = http.probe("/models" if server.path.endswith("/v1") else "/v1/models")
         if not probe.status:
@@ -109,6 +111,8 @@ def _probe_dialect(server: ServerURL, api_key: str | None, timeout: float) -> st
             return "roboflow"
     finally:
         http.close()
+
+    # Explain why the dialect is unknown
     key_advice = "; the server requires a key: pass api_key=" if probe.status in (401, 403) else ""
     raise BackendError(
         redact(

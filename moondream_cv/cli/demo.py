@@ -52,6 +52,8 @@ def demo(
         from moondream_cv.detector import Detector, Pointer
 
         detector, pointer = Detector(vision_model), Pointer(vision_model)
+
+        # Run the scenes
         scenes = []
         for number, plan in enumerate(PLANS, 1):
             with report.working(f"Scene {number} of {len(PLANS)}: {plan.title}"):
@@ -59,10 +61,14 @@ def demo(
             scenes.append(result)
             _print_checks(report, f"Scene: {plan.title}", result.checks)
         saved = _save_images(output, scenes, score, model)
+
+        # Track the clip
         with report.working("Clip"):
             clip = track_clip(detector, output)
             _save_contact_sheet(clip, model)
         _print_checks(report, f"Clip: {clip.frames} frames", clip.checks)
+
+    # Report the results
     report.notice(f"Saved {len(saved) + 1} images and 2 videos in {shown(str(output))}")
     for result in scenes:
         report.add(_as_dict(result, output))
