@@ -41,7 +41,9 @@ def track_offline(context: StreamContext) -> Generator[TrackedFrame, None, None]
     schedule = context.create_schedule()
     boundaries = SegmentBoundaries(context.tracking.scene_change)
     warnings = RedactionWarnings(context)
-    segment = Segment(context, context.tracking.create_tracker(), schedule, context.create_redactor(), warnings)
+    segment = Segment(
+        context, context.tracking.create_tracker(), schedule, context.tracking.create_redactor(), warnings
+    )
     source = context.source
     frames = iter(iterate_in_threads([source], [source.name], PREFETCHED) if source.can_prefetch else source)
 
@@ -57,7 +59,7 @@ def track_offline(context: StreamContext) -> Generator[TrackedFrame, None, None]
             break
         if boundary := boundaries.check(frame.image):
             yield from segment.finish()
-            redactor = context.create_redactor() if boundary == "cut" else segment.redactor
+            redactor = context.tracking.create_redactor() if boundary == "cut" else segment.redactor
             segment = Segment(context, segment.tracker.successor(), schedule, redactor, warnings)
             schedule.restart()
         segment.add(frame, schedule.is_due(frame.index))

@@ -16,7 +16,6 @@ from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.stream_context import RedactionWarnings, StreamContext, TrackedFrame, resolution_of
 from moondream_cv.video.tracking.interpolation import MAX_GAP, UNKNOWN_INTERVAL, predict_boxes, to_detections
 from moondream_cv.video.tracking.keyframe_detector import DetectionFuture
-from moondream_cv.video.tracking.redaction import Redactor
 from moondream_cv.video.tracking.scene_cuts import SegmentBoundaries
 from moondream_cv.video.tracking.schedule import Schedule
 from moondream_cv.video.tracking.settings import Tracking
@@ -64,7 +63,7 @@ class OnlineTracker:
         self._learned_names: dict[int, str] = {}
         self._boundaries = SegmentBoundaries(self._tracking.scene_change)
         self._tracker = self._tracking.create_tracker()
-        self._redactor = self._create_redactor()
+        self._redactor = self._tracking.create_redactor()
         self._index = -1  # index of the latest frame
         self._segment_start = 0  # index of the first frame of the segment
         self._time = -math.inf  # time of the latest frame
@@ -82,7 +81,7 @@ class OnlineTracker:
         self._boundaries = SegmentBoundaries(self._tracking.scene_change)
         self._checked, self._time = None, -math.inf
         self._start_segment(self._index + 1)
-        self._redactor = self._create_redactor()
+        self._redactor = self._tracking.create_redactor()
 
     def needs_detections(self, image: npt.NDArray[np.uint8], time: float) -> bool:
         """Return whether the next frame is a keyframe: the first of a segment, or `every` frames after the last one.
@@ -174,15 +173,12 @@ class OnlineTracker:
         if boundary:
             self._start_segment(index)
         if boundary == "cut":
-            self._redactor = self._create_redactor()
+            self._redactor = self._tracking.create_redactor()
 
     def _start_segment(self, index: int) -> None:
         self._tracker = self._tracker.successor()
         self._schedule.restart()
         self._segment_start = index
-
-    def _create_redactor(self) -> Redactor | None:
-        return Redactor(self._tracking.bridge_seconds) if self._tracking.redact else None
 
 
 def track_online(context: StreamContext) -> Generator[TrackedFrame, None, None]:

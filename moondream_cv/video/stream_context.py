@@ -13,7 +13,6 @@ from moondream_cv.video.sources.base import ASSUMED_FPS
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.sources.opening import Source
 from moondream_cv.video.tracking.keyframe_detector import DetectionFuture, KeyframeDetector
-from moondream_cv.video.tracking.redaction import Redactor
 from moondream_cv.video.tracking.schedule import MAX_INTERVAL, Every, Schedule
 from moondream_cv.video.tracking.settings import Tracking
 
@@ -74,10 +73,6 @@ class StreamContext:
         fps = self.source.fps or ASSUMED_FPS
         longest = max(1, int(self.tracking.bridge_seconds * fps)) if self.tracking.redact else MAX_INTERVAL
         return Schedule(self.every, fps, longest)
-
-    def create_redactor(self) -> Redactor | None:
-        """Return a redactor; None without redaction."""
-        return Redactor(self.tracking.bridge_seconds) if self.tracking.redact else None
 
 
 class RedactionWarnings:

@@ -142,10 +142,10 @@ class Blinking(ScriptedDetector):
     ],
 )
 def test_gaps_up_to_bridge_seconds_are_interpolated(every: int, gap: int, bridge: float, bridged: bool) -> None:
-    thing = MovingObject("dog", (60, 100), (1.5, 0))
+    item = MovingObject("dog", (60, 100), (1.5, 0))
     missed = range(31, 31 + gap - 1)
     images = [numbered_image(n, SIZE) for n in range(100)]
-    detector = Blinking(thing, missed=missed)
+    detector = Blinking(item, missed=missed)
     found = list(
         track_streams([images], ["dog"], model=detector, every=every, tracking=Tracking(bridge_seconds=bridge))
     )
@@ -153,7 +153,7 @@ def test_gaps_up_to_bridge_seconds_are_interpolated(every: int, gap: int, bridge
     assert all(len(found[n].detections) == 1 for n in range(100) if n <= 30 or n >= 60)
     assert len(found[middle].detections) == bridged
     if bridged:
-        np.testing.assert_allclose(found[middle].detections.xyxy[0], thing.box(middle), atol=0.6)
+        np.testing.assert_allclose(found[middle].detections.xyxy[0], item.box(middle), atol=0.6)
 
 
 def test_waiting_frames_keep_tracks_that_the_tracker_has_dropped() -> None:

@@ -73,8 +73,8 @@ def test_output_of_images_has_their_frame_rate(tmp_path: Path, fps: float) -> No
 
 
 def test_track_and_track_streams_accept_fps() -> None:
-    with track_streams([IMAGES, list(IMAGES)], "dog", model=detector(), every=2, fps=4) as watched:
-        times = [(tracked.source, tracked.frame.time) for tracked in watched]
+    with track_streams([IMAGES, list(IMAGES)], "dog", model=detector(), every=2, fps=4) as stream:
+        times = [(tracked.source, tracked.frame.time) for tracked in stream]
     expected = [(source, number / 4) for source in (0, 1) for number in range(8)]
     assert np.array(sorted(times)) == pytest.approx(np.array(expected))
     assert len(list(track(IMAGES, "dog", model=detector(), fps=4))) == 8

@@ -91,8 +91,8 @@ def live_counts(path: Callable[[int], float], every: int) -> tuple[int, int]:
 
     source: Any = open_source(camera())
     source.live = True  # boxes are predicted, and frames are not delayed
-    with track_streams([source], "dog", model=detector, every=every) as watched:
-        for tracked in watched:
+    with track_streams([source], "dog", model=detector, every=every) as stream:
+        for tracked in stream:
             zones.update(tracked.detections, SIZE)
     counts = zones.counts()["lines"]["door"]
     return counts["in"], counts["out"]

@@ -44,10 +44,10 @@ def test_live_frames_are_yielded_without_waiting_for_detection(
 
 
 def test_predicted_boxes_move_between_keyframes(images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    thing = MovingObject("dog", (40, 60), (2.0, 0.4))
+    item = MovingObject("dog", (40, 60), (2.0, 0.4))
     camera = SteppedCamera(images, monkeypatch)
     due = threading.Semaphore(0)
-    detector = ScriptedDetector(thing, sleep=lambda seconds: due.acquire(timeout=240) and None)
+    detector = ScriptedDetector(item, sleep=lambda seconds: due.acquire(timeout=240) and None)
     found: list[TrackedFrame] = []
     with track_streams([camera.open()], CLASSES, model=detector) as stream:
         for number in range(90):
@@ -63,7 +63,7 @@ def test_predicted_boxes_move_between_keyframes(images: list[np.ndarray], monkey
     late = [t for t in found if frame_number(t.frame.image) > 50]
     assert len(late) > 15
     assert all(len(t.detections) == 1 for t in late)
-    assert [set(track_ids_of(thing, [t], 12)) for t in late].count({1}) > 0.8 * len(late)
+    assert [set(track_ids_of(item, [t], 12)) for t in late].count({1}) > 0.8 * len(late)
     lefts = np.array([t.detections.xyxy[0, 0] for t in late])
     assert (np.diff(lefts) > 0).mean() > 0.8
     assert not any(t.is_keyframe for t in late)

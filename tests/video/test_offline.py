@@ -110,10 +110,10 @@ def test_frames_without_objects_have_empty_detections(clip: Path) -> None:
 
 
 def test_tracks_last_from_their_first_to_their_last_detection(clip: Path) -> None:
-    thing = MovingObject("cat", (160, 100), (1, 0), range(18, 33))
-    found = list(track_streams([clip], CLASSES, model=ScriptedDetector(thing), every=5))
+    item = MovingObject("cat", (160, 100), (1, 0), range(18, 33))
+    found = list(track_streams([clip], CLASSES, model=ScriptedDetector(item), every=5))
     check_frames(found, range(48))
-    where = [i for i, tracker_id in enumerate(track_ids_of(thing, found)) if tracker_id is not None]
+    where = [i for i, tracker_id in enumerate(track_ids_of(item, found)) if tracker_id is not None]
     assert where == list(range(20, 31))  # from the first keyframe with the object to the last one
     assert [len(t.detections) for t in found] == [int(i in where) for i in range(48)]
     merged = sv.Detections.merge([t.detections for t in found])
@@ -133,8 +133,8 @@ def test_one_missed_keyframe_is_bridged(clip: Path) -> None:
 
 
 def test_boxes_at_the_edge_are_clipped_to_the_frame(clip: Path) -> None:
-    thing = MovingObject("dog", (20, 100), (-0.5, 0))
-    found = list(track_streams([clip], CLASSES, model=ScriptedDetector(thing), every=5))
+    item = MovingObject("dog", (20, 100), (-0.5, 0))
+    found = list(track_streams([clip], CLASSES, model=ScriptedDetector(item), every=5))
     check_frames(found, range(48))
     assert all(tracked.detections.xyxy[:, 0].max(initial=0) <= 5 for tracked in found)
 
@@ -307,6 +307,6 @@ def test_finite_http_video_is_tracked_offline(clip: Path) -> None:
 def test_folder_of_images_is_tracked_offline(tmp_path: Path, images: list[np.ndarray]) -> None:
     for number in range(12):
         cv2.imwrite(str(tmp_path / f"img{number}.png"), images[number])
-    (tmp_path / "img3.png").write_bytes(b"no picture")
+    (tmp_path / "img3.png").write_bytes(b"not an image")
     found = list(track_streams([tmp_path], CLASSES, model=ScriptedDetector(*WALKERS), every=5))
     assert [frame_number(t.frame.image) for t in found] == [0, 1, 2, *range(4, 12)]

@@ -51,9 +51,9 @@ def with_sound(path: Path, images: Sequence[np.ndarray]) -> Path:
         stream = output.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = images[0].shape[1], images[0].shape[0], "yuv420p"
         for index, image in enumerate(images):
-            picture = av.VideoFrame.from_ndarray(image, format="bgr24")
-            picture.pts, picture.time_base = index, Fraction(1, FPS)
-            output.mux(stream.encode(picture))
+            frame = av.VideoFrame.from_ndarray(image, format="bgr24")
+            frame.pts, frame.time_base = index, Fraction(1, FPS)
+            output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
         tone = np.sin(np.arange(1024) * 0.1).astype(np.float32)[None] / 2
         while done < len(images) / FPS * rate:
@@ -73,7 +73,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def images_of(path: Path) -> list[np.ndarray]:
     with av.open(str(path)) as opened:
-        return [picture.to_ndarray(format="bgr24") for picture in opened.decode(video=0)]
+        return [frame.to_ndarray(format="bgr24") for frame in opened.decode(video=0)]
 
 
 def numbers_of(path: Path) -> list[int]:
@@ -82,7 +82,7 @@ def numbers_of(path: Path) -> list[int]:
 
 def times_of(path: Path) -> list[float]:
     with av.open(str(path)) as opened:
-        return [float(picture.time or 0.0) for picture in opened.decode(video=0)]
+        return [float(frame.time or 0.0) for frame in opened.decode(video=0)]
 
 
 def sound_of(path: Path) -> list[bytes]:

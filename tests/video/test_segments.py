@@ -32,12 +32,12 @@ def two_scenes() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("scene_change", [True, False])
 def test_scene_cut_ends_tracks_if_enabled(scene_change: bool, tmp_path: Path) -> None:
-    thing = MovingObject("dog", (160, 100))
+    item = MovingObject("dog", (160, 100))
     path = write_clip(tmp_path / "cut.mp4", two_scenes())
-    detector = ScriptedDetector(thing, read_number=corner)
+    detector = ScriptedDetector(item, read_number=corner)
     found = list(track_streams([path], CLASSES, model=detector, every=10, tracking=Tracking(scene_change=scene_change)))
     check_frames(found, range(48), corner)
-    ids = track_ids_of(thing, found, read_number=corner)
+    ids = track_ids_of(item, found, read_number=corner)
     if scene_change:
         assert ids == [1] * 23 + [2] * 25
         assert detector.keyframes == [0, 10, 20, 22, 23, 33, 43, 47]
@@ -58,15 +58,15 @@ def test_tracks_are_not_interpolated_across_a_scene_cut() -> None:
 
 
 def test_change_of_frame_size_ends_tracks(images: list[np.ndarray]) -> None:
-    thing = MovingObject("dog", (100, 60))
+    item = MovingObject("dog", (100, 60))
     mixed = [*images[:12], *(numbered_image(n, (256, 128)) for n in range(12, 20)), *images[20:33]]
-    detector = ScriptedDetector(thing)
+    detector = ScriptedDetector(item)
     found = list(track_streams([mixed], CLASSES, model=detector, every=5))
     assert [frame_number(t.frame.image) for t in found] == list(range(33))
     assert [t.frame.image.shape[1] for t in found] == [320] * 12 + [256] * 8 + [320] * 13
     for tracked in found:
         check_contract(tracked.detections, (tracked.frame.image.shape[1], tracked.frame.image.shape[0]))
-    assert track_ids_of(thing, found) == [1] * 12 + [2] * 8 + [3] * 13
+    assert track_ids_of(item, found) == [1] * 12 + [2] * 8 + [3] * 13
     assert detector.keyframes == [0, 5, 10, 11, 12, 17, 19, 20, 25, 30, 32]
 
 

@@ -166,8 +166,8 @@ def test_frames_of_three_sources_are_freed(tmp_path: Path) -> None:
     traced, count = [], 0
     tracemalloc.start()
     try:
-        with track_streams(paths, ["dog", "cat"], model=Traffic(), every=EVERY) as watched:
-            for _ in watched:
+        with track_streams(paths, ["dog", "cat"], model=Traffic(), every=EVERY) as stream:
+            for _ in stream:
                 count += 1
                 if count % 100 == 0:
                     traced.append(tracemalloc.get_traced_memory()[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moondream_cv._deprecation import renamed_arguments, renamed_attribute
 from moondream_cv.arguments import check_not_negative
-from moondream_cv.video.tracking.redaction import BRIDGE_SECONDS
+from moondream_cv.video.tracking.redaction import BRIDGE_SECONDS, Redactor
 from moondream_cv.video.tracking.tracker import LOST_TRACK_SECONDS, Tracker
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Tracking:
             ValueError: The tracker or one of its options is unknown.
         """
         return Tracker(self.tracker, self.options, self.lost_track_seconds, _HISTORY * self.bridge_seconds)
+
+    def create_redactor(self) -> Redactor | None:
+        """Return a redactor without detections; None without redaction."""
+        return Redactor(self.bridge_seconds) if self.redact else None
 
     memory = renamed_attribute("Tracking.memory", "lost_track_seconds")
     cautious = renamed_attribute("Tracking.cautious", "pad_to_keyframes")
