@@ -328,11 +328,11 @@ def test_client_sends_api_keys(tiny: LocalModel, lossless: Any, uri: str) -> Non
 
 
 def test_image_urls_are_downloaded(tiny: LocalModel, scene_image: Image.Image, uri: str) -> None:
-    def with_picture(app: FastAPI) -> FastAPI:
+    def with_image_route(app: FastAPI) -> FastAPI:
         app.add_api_route("/scene.png", lambda: Response(decode_base64(uri), media_type="image/png"))
         return app
 
-    with served(tiny, wrap=with_picture, private_urls=True) as running:
+    with served(tiny, wrap=with_image_route, private_urls=True) as running:
         found = md.vl(endpoint=f"{running.url}/v1").detect(Base64EncodedImage(f"{running.url}/scene.png"), "cat")
     assert found["objects"] == [pytest.approx(item, abs=1e-4) for item in tiny.detect(scene_image, "cat")["objects"]]
 

@@ -30,7 +30,7 @@ from moondream_cv.server.apis.fal.wire import (
     TextOutput,
     fal_error_responses,
     run,
-    within,
+    with_time_limit,
 )
 from moondream_cv.server.apis.sse import event, event_stream
 from moondream_cv.server.errors import ServerError
@@ -148,7 +148,9 @@ class Submission:
     def submit(self, body: Arguments, description: str) -> JSONResponse:
         """Submit a request body to the queue and return the response."""
         queue, seconds = queue_of(self._http), self._seconds  # do not keep the HTTP request with its body
-        request = queue.submit(lambda context, started: within(seconds, run(body, context, started)), description)
+        request = queue.submit(
+            lambda context, started: with_time_limit(seconds, run(body, context, started)), description
+        )
         return _answer(request, {"status": request.state, "queue_position": queue.position(request)}, self._http)
 
 

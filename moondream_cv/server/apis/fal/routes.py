@@ -31,7 +31,7 @@ from moondream_cv.server.apis.fal.wire import (
     fal_error_responses,
     open_stream,
     run,
-    within,
+    with_time_limit,
 )
 from moondream_cv.server.apis.sse import event_stream
 from moondream_cv.server.logs import request_id
@@ -47,16 +47,16 @@ class Responder:
         context: Annotated[RequestContext, Depends(open_request_context)],
         seconds: Seconds = None,
     ) -> None:
-        self._response, self._exchange, self._seconds = response, context, seconds
+        self._response, self._context, self._seconds = response, context, seconds
 
     async def run(self, body: Arguments) -> dict[str, Any]:
         """Return the body of a synchronous response."""
         self._response.headers[REQUEST_ID] = request_id.get() or ""
-        return await within(self._seconds, run(body, self._exchange))
+        return await with_time_limit(self._seconds, run(body, self._context))
 
     async def stream(self, body: Arguments) -> Response:
         """Return a streamed response. The time limit of the client applies to the first piece."""
-        answer = event_stream(await within(self._seconds, open_stream(body, self._exchange)))
+        answer = event_stream(await with_time_limit(self._seconds, open_stream(body, self._context)))
         answer.headers[REQUEST_ID] = request_id.get() or ""
         return answer
 

@@ -237,7 +237,7 @@ def _list_body(items: list[dict[str, float]], truncated: bool, image: Any) -> di
     return {"objects": items, "truncated": truncated, "image": dict(zip(("width", "height"), image.size, strict=True))}
 
 
-async def within(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
+async def with_time_limit(seconds: float | None, work: Coroutine[Any, Any, T]) -> T:
     """Await a coroutine, with the time limit of the client.
 
     Args:
