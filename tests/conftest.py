@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -14,6 +15,11 @@ from tests.helpers.system_tests import is_system_test
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local import LocalModel
+
+
+# Without deadlines, which fail on busy machines
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -124,6 +124,7 @@ def test_stream_in_the_third_position_is_rejected(model: LocalModel, frame: np.n
         model.detect(frame, "dog", True)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_answer_question_returns_and_queues_the_answer(model: LocalModel, frame: np.ndarray) -> None:
     torch.manual_seed(0)
     expected = model.query(frame, "what?")["answer"].strip()
@@ -133,6 +134,7 @@ def test_answer_question_returns_and_queues_the_answer(model: LocalModel, frame:
     assert answers.get_nowait() == expected
 
 
+@pytest.mark.slow
 def test_batch_answer_returns_one_answer_per_image(model: LocalModel, frame: np.ndarray) -> None:
     torch.manual_seed(0)
     expected = []

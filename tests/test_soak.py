@@ -137,6 +137,7 @@ def test_memory_does_not_grow_over_ten_thousand_requests() -> None:
     assert grown <= ALLOWED_GROWTH
 
 
+@pytest.mark.slow
 def test_leaked_tensors_are_detected() -> None:
     before = held_bytes()
     kept = [torch.zeros(1000) for _ in range(3)]

@@ -94,6 +94,7 @@ def everything(model: LocalModel, frame: np.ndarray) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
 def test_tiny_model_does_not_depend_on_defaults(changed: dict[str, Any], frame: np.ndarray) -> None:
     expected = everything(load("tiny", device="cpu"), frame)

@@ -127,6 +127,7 @@ def test_admissions_are_at_least_an_interval_apart(talker: LocalModel) -> None:
     assert all(not (a and b) for a, b in itertools.pairwise(joined))  # never in consecutive steps
 
 
+@pytest.mark.slow
 def test_small_limits_do_not_starve_requests(talker: LocalModel) -> None:
     model = random_model()
     scheduler = model.scheduler()

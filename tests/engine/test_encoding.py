@@ -108,6 +108,7 @@ def test_batch_encoding_with_adapter_equals_single_images() -> None:
         assert not torch.allclose(encoded.prefix.layers[-1][0], plain.layers[-1][0], atol=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), min_size=1, max_size=5),

@@ -547,6 +547,7 @@ def test_full_image_budget_does_not_starve_waiting_images(model: LocalModel) -> 
 # --- Adapters and invalid requests ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requests_with_and_without_adapter_run_together() -> None:
     model = load(GOLDEN, device="cpu", dtype="float32")
     variant = str(GOLDEN / "adapter.pt")

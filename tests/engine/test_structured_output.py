@@ -117,6 +117,7 @@ def test_properties_keep_the_order_of_the_schema(model: LocalModel) -> None:
     assert result.answer == '{"b": 1, "a": 2}'
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(st.sampled_from([*SCHEMAS, "text", "reasoning", "detect"]), min_size=2, max_size=6),

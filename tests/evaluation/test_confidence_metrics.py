@@ -48,6 +48,7 @@ def test_confidence_separates_and_calibrates_held_out_detections(tiny: LocalMode
         assert found["calibration error, calibrated"] <= 0.06, skill
 
 
+@pytest.mark.slow
 def test_confidence_beats_the_continue_probability(tiny: LocalModel) -> None:
     skills = collect_detections(tiny, hard_scenes("held out", 20), candidates=True)
     for skill, found in skills.items():

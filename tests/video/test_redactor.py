@@ -105,6 +105,7 @@ def test_late_detections_cover_longer() -> None:
     assert len(redactor.cover(1.5, CLASSES, SIZE, interval=2.0)) == 1
 
 
+@pytest.mark.slow
 def test_old_detections_are_dropped() -> None:
     redactor = Redactor(0.7)
     for i in range(600):
