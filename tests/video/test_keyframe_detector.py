@@ -80,23 +80,23 @@ def make_detector() -> Iterator[Callable[..., KeyframeDetector]]:
 
 
 def test_results_match_their_frames(make_detector: Callable[..., KeyframeDetector]) -> None:
-    keyframes = make_detector(red)
+    background = make_detector(red)
     lefts = [10, 25, None, 40]
-    found = [keyframes.submit(frame(i, left), "clip").result(240) for i, left in enumerate(lefts)]
+    found = [background.submit(frame(i, left), "clip").result(240) for i, left in enumerate(lefts)]
     assert [f.xyxy[:, 0].tolist() for f in found if f is not None] == [[10], [25], [], [40]]
-    assert (keyframes.detections_run, keyframes.failed, keyframes.backlog) == (4, 0, 0)
-    assert keyframes.seconds > 0
+    assert (background.detections_run, background.failed, background.backlog) == (4, 0, 0)
+    assert background.seconds > 0
 
 
 @pytest.mark.compat
 def test_waiting_keyframes_of_several_sources_are_batched(make_detector: Callable[..., KeyframeDetector]) -> None:
     detector = BlockingDetector(ColorModel())
-    keyframes = make_detector(detector)
-    first = keyframes.submit(frame(0), "clip", 0)
+    background = make_detector(detector)
+    first = background.submit(frame(0), "clip", 0)
     assert detector.began.wait(240)
     count = MAX_BATCH + 4
-    rest = [keyframes.submit(frame(i, 10 + i, (60 + i, 40)), "clip", i) for i in range(1, count)]
-    assert keyframes.backlog == count
+    rest = [background.submit(frame(i, 10 + i, (60 + i, 40)), "clip", i) for i in range(1, count)]
+    assert background.backlog == count
     detector.go.set()
     lefts = []
     for each in (first, *rest):
@@ -105,14 +105,14 @@ def test_waiting_keyframes_of_several_sources_are_batched(make_detector: Callabl
         lefts.append(found.xyxy[0, 0].round())
     assert lefts == [10 + i for i in range(count)]  # in order, with different frame sizes
     assert detector.sizes == [1, MAX_BATCH, 3]
-    assert (keyframes.detections_run, keyframes.failed) == (count, 0)
+    assert (background.detections_run, background.failed) == (count, 0)
 
 
 def test_keyframes_of_one_source_are_not_batched(make_detector: Callable[..., KeyframeDetector]) -> None:
     detector = BlockingDetector(ColorModel())
     detector.go.set()
-    keyframes = make_detector(detector)
-    waiting = [keyframes.submit(frame(i), "clip") for i in range(6)]
+    background = make_detector(detector)
+    waiting = [background.submit(frame(i), "clip") for i in range(6)]
     assert all(each.result(240) is not None for each in waiting)
     assert detector.sizes == [1] * 6
 
@@ -121,15 +121,15 @@ def test_failed_batch_is_retried_frame_by_frame(
     make_detector: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
 ) -> None:
     detector = BlockingDetector(ColorModel())  # fails on magenta
-    keyframes = make_detector(detector)
-    first = keyframes.submit(frame(0), "door")
+    background = make_detector(detector)
+    first = background.submit(frame(0), "door")
     assert detector.began.wait(240)
-    rest = [keyframes.submit(frame(1), "door", 0), keyframes.submit(Frame(MAGENTA, 5, 0.2), "yard", 1)]
-    rest.append(keyframes.submit(frame(2), "door", 0))
+    rest = [background.submit(frame(1), "door", 0), background.submit(Frame(MAGENTA, 5, 0.2), "yard", 1)]
+    rest.append(background.submit(frame(2), "door", 0))
     detector.go.set()
     assert [each.result(240) is None for each in (first, *rest)] == [False, False, True, False]
     assert detector.sizes == [1, 2, 1, 1, 1]  # the frames of the failed call are detected one by one
-    assert (keyframes.detections_run, keyframes.failed) == (3, 1)
+    assert (background.detections_run, background.failed) == (3, 1)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith("yard: the detector failed on frame 5: ")
@@ -139,9 +139,9 @@ def test_tiny_model_returns_the_same_boxes_in_batches(make_detector: Callable[..
     scenes = [render_scene(seed, resolution_wh=(240, 160)).image for seed in range(3)]
     with load("tiny", device="cpu", dtype="float32") as model:
         detector = Detector(model)
-        keyframes = make_detector(BlockingDetector(model))
-        keyframes._detector.go.set()  # type: ignore[union-attr]
-        waiting = [keyframes.submit(Frame(image, i, 0.0), "clip") for i, image in enumerate(scenes)]
+        background = make_detector(BlockingDetector(model))
+        background._detector.go.set()  # type: ignore[union-attr]
+        waiting = [background.submit(Frame(image, i, 0.0), "clip") for i, image in enumerate(scenes)]
         for image, each in zip(scenes, waiting, strict=True):
             found, alone = each.result(240), detector(image, CLASSES)
             assert found is not None
@@ -171,17 +171,17 @@ INVALID: dict[str, Callable[..., Any]] = {
 def test_invalid_results_count_as_failed(
     detector: Callable[..., Any], make_detector: Callable[..., KeyframeDetector], caplog: pytest.LogCaptureFixture
 ) -> None:
-    keyframes = make_detector(detector)
-    assert [keyframes.submit(frame(i), "the yard").result(240) for i in range(2)] == [None, None]
-    assert (keyframes.detections_run, keyframes.failed) == (0, 2)
+    background = make_detector(detector)
+    assert [background.submit(frame(i), "the yard").result(240) for i in range(2)] == [None, None]
+    assert (background.detections_run, background.failed) == (0, 2)
     assert "the yard: the detector failed on frame 1: " in caplog.text
 
 
 def test_empty_detections_are_valid(make_detector: Callable[..., KeyframeDetector]) -> None:
     for empty in (sv.Detections.empty(), sv.Detections(np.zeros((0, 4)), class_id=np.zeros(0, int))):
-        keyframes = make_detector(lambda image, classes, empty=empty: empty)
-        assert keyframes.submit(frame(0), "clip").result(240) is not None
-        assert keyframes.failed == 0
+        background = make_detector(lambda image, classes, empty=empty: empty)
+        assert background.submit(frame(0), "clip").result(240) is not None
+        assert background.failed == 0
 
 
 def test_single_frame_detector_returns_each_result_immediately(
@@ -196,17 +196,17 @@ def test_single_frame_detector_returns_each_result_immediately(
         now[0] += 0.1
         return red(image, classes)
 
-    keyframes = make_detector(slow)
-    first = keyframes.submit(frame(0), "clip")
+    background = make_detector(slow)
+    first = background.submit(frame(0), "clip")
     assert began.wait(240)
-    second, *_, last = (keyframes.submit(frame(i), "clip") for i in range(1, 6))
+    second, *_, last = (background.submit(frame(i), "clip") for i in range(1, 6))
     may_return.release(2)
     first.result(240)
     second.result(240)
     assert not last.done()
     may_return.release(4)
     last.result(240)
-    assert keyframes.seconds == pytest.approx(0.1)  # the duration of a call
+    assert background.seconds == pytest.approx(0.1)  # the duration of a call
 
 
 class Exit(BaseException):
@@ -227,28 +227,28 @@ def test_detector_that_exits_does_not_block_its_caller(make_detector: Callable[.
 
 def test_close_cancels_waiting_keyframes() -> None:
     detector, began, go = blocked_detector(red)
-    keyframes = KeyframeDetector(detector, CLASSES)
-    first = keyframes.submit(frame(0), "clip")
+    background = KeyframeDetector(detector, CLASSES)
+    first = background.submit(frame(0), "clip")
     assert began.wait(240)
-    second = keyframes.submit(frame(1), "clip")
-    assert not keyframes.close(0.1)  # returns although the detector is still running
+    second = background.submit(frame(1), "clip")
+    assert not background.close(0.1)  # returns although the detector is still running
     assert not first.done()
     assert second.cancelled()
-    assert keyframes.submit(frame(2), "clip").cancelled()
+    assert background.submit(frame(2), "clip").cancelled()
     go.set()
     assert first.result(240) is not None
-    assert keyframes.close(240)
-    assert not keyframes._thread.is_alive()
-    assert keyframes.detections_run == 1
+    assert background.close(240)
+    assert not background._thread.is_alive()
+    assert background.detections_run == 1
 
 
 EXIT = """
 import atexit
 import supervision as sv
-keyframes = None
-atexit.register(lambda: print(keyframes._thread.is_alive()))  # runs last
+background = None
+atexit.register(lambda: print(background._thread.is_alive()))  # runs last
 from moondream_cv.video.tracking.keyframe_detector import KeyframeDetector
-keyframes = KeyframeDetector(lambda image, classes: sv.Detections.empty(), ["dog"])
+background = KeyframeDetector(lambda image, classes: sv.Detections.empty(), ["dog"])
 """
 
 

@@ -212,6 +212,35 @@ def test_duplicates_are_not_returned(images: list[np.ndarray]) -> None:
     assert ids(tracker.step(images[0], 0.0, found)) == [1, 2]
 
 
+def test_untracked_detections_are_returned_on_keyframes_with_id_minus_1(images: list[np.ndarray]) -> None:
+    import trackers
+
+    class FirstBoxTracker(trackers.SORTTracker):
+        tracker_id = None
+
+        def update(self, detections: sv.Detections, *args: Any, **options: Any) -> sv.Detections:
+            return super().update(detections[:1], *args, **options)  # type: ignore[arg-type]
+
+    tracker = OnlineTracker(Tracking(lambda: FirstBoxTracker(minimum_consecutive_frames=1)))
+    assert ids(tracker.step(images[0], 0.0, boxes(100, 220))) == [1, -1]
+    assert ids(tracker.step(images[1], 0.1)) == [1]
+
+
+def test_late_detections_cover_longer(images: list[np.ndarray]) -> None:
+    covered = {}
+    for delay in (0, 5):
+        tracker = OnlineTracker(Tracking(redact=True, bridge_seconds=0.2))
+        frames = [Frame(image, n, n / FPS) for n, image in enumerate(images[:20])]
+        number = 0
+        for frame in frames:
+            found = boxes(100) if frame.index == delay else None
+            tracker.step_frame(frame, found, keyframe=frames[0] if found else None, unknown_interval=0.01)
+            assert tracker.redaction is not None
+            number = frame.index if len(tracker.redaction) else number
+        covered[delay] = number  # the last covered frame
+    assert covered == {0: 5, 5: 10}
+
+
 @pytest.mark.parametrize("every", [0, -1, 2.5, "auto", None])
 def test_invalid_every_is_rejected(every: Any) -> None:
     with pytest.raises(ValueError, match="every must be an integer of at least 1, got "):
