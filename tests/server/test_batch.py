@@ -363,7 +363,7 @@ def test_images_of_earlier_lines_are_freed(tiny: LocalModel, monkeypatch: pytest
 
 
 async def started(model: LocalModel) -> Service:
-    """Yield a service in this event loop, without an image cache and with one queue slot in use."""
+    """Return a service in this event loop, without an image cache and with one queue slot in use."""
     service = Service(model, "tiny", ServerSettings(keep=1))
     await service.start()
     service.acquire_slot()

@@ -50,13 +50,13 @@ def inputs(uri: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def outputs(tiny: LocalModel, scene_image: Image.Image) -> dict[str, dict[str, Any]]:
     """Return the expected outputs of the four apps, computed with the model."""
-    told = tiny.caption(scene_image, settings=GREEDY)
+    expected = tiny.caption(scene_image, settings=GREEDY)
     answer = tiny.query(scene_image, "How many objects are there?", settings=GREEDY)
     boxes, points = tiny.detect(scene_image, "blue square")["objects"], tiny.point(scene_image, "cat")["points"]
     assert boxes
     assert points
     return {
-        "": {"output": told.pop("caption"), **told},
+        "": {"output": expected.pop("caption"), **expected},
         "/visual-query": {"output": answer.pop("answer"), **answer},
         "/object-detection": {"objects": boxes, "truncated": False, "image": SIZE},
         "/point-object-detection": {"objects": points, "truncated": False, "image": SIZE},
@@ -290,7 +290,7 @@ arguments = {{"image_url": uri, **{LONG!r}}}
 app = APP + "/visual-query"
 handle = fal_client.submit(app, arguments, start_timeout=1.1)  # the client takes no shorter ones
 found = [failure(lambda: fal_client.run(app, arguments, start_timeout=1.1, timeout=240)), failure(handle.get)]
-for limit in (1.1, 11, 60):  # the first one within which this machine takes the request
+for limit in (1.1, 11, 60):  # use the first limit within which this machine takes the request
     try:
         fal_client.subscribe(app, arguments, client_timeout=limit)
     except FalClientTimeoutError as error:

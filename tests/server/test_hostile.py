@@ -279,7 +279,7 @@ def test_at_least_200_hostile_inputs_are_tested() -> None:
     assert len(IMAGES) + len(BODIES) >= 200
 
 
-def test_hostile_inputs_leave_no_requests_threads_or_files(target: Served) -> None:
+def test_repeated_hostile_inputs_do_not_grow_memory_or_threads(target: Served) -> None:
     process = psutil.Process(os.getpid())
 
     def all_once() -> None:

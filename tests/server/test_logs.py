@@ -91,7 +91,7 @@ ODD = "a\n\x1b\x7f\x9b\u2028\u202e\ud800ü猫"
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_concurrent_requests_lose_no_log_line(as_json: bool, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_characters_lose_no_log_line(as_json: bool, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     # Python's standard error replaces characters that it cannot encode.
     stream = io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace")

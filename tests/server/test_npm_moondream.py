@@ -74,8 +74,8 @@ def drive(url: str, image: str, *wanted: tuple[str, dict[str, Any]], key: str = 
         cwd=PACKAGES, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
-    return told["replies"], Image.fromarray(to_rgb(decode_base64(told["sent"])))
+    output = json.loads(ran.stdout)
+    return output["replies"], Image.fromarray(to_rgb(decode_base64(output["sent"])))
 
 
 @pytest.fixture(scope="module")

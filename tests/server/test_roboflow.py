@@ -370,7 +370,7 @@ def test_client_sends_api_keys(tiny: LocalModel, uri: str, transport: str) -> No
             assert KEY not in caught.value.api_message
 
 
-def test_other_positions_of_the_key_are_accepted(tiny: LocalModel, uri: str) -> None:
+def test_key_in_the_query_is_accepted_and_invalid_keys_get_401(tiny: LocalModel, uri: str) -> None:
     body = {"model_id": NAME, "prompt": "cat", "image": {"type": "base64", "value": uri}}
     with served(tiny, api_keys=(KEY,)) as running:
         assert running.post(f"/infer/lmm?api_key={KEY}", body).status_code == 200

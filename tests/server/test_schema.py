@@ -140,13 +140,13 @@ def document(target: Served) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def published(target: Served, document: dict[str, Any]) -> Any:
     """The schema for schemathesis, without event streams, whose schema it would apply to single events."""
-    told = json.loads(json.dumps(document))
-    for path in told["paths"].values():
+    adapted = json.loads(json.dumps(document))
+    for path in adapted["paths"].values():
         for operation in path.values():
             for response in operation["responses"].values():
                 if "text/event-stream" in response.get("content", {}):
                     response["content"]["text/event-stream"] = {"itemSchema": EVENT}
-    schema = schemathesis.openapi.from_dict(told, config=SchemathesisConfig())
+    schema = schemathesis.openapi.from_dict(adapted, config=SchemathesisConfig())
     schema.config.update(base_url=target.url)
     schema.config.checks.update(included_check_names=CHECKS)
     schema.config.checks.not_a_server_error.expected_statuses = ALLOWED
