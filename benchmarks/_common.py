@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.tokenizer import build_tokenizer

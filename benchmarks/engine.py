@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moondream_cv import Caption, Detect, Detector, Point, Query, Settings, load
 from moondream_cv.engine.crops import Crops, cut_crops, normalize
-from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.kv_cache import prefill_images
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.prompts import embed_prompts, write_prompt
 from moondream_cv.images import to_rgb
 from moondream_cv.model.region import bin_to_coordinate, bin_to_size

@@ -16,7 +16,7 @@ import torch
 from _common import random_model, seconds
 
 from moondream_cv import Query, Settings, load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 
 RESOLUTIONS = ((640, 480), (1920, 1080))
 BATCH_SIZES = (1, 8, 64)

@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from moondream_cv.engine.crops import cut_crops, normalize
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.tokenizer import build_tokenizer

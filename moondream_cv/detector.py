@@ -22,7 +22,7 @@ from PIL import Image
 
 from moondream_cv import postprocessing
 from moondream_cv._deprecation import renamed_function
-from moondream_cv._signatures import inherit_options
+from moondream_cv._inherited_options import inherit_options
 from moondream_cv.arguments import (
     check_choice,
     check_classes,

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moondream_cv.engine.calibration import FILE_NAME, Calibration
-from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import CheckpointError
 from moondream_cv.loading import choose_device, choose_dtype
 from moondream_cv.model.checkpoints import MODEL_TYPE, load_network

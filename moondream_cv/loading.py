@@ -25,7 +25,7 @@ from moondream_cv.urls import is_url, shown_url
 if TYPE_CHECKING:
     import torch
 
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.model.config import MoondreamConfig
     from moondream_cv.model.sources import Source
     from moondream_cv.vision_model import VisionModel
@@ -89,7 +89,7 @@ def load(
     """
     from moondream_cv.engine.calibration import Calibration
     from moondream_cv.engine.image_cache import ImageCache
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.model.adapters import load_adapter
     from moondream_cv.model.checkpoints import load_network
 

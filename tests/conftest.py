@@ -14,7 +14,7 @@ from tests.helpers.signals import default_signals
 from tests.helpers.system_tests import is_system_test
 
 if TYPE_CHECKING:
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
 
 
 # Without deadlines, which fail on busy machines

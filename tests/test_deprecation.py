@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
 
 from moondream_cv._deprecation import renamed_arguments, renamed_attribute, renamed_function
@@ -101,3 +102,27 @@ def test_deprecated_names_of_a_lazy_package_resolve_with_a_warning(monkeypatch: 
     assert "watch" not in dir(package)
     with pytest.raises(AttributeError, match="module 'lazy_package' has no attribute 'nothing'"):
         package.nothing  # noqa: B018
+
+
+def test_old_names_of_models_and_scenes_work_with_a_warning() -> None:
+    from moondream_cv import scenes
+    from moondream_cv.engine.scheduler import Limits
+
+    with pytest.warns(FutureWarning, match=r"the argument rows is deprecated .*; use max_num_seqs"):
+        limits = Limits(rows=8)
+    assert limits == Limits(max_num_seqs=8)
+    with pytest.warns(FutureWarning, match=r"Limits\.images is deprecated .*; use Limits\.max_images"):
+        limits.images = 3
+    assert limits.max_images == 3
+    with pytest.warns(FutureWarning, match=r"scenes\.COLOURS is deprecated .*; use moondream_cv\.scenes\.COLORS"):
+        assert scenes.COLOURS is scenes.COLORS
+
+
+def test_old_name_of_preprocess_image_works_with_a_warning() -> None:
+    from moondream_cv.engine.local_model import LocalModel
+    from tests.helpers.models import random_model
+
+    image = np.zeros((40, 60, 3), np.uint8)
+    with pytest.warns(FutureWarning, match=r"LocalModel\.prepare_image is deprecated .*; use LocalModel\.preprocess_"):
+        preprocessed = LocalModel.prepare_image(random_model(), image)
+    assert preprocessed.size == (60, 40)

@@ -28,7 +28,7 @@ from PIL import ExifTags, Image
 from moondream_cv import detector as detector_module
 from moondream_cv.backends import DIALECTS
 from moondream_cv.detector import Detector, Pointer
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import BackendError, ImageError, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import DetectedObject, DetectedPoint, PointResult, Request, Result
 from tests.helpers.color_model import ColorModel, ListModel, color_frame

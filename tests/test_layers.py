@@ -168,7 +168,11 @@ def test_imports_go_only_downwards() -> None:
 
 
 def test_checker_reports_violations_and_nothing_else() -> None:
-    engine, video, server = f"{PACKAGE}.engine.local", f"{PACKAGE}.video.tracking.tracker", f"{PACKAGE}.server.bodies"
+    engine, video, server = (
+        f"{PACKAGE}.engine.local_model",
+        f"{PACKAGE}.video.tracking.tracker",
+        f"{PACKAGE}.server.bodies",
+    )
     for module, source, reported in [
         (engine, "from moondream_cv.detector import Detector", "is above it"),
         (engine, "def f():\n    from ..detector import Detector", "line 2: engine imports"),
@@ -182,7 +186,11 @@ def test_checker_reports_violations_and_nothing_else() -> None:
         (f"{PACKAGE}.geometry", "from moondream_cv.scenes import Scene", "is above it"),
         (f"{PACKAGE}.arguments", "from moondream_cv.geometry import to_xyxy", "is above it"),
         (f"{PACKAGE}.images", "import torch", "must not import torch"),
-        (f"{PACKAGE}.detector", "from moondream_cv.engine.local import LocalModel", "must not import moondream_cv.eng"),
+        (
+            f"{PACKAGE}.detector",
+            "from moondream_cv.engine.local_model import LocalModel",
+            "must not import moondream_cv.eng",
+        ),
         (f"{PACKAGE}.server.app", "from moondream_cv.video import track", "must not import moondream_cv.video"),
         (f"{PACKAGE}.server.apis.openai.routes", "import moondream_cv_blocks.v1", "is above it"),
         (f"{PLUGIN}.v1", "from moondream_cv.cli import app", "is above it"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from moondream_cv import load
 from moondream_cv.engine.crops import cut_crops
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.requests import Caption, Detect, Point, Query
 

@@ -18,7 +18,7 @@ from moondream_cv.backends import MoondreamAPI
 from moondream_cv.detector import Detector, Pointer
 from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.engine.image_cache import ImageCache
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import MoondreamError
 from tests.helpers.remote_server import Reply, remote_server
 from tests.test_parity import GOLDEN

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from moondream_cv.backends.base import RemoteModel
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import ImageError
 from moondream_cv.hf import MoondreamForCausalLM, MoondreamHfConfig
 from moondream_cv.vision_model import PublishedMethods

@@ -17,7 +17,7 @@ import supervision as sv
 from PIL import Image
 
 from moondream_cv import Detector, load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.color_model import ColorModel, color_frame
 
 pytestmark = pytest.mark.compat

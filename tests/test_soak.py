@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moondream_cv import load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Scheduler
 from moondream_cv.errors import RequestCancelled
 from moondream_cv.requests import Caption, Detect, ErrorResult, Gaze, Point, Query, Request, Settings

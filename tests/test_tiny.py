@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import Detector, Pointer, load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.evaluation.scenes import evaluate_scenes, held_out_scenes
 from moondream_cv.images import to_rgb
 from moondream_cv.scenes import Scene, render_scene

@@ -16,7 +16,7 @@ import torch
 import moondream_cv
 from moondream_cv import load
 from moondream_cv.detector import Detector
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.test_parity import GOLDEN, replies
 
 IMAGE = "4_50x40.png"

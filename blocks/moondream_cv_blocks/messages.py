@@ -33,7 +33,10 @@ _TERMS = (  # pattern in a message for Python users → replacement for users of
     (r"use MoondreamAPI( or a model from moondream_cv\.load\(\))?", "use moondream2 or moondream-cv serve"),
     (r"^\w+ cannot (.*); use ", r"this server cannot \1; use "),
     (r"^RoboflowInference needs", "the client of Roboflow Inference servers needs"),
-    (r"load the model with dtype='bfloat16' or 'float32'", f"select another device with the environment variable {DEVICE}"),
+    (
+        r"load the model with dtype='bfloat16' or 'float32'",
+        f"select another device with the environment variable {DEVICE}",
+    ),
 )
 
 

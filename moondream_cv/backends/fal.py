@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from moondream_cv._signatures import inherit_options
+from moondream_cv._inherited_options import inherit_options
 from moondream_cv.backends import responses
 from moondream_cv.backends.base import RemoteModel, RemoteOptions, changed_settings
 from moondream_cv.backends.images import EncodedImage

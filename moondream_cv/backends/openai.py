@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moondream_cv._signatures import inherit_options
+from moondream_cv._inherited_options import inherit_options
 from moondream_cv.backends import responses
 from moondream_cv.backends.base import RemoteModel, RemoteOptions, changed_settings, listed_models, model_has_scores
 from moondream_cv.backends.http import Probe

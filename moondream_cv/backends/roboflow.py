@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from moondream_cv._signatures import inherit_options
+from moondream_cv._inherited_options import inherit_options
 from moondream_cv.backends import responses
 from moondream_cv.backends.base import RemoteModel, RemoteOptions
 from moondream_cv.backends.call_timeout import TimeoutExecutor

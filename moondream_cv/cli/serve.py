@@ -16,7 +16,7 @@ from .models import ModelOptions, check_remote
 from .report import shown_model
 
 if TYPE_CHECKING:
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.server.runtime.engine_process import ProcessEngine
     from moondream_cv.vision_model import VisionModel
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.preprocessing import PreprocessedImage, digest_of
 
 InFlight = Future["EncodedImage | None"]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moondream_cv.engine.encoding import EncodedImage
 from moondream_cv.engine.heads import NUM_PARTIAL_COLUMNS, HeadOutputs, TokenOutput, run_heads
+from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.kv_cache import GROWTH_STEPS, CacheGroup, PrefixSharedKVCache
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import Prompt, embed_prompts

@@ -26,10 +26,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from moondream_cv._deprecation import renamed_arguments, renamed_attribute
 from moondream_cv.engine.admission import ADMISSION_INTERVAL, AdmissionPolicy
 from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
-from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.memory import free_after, is_out_of_memory
 from moondream_cv.engine.model_runner import ModelRunner
 from moondream_cv.engine.preprocessing import PreprocessedImage
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 GRAMMAR_POLL_SECONDS = 0.005  # how long an idle step waits for a grammar to be compiled
 
 
+@renamed_arguments(rows="max_num_seqs", images="max_images")
 @dataclass
 class Limits:
     """Limits on what decodes at the same time. A device that runs out of memory halves them.
@@ -58,6 +60,9 @@ class Limits:
 
     max_num_seqs: int = 64
     max_images: int = 16
+
+    rows = renamed_attribute("Limits.rows", "max_num_seqs")
+    images = renamed_attribute("Limits.images", "max_images")
 
     @classmethod
     def for_prefix_size(cls, prefix_bytes: int) -> Limits:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.kv_cache import CacheGroup
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import Prompt

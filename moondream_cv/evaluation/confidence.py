@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moondream_cv.engine.calibration import FILE_NAME, SKILLS, Calibration, Curve
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.evaluation.matching import true_positive_boxes, true_positive_points
 from moondream_cv.evaluation.metrics import (
     average_precision,

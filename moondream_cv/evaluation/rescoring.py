@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moondream_cv.engine.confidence import axis_features, confidence, continue_probability
-from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.prompts import embed_prompts, write_prompt
 from moondream_cv.model.region import bin_to_coordinate, bin_to_size, size_to_bin
 from moondream_cv.requests import Detect, DetectResult, Point, PointResult

@@ -50,4 +50,6 @@ _SUBMODULES = {
     "with_article": "world",
 }
 
-__getattr__, __dir__ = lazy_names(__name__, _SUBMODULES)
+__getattr__, __dir__ = lazy_names(
+    __name__, _SUBMODULES, renamed={"COLOURED_SHAPES": "COLORED_SHAPES", "COLOURS": "COLORS"}
+)

@@ -21,8 +21,8 @@ from cachetools import LRUCache
 from PIL import Image
 
 from moondream_cv.errors import ImageError
-from moondream_cv.server.decoding import DecoderPool, FairSlots
 from moondream_cv.server.fetching import Fetcher
+from moondream_cv.server.image_decoding import DecoderPool, FairSlots
 from moondream_cv.server.logs import client_address
 
 _DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)

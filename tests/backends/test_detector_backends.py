@@ -12,7 +12,7 @@ import pytest
 
 from moondream_cv import Detector, connect, load
 from moondream_cv.backends import DIALECTS, MoondreamAPI
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import BackendError
 from tests.helpers.color_model import ColorModel, color_frame
 from tests.helpers.served import served

@@ -22,7 +22,7 @@ import pytest
 
 import moondream_cv
 from moondream_cv import load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import BackendError, CheckpointError, MoondreamError
 from moondream_cv.requests import Detect, ErrorResult
 from moondream_cv_blocks import REGISTERED_INITIALIZERS, ModelPool, load_blocks, pool

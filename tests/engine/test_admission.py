@@ -17,7 +17,7 @@ from moondream_cv.engine.admission import (
     MAX_TEXT_IMAGES,
     RARE_REGION_RATIO,
 )
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.engine.sequence_state import Job
 from moondream_cv.requests import Caption, Detect, ErrorResult, Request, Settings

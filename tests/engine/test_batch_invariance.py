@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moondream_cv import load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Limits
 from moondream_cv.requests import Caption, Detect, Gaze, Point, Query, Request, Settings
 from moondream_cv.scenes.render import render_scene

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moondream_cv.engine import local
-from moondream_cv.engine.encoding import EncodedImage, encode_images
+from moondream_cv.engine import local_model
 from moondream_cv.engine.image_cache import ImageCache, ImageKey
+from moondream_cv.engine.image_encoding import EncodedImage, encode_images
 from moondream_cv.engine.kv_cache import ImagePrefix
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 
 
 def image_of(nbytes: int) -> EncodedImage:
@@ -271,7 +271,7 @@ def test_concurrent_misses_encode_an_image_once(
             return None
 
     monkeypatch.setattr(model, "image_cache", ImageCache(4, 10_000_000))
-    monkeypatch.setattr(local, "encode_images", encode)
+    monkeypatch.setattr(local_model, "encode_images", encode)
     with ThreadPoolExecutor(threads) as pool:
         given = list(pool.map(call, range(threads)))
     assert given.count(None) == failures

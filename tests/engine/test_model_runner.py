@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moondream_cv.engine.heads import COLUMNS, NUM_PARTIAL_COLUMNS, AxisOutputs, HeadOutputs
 from moondream_cv.engine.kv_cache import PrefixSharedKVCache
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.model_runner import ModelRunner, decode_step
 from moondream_cv.engine.prompts import write_prompt
 from moondream_cv.engine.sequence_state import Job, SequenceState, WaitingImage

@@ -11,7 +11,7 @@ from PIL import Image
 from moondream_cv import Detector
 from moondream_cv.engine.crops import cut_crops
 from moondream_cv.engine.image_cache import ImageCache
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import ImageError
 from moondream_cv.requests import Caption, Detect, Query, Settings
 from tests.helpers.batch_invariance import assert_same

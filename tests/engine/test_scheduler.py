@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 from moondream_cv import load
 from moondream_cv.engine.admission import ADMISSION_INTERVAL
-from moondream_cv.engine.encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.kv_cache import ImagePrefix, PrefixSharedKVCache
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Limits, Scheduler
 from moondream_cv.engine.sequence_state import Job
 from moondream_cv.errors import CheckpointError, ImageError, MoondreamError, RequestCancelled, UnsupportedSkill

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.stop_strings import StopStringMatcher
 from moondream_cv.requests import Query, QueryResult, Settings
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moondream_cv import load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.sampling import SamplingParams, sample
 from moondream_cv.errors import MoondreamError, RequestCancelled, SchemaError
 from moondream_cv.requests import Detect, ErrorResult, Query, QueryResult, Request, Result, Settings

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moondream_cv import load
 from moondream_cv.engine.calibration import FILE_NAME, Calibration
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.evaluation import confidence
 from moondream_cv.evaluation.confidence import (
     FIRST_SEEDS,

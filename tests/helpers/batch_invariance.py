@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import (
     CaptionResult,
     DetectResult,

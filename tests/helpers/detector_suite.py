@@ -32,7 +32,7 @@ from PIL import Image
 from moondream_cv import Detector, Pointer, postprocessing
 from moondream_cv import detector as detector_module
 from moondream_cv.backends import DIALECTS
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import ImageError, MoondreamError, UnsupportedSkill
 from moondream_cv.scenes import render_scene
 

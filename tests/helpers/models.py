@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.training.tiny import tiny_config, tiny_templates
 from moondream_cv.training.tokenizer import build_tokenizer

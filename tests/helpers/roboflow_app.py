@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 
 MODEL_IDS = ("moondream2", "moondream2/moondream2_2b_jul24", "moondream2/moondream2-2b")
 MODEL_ID = MODEL_IDS[-1]

@@ -16,7 +16,7 @@ import pytest
 
 TESTS = str(Path(__file__).parents[1])
 MODULES = (
-    "moondream_cv.server.decoding",
+    "moondream_cv.server.image_decoding",
     "moondream_cv.server.runtime.engine_process",
     "moondream_cv.server.service",
     "multiprocessing",

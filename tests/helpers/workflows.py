@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import Request
 from moondream_cv.scenes import Clip
 

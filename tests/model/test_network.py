@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.layers import rotary_table, rotate

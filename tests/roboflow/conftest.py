@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moondream_cv import load
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import Scene, render_clip, render_scene
 from tests.helpers.roboflow_app import MODEL_ID, encoded, prepare, serve
 from tests.helpers.workflows import CountingModel, bgr_frames

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import Detector, Pointer
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.scenes import render_scene
 from moondream_cv_blocks import ModelPool, pool

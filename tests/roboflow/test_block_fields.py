@@ -208,8 +208,10 @@ def test_error_message_hides_credentials_of_a_url() -> None:
 def test_model_that_is_not_allowed_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOONDREAM_CV_BLOCKS_MODELS", "tiny")
     compile_workflow(with_fields("caption"))
-    assert compile_error(with_fields("caption", model="moondream2")).endswith(
-        "'moondream2' is not allowed, only tiny; add it to the environment variable MOONDREAM_CV_BLOCKS_MODELS to use it"
+    error = compile_error(with_fields("caption", model="moondream2"))
+    assert error.endswith(
+        "'moondream2' is not allowed, only tiny; add it to the environment variable MOONDREAM_CV_BLOCKS_MODELS "
+        "to use it"
     )
 
 

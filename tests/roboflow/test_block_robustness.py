@@ -16,7 +16,7 @@ import pytest
 import supervision as sv
 
 import moondream_cv
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import BackendError
 from moondream_cv.requests import ErrorResult
 from moondream_cv.scenes import render_clip

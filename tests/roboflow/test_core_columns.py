@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.remote_server import Reply, remote_server
 from tests.helpers.roboflow_app import model_manager, skip_without_server
 from tests.helpers.workflows import compile_workflow, run_engine, run_workflow, step, workflow

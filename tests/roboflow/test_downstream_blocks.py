@@ -14,7 +14,7 @@ import pytest
 import supervision as sv
 
 from moondream_cv import Detector, Pointer
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import Scene, render_clip, render_scene
 from moondream_cv.scenes.clips import Clip
 from moondream_cv_blocks.pool import shared_pool

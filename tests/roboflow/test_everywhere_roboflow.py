@@ -11,7 +11,7 @@ import pytest
 
 from moondream_cv import connect
 from moondream_cv.backends import DIALECTS, RoboflowInference
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.served import served
 

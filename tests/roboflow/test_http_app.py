@@ -11,7 +11,7 @@ import pytest
 import requests
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import Scene
 from tests.helpers.roboflow_app import MODEL_ID, MODEL_IDS, boxes_of, encoded, expected_boxes, skip_without_server
 

@@ -11,7 +11,7 @@ import pytest
 
 from moondream_cv import Detector
 from moondream_cv.backends import RoboflowInference
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import BackendError, ImageError
 from moondream_cv.requests import Detect, DetectResult, ErrorResult
 from tests.helpers.detector_suite import Deployment

@@ -18,7 +18,7 @@ import pytest
 import supervision as sv
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import Scene, SceneObject, render_clip, render_scene
 from moondream_cv.scenes.clips import TrackedObject
 from moondream_cv_blocks import ModelPool

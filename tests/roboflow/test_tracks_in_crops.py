@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import supervision as sv
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import render_clip
 from moondream_cv.scenes.clips import Clip
 from tests.helpers.roboflow_app import skip_without_server

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from moondream_cv import Detector, Pointer
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import Scene
 from tests.helpers.roboflow_app import boxes_of, encoded, expected_boxes, skip_without_server
 from tests.helpers.workflows import BLOCKS, NAMESPACE, step, workflow

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.scenes import render_clip
 from moondream_cv.scenes.clips import Clip

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import render_clip
 from tests.helpers.clips import write_clip
 from tests.helpers.roboflow_app import skip_without_server

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import scenes
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.loading import load
 from tests.helpers.served import Served, data_uri, served
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import scenes
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import Caption, Detect, Point, Query
 from moondream_cv.server.apis.batch import MAX_IN_FLIGHT, MAX_LINES, Batch
 from moondream_cv.server.apis.moondream import result_body

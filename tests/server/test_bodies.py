@@ -11,7 +11,7 @@ import json
 
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.server.bodies import MAX_DEPTH, MAX_VALUES, ReceiveBudget, check_json
 from moondream_cv.server.errors import ServerError
 from tests.helpers.served import served

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.server import connections
 from moondream_cv.server.connections import MAX_HEAD, MAX_URL, address_group
 from tests.helpers.served import Served, served

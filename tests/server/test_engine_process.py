@@ -19,7 +19,7 @@ import pytest
 
 from moondream_cv.cli.models import ModelOptions
 from moondream_cv.cli.serve import load_model
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
 from moondream_cv.server.runtime.engine_process import ProcessEngine
 from tests.helpers.models import endless_model

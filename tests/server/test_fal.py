@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.certificates import Certificates, make_certificates
 from tests.helpers.fal_clients import run_python
 from tests.helpers.held_server import held_server

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.fal_clients import run_node
 from tests.helpers.held_server import held_server
 from tests.helpers.served import Served, served

@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.server.apis.fal.queue import QueuedRequest, RequestQueue
 from moondream_cv.server.errors import ServerError
 from moondream_cv.server.request_context import RequestContext

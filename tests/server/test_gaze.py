@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv import connect
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import Gaze, GazeResult
 from tests.helpers.color_model import ColorModel
 from tests.helpers.remote_server import Reply, remote_server

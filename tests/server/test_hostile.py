@@ -21,7 +21,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.served import Served, served
 from tests.helpers.waiting import until
 from tests.test_image_formats import HOSTILE, bitmap, icon, jp2_of, tiff_with_tile

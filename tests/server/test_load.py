@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import Caption, Detect, Point, Query, Settings
 from moondream_cv.scenes import render_scene
 from tests.helpers.served import Served, data_uri, served

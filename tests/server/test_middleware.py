@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.server import logs, middleware
 from moondream_cv.server.settings import ServerSettings
 from tests.helpers.served import Served, served

@@ -19,7 +19,7 @@ from moondream.types import Base64EncodedImage
 from PIL import Image
 
 from moondream_cv import scenes
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.server.images import decode_base64
 from tests.helpers.models import endless_model

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.server.images import decode_base64
 from tests.helpers.served import Served, served

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel, Field
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.held_server import held_server
 from tests.helpers.openai_client import (
     GREEDY,

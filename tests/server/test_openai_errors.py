@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import BackendError, UnsupportedSkill
 from moondream_cv.requests import ErrorResult, QueryResult, Request, Result
 from tests.helpers.held_server import held_server

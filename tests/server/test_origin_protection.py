@@ -8,7 +8,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.server.origin_protection import allowed_hosts_for, host_name
 from tests.helpers.served import Served, served
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.loading import load
 from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
 from tests.helpers.browser import (

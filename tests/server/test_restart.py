@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from moondream_cv.backends import MoondreamAPI
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import Caption, Detect, Query, Request, Result, Settings
 from moondream_cv.scenes import render_scene
 from tests.helpers.serve_process import ServeProcess, free_port

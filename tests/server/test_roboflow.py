@@ -25,7 +25,7 @@ from inference_sdk.http.errors import HTTPCallErrorError
 from PIL import Image
 
 from moondream_cv import __version__, scenes
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.requests import DetectedObject, DetectResult, Request, Result
 from moondream_cv.server.apis.roboflow import MAX_IMAGES
 from moondream_cv.server.images import decode_base64

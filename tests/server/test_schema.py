@@ -18,7 +18,7 @@ from PIL import Image
 from schemathesis.config import SchemathesisConfig
 from schemathesis.generation import GenerationMode
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.served import Served, data_uri, served
 from tests.helpers.waiting import until
 

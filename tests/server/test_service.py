@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
 from moondream_cv.requests import CaptionResult, Query, Request, Result, Settings
 from moondream_cv.server.request_context import RequestContext, run_in_background

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moondream_cv.engine.crops import cut_crops
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.model.region import bin_to_coordinate
 from moondream_cv.requests import Detect, Query, Settings
 from moondream_cv.scenes.render import render_scene

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from moondream_cv.requests import Request, Result
 
 if TYPE_CHECKING:
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.engine.sequence_state import Job
 
 RequestId = TypeVar("RequestId", bound=Hashable)

@@ -31,7 +31,7 @@ from moondream_cv.server.runtime.engines import Call, Engine, engine_failure, re
 from moondream_cv.server.runtime.metrics import Metrics
 
 if TYPE_CHECKING:
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
 
 logger = logging.getLogger(__name__)
 

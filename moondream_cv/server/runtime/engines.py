@@ -35,7 +35,7 @@ from moondream_cv.server.runtime.engine_loop import EngineLoop, Usage
 from moondream_cv.server.runtime.metrics import Metrics
 
 if TYPE_CHECKING:
-    from moondream_cv.engine.local import LocalModel
+    from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.vision_model import VisionModel
 
 logger = logging.getLogger(__name__)

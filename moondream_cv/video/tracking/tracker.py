@@ -21,7 +21,7 @@ import numpy as np
 import supervision as sv
 
 from moondream_cv.video.sources.frame import Frame
-from moondream_cv.video.tracking.conflicts import ClassConflicts
+from moondream_cv.video.tracking.class_conflicts import ClassConflicts
 from moondream_cv.video.tracking.reassociation import match_lost_tracks
 from moondream_cv.video.tracking.trackers_adapter import TrackersAdapter, tracker_factory
 from moondream_cv.video.tracking.tracks import Box, Observation, Track

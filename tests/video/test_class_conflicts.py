@@ -1,4 +1,4 @@
-"""Duplicates and contradictions among detections. Run with `pytest tests/video/test_conflicts.py`."""
+"""Duplicates and contradictions among detections. Run with `pytest tests/video/test_class_conflicts.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Image decoding in processes: time limit, crashes, fairness between clients.
 
-Run with `pytest tests/server/test_decoding.py`.
+Run with `pytest tests/server/test_image_decoding.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import ImageError
-from moondream_cv.server.decoding import DecoderPool, FairSlots
+from moondream_cv.server.image_decoding import DecoderPool, FairSlots
 from tests.helpers.served import data_uri, served
 from tests.helpers.waiting import until
 

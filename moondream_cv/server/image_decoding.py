@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moondream_cv.errors import ImageError
-from moondream_cv.server.decoder_process import FAILURE, READY, REPLY, REQUEST
+from moondream_cv.server.image_decoder_process import FAILURE, READY, REPLY, REQUEST
 
 _PIPE_BYTES = 2**20
 _F_SETPIPE_SZ = 1031  # Linux fcntl command
@@ -117,7 +117,7 @@ class _DecoderProcess:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moondream_cv.server.decoder_process", str(max_pixels)],
+            [sys.executable, "-m", "moondream_cv.server.image_decoder_process", str(max_pixels)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # image libraries print data of the files

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from moondream_cv import load
-from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import ImageError, MoondreamError
 from moondream_cv.requests import (
     Caption,

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from moondream_cv import load
-from moondream_cv.engine.encoding import EncodedImage
-from moondream_cv.engine.fingerprint import fingerprint
-from moondream_cv.engine.local import LocalModel
+from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.local_model import LocalModel
+from moondream_cv.engine.model_fingerprint import fingerprint
 from moondream_cv.requests import ErrorResult, Point, Settings
 from tests.test_parity import GOLDEN
 

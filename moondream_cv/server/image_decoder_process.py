@@ -1,7 +1,7 @@
 """The program of a decoder process: it reads image files from standard input and writes RGB pixels to standard output.
 
 It is separate from the server so that a decoder that hangs, crashes or uses too much memory can be killed alone.
-`decoding.py` starts it.
+`image_decoding.py` starts it.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from moondream_cv._deprecation import renamed_function
 from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
-from moondream_cv.engine.encoding import EncodedImage, encode_images, reencode
-from moondream_cv.engine.fingerprint import fingerprint
 from moondream_cv.engine.image_cache import ImageCache, ImageKey, InFlight
+from moondream_cv.engine.image_encoding import EncodedImage, encode_images, reencode
+from moondream_cv.engine.model_fingerprint import fingerprint
 from moondream_cv.engine.model_runner import ModelRunner
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.scheduler import Limits, Scheduler, SchedulerContext
@@ -264,6 +265,8 @@ class LocalModel(PublishedMethods):
         if isinstance(image, PreprocessedImage):
             return image
         return self.preprocess_array(to_rgb(image), Settings.of(settings))
+
+    prepare_image = renamed_function("LocalModel.prepare_image", "LocalModel.preprocess_image", preprocess_image)
 
     def preprocess_array(self, rgb: np.ndarray, settings: Settings) -> PreprocessedImage:
         """Cut an RGB array into crops, as `preprocess_image` does.
