@@ -36,10 +36,16 @@ def is_system_test(item: pytest.Item, known: dict[object, bool]) -> bool:
     """
     functions = [getattr(item, "function", None)]
     functions += [fixtures[-1].func for fixtures in item._fixtureinfo.name2fixturedefs.values()]
-    return any(_uses_processes(function, known) for function in functions)
+    return any(uses_processes(function, known) for function in functions)
 
 
-def _uses_processes(value: Any, known: dict[object, bool]) -> bool:
+def uses_processes(value: Any, known: dict[object, bool]) -> bool:
+    """Return whether a module is one of MODULES, or a function or class of the tests reaches one of them.
+
+    Args:
+        value: Module, function, class or any other object.
+        known: Answers for functions and classes that have been examined; updated.
+    """
     if isinstance(value, ModuleType):
         return _is_listed(value.__name__)
     value = inspect.unwrap(value) if callable(value) else value
@@ -52,7 +58,7 @@ def _uses_processes(value: Any, known: dict[object, bool]) -> bool:
         known[value] = False  # for functions that call themselves
         members = [value] if isinstance(value, FunctionType) else vars(value).values()
         known[value] = any(
-            _is_listed(name) or _uses_processes(member.__globals__.get(name), known)
+            _is_listed(name) or uses_processes(member.__globals__.get(name), known)
             for member in members
             if isinstance(member, FunctionType) and member.__code__.co_filename.startswith(TESTS)
             for name in _names(member.__code__)
