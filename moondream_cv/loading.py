@@ -208,7 +208,7 @@ def _fetching(name: str | os.PathLike[str], fetch: Callable[[], Fetched], revisi
         if revision is not None:
             raise
         raise CheckpointError(
-            f"there is no folder {os.fspath(name)!r}, so the name was looked up on the hub: {error}"
+            f"there is no folder {os.fspath(name)!r}, so the hub was searched for the name: {error}"
         ) from error
 
 

@@ -104,7 +104,7 @@ def test_tiny_logs_its_purpose_once(caplog: pytest.LogCaptureFixture, monkeypatc
         ("missing/../folder", "there is no model"),
         (
             "models/missing",
-            "there is no folder 'models/missing', so the name was looked up on the hub: models/missing@main",
+            "there is no folder 'models/missing', so the hub was searched for the name: models/missing@main",
         ),
         ("moondream2", "vikhyatk/moondream2@2025-06-21 is not in the cache.*moondream-cv download"),
         ("moondream2@2025-03-27", "vikhyatk/moondream2@2025-03-27 is not in the cache"),

@@ -108,7 +108,7 @@ def find_adapter(source: str | Path) -> Path:
             return path
         is_folder = path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user, ...
-        raise CheckpointError(f"the adapter {str(source)[:200]!r} cannot be looked up: {error}") from error
+        raise CheckpointError(f"the adapter {str(source)[:200]!r} is not a valid path: {error}") from error
     if isinstance(source, Path) or path.suffix in _SUFFIXES or len(path.parts) != 1 or is_folder:
         problem = "is a folder" if is_folder else "does not exist"
         raise CheckpointError(f"the adapter {str(source)!r} {problem}; give a .pt or .safetensors file, or an ID")
