@@ -106,7 +106,7 @@ venv-roboflow: $(ROBOFLOW) ## Create an environment with Roboflow's workflows en
 
 # --- Use ------------------------------------------------------------------------------------------------------------
 
-demo: $(BASE) ## Run the tiny model on rendered scenes; writes images and a video to demo/
+demo: $(BASE) ## Run the tiny model on rendered scenes; writes images and videos to demo/
 	$(VENV)/bin/moondream-cv demo
 
 test-quick: $(DEV) ## Run the tests that start no server, browser or other process (2 minutes)

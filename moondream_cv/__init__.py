@@ -16,9 +16,9 @@ from moondream_cv._lazy import lazy_names
 if TYPE_CHECKING:
     from .backends import connect
     from .detector import Detector, Pointer
-    from .errors import BackendError, CheckpointError, ImageError, MoondreamError, UnsupportedSkill
+    from .errors import BackendError, CheckpointError, ImageError, MoondreamError, UnsupportedSkill, VideoError
     from .loading import download, load
-    from .requests import Caption, Detect, Gaze, Point, Query, Settings
+    from .requests import Caption, Detect, ErrorResult, Gaze, Point, Query, Settings
     from .vision_model import VisionModel
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "Detect",
     "Detector",
+    "ErrorResult",
     "Gaze",
     "ImageError",
     "MoondreamError",
@@ -37,6 +38,7 @@ __all__ = [
     "Query",
     "Settings",
     "UnsupportedSkill",
+    "VideoError",
     "VisionModel",
     "__version__",
     "connect",
@@ -50,6 +52,7 @@ _SUBMODULES = {
     "CheckpointError": "errors",
     "Detect": "requests",
     "Detector": "detector",
+    "ErrorResult": "requests",
     "Gaze": "requests",
     "ImageError": "errors",
     "MoondreamError": "errors",
@@ -58,6 +61,7 @@ _SUBMODULES = {
     "Query": "requests",
     "Settings": "requests",
     "UnsupportedSkill": "errors",
+    "VideoError": "errors",
     "VisionModel": "vision_model",
     "connect": "backends",
     "download": "loading",

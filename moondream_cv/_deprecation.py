@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 REMOVED_IN = "0.2"
@@ -45,9 +46,9 @@ def renamed_arguments(**current_names: str) -> Callable[[T], T]:
         def with_current_names(*args: Any, **kwargs: Any) -> Any:
             for old in current_names.keys() & kwargs.keys():
                 new = current_names[old]
-                if new in kwargs:
+                if new in kwargs and not is_dataclass(target):  # `dataclasses.replace` passes the current values
                     raise TypeError(f"{old} and {new} are the same argument; pass {new} only")
-                warn_renamed(f"the argument {old}", new)
+                warn_renamed(f"{target.__name__}: the argument {old}", new)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 

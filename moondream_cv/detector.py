@@ -21,7 +21,7 @@ import supervision as sv
 from PIL import Image
 
 from moondream_cv import postprocessing
-from moondream_cv._deprecation import renamed_function
+from moondream_cv._deprecation import renamed_arguments, renamed_function
 from moondream_cv._inherited_options import inherit_options
 from moondream_cv.arguments import (
     check_choice,
@@ -67,7 +67,7 @@ class DetectorOptions(TypedDict, total=False):
     on_error: OnError
     device: str | None
     max_crops: int | None
-    variant: str | None
+    adapter: str | None
 
 
 class _FrameDetector:
@@ -92,7 +92,7 @@ class _FrameDetector:
         on_error: OnError = "raise",
         device: str | None = None,
         max_crops: int | None = None,
-        variant: str | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Load a model, or use a loaded one.
 
@@ -111,7 +111,7 @@ class _FrameDetector:
             device: Device for a model given by name, such as "cuda:1". None selects the best available.
             max_crops: Maximum number of local crops per image; fewer are faster and less accurate. None uses the
                 value that the model was trained with.
-            variant: LoRA adapter to use. None uses the adapter that the model was loaded with.
+            adapter: LoRA adapter to use, as a file or an ID. None uses the adapter that the model was loaded with.
 
         Raises:
             ValueError: An argument is out of range, or `model` is neither a name nor a model.
@@ -122,7 +122,7 @@ class _FrameDetector:
         self.on_error: OnError = check_choice("on_error", on_error, get_args(OnError))
         self.drop_duplicates = drop_duplicates
         self.mark_truncated = mark_truncated
-        self.settings = Settings(max_objects=max_objects, max_crops=max_crops, variant=variant)
+        self.settings = Settings(max_objects=max_objects, max_crops=max_crops, variant=adapter)
         self._owns_model = isinstance(model, (str, os.PathLike))
         self.model = _open_model(model, device)
         if self._request.skill not in self.model.skills:
@@ -140,8 +140,8 @@ class _FrameDetector:
         """Find all objects of the given classes in one frame or in a list of frames.
 
         Args:
-            frame: BGR array, PIL image, path, bytes of an image file, binary file object, or an image encoded by the
-                model; or a list of these. Other containers are rejected.
+            frame: BGR array, PIL image, path, URL, bytes of an image file, binary file object, or an image encoded by
+                the model; or a list of these. Other containers are rejected.
             classes: Class name such as "dog" or "red car", or a sequence of different names. `class_id` is the index
                 into this sequence.
 
@@ -183,7 +183,7 @@ class _FrameDetector:
             raise ValueError(f"frames must be a list, got {type(frames).__name__}; pass list(...) of it")
         return self._detect(frames, names, lambda error, index: error)
 
-    attempt = renamed_function("attempt", "detect_each", detect_each)
+    attempt = renamed_function("Detector.attempt", "Detector.detect_each", detect_each)
 
     @overload
     async def acall(self, frame: list[Any], classes: str | Sequence[str]) -> list[sv.Detections]: ...
@@ -311,6 +311,7 @@ class _FrameDetector:
         return postprocessing.remove_duplicates(detections) if self.drop_duplicates else detections
 
 
+@renamed_arguments(variant="adapter")
 @inherit_options
 class Detector(_FrameDetector):
     """Open-vocabulary object detector.
@@ -374,6 +375,7 @@ class Detector(_FrameDetector):
         return unique if self.nms is None else unique.with_nms(self.nms)
 
 
+@renamed_arguments(variant="adapter")
 class Pointer(_FrameDetector):
     """Open-vocabulary pointer: like `Detector`, but returns one point per object. Thread-safe.
 
@@ -434,8 +436,8 @@ def _open_model(model: str | os.PathLike[str] | VisionModel, device: str | None)
         return open_model(os.fspath(model), device)
     if device is not None:
         raise ValueError(
-            f"device applies to a model given by name only, got {device!r} with a {type(model).__name__}; choose the "
-            "device where the model is loaded"
+            f"device applies to a model given by name only, got {device!r} with a {type(model).__name__}; pass "
+            "device= to load() instead"
         )
     if isinstance(model, type) or not _is_model(model):
         raise ValueError(

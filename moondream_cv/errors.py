@@ -34,7 +34,7 @@ class UnsupportedSkill(MoondreamError):
 
 
 class RequestCancelled(MoondreamError):
-    """A request was canceled before it was complete."""
+    """A request was cancelled before it was complete."""
 
 
 class VideoError(MoondreamError):

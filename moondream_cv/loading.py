@@ -375,7 +375,7 @@ def _suggestion(text: str) -> str:
 
 def _accepted() -> str:
     return (
-        f"accepted are {', '.join(map(repr, ALIASES))}, {TINY!r}, a repository on the hub such as "
-        f"'{DEFAULT_REPO}@{DEFAULT_REVISION}' (kept in {hub_cache()}), and a local folder or file; a server's model is "
-        "named by its URL"
+        f"use {', '.join(map(repr, ALIASES))}, {TINY!r}, a repository on the hub such as "
+        f"'{DEFAULT_REPO}@{DEFAULT_REVISION}' (kept in {hub_cache()}), a local folder or file, or the URL of a "
+        "server"
     )

@@ -7,7 +7,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def test_old_names_of_models_and_scenes_work_with_a_warning() -> None:
     from moondream_cv import scenes
     from moondream_cv.engine.scheduler import Limits
 
-    with pytest.warns(FutureWarning, match=r"the argument rows is deprecated .*; use max_num_seqs"):
+    with pytest.warns(FutureWarning, match=r"Limits: the argument rows is deprecated .*; use max_num_seqs"):
         limits = Limits(rows=8)
     assert limits == Limits(max_num_seqs=8)
     with pytest.warns(FutureWarning, match=r"Limits\.images is deprecated .*; use Limits\.max_images"):
@@ -126,3 +126,8 @@ def test_old_name_of_preprocess_image_works_with_a_warning() -> None:
     with pytest.warns(FutureWarning, match=r"LocalModel\.prepare_image is deprecated .*; use LocalModel\.preprocess_"):
         preprocessed = LocalModel.prepare_image(random_model(), image)
     assert preprocessed.size == (60, 40)
+
+
+def test_replace_of_a_dataclass_accepts_the_old_argument() -> None:
+    with pytest.warns(FutureWarning, match="Options: the argument memory is deprecated"):
+        assert replace(Options(1.0), memory=4.0) == Options(4.0)  # type: ignore[call-arg]

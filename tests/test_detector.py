@@ -415,8 +415,17 @@ def test_detect_each_returns_errors_in_order(color_model: ColorModel, on_error: 
         detector.detect_each(FRAME, "red")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [Detector, Pointer])
+def test_deprecated_variant_sets_the_adapter(kind: Any, color_model: ColorModel) -> None:
+    with pytest.warns(FutureWarning, match=r"the argument variant is deprecated .*; use adapter") as caught:
+        detector = kind(color_model, variant="mine")
+    assert caught[0].filename == __file__
+    assert detector.settings == kind(color_model, adapter="mine").settings
+    assert detector.settings.variant == "mine"
+
+
 def test_deprecated_attempt_calls_detect_each(color_model: ColorModel) -> None:
-    with pytest.warns(FutureWarning, match="attempt is deprecated .* use detect_each") as caught:
+    with pytest.warns(FutureWarning, match=r"Detector\.attempt is deprecated .* use Detector\.detect_each") as caught:
         (detections,) = Detector(color_model).attempt([FRAME], "red")
     assert caught[0].filename == __file__
     assert isinstance(detections, sv.Detections)

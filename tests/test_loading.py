@@ -93,7 +93,7 @@ def test_tiny_logs_its_purpose_once(caplog: pytest.LogCaptureFixture, monkeypatc
     [
         ("moondrem2", "there is no model 'moondrem2'; did you mean 'moondream2'"),
         ("tinny", "did you mean 'tiny'"),
-        ("resnet50", "accepted are 'moondream2', 'tiny', a repository on the hub"),
+        ("resnet50", "use 'moondream2', 'tiny', a repository on the hub"),
         ("", "must not be empty"),
         ("  ", "must not be empty"),
         ("./missing", "there is no model './missing'"),

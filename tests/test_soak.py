@@ -60,7 +60,7 @@ def some_requests(count: int, rng: random.Random) -> list[Request]:
 
 
 def one_round(model: LocalModel, scheduler: Scheduler, rng: random.Random) -> tuple[int, int]:
-    """Run `PER_ROUND` requests through every interface, and return the numbers of completed and canceled ones."""
+    """Run `PER_ROUND` requests through every interface, and return the numbers of completed and cancelled ones."""
     requests = some_requests(PER_ROUND, rng)
     jobs = [scheduler.submit(request) for request in requests[:30]]
     steps = itertools.count()

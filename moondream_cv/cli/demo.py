@@ -29,7 +29,7 @@ def demo(
     ] = Path("demo"),
     model: options.Model = "tiny",
     device: options.Device = None,
-    as_json: options.AsJson = False,
+    as_json: options.AsDocument = False,
 ) -> None:
     """Run all features on four rendered scenes and a clip, without a download.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import AsJson
+from .options import AsDocument
 from .report import SCHEMA, shown
 
 
@@ -28,7 +28,7 @@ def download(
             show_default=False,
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: AsDocument = False,
 ) -> None:
     """Download a model, and print the path of its folder.
 

@@ -107,6 +107,7 @@ AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print JSON: a document for one image, JSON Lines for several."),
 ]
+AsDocument = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AsLines = Annotated[bool, typer.Option("--jsonl", help="Print JSON Lines, even for a single image.")]
 Output = Annotated[
     str | None,

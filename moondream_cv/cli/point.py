@@ -22,7 +22,7 @@ def point(
     *,
     options: shared.ImageOptions,
 ) -> None:
-    """Point at objects by name; suited to counting and to small objects.
+    """Point at objects by name, for counting and for small objects.
 
     \b
     [bold]Examples[/]

@@ -195,11 +195,10 @@ def other_weights(folder: Path, name: str) -> CheckpointError:
 
 
 def not_cached(repo: str, revision: str, filename: str | None = None) -> HubError:
-    """Return the error about a revision, or a file of it, that is not cached while the network must not be used."""
+    """Return the error about a revision, or a file of it, that is not cached while network access is disabled."""
     what = f"{repo}@{revision}" if filename is None else f"{filename!r} of {repo}@{revision}"
     return HubError(
-        f"{what} is not in the cache, and the network must not be used (HF_HUB_OFFLINE). "
-        f"{_way_out(f'{repo}@{revision}')}"
+        f"{what} is not in the cache, and network access is disabled (HF_HUB_OFFLINE). {_way_out(f'{repo}@{revision}')}"
     )
 
 

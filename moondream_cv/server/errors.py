@@ -112,9 +112,16 @@ def validation_error(errors: Sequence[Any], status: int) -> ServerError:
     """
     messages = []
     for error in errors[:3]:
-        place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]
+        place = ".".join(_location(error))[:200]
         messages.append(f"{place}: {error['msg']}" if place else str(error["msg"]))
-    first = [str(part) for part in errors[0]["loc"] if part != "body"] if errors else []
+    first = _location(errors[0]) if errors else []
     more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
     message = ("; ".join(messages) or "invalid request") + more
     return ServerError(status, message, param=first[0][:200] if first else None)
+
+
+def _location(error: Any) -> list[str]:
+    """Return the path of the invalid field; invalid JSON has none, only an offset."""
+    if error["type"] == "json_invalid":
+        return []
+    return [str(part) for part in error["loc"] if part != "body"]

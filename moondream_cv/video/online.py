@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 import supervision as sv
 
-from moondream_cv.arguments import check_integer
+from moondream_cv.arguments import check_classes, check_integer
 from moondream_cv.video.drawing.zones import class_names
 from moondream_cv.video.sources.base import ASSUMED_FPS
 from moondream_cv.video.sources.frame import Frame
@@ -45,7 +46,7 @@ class OnlineTracker:
     """
 
     def __init__(
-        self, tracking: Tracking | None = None, *, every: int = 5, classes: Sequence[str] | None = None
+        self, tracking: Tracking | None = None, *, every: int = 5, classes: str | Sequence[str] | None = None
     ) -> None:
         """Create a tracker without tracks.
 
@@ -55,11 +56,15 @@ class OnlineTracker:
             classes: Class names by class ID; default: `data["class_name"]` of the detections.
 
         Raises:
-            ValueError: `every` is not an integer of at least 1, or the tracker or one of its options is unknown.
+            TypeError: `tracking` is neither `Tracking` nor None.
+            ValueError: `every` is not an integer of at least 1, a class name is invalid, or the tracker or one of its
+                options is unknown.
         """
+        if tracking is not None and not isinstance(tracking, Tracking):
+            raise TypeError(f"tracking must be a Tracking or None, got {type(tracking).__name__}: {tracking!r:.100}")
         self._tracking = tracking or Tracking()
         self._schedule = Schedule(check_integer("every", every), ASSUMED_FPS)
-        self._classes = None if classes is None else list(classes)
+        self._classes = None if classes is None else check_classes(classes)
         self._learned_names: dict[int, str] = {}
         self._boundaries = SegmentBoundaries(self._tracking.scene_change)
         self._tracker = self._tracking.create_tracker()
@@ -89,7 +94,11 @@ class OnlineTracker:
         Args:
             image: [H, W, 3] uint8 BGR; the image for the following `step`.
             time: Time of the frame in seconds.
+
+        Raises:
+            ValueError: `image` is not an image, or `time` is not a number.
         """
+        _check_frame(image, time)
         if self._checked is None or self._checked[0] != time:
             self._check_boundary(image, self._index + 1)
             self._checked = (time, self._schedule.is_due(self._index + 1))
@@ -109,8 +118,9 @@ class OnlineTracker:
 
         Raises:
             TypeError: `detections` is neither `sv.Detections` nor None.
-            ValueError: `time` is less than that of the previous frame.
+            ValueError: `time` is not a number or is less than that of the previous frame, or `image` is not an image.
         """
+        _check_frame(image, time)
         if detections is not None and not isinstance(detections, sv.Detections):
             raise TypeError(f"detections must be sv.Detections or None, got {type(detections).__name__}")
         if not time >= self._time:  # also true for NaN
@@ -131,7 +141,7 @@ class OnlineTracker:
         """Process the next frame, like `step`, for streams with dropped frames and for detection in the background.
 
         Args:
-            frame: The frame. Its index counts dropped frames, or not, as the caller likes.
+            frame: The frame. Its index may count dropped frames.
             detections: Detections of the keyframe; None if there are none yet.
             keyframe: The frame on which the detector ran, if it is an earlier one; default: `frame`. Detections of an
                 earlier segment are ignored.
@@ -209,6 +219,14 @@ def track_online(context: StreamContext) -> Generator[TrackedFrame, None, None]:
             warnings.check_interval(tracker.interval)
         is_keyframe = detections is not None and keyframe is frame
         yield TrackedFrame(frame, tracked, is_keyframe, context.index, tracker.redaction)
+
+
+def _check_frame(image: object, time: object) -> None:
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        found = f"shape {image.shape}" if isinstance(image, np.ndarray) else f"{type(image).__name__}: {image!r:.100}"
+        raise ValueError(f"image must be a BGR array of shape (height, width, 3), got {found}")
+    if not isinstance(time, Real) or isinstance(time, bool):
+        raise ValueError(f"time must be a number of seconds, got {time!r:.100}")
 
 
 def _names_by_class_id(detections: sv.Detections) -> Mapping[int, str]:

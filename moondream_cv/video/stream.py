@@ -1,8 +1,8 @@
 """`track` and `track_streams`: tracked detections for the frames of files and live sources.
 
 Files lose no frames, and boxes are interpolated between keyframes (`offline`). Live sources are processed at once, with
-predicted boxes, and frames for which there was no time are dropped (`online`). The detector runs on keyframes only, in
-a background thread.
+predicted boxes, and frames that arrive during processing are dropped (`online`). The detector runs on keyframes only,
+in a background thread.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def track(
         boxes that cover the objects instead.
 
     Raises:
-        VideoError: The source cannot be opened, or a live source is lost for good.
+        VideoError: The source cannot be opened, or a live source is lost and cannot be reopened.
         ValueError: An argument is out of range.
     """
     stream = track_streams(

@@ -280,3 +280,26 @@ def test_steps_are_independent_of_the_caller(images: list[np.ndarray]) -> None:
         found = detector(image, CLASSES) if tracker.needs_detections(image, number / FPS) else None
         results.append(tracker.step(image, number / FPS, found))
     assert results == expected
+
+
+@pytest.mark.parametrize("image", [None, np.zeros((8, 8), np.uint8), np.zeros((0, 8, 3), np.uint8)])
+def test_invalid_images_are_rejected(image: Any) -> None:
+    tracker = OnlineTracker()
+    with pytest.raises(ValueError, match="image must be a BGR array of shape"):
+        tracker.step(image, 0.0)
+    with pytest.raises(ValueError, match="image must be a BGR array of shape"):
+        tracker.needs_detections(image, 0.0)
+
+
+def test_invalid_arguments_are_rejected() -> None:
+    with pytest.raises(TypeError, match="tracking must be a Tracking or None, got int: 5"):
+        OnlineTracker(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="time must be a number of seconds, got None"):
+        OnlineTracker().step(np.zeros((8, 8, 3), np.uint8), None)  # type: ignore[arg-type]
+
+
+def test_one_class_can_be_a_string() -> None:
+    image = np.zeros((80, 80, 3), np.uint8)
+    found = sv.Detections(np.array([[10, 10, 40, 40]], np.float32), class_id=np.array([0]), confidence=np.ones(1))
+    detections = OnlineTracker(classes="bus").step(image, 0.0, found)
+    assert detections.data["class_name"].tolist() == ["bus"]

@@ -106,6 +106,8 @@ class Annotator:
         Raises:
             ValueError: The image has another shape or type, or a line or zone is outside it.
         """
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"image must be [H, W, 3] uint8 BGR, got {type(image).__name__}")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"image must be [H, W, 3] uint8 BGR, got {list(image.shape)} {image.dtype}")
         if time < self._time:

@@ -88,7 +88,7 @@ def video_stream(container: InputContainer, name: str) -> VideoStream:
     attached_picture = 0x400
     if stream is None or getattr(disposition, "value", disposition) & attached_picture:
         kinds = ", ".join(sorted({str(other.type) for other in container.streams if other is not stream}))
-        content = f"holds no video, only {kinds}" if kinds else "has no frames"
+        content = f"contains no video, only {kinds}" if kinds else "has no frames"
         raise VideoError(f"{name} {content}; pass a file with a video stream")
     if stream.codec_context is None:
         raise VideoError(f"{name} has a codec that this PyAV cannot decode; convert the video to H.264 first")

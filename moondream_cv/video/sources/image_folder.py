@@ -42,7 +42,7 @@ def images_of(path: Path) -> list[Path] | None:
     if path.is_dir():
         found = [file for file in path.iterdir() if _is_image(file) and not file.name.startswith(".")]
         if not found:
-            raise VideoError(f"{str(path)!r} holds no images; a folder needs files that end in {_suffixes()}")
+            raise VideoError(f"{str(path)!r} contains no images; a folder needs files that end in {_suffixes()}")
         return sorted(found, key=natural_order)
     if path.exists():
         return None

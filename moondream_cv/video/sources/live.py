@@ -135,7 +135,7 @@ class LiveReader(Source):
                 self._changed.notify_all()
 
     def _read_frames(self) -> None:
-        """Read frames, and reconnect after each loss, until the source is closed or lost for good."""
+        """Read frames, and reconnect after each loss, until the source is closed or cannot be reopened."""
         lost_at, pause = None, FIRST_PAUSE
         while not self._closing.is_set():
             received = self._received

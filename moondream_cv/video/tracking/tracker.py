@@ -7,8 +7,8 @@ Trackers match boxes by their overlap. Between two keyframes a small object may 
 enlarged around their centers in proportion to the number of frames since the previous keyframe. Trackers are designed
 for every frame and measure time in frames. They get a clock on which keyframes are at most `MAX_STEPS` frames apart.
 
-Trackers get no confidences: their thresholds assume another kind of detector, and they reject almost all objects that
-have a constant confidence. `ClassConflicts` uses the confidences to choose between boxes of the same object.
+Trackers get the confidence 1 for every box, because their thresholds assume another kind of detector. `ClassConflicts`
+uses the confidences of the detector to choose between boxes of the same object.
 """
 
 from __future__ import annotations
