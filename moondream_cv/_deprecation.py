@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 REMOVED_IN = "0.2"
@@ -42,11 +42,17 @@ def renamed_arguments(**current_names: str) -> Callable[[T], T]:
     def decorate(target: T) -> T:
         function: Callable[..., Any] = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
+        names = {field.name for field in fields(target) if field.init} if is_dataclass(target) else set()
+
+        def is_replace(kwargs: dict[str, Any]) -> bool:
+            """Return whether `dataclasses.replace` calls, which passes the current value of each field."""
+            return bool(names) and names <= kwargs.keys()
+
         @functools.wraps(function)
         def with_current_names(*args: Any, **kwargs: Any) -> Any:
             for old in current_names.keys() & kwargs.keys():
                 new = current_names[old]
-                if new in kwargs and not is_dataclass(target):  # `dataclasses.replace` passes the current values
+                if new in kwargs and not is_replace(kwargs):
                     raise TypeError(f"{old} and {new} are the same argument; pass {new} only")
                 warn_renamed(f"{target.__name__}: the argument {old}", new)
                 kwargs[new] = kwargs.pop(old)

@@ -386,6 +386,7 @@ class Pointer(_FrameDetector):
         model: Model that runs the requests.
     """
 
+    attempt = renamed_function("Pointer.attempt", "Pointer.detect_each", _FrameDetector.detect_each)
     _request = Point
 
     @overload

@@ -131,3 +131,15 @@ def test_old_name_of_preprocess_image_works_with_a_warning() -> None:
 def test_replace_of_a_dataclass_accepts_the_old_argument() -> None:
     with pytest.warns(FutureWarning, match="Options: the argument memory is deprecated"):
         assert replace(Options(1.0), memory=4.0) == Options(4.0)  # type: ignore[call-arg]
+
+
+def test_old_names_of_scene_objects_work_with_a_warning() -> None:
+    from moondream_cv.scenes import SceneObject
+
+    circle = SceneObject.from_name("red circle", (0.0, 0.0, 4.0, 2.0))
+    with pytest.warns(FutureWarning, match=r"SceneObject\.colour is deprecated .*; use SceneObject\.color"):
+        assert circle.colour == "red"
+    with pytest.warns(FutureWarning, match=r"SceneObject\.centre is deprecated .*; use SceneObject\.center"):
+        assert circle.centre == (2.0, 1.0)
+    with pytest.warns(FutureWarning, match=r"SceneObject\.answers is deprecated .*; use SceneObject\.matches"):
+        assert circle.answers("circle")

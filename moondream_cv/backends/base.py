@@ -78,7 +78,8 @@ class RemoteModel(PublishedMethods):
     skills: frozenset[str] = frozenset()
 
     _key_variables: ClassVar[tuple[str, ...]] = ()
-    _key_header: ClassVar[tuple[str, str]] = ("Authorization", "Bearer {}")  # name, and format of the value
+    # Name of the header for the key, and format of its value; None: the key is not sent in a header
+    _key_header: ClassVar[tuple[str, str] | None] = ("Authorization", "Bearer {}")
     _reuses_connections: ClassVar[bool] = True
 
     def __init__(
@@ -111,7 +112,6 @@ class RemoteModel(PublishedMethods):
             ValueError: An argument is out of range.
         """
         key = find_api_key(api_key, *self._key_variables)
-        header, form = self._key_header
         self.max_in_flight = check_integer("max_in_flight", max_in_flight)
         self.url = server.url
         self._api_key = key
@@ -119,7 +119,7 @@ class RemoteModel(PublishedMethods):
         self._has_scores = None if has_scores is None else check_flag("has_scores", has_scores)
         self._http = HttpClient(
             server,
-            headers={} if key is None else {header: form.format(key)},
+            headers=self._key_headers(key),
             secrets=(key,),
             key_advice=f"; pass api_key= or set {next(iter(self._key_variables), '')}",
             timeout=timeout,
@@ -131,6 +131,13 @@ class RemoteModel(PublishedMethods):
         self._workers = self._new_workers()
         self._closed = False
         self.reconnect: Callable[[], RemoteModel] | None = None
+
+    def _key_headers(self, key: str | None) -> dict[str, str]:
+        """Return the headers that authenticate a request."""
+        if key is None or self._key_header is None:
+            return {}
+        name, form = self._key_header
+        return {name: form.format(key)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments of `connect`: the process that unpickles the model opens new connections.

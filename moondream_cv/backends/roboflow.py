@@ -42,6 +42,7 @@ class RoboflowInference(RemoteModel):
     skills = frozenset({"detect"})
 
     _key_variables = ("ROBOFLOW_API_KEY", "API_KEY")
+    _key_header = None  # inference-sdk sends the key itself
     _reuses_connections = False  # inference-sdk has its own
 
     def __init__(

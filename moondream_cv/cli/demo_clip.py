@@ -73,6 +73,7 @@ class ClipResult:
             "contact_sheet": str(self.sheet),
             "frames": self.frames,
             "detections_run": self.detections_run,
+            "looked": self.detections_run,  # its name before 0.1, kept until the schema changes
             "checks": [asdict(check) for check in self.checks],
             "boxes": {"true": self.objects, "found": self.found, "wrong": self.wrong},
         }

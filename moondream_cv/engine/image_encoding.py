@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moondream_cv._deprecation import renamed_attribute
 from moondream_cv.engine.crops import Crops, cut_all, largest_differences, normalize
 from moondream_cv.engine.kv_cache import ImagePrefix, prefill_images
 from moondream_cv.engine.preprocessing import PreprocessedImage
@@ -58,6 +59,8 @@ class EncodedImage:
     features: Tensor
     embedding: Tensor
     prefix: ImagePrefix
+
+    variant = renamed_attribute("EncodedImage.variant", "adapter_name")
 
     @property
     def nbytes(self) -> int:

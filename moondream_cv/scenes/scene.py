@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from moondream_cv._deprecation import renamed_attribute, renamed_function
+
 from .world import split_name
 
 
@@ -44,6 +46,10 @@ class SceneObject:
     def matches(self, query: str) -> bool:
         """Return whether a query matches this object: a full name, or a shape in any color."""
         return query in (self.name, self.shape)
+
+    colour = renamed_attribute("SceneObject.colour", "color")
+    centre = renamed_attribute("SceneObject.centre", "center")
+    answers = renamed_function("SceneObject.answers", "SceneObject.matches", matches)
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,9 +99,13 @@ class OnlineTracker:
             ValueError: `image` is not an image, or `time` is not a number.
         """
         _check_frame(image, time)
-        if self._checked is None or self._checked[0] != time:
-            self._check_boundary(image, self._index + 1)
-            self._checked = (time, self._schedule.is_due(self._index + 1))
+        return self.is_keyframe(Frame(image, self._index + 1, time))
+
+    def is_keyframe(self, frame: Frame) -> bool:
+        """Return whether the next frame is a keyframe, like `needs_detections`; for `step_frame`."""
+        if self._checked is None or self._checked[0] != frame.time:
+            self._check_boundary(frame.image, frame.index)
+            self._checked = (frame.time, self._schedule.is_due(frame.index))
         return self._checked[1]
 
     def step(self, image: npt.NDArray[np.uint8], time: float, detections: sv.Detections | None = None) -> sv.Detections:
@@ -203,7 +207,7 @@ def track_online(context: StreamContext) -> Generator[TrackedFrame, None, None]:
     pending: tuple[Frame, DetectionFuture] | None = None
     for frame in context.source:
         # Start detection on a keyframe
-        if pending is None and tracker.needs_detections(frame.image, frame.time):
+        if pending is None and tracker.is_keyframe(frame):
             pending = (frame, context.detect(frame))
 
         # Collect detections that have arrived

@@ -48,6 +48,7 @@ class ClassSummary:
     confidence: float = float("nan")
 
 
+@renamed_arguments(looked="detections_run")
 @dataclass
 class Summary:
     """Progress and results of `annotate_video`.

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import supervision as sv
 
+from moondream_cv._deprecation import renamed_attribute
 from moondream_cv.arguments import check_classes
 from moondream_cv.detector import Detector
 from moondream_cv.errors import VideoError
@@ -179,6 +180,8 @@ class FrameStream:
         self._frames = (
             streams[0] if len(streams) == 1 else iterate_in_threads(streams, names, 2 * len(streams), _log_error)
         )
+
+    worker = renamed_attribute("FrameStream.worker", "keyframe_detector")
 
     def __iter__(self) -> FrameStream:
         return self

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import supervision as sv
 
-from moondream_cv._deprecation import renamed_attribute
+from moondream_cv._deprecation import renamed_arguments, renamed_attribute
 from moondream_cv.video.sources.base import ASSUMED_FPS
 from moondream_cv.video.sources.frame import Frame
 from moondream_cv.video.sources.opening import Source
@@ -19,6 +19,7 @@ from moondream_cv.video.tracking.settings import Tracking
 logger = logging.getLogger(__name__)
 
 
+@renamed_arguments(looked="is_keyframe")
 @dataclass(frozen=True, eq=False)
 class TrackedFrame:
     """A frame of a source with tracked detections.

@@ -148,6 +148,17 @@ def test_has_scores_is_read_from_info(
     assert len(server.to("/info")) == 1
 
 
+def test_key_is_sent_by_the_sdk_only(server: RemoteServer, frame: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBOFLOW_API_KEY", "secret-key")
+    server.on(PATH, found()).on("/info", Reply({"name": "server", "version": "1"}))
+    with RoboflowInference(server.url) as model:
+        model.run([Detect(frame, "cat")])
+    (info,) = server.to("/info")
+    assert not any("secret-key" in value for value in info.headers.values())
+    (request,) = server.to(PATH)
+    assert "secret-key" in repr(request.body)
+
+
 @pytest.mark.parametrize("failure", [Reply({"message": "boom"}, 500), Reply({"message": "boom"}, 502)])
 def test_server_errors_are_retried(
     server: RemoteServer, model: RoboflowInference, frame: np.ndarray, failure: Reply

@@ -797,6 +797,22 @@ def test_other_errors_fail_running_requests_only(model: LocalModel) -> None:
     assert_alone(model, later)
 
 
+def test_error_of_one_output_fails_only_its_request(model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = model.scheduler()
+    running = [scheduler.submit(request) for request in mixed()[:5]]
+    scheduler.step()
+    assert running[2].sequence is not None
+
+    def fail(output: Any) -> None:
+        raise RuntimeError("broken output")
+
+    monkeypatch.setattr(running[2].sequence, "apply", fail)
+    finish(scheduler)
+    assert isinstance(running[2].result, ErrorResult)
+    assert "broken output" in str(running[2].result.error)
+    assert_alone(model, [job for job in running if job is not running[2]])
+
+
 @pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("device-side assert")])
 def test_error_result_keeps_no_kv_cache_alive(model: LocalModel, error: Failure) -> None:
     request = Caption(model.encode_image(FIRST), "short", SHORT)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import supervision as sv
 
 import moondream_cv.video
-from moondream_cv.video import Annotator, Summary, TrackedFrame, Tracking, annotate_video, track_streams
+from moondream_cv.video import Annotator, Frame, Source, Summary, TrackedFrame, Tracking, annotate_video, track_streams
 from tests.helpers.clips import ScriptedDetector
 from tests.helpers.streams import CLASSES, WALKERS
 
@@ -72,3 +73,38 @@ def test_summary_looked_is_detections_run() -> None:
         assert summary.looked == 10
     with pytest.warns(FutureWarning, match=r"Summary\.looked_fps is deprecated .*; use Summary\.detector_fps"):
         assert summary.looked_fps == summary.detector_fps == 5.0
+
+
+def test_old_field_names_set_the_new_ones() -> None:
+    frame = Frame(np.zeros((4, 4, 3), np.uint8), 0, 0.0)
+    with pytest.warns(FutureWarning, match="TrackedFrame: the argument looked is deprecated .*; use is_keyframe"):
+        assert TrackedFrame(frame, sv.Detections.empty(), looked=True).is_keyframe  # type: ignore[call-arg]
+    with pytest.warns(FutureWarning, match="Summary: the argument looked is deprecated .*; use detections_run"):
+        assert Summary(looked=3).detections_run == 3  # type: ignore[call-arg]
+
+
+def test_worker_is_keyframe_detector(clip: Path) -> None:
+    stream = track_streams([clip], CLASSES, model=ScriptedDetector(*WALKERS), every=5)
+    with stream, pytest.warns(FutureWarning, match=r"worker is deprecated .*; use FrameStream\.keyframe_detector"):
+        assert stream.worker is stream.keyframe_detector
+
+
+def test_sources_with_the_old_names_are_read_as_before() -> None:
+    with pytest.warns(FutureWarning, match=r"Source\.ahead is deprecated .*; use Source\.can_prefetch") as caught:
+
+        class OldSource(Source):
+            ahead = False
+
+            def __next__(self) -> Frame:
+                self.note_problem("broken")
+                raise StopIteration
+
+            def close(self) -> None:
+                pass
+
+    assert caught[0].filename == __file__
+    source = OldSource("old")
+    assert source.can_prefetch is False
+    with pytest.warns(FutureWarning, match=r"Source\.note_problem is deprecated .*; use Source\.record_problem"):
+        assert list(source) == []
+    assert source.problems == 1

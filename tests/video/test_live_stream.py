@@ -7,8 +7,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import supervision as sv
 
-from moondream_cv.video import TrackedFrame, track_streams
+from moondream_cv.video import Frame, Source, TrackedFrame, track_streams
 from tests.helpers.clips import HTTPReply, MovingObject, ScriptedDetector, frame_number, http_server
 from tests.helpers.streams import CLASSES, WALKERS, Camera, SteppedCamera, check_contract, track_ids_of
 from tests.helpers.waiting import until
@@ -94,6 +95,32 @@ def test_live_keyframes_follow_the_interval(images: list[np.ndarray]) -> None:
         found = list(islice(stream, 45))
     numbers = [frame_number(t.frame.image) for t in found]
     assert detector.keyframes == [numbers[i] for i in (0, 10, 20, 30, 40)]
+
+
+def test_keyframe_interval_counts_the_frames_that_a_source_dropped(images: list[np.ndarray]) -> None:
+    class EveryFourthFrame(Source):
+        """A live source that drops three of four frames."""
+
+        live = True
+        numbers = iter(range(0, len(images), 4))
+
+        def __next__(self) -> Frame:
+            number = next(self.numbers)
+            return Frame(images[number], number, number / 30)
+
+        def close(self) -> None:
+            pass
+
+    found: list[int] = []
+
+    def detect(image: np.ndarray, classes: list[str]) -> sv.Detections:
+        found.append(frame_number(image))
+        return sv.Detections.empty()
+
+    for tracked in track_streams([EveryFourthFrame("camera")], CLASSES, model=detect, every=8):
+        if tracked.frame.index % 8 == 0:
+            until(lambda index=tracked.frame.index: found[-1:] == [index])  # type: ignore[misc]
+    assert found == list(range(0, len(images), 8))
 
 
 def test_mjpeg_stream_is_tracked_live(images: list[np.ndarray]) -> None:

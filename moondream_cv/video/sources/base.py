@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from fractions import Fraction
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from moondream_cv._deprecation import renamed_attribute, renamed_function, warn_renamed
 from moondream_cv.errors import VideoError
 from moondream_cv.images import ImageInput, to_rgb
 from moondream_cv.video.sources.frame import Frame
@@ -135,6 +136,12 @@ class Source(ABC):
     ) -> None:
         self.close()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "ahead" in vars(cls):  # otherwise another thread would read a source that rules it out
+            warn_renamed("Source.ahead", "Source.can_prefetch", stacklevel=3)  # ABCMeta is in between
+            cls.can_prefetch = cls.ahead
+
     def record_problem(self, reason: object) -> None:
         """Count a frame that could not be decoded, and log a warning for the first one.
 
@@ -145,6 +152,9 @@ class Source(ABC):
         if not self._warned:
             self._warned = True
             logger.warning("%s: a frame was skipped: %s; further skipped frames are only counted", self.name, reason)
+
+    ahead = renamed_attribute("Source.ahead", "can_prefetch")
+    note_problem = renamed_function("Source.note_problem", "Source.record_problem", record_problem)
 
 
 class FiniteSource(Source):
