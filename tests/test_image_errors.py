@@ -39,9 +39,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def closed_picture() -> Image.Image:
-    picture = Image.open(io.BytesIO(encoded(RGB, "PNG")))
-    picture.close()
-    return picture
+    opened = Image.open(io.BytesIO(encoded(RGB, "PNG")))
+    opened.close()
+    return opened
 
 
 class Tensor:

@@ -24,8 +24,8 @@ COLORS = _RANDOM.integers(0, 256, (16, 3), dtype=np.uint8)
 RGB = COLORS[_RANDOM.integers(0, 16, (HEIGHT, WIDTH))]  # few enough colors for a palette
 BGR = RGB[..., ::-1].copy()
 DEEP_BGR = BGR.astype(np.uint16) * 257
-GREY = _RANDOM.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
-DEEP_GREY = GREY.astype(np.uint16) * 257
+GRAY = _RANDOM.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+DEEP_GRAY = GRAY.astype(np.uint16) * 257
 ALPHA = _RANDOM.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
 SMOOTH = np.stack(np.broadcast_arrays(*np.ogrid[0:240:24j, 0:180:36j], 90), axis=-1).round().astype(np.uint8)
 
@@ -34,9 +34,9 @@ def encoded(pixels: Pixels, file_format: str, **options: Any) -> bytes:
     return saved(Image.fromarray(pixels), file_format, **options)
 
 
-def saved(picture: Image.Image, file_format: str, **options: Any) -> bytes:
+def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, file_format, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
@@ -45,10 +45,10 @@ def cv2_encoded(extension: str, pixels: Pixels) -> bytes:
 
 
 def palette(transparency: int | bytes | None = None) -> Image.Image:
-    picture = Image.fromarray(RGB).quantize(16, dither=Image.Dither.NONE)
+    opened = Image.fromarray(RGB).quantize(16, dither=Image.Dither.NONE)
     if transparency is not None:
-        picture.info["transparency"] = transparency
-    return picture
+        opened.info["transparency"] = transparency
+    return opened
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -111,24 +111,24 @@ COLOUR_KINDS: dict[str, Callable[[], Any]] = {
 }
 
 GREY_KINDS: dict[str, Callable[[], Any]] = {
-    "array [H, W]": lambda: GREY,
-    "array [H, W, 1]": lambda: GREY[..., None],
-    "array [H, W], 16 bit": lambda: DEEP_GREY,
-    "array [H, W], float": lambda: GREY / 255,
-    "view [H, W]": lambda: np.repeat(GREY, 2, axis=1)[:, ::2],
-    "pil L": lambda: Image.fromarray(GREY),
-    "pil LA": lambda: Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)]),
-    "pil La": lambda: Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (WIDTH, HEIGHT), 255)]).convert("La"),
-    "pil I;16": lambda: Image.fromarray(DEEP_GREY),
-    "pil I;16B": lambda: Image.frombytes("I;16B", (WIDTH, HEIGHT), DEEP_GREY.astype(">u2").tobytes()),
-    "pil I, 8 bit": lambda: Image.fromarray(GREY).convert("I"),
-    "pil I, 16 bit": lambda: Image.fromarray(GREY.astype(np.int32) * 257),
-    "pil F, 0 to 255": lambda: Image.fromarray(GREY).convert("F"),
-    "pil F, 0 to 1": lambda: Image.fromarray(GREY.astype(np.float32) / 255),
-    "png": lambda: encoded(GREY, "PNG"),
-    "png, 16 bit": lambda: encoded(DEEP_GREY, "PNG"),
-    "pgm, 16 bit": lambda: b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP_GREY.astype(">u2").tobytes(),
-    "tiff, float": lambda: encoded(GREY.astype(np.float32) / 255, "TIFF"),
+    "array [H, W]": lambda: GRAY,
+    "array [H, W, 1]": lambda: GRAY[..., None],
+    "array [H, W], 16 bit": lambda: DEEP_GRAY,
+    "array [H, W], float": lambda: GRAY / 255,
+    "view [H, W]": lambda: np.repeat(GRAY, 2, axis=1)[:, ::2],
+    "pil L": lambda: Image.fromarray(GRAY),
+    "pil LA": lambda: Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(ALPHA)]),
+    "pil La": lambda: Image.merge("LA", [Image.fromarray(GRAY), Image.new("L", (WIDTH, HEIGHT), 255)]).convert("La"),
+    "pil I;16": lambda: Image.fromarray(DEEP_GRAY),
+    "pil I;16B": lambda: Image.frombytes("I;16B", (WIDTH, HEIGHT), DEEP_GRAY.astype(">u2").tobytes()),
+    "pil I, 8 bit": lambda: Image.fromarray(GRAY).convert("I"),
+    "pil I, 16 bit": lambda: Image.fromarray(GRAY.astype(np.int32) * 257),
+    "pil F, 0 to 255": lambda: Image.fromarray(GRAY).convert("F"),
+    "pil F, 0 to 1": lambda: Image.fromarray(GRAY.astype(np.float32) / 255),
+    "png": lambda: encoded(GRAY, "PNG"),
+    "png, 16 bit": lambda: encoded(DEEP_GRAY, "PNG"),
+    "pgm, 16 bit": lambda: b"P5 %d %d 65535\n" % (WIDTH, HEIGHT) + DEEP_GRAY.astype(">u2").tobytes(),
+    "tiff, float": lambda: encoded(GRAY.astype(np.float32) / 255, "TIFF"),
 }
 
 
@@ -139,12 +139,12 @@ def test_color_image_types_return_the_same_pixels(make: Callable[[], Any]) -> No
 
 @pytest.mark.parametrize("make", GREY_KINDS.values(), ids=GREY_KINDS.keys())
 def test_gray_image_types_return_the_same_pixels(make: Callable[[], Any]) -> None:
-    np.testing.assert_array_equal(to_rgb(make()), np.dstack([GREY] * 3))
+    np.testing.assert_array_equal(to_rgb(make()), np.dstack([GRAY] * 3))
 
 
 @pytest.mark.parametrize("kind", [lambda mask: mask, Image.fromarray], ids=["bool array", "pil 1"])
 def test_black_and_white_images_are_scaled(kind: Callable[[Pixels], Any]) -> None:
-    mask = GREY > 127
+    mask = GRAY > 127
     np.testing.assert_array_equal(to_rgb(kind(mask)), np.dstack([mask] * 3) * 255)
 
 
@@ -157,8 +157,8 @@ def test_rare_modes_keep_the_colors(mode: str) -> None:
 
 @pytest.mark.parametrize(
     "image",
-    [BGR, RGB[..., ::-1], GREY, BGR.astype(np.uint16), BGR[:1, :1], Image.fromarray(RGB), encoded(RGB, "PNG")],
-    ids=["bgr", "view of rgb", "grey", "16 bit", "one pixel", "pil", "png"],
+    [BGR, RGB[..., ::-1], GRAY, BGR.astype(np.uint16), BGR[:1, :1], Image.fromarray(RGB), encoded(RGB, "PNG")],
+    ids=["bgr", "view of rgb", "gray", "16 bit", "one pixel", "pil", "png"],
 )
 def test_result_does_not_share_memory(image: Any) -> None:
     result = to_rgb(image)
@@ -216,16 +216,16 @@ def test_invalid_exif_does_not_rotate_the_image(data: Any) -> None:
 
 
 def test_pil_images_are_not_rotated() -> None:
-    picture = Image.open(io.BytesIO(encoded(RGB, "PNG", exif=exif(6))))
-    np.testing.assert_array_equal(to_rgb(picture), RGB)
+    opened = Image.open(io.BytesIO(encoded(RGB, "PNG", exif=exif(6))))
+    np.testing.assert_array_equal(to_rgb(opened), RGB)
 
 
 def test_open_animation_returns_its_current_frame() -> None:
     black = Image.new("RGB", (WIDTH, HEIGHT))
-    picture = Image.open(io.BytesIO(saved(black, "PNG", save_all=True, append_images=[Image.fromarray(RGB)])))
-    np.testing.assert_array_equal(to_rgb(picture), 0)
-    picture.seek(1)
-    np.testing.assert_array_equal(to_rgb(picture), RGB)
+    opened = Image.open(io.BytesIO(saved(black, "PNG", save_all=True, append_images=[Image.fromarray(RGB)])))
+    np.testing.assert_array_equal(to_rgb(opened), 0)
+    opened.seek(1)
+    np.testing.assert_array_equal(to_rgb(opened), RGB)
 
 
 def test_cmyk_jpeg_is_converted() -> None:

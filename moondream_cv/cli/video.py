@@ -154,6 +154,8 @@ def video(
     Optional: "triggering_anchors", "minimum_crossing_threshold", "minimum_crossing_distance".
     """
     set_verbosity(verbose, quiet)
+
+    # Check the arguments
     files = {"--output": None if output is None else str(output), "--json": json, "--mot": mot}
     targets = {option: target for option, target in files.items() if target is not None}
     if not targets and not show:
@@ -161,7 +163,6 @@ def video(
             "an output is missing; add -o out.mp4 for a video, --json out.jsonl for boxes (--json - prints them), "
             "--mot tracks.txt for tracks, or --show for a window"
         )
-    # Check the arguments
     class_names = _class_names([*(names or ()), *(classes or ())], classes_file)
     _check_distinct(targets, [source, *(str(file) for file in (zone, classes_file) if file is not None)])
     _check_existing(targets, overwrite)

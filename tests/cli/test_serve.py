@@ -137,12 +137,12 @@ def test_occupied_port_is_reported() -> None:
 
 
 def test_server_url_as_the_model_of_a_command_and_a_server(tmp_path: Path) -> None:
-    picture = tmp_path / "cat.png"
-    Image.fromarray(render_scene(5, names=("cat",), style="plain").image).save(picture)
+    image = tmp_path / "cat.png"
+    Image.fromarray(render_scene(5, names=("cat",), style="plain").image).save(image)
 
     def detected(model: str) -> dict[str, Any]:
         run = subprocess.run(
-            [sys.executable, "-m", "moondream_cv", "detect", str(picture), "-c", "cat", "-m", model, "--json"],
+            [sys.executable, "-m", "moondream_cv", "detect", str(image), "-c", "cat", "-m", model, "--json"],
             capture_output=True,
             text=True,
             timeout=240,

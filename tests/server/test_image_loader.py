@@ -17,7 +17,7 @@ from moondream_cv.server.fetching import Fetcher
 from moondream_cv.server.images import ImageLoader
 from tests.helpers.served import data_uri
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def loader() -> Iterator[ImageLoader]:
 
 def encoded(image: Image.Image | None = None, format: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    (image or Image.fromarray(COLOURS)).save(file, format, **options)
+    (image or Image.fromarray(PIXELS)).save(file, format, **options)
     return file.getvalue()
 
 
@@ -51,15 +51,15 @@ PNG = base64.b64encode(encoded()).decode()
     ],
 )
 def test_data_uri_and_base64_are_decoded(loader: ImageLoader, value: str) -> None:
-    assert np.array_equal(np.asarray(asyncio.run(loader.open(value))), COLOURS)
+    assert np.array_equal(np.asarray(asyncio.run(loader.open(value))), PIXELS)
 
 
 def test_exif_orientation_is_applied(loader: ImageLoader) -> None:
-    lying = Image.fromarray(COLOURS)
+    lying = Image.fromarray(PIXELS)
     exif = lying.getexif()
     exif[0x0112] = 6
     value = base64.b64encode(encoded(lying, "PNG", exif=exif)).decode()
-    assert np.array_equal(np.asarray(asyncio.run(loader.open(value))), np.rot90(COLOURS, -1))
+    assert np.array_equal(np.asarray(asyncio.run(loader.open(value))), np.rot90(PIXELS, -1))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from moondream_cv.images import decoding_errors, opened_image, readable_formats,
 from moondream_cv.video.sources.base import FiniteSource, Source, TimedImage, to_bgr
 
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
-_PAGED = ("TIFF", "HEIF")
 
 _SHORTEST_DURATION = 0.01  # seconds; browsers replace durations up to this by _REPLACEMENT_DURATION
 _REPLACEMENT_DURATION = 0.1
