@@ -272,6 +272,7 @@ def test_calibration_next_to_the_weights_is_loaded(folder: Path) -> None:
         load(folder, device="cpu")
 
 
+@pytest.mark.slow
 def test_model_with_adapter_is_not_calibrated() -> None:
     adapter = GOLDEN / "mha" / "adapter.pt"
     model = load(GOLDEN / "mha", device="cpu")

@@ -100,6 +100,7 @@ def test_query_without_image_equals_published_values(golden: GoldenSet) -> None:
     assert answer == golden.expected["query_without_image"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", IMAGES[:3])
 def test_replies_with_adapter_equal_published_values(golden: GoldenSet, image: str) -> None:
     adapted = load(str(golden.folder), device="cpu", dtype="float32", adapter=str(golden.folder / "adapter.pt"))

@@ -148,6 +148,7 @@ def test_leaked_tensors_are_detected() -> None:
     assert held_bytes() == before
 
 
+@pytest.mark.slow
 def test_image_cache_keeps_encoded_images() -> None:
     with load("tiny", device="cpu", dtype="float32", cache_images=2) as model:
         image = np.zeros((120, 160, 3), np.uint8)

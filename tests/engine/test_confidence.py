@@ -114,6 +114,7 @@ PINNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), PINNED)
 def test_golden_checkpoints_keep_their_confidences(name: str, kind: type[Detect] | type[Point]) -> None:
     with load(str(GOLDEN / name), device="cpu", dtype="float32") as model:

@@ -130,12 +130,14 @@ def test_max_tokens_truncates_the_text(model: LocalModel, frame: np.ndarray, max
     assert result.logprob < 0
 
 
+@pytest.mark.slow
 def test_full_context_truncates_an_endless_text(model: LocalModel) -> None:
     result = model.run([Query(None, "What?", settings=Settings(temperature=0, max_tokens=100_000))])[0]
     assert isinstance(result, QueryResult)
     assert result.truncated
 
 
+@pytest.mark.slow
 def test_reasoning_leaves_context_for_the_answer(model: LocalModel, frame: np.ndarray) -> None:
     settings = Settings(temperature=0, max_tokens=100_000)
     result = model.run([Query(frame, "What?", reasoning=True, settings=settings)])[0]

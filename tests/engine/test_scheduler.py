@@ -486,6 +486,7 @@ def test_encode_image_reuses_crops_of_the_previous_frame(model: LocalModel) -> N
 # --- Limits ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_images", [1, 2])
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3])
 def test_limits_do_not_change_results(model: LocalModel, max_num_seqs: int, max_images: int) -> None:
@@ -636,6 +637,7 @@ def at_calls(*numbers: int) -> Callable[[Tensor], bool]:
     return lambda _x: next(calls) in numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("MPS backend out of memory (3 GB)")])
 @pytest.mark.parametrize("tokens", [50, 30])
 def test_out_of_memory_lowers_max_num_seqs_and_keeps_results(
@@ -656,6 +658,7 @@ def test_out_of_memory_lowers_max_num_seqs_and_keeps_results(
         assert_same(model, request, expected, result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [(1,), (2,), (5,), (9,), (3, 4), (2, 5, 9)])
 def test_out_of_memory_between_steps_loses_no_pieces(model: LocalModel, calls: tuple[int, ...]) -> None:
     requests = mixed()
@@ -813,6 +816,7 @@ def test_error_of_one_output_fails_only_its_request(model: LocalModel, monkeypat
     assert_alone(model, [job for job in running if job is not running[2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [out_of_memory, lambda: RuntimeError("device-side assert")])
 def test_error_result_keeps_no_kv_cache_alive(model: LocalModel, error: Failure) -> None:
     request = Caption(model.encode_image(FIRST), "short", SHORT)

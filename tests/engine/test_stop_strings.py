@@ -51,6 +51,7 @@ def test_pending_text_is_searched_but_not_emitted() -> None:
     assert matcher.add("", "cat.") == ("", True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 def test_the_engine_stops_at_a_stop_string(model: LocalModel, length: int) -> None:
     (whole,) = model.run([Query(None, QUESTION, settings=SAMPLED)])

@@ -97,6 +97,7 @@ def either(request: pytest.FixtureRequest, model: LocalModel) -> LocalModel:
     return model if request.param == "random" else load("tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_complete_answers_conform_to_the_schema(either: LocalModel, name: str) -> None:
     schema = SCHEMAS[name]
@@ -169,6 +170,7 @@ def test_streamed_constrained_answer_equals_the_answer(model: LocalModel) -> Non
     assert "".join(model.stream(ask(PERSON))) == whole.answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
@@ -197,6 +199,7 @@ def test_deep_references_do_not_crash_the_process(model: LocalModel) -> None:
     assert isinstance(result, QueryResult) or isinstance(result.error, SchemaError)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_schema_that_takes_long_to_compile_does_not_stall_other_requests(model: LocalModel) -> None:
     scheduler = model.scheduler()
     slow, fast = scheduler.submit(ask(SLOW)), scheduler.submit(Query(None, QUESTION, settings=Settings(max_tokens=5)))

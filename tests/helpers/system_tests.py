@@ -22,6 +22,7 @@ MODULES = (
     "multiprocessing",
     "playwright",
     "subprocess",
+    "tests.helpers.hub",
     "tests.helpers.served",
     "uvicorn",
 )

@@ -19,6 +19,7 @@ def scenes() -> list[Scene]:
     return [render_hard(seed) for seed in range(120)]
 
 
+@pytest.mark.slow
 def test_hard_scenes_have_valid_boxes(scenes: list[Scene]) -> None:
     for scene in scenes:
         width, height = scene.resolution_wh

@@ -206,6 +206,7 @@ def test_slow_detector_drops_no_frames_of_a_file(clip: Path) -> None:
     assert any(read_meanwhile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["callable", "Detector"])
 def test_detection_runs_while_frames_are_drawn(kind: str, images: list[np.ndarray]) -> None:
     changed, drawn, drawn_meanwhile = threading.Condition(), 0, 0

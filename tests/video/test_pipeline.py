@@ -98,6 +98,7 @@ def only(folder: Path, *names: str) -> bool:
 # Video output --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 5, 1000, "auto"])
 @pytest.mark.compat
 def test_output_has_all_frames_and_audio(every: Any, clip: Path, tmp_path: Path) -> None:
@@ -267,6 +268,7 @@ ZONES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dict", "file", "object"])
 def test_zones_are_counted(kind: str, clip: Path, tmp_path: Path) -> None:
     path = tmp_path / "zones.json"

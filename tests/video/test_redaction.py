@@ -260,6 +260,7 @@ class LiveFrames(Source):
         self._numbered = enumerate(())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missed", [0.1, 0.3, 0.5])
 def test_live_objects_are_covered_after_a_detection(missed: float) -> None:
     total = exposed = 0

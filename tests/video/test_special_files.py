@@ -51,6 +51,7 @@ def ffmpeg(*arguments: object, data: bytes | None = None) -> None:
 # Times --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_b_frames_in_avi_keep_count_and_times(tmp_path: Path, suffix: str) -> None:
     source = Path(shutil.copy(DATA / "h264_b.avi", tmp_path))
@@ -62,6 +63,7 @@ def test_b_frames_in_avi_keep_count_and_times(tmp_path: Path, suffix: str) -> No
         assert opened.duration / 1e6 == pytest.approx(6.0, abs=1 / 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_audio_stays_in_sync_if_a_recording_starts_within_a_gop(tmp_path: Path, suffix: str) -> None:
     target, _ = annotated(Path(shutil.copy(DATA / "sync_cut.ts", tmp_path)), suffix)
@@ -71,6 +73,7 @@ def test_audio_stays_in_sync_if_a_recording_starts_within_a_gop(tmp_path: Path, 
     assert np.subtract(heard[-8:], [times[number] for number in flashes]) == pytest.approx([0] * 8, abs=0.04)
 
 
+@pytest.mark.slow
 def test_writer_finds_the_first_image_of_its_audio_source(tmp_path: Path) -> None:
     with (
         open_source(DATA / "sync_cut.ts") as source,
@@ -328,6 +331,7 @@ def test_implausible_sample_aspect_ratio_is_ignored(tmp_path: Path, ratio: str) 
 # Closing ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_second_interrupt_while_closing_logs_the_missing_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

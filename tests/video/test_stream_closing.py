@@ -22,6 +22,7 @@ from tests.helpers.streams import CLASSES, WALKERS, Camera, stream_threads
 from tests.helpers.waiting import until
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [True, False])
 @pytest.mark.parametrize("seconds", [0.0, 1.5])
 def test_closing_in_the_middle_stops_detection_and_threads(
@@ -63,6 +64,7 @@ def test_stream_that_is_never_iterated_closes_its_sources(clip: Path, images: li
     until(lambda: stream_threads() <= before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [True, False])
 def test_closing_from_another_thread_ends_the_iteration(live: bool, images: list[np.ndarray]) -> None:
     def slowly() -> Iterator[np.ndarray]:
@@ -91,6 +93,7 @@ def test_closing_from_another_thread_ends_the_iteration(live: bool, images: list
     assert errors == []
 
 
+@pytest.mark.slow
 def test_model_is_not_closed_during_a_detector_call(images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     model = ColorModel()
     run = model.run

@@ -137,6 +137,7 @@ def check_bounds(run: Run) -> None:
     assert run.tracklets <= 1.5 * remembered
 
 
+@pytest.mark.slow
 def test_ended_tracks_are_dropped(tmp_path: Path) -> None:
     before = threading.active_count()
     check_bounds(annotated(tmp_path, FRAMES // 50))
