@@ -41,18 +41,14 @@ def renamed_arguments(**current_names: str) -> Callable[[T], T]:
 
     def decorate(target: T) -> T:
         function: Callable[..., Any] = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
-
         names = {field.name for field in fields(target) if field.init} if is_dataclass(target) else set()
-
-        def is_replace(kwargs: dict[str, Any]) -> bool:
-            """Return whether `dataclasses.replace` calls, which passes the current value of each field."""
-            return bool(names) and names <= kwargs.keys()
 
         @functools.wraps(function)
         def with_current_names(*args: Any, **kwargs: Any) -> Any:
+            is_replace = bool(names) and names <= kwargs.keys()  # `dataclasses.replace` passes every current value
             for old in current_names.keys() & kwargs.keys():
                 new = current_names[old]
-                if new in kwargs and not is_replace(kwargs):
+                if new in kwargs and not is_replace:
                     raise TypeError(f"{old} and {new} are the same argument; pass {new} only")
                 warn_renamed(f"{target.__name__}: the argument {old}", new)
                 kwargs[new] = kwargs.pop(old)
