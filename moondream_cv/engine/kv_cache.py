@@ -11,7 +11,7 @@ another one is padded; no sequence attends to padding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,10 @@ class ImagePrefix:
 
 
 def prefill_images(
-    network: MoondreamNetwork, embeddings: Tensor, adapter: Sequence[LayerLora] | None
+    network: MoondreamNetwork,
+    embeddings: Tensor,
+    adapter: Sequence[LayerLora] | None,
+    on_layer: Callable[[int], None] | None = None,
 ) -> list[ImagePrefix]:
     """Compute the keys and values of image tokens. The tokens of an image attend to one another in both directions.
 
@@ -54,11 +57,12 @@ def prefill_images(
         network: Network that runs the decoder.
         embeddings: [I, P, dim] token embeddings of I images.
         adapter: Adapter layers; None: no adapter.
+        on_layer: Function that receives the number of complete layers in each layer.
 
     Returns:
         One prefix per image. Prefixes share no memory, so each can be freed separately.
     """
-    recorders = [_KVRecorder() for _ in network.text.blocks]
+    recorders = [_KVRecorder(layer, on_layer) for layer in range(len(network.text.blocks))]
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
     with torch.inference_mode():
         network.text(embeddings, positions, attends=recorders, adapter=adapter)
@@ -74,7 +78,12 @@ class _KVRecorder:
     keys: Tensor
     values: Tensor
 
+    def __init__(self, layer: int, on_layer: Callable[[int], None] | None) -> None:
+        self._layer, self._on_layer = layer, on_layer
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._on_layer is not None:
+            self._on_layer(self._layer)
         self.keys, self.values = k, v
         return attention(q, k, v)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,13 @@ class VisionEncoder(nn.Module):
         self.post_ln = nn.LayerNorm(config.enc_dim)
         self.proj_mlp = Mlp(2 * config.enc_dim, config.proj_inner_dim, config.proj_out_dim)
 
-    def forward(self, crops: Tensor) -> Tensor:
+    def forward(self, crops: Tensor, on_block: Callable[[int], None] | None = None) -> Tensor:
         """Encode crops independently of one another.
 
         Args:
             crops: [N, 3, crop_size, crop_size] RGB in −1..1.
+            on_block: Function that receives the number of complete blocks after each block; it must be None if the
+                encoder is compiled.
 
         Returns:
             [N, num_patches, enc_dim] features, patches row by row.
@@ -69,8 +71,10 @@ class VisionEncoder(nn.Module):
         p = self.config.enc_patch_size
         patches = crops.view(n, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         x = self.patch_emb(patches.reshape(n, -1, channels * p * p)) + self.pos_emb
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             x = block(x)
+            if on_block is not None:
+                on_block(number)
         return self.post_ln(x)
 
     def join(self, features: Tensor, tilings: Sequence[tuple[int, int]]) -> Tensor:
