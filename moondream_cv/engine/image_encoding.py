@@ -7,7 +7,7 @@ Several frames are encoded together. `reencode` encodes only those crops of a fr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from moondream_cv.engine.kv_cache import ImagePrefix, prefill_images
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
+from moondream_cv.progress import Operation
 
 TOKENS_PER_PASS = 12_000
 """Maximum number of patches or positions in one pass through a transformer.
@@ -101,6 +102,7 @@ def encode_images(
     adapter_name: str | None,
     adapter: Sequence[LayerLora] | None,
     fingerprint: str,
+    operation: Operation | None = None,
 ) -> list[EncodedImage]:
     """Cut, encode and prefill images of any sizes together.
 
@@ -111,6 +113,7 @@ def encode_images(
         adapter_name: Name of the adapter, for `EncodedImage.check`.
         adapter: Adapter layers; None: no adapter.
         fingerprint: Fingerprint of the model with the adapter, for `EncodedImage.check`.
+        operation: Receives the progress.
 
     Returns:
         One encoded image per frame, in order. They share no memory.
@@ -128,11 +131,12 @@ def encode_images(
 
     # Encode the crops and prefill the decoder
     with torch.inference_mode():
-        encoded = _encode_crops(network, [pixels for image in distinct for pixels in image])
+        images = "image" if len(frames) == 1 else f"{len(frames)} images"
+        encoded = _encode_crops(network, [pixels for image in distinct for pixels in image], operation, images)
         split = encoded.split([len(image) for image in distinct])
         # A copy: a slice would keep the features of all frames alive.
         features = [f.expand(len(crops.pixels), -1, -1).clone() for f, crops in zip(split, cut, strict=True)]
-        embeddings, prefixes = _prefill(network, features, tilings, adapter)
+        embeddings, prefixes = _prefill(network, features, tilings, adapter, operation, images)
 
     sizes = [f.size if isinstance(f, PreprocessedImage) else (f.shape[1], f.shape[0]) for f in frames]
     return [
@@ -151,6 +155,7 @@ def reencode(
     adapter_name: str | None,
     adapter: Sequence[LayerLora] | None,
     fingerprint: str,
+    operation: Operation | None = None,
 ) -> EncodedImage:
     """Encode a video frame, running the vision encoder only on crops that differ from an earlier frame.
 
@@ -168,6 +173,7 @@ def reencode(
         adapter_name: Name of the adapter.
         adapter: Adapter layers; None: no adapter.
         fingerprint: Fingerprint of the model with the adapter.
+        operation: Receives the progress.
 
     Returns:
         `previous` itself if all crops are unchanged. With a tolerance of 0, the result equals that of `encode_images`
@@ -188,6 +194,7 @@ def reencode(
             adapter_name=adapter_name,
             adapter=adapter,
             fingerprint=fingerprint,
+            operation=operation,
         )
         return encoded
 
@@ -202,8 +209,10 @@ def reencode(
     # Encode them and prefill the decoder
     with torch.inference_mode():
         features = previous.features.to(network.device, copy=True)
-        features[torch.from_numpy(changed).to(features.device)] = _encode_crops(network, list(new_crops))
-        (embedding,), (prefix,) = _prefill(network, [features], [cut.tiling], adapter)
+        features[torch.from_numpy(changed).to(features.device)] = _encode_crops(
+            network, list(new_crops), operation, "image"
+        )
+        (embedding,), (prefix,) = _prefill(network, [features], [cut.tiling], adapter, operation, "image")
     return EncodedImage(
         previous.size, cut.tiling, previous.max_crops, adapter_name, fingerprint, crops, features, embedding, prefix
     )
@@ -224,12 +233,18 @@ def _changed(pixels: np.ndarray, before: np.ndarray, tolerance: float) -> np.nda
     return changed
 
 
-def _encode_crops(network: MoondreamNetwork, crops: Sequence[np.ndarray]) -> Tensor:
+def _encode_crops(
+    network: MoondreamNetwork, crops: Sequence[np.ndarray], operation: Operation | None, images: str
+) -> Tensor:
     """Run the vision encoder: [S, S, 3] uint8 crops → [N, num_patches, enc_dim] features."""
     features = []
     for part in _passes(len(crops), network.config.vision.num_patches):
         pixels = torch.from_numpy(np.stack(crops[part])).to(network.device)
-        features.append(network.vision(normalize(pixels, network.dtype)))
+        crops_per_block = len(pixels) / len(network.vision.blocks)
+        on_block = _reporter(
+            network, operation, f"Encoding {images}", float(part.start), crops_per_block, len(crops), "crops"
+        )
+        features.append(network.vision(normalize(pixels, network.dtype), on_block))
     return features[0] if len(features) == 1 else torch.cat(features)
 
 
@@ -238,6 +253,8 @@ def _prefill(
     features: Sequence[Tensor],
     tilings: Sequence[tuple[int, int]],
     adapter: Sequence[LayerLora] | None,
+    operation: Operation | None,
+    images: str,
 ) -> tuple[list[Tensor], list[ImagePrefix]]:
     """Join the crop features of each image and prefill the decoder with them.
 
@@ -246,6 +263,8 @@ def _prefill(
         features: One [1 + rows · columns, num_patches, enc_dim] tensor per image.
         tilings: (rows, columns) of each image.
         adapter: Adapter layers; None: no adapter.
+        operation: Receives the progress.
+        images: "image" or the number of images, for the name of the stage.
 
     Returns:
         A [num_patches, dim] embedding and a prefix per image.
@@ -254,12 +273,48 @@ def _prefill(
     bos = network.text.embed(bos_id)  # [1, dim]
     embeddings: list[Tensor] = []
     prefixes: list[ImagePrefix] = []
-    for part in _passes(len(features), 1 + network.config.vision.num_patches):
+    passes, num_layers = list(_passes(len(features), 1 + network.config.vision.num_patches)), len(network.text.blocks)
+    for i, part in enumerate(passes):
         joined = network.vision.join(torch.cat(tuple(features[part])), tilings[part])  # [I, num_patches, dim]
         start = bos.expand(len(joined), 1, -1)
-        prefixes += prefill_images(network, torch.cat((start, joined), dim=1), adapter)
+        on_layer = _reporter(
+            network, operation, f"Prefilling {images}", i * num_layers, 1, len(passes) * num_layers, "layers"
+        )
+        prefixes += prefill_images(network, torch.cat((start, joined), dim=1), adapter, on_layer)
         embeddings += [image.clone() for image in joined]
     return embeddings, prefixes
+
+
+def _reporter(
+    network: MoondreamNetwork,
+    operation: Operation | None,
+    stage: str,
+    start: float,
+    per_layer: float,
+    total: int,
+    unit: str,
+) -> Callable[[int], None] | None:
+    """Report the start of a pass, and return a function that reports its layers.
+
+    Args:
+        network: Network of the model.
+        operation: Receives the progress; None: nothing is reported.
+        stage: Name of the stage.
+        start: Part of the stage that earlier passes have completed, in `unit`.
+        per_layer: Part of the stage that each layer completes, in `unit`.
+        total: Size of the stage, in `unit`.
+        unit: Plural of the unit.
+
+    Returns:
+        A function of the number of complete layers. None if Python runs ahead of the device, so that layers cannot be
+        timed, or if the encoder is compiled.
+    """
+    if operation is None:
+        return None
+    operation.update(stage, start, total, unit)
+    if network.device.type != "cpu" or network.vision._compiled_call_impl is not None:
+        return None
+    return lambda layers: operation.update(stage, start + layers * per_layer, total, unit)
 
 
 def _passes(count: int, tokens: int) -> Iterator[slice]:
