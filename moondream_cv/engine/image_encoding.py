@@ -30,6 +30,9 @@ It limits the memory for activations, the largest of which are those of an MLP: 
 one image fit into one pass, and larger passes would not use a GPU any better. The tiny model processes 187 crops per
 pass.
 """
+TOKENS_PER_CPU_PASS = 3_000
+"""The same on a CPU: 4 crops or 4 images. Activations stay in the CPU's cache, and Ctrl-C, which Python handles between
+operators, ends within a second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +241,7 @@ def _encode_crops(
 ) -> Tensor:
     """Run the vision encoder: [S, S, 3] uint8 crops → [N, num_patches, enc_dim] features."""
     features = []
-    for part in _passes(len(crops), network.config.vision.num_patches):
+    for part in _passes(len(crops), network.config.vision.num_patches, network.device):
         pixels = torch.from_numpy(np.stack(crops[part])).to(network.device)
         crops_per_block = len(pixels) / len(network.vision.blocks)
         on_block = _reporter(
@@ -273,7 +276,8 @@ def _prefill(
     bos = network.text.embed(bos_id)  # [1, dim]
     embeddings: list[Tensor] = []
     prefixes: list[ImagePrefix] = []
-    passes, num_layers = list(_passes(len(features), 1 + network.config.vision.num_patches)), len(network.text.blocks)
+    tokens, num_layers = 1 + network.config.vision.num_patches, len(network.text.blocks)
+    passes = list(_passes(len(features), tokens, network.device))
     for i, part in enumerate(passes):
         joined = network.vision.join(torch.cat(tuple(features[part])), tilings[part])  # [I, num_patches, dim]
         start = bos.expand(len(joined), 1, -1)
@@ -317,8 +321,9 @@ def _reporter(
     return lambda layers: operation.update(stage, start + layers * per_layer, total, unit)
 
 
-def _passes(count: int, tokens: int) -> Iterator[slice]:
+def _passes(count: int, tokens: int, device: torch.device) -> Iterator[slice]:
     """Split `count` items of `tokens` tokens each into the fewest passes that fit, of similar size."""
-    passes = math.ceil(count / max(1, TOKENS_PER_PASS // tokens))
+    limit = TOKENS_PER_CPU_PASS if device.type == "cpu" else TOKENS_PER_PASS
+    passes = math.ceil(count / max(1, limit // tokens))
     size = math.ceil(count / passes)
     return (slice(start, start + size) for start in range(0, count, size))

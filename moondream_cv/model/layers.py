@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,46 @@ from torch.nn import functional as F
 
 LoraPair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 ROTARY_BASE = 10000.0
+MIN_BLOCKED_LENGTH = 256  # sequences from which `_blocked_attention` is faster than PyTorch's kernel
+HEADS_PER_BLOCK = 4  # their scores for 729 patches take 4 MB in bfloat16, which fits into the cache of most CPUs
+# oneDNN's fused kernels are implemented for x86 only; elsewhere it computes them with slow reference code.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+class Linear(nn.Linear):
+    """A linear layer that uses oneDNN's kernels on x86 CPUs during inference.
+
+    For a few input rows they take less than half of the time of `F.linear`, and `gelu` takes no extra pass over the
+    output.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: [..., in] → [..., out]."""
+        return _onednn_linear(self, x, "none", "") if _uses_onednn(x) else super().forward(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Apply the layer and then the tanh form of GELU: [..., in] → [..., out]."""
+        if _uses_onednn(x):
+            return _onednn_linear(self, x, "gelu", "tanh")
+        return F.gelu(super().forward(x), approximate="tanh")
+
+
+def _onednn_linear(layer: nn.Linear, x: Tensor, activation: str, algorithm: str) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], algorithm)
+    return result
+
+
+def _uses_onednn(x: Tensor) -> bool:
+    """Return whether oneDNN has a fast kernel for the input of a linear layer. It has no backward pass."""
+    if not _HAS_ONEDNN or x.device.type != "cpu" or torch.is_grad_enabled() or not x.numel():
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_bfloat16_products())
+
+
+@functools.cache
+def _has_bfloat16_products() -> bool:
+    """Return whether oneDNN multiplies bfloat16 matrices on this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def add_lora(y: Tensor, x: Tensor, pair: LoraPair | None) -> Tensor:
@@ -17,17 +58,54 @@ def add_lora(y: Tensor, x: Tensor, pair: LoraPair | None) -> Tensor:
     return y if pair is None else y + F.linear(F.linear(x, pair[0]), pair[1])
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute attention without a mask.
+
+    Args:
+        q: [N, heads, P, head_dim] queries.
+        k: [N, heads, P, head_dim] keys.
+        v: [N, heads, P, head_dim] values.
+
+    Returns:
+        [N, heads, P, head_dim] outputs.
+    """
+    if q.device.type == "cpu" and q.shape[2] >= MIN_BLOCKED_LENGTH and not torch.is_grad_enabled():
+        return _blocked_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute the attention of a few heads at a time, as separate matrix products.
+
+    On a CPU, PyTorch's fused kernel reaches less than a third of the product rate. Here the scores are rounded to the
+    data type of the inputs. The result has the strides of a [N, P, heads, head_dim] tensor.
+    """
+    batch, heads, length, head_dim = q.shape
+    out = q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    ignored = q.new_empty(1, 1, 1)
+    step = max(HEADS_PER_BLOCK, torch.get_num_threads())
+    for n in range(batch):
+        for start in range(0, heads, step):
+            block = n, slice(start, start + step)
+            scores = torch.baddbmm(ignored, q[block], k[block].transpose(1, 2), beta=0, alpha=head_dim**-0.5)
+            out[block] = torch.bmm(torch.softmax(scores, dim=-1), v[block])
+    return out
+
+
 class Mlp(nn.Module):
     """Two linear layers with the tanh form of GELU between them."""
 
     def __init__(self, dim: int, inner_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, inner_dim)
-        self.fc2 = nn.Linear(inner_dim, out_dim)
+        self.fc1 = Linear(dim, inner_dim)
+        self.fc2 = Linear(inner_dim, out_dim)
 
     def forward(self, x: Tensor, lora: Mapping[str, LoraPair] | None = None) -> Tensor:
         lora = lora or {}
-        x = F.gelu(add_lora(self.fc1(x), x, lora.get("fc1")), approximate="tanh")
+        if (pair := lora.get("fc1")) is None:
+            x = self.fc1.gelu(x)
+        else:
+            x = F.gelu(add_lora(self.fc1(x), x, pair), approximate="tanh")
         return add_lora(self.fc2(x), x, lora.get("fc2"))
 
 

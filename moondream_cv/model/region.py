@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moondream_cv.model.config import RegionConfig
-from moondream_cv.model.layers import Mlp
+from moondream_cv.model.layers import Linear, Mlp
 
 SIZE_OCTAVES = 10.0
 
@@ -23,9 +23,9 @@ class RegionHeads(nn.Module):
     def __init__(self, config: RegionConfig) -> None:
         super().__init__()
         self.config = config
-        self.coord_encoder = nn.Linear(config.coord_feat_dim, config.dim)
+        self.coord_encoder = Linear(config.coord_feat_dim, config.dim)
         self.coord_decoder = Mlp(config.dim, config.inner_dim, config.coord_out_dim)
-        self.size_encoder = nn.Linear(config.size_feat_dim, config.dim)
+        self.size_encoder = Linear(config.size_feat_dim, config.dim)
         self.size_decoder = Mlp(config.dim, config.inner_dim, config.size_out_dim)
         self.coord_features = nn.Parameter(torch.empty(1, config.coord_feat_dim // 2))
         self.size_features = nn.Parameter(torch.empty(2, config.size_feat_dim // 2))

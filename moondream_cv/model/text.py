@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moondream_cv.model.config import TextConfig
-from moondream_cv.model.layers import LoraPair, Mlp, add_lora, rotary_table, rotate
+from moondream_cv.model.layers import Linear, LoraPair, Mlp, add_lora, full_attention, rotary_table, rotate
 
 LayerLora = Mapping[str, Mapping[str, LoraPair]]  # {"attn": {"qkv", "proj"}, "mlp": {"fc1", "fc2"}}
 
@@ -41,8 +41,8 @@ class TextAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.qkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
+        self.proj = Linear(config.dim, config.dim)
 
     def forward(
         self, x: Tensor, rotary: Tensor, mask: Tensor | None, attend: Attend | None, lora: Mapping[str, LoraPair]
@@ -72,6 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     """
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if mask is None and not grouped and q.shape[2] == k.shape[2]:
+        return full_attention(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
@@ -101,7 +103,7 @@ class TextDecoder(nn.Module):
         self.wte = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.n_layers))
         self.post_ln = nn.LayerNorm(config.dim)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size)
+        self.lm_head = Linear(config.dim, config.vocab_size)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings of tokens: IDs [...] → [..., dim]."""

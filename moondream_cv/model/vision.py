@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moondream_cv.model.config import VisionConfig
-from moondream_cv.model.layers import Mlp
+from moondream_cv.model.layers import Linear, Mlp, full_attention
 
 
 class VisionAttention(nn.Module):
@@ -18,14 +18,14 @@ class VisionAttention(nn.Module):
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.n_heads, dim // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [3, N, heads, P, head_dim]
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = full_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -50,7 +50,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_emb = nn.Linear(config.in_channels * config.enc_patch_size**2, config.enc_dim)
+        self.patch_emb = Linear(config.in_channels * config.enc_patch_size**2, config.enc_dim)
         self.pos_emb = nn.Parameter(torch.zeros(1, config.num_patches, config.enc_dim))
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.enc_n_layers))
         self.post_ln = nn.LayerNorm(config.enc_dim)

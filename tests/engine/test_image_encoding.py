@@ -78,10 +78,10 @@ def boxes(model: LocalModel, encoded: EncodedImage, names: Sequence[str] = NAMES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", [image_encoding.TOKENS_PER_PASS, 3000], ids=["one pass", "passes of 4"])
+@pytest.mark.parametrize("tokens", [12_000, image_encoding.TOKENS_PER_CPU_PASS], ids=["one pass", "passes of 4"])
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_batch_encoding_equals_published_values(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_encoding, "TOKENS_PER_PASS", tokens)
+    monkeypatch.setattr(image_encoding, "TOKENS_PER_CPU_PASS", tokens)
     model = load(str(GOLDEN / name), device="cpu", dtype="float32")
     expected = load_file(GOLDEN / name / "expected.safetensors")
     frames = [to_rgb(GOLDEN / name / "images" / image) for image in IMAGES]
@@ -121,7 +121,7 @@ def test_frames_of_different_sizes_are_encoded_together(
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_encoding, "TOKENS_PER_PASS", tokens)
+        patch.setattr(image_encoding, "TOKENS_PER_CPU_PASS", tokens)
         batch = encode_images(model.network, frames, **{**SETTINGS, "max_crops": max_crops})
     assert [encoded.size for encoded in batch] == sizes
     for frame, encoded in zip(frames, batch, strict=True):
@@ -137,7 +137,7 @@ def test_crops_are_split_into_few_even_passes(tiny: LocalModel, monkeypatch: pyt
     with crops_seen(tiny.network) as seen:
         encode_images(tiny.network, frames, **SETTINGS)
         assert seen == [15]
-        monkeypatch.setattr(image_encoding, "TOKENS_PER_PASS", 6 * 64)
+        monkeypatch.setattr(image_encoding, "TOKENS_PER_CPU_PASS", 6 * 64)
         encode_images(tiny.network, frames, **SETTINGS)
         assert seen[1:] == [5, 5, 5]
 
