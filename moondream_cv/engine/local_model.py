@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.image_cache import ImageCache, ImageKey, InFlight
 from moondream_cv.engine.image_encoding import EncodedImage, encode_images, reencode
+from moondream_cv.engine.job_progress import count_jobs, describe_jobs
 from moondream_cv.engine.model_fingerprint import fingerprint
 from moondream_cv.engine.model_runner import ModelRunner
 from moondream_cv.engine.preprocessing import PreprocessedImage
@@ -29,6 +31,7 @@ from moondream_cv.images import to_rgb
 from moondream_cv.model.adapters import Adapter, load_adapter
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
+from moondream_cv.progress import Operation
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
@@ -53,6 +56,8 @@ class LocalModel(PublishedMethods):
         limits: Limits on what decodes at the same time in each call; halved when memory runs out.
         image_cache: Cache of encoded images; None: images are not cached.
         grammar_compiler: Compiles JSON schemas for structured output.
+        show_progress: Whether `run`, `stream` and `encode_image` report the progress of calls that take longer than
+            2 s.
         reload: Loads the model again, for pickle; None if the model was not loaded by name.
     """
 
@@ -84,6 +89,7 @@ class LocalModel(PublishedMethods):
         positions = self.config.prefix_length * text.n_layers * text.n_kv_heads * text.head_dim
         self.limits = Limits.for_prefix_size(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
+        self.show_progress = True
         self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
         self.reload: Callable[[], LocalModel] | None = None
         self._adapters: dict[str, Adapter] = {}
@@ -97,7 +103,7 @@ class LocalModel(PublishedMethods):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: unpickling loads the model again with the same arguments.
 
-        `calibration`, `limits` and the size of `image_cache` are preserved; cached images are not.
+        `calibration`, `limits`, `show_progress` and the size of `image_cache` are preserved; cached images are not.
 
         Raises:
             MoondreamError: The model was not loaded by name, or is closed.
@@ -109,7 +115,7 @@ class LocalModel(PublishedMethods):
                 "the process that uses it, or save its weights to a folder and load that folder"
             )
         cache = None if self.image_cache is None else (self.image_cache.max_images, self.image_cache.max_bytes)
-        return _reload, (self.reload, self.name, self.calibration, self.limits, cache)
+        return _reload, (self.reload, self.name, self.calibration, self.limits, cache, self.show_progress)
 
     def __copy__(self) -> LocalModel:
         """Return a model that shares everything with this one."""
@@ -132,6 +138,7 @@ class LocalModel(PublishedMethods):
             name=self.name,
         )
         copied.limits, copied.reload = replace(self.limits), self.reload
+        copied.show_progress = self.show_progress
         if self.image_cache is not None:
             copied.image_cache = ImageCache(self.image_cache.max_images, self.image_cache.max_bytes)
         return copied
@@ -169,10 +176,14 @@ class LocalModel(PublishedMethods):
         Raises:
             MoondreamError: The model is closed.
         """
-        scheduler = self.scheduler()
-        jobs = [scheduler.submit(request) for request in requests]
-        while scheduler.step():
-            pass
+        with self._operation("run") as operation:
+            scheduler = self._scheduler(operation)
+            jobs = [scheduler.submit(request) for request in requests]
+            if len(jobs) > 1:
+                operation.prefix = partial(count_jobs, jobs)
+            describe = partial(describe_jobs, jobs)
+            while scheduler.step():
+                operation.update("Decoding", detail=describe)
         return [job.result for job in jobs if job.result is not None]
 
     def stream(self, request: Request) -> Iterator[Any]:
@@ -200,6 +211,10 @@ class LocalModel(PublishedMethods):
         Raises:
             MoondreamError: The model is closed.
         """
+        return self._scheduler(None)
+
+    def _scheduler(self, operation: Operation | None) -> Scheduler:
+        """Create a scheduler whose image encodings are reported to an operation."""
         self.check_open()
         context = SchedulerContext(
             config=self.config,
@@ -210,7 +225,8 @@ class LocalModel(PublishedMethods):
             clear_image_cache=self._clear_image_cache,
             check_open=self.check_open,
         )
-        return Scheduler(ModelRunner(self.network, self.adapter_layers, self.encode_arrays), context, self.limits)
+        encode = partial(self.encode_arrays, operation=operation)
+        return Scheduler(ModelRunner(self.network, self.adapter_layers, encode), context, self.limits)
 
     def encode_image(
         self,
@@ -240,14 +256,14 @@ class LocalModel(PublishedMethods):
         if isinstance(image, EncodedImage):
             image.check(self.fingerprint(adapter_name), checked.max_crops, adapter_name)
             return image
-        if isinstance(image, PreprocessedImage) and previous is None:
-            return self.encode_arrays([image], max_crops, adapter_name)[0]
-        frame = image.rgb if isinstance(image, PreprocessedImage) else to_rgb(image)
-        if previous is None:
-            return self.encode_arrays([frame], max_crops, adapter_name)[0]
-        with without_autocast(self.device):
-            options = self._encode_options(checked.max_crops, adapter_name)
-            return reencode(self.network, frame, previous, tolerance, **options)
+        with self._operation("encode_image") as operation:
+            if previous is None:
+                frame = image if isinstance(image, PreprocessedImage) else to_rgb(image)
+                return self.encode_arrays([frame], max_crops, adapter_name, operation)[0]
+            rgb = image.rgb if isinstance(image, PreprocessedImage) else to_rgb(image)
+            with without_autocast(self.device):
+                options = self._encode_options(checked.max_crops, adapter_name, operation)
+                return reencode(self.network, rgb, previous, tolerance, **options)
 
     def preprocess_image(self, image: Any, settings: SettingsLike = None) -> PreprocessedImage:
         """Read an image and cut it into crops, without running the network.
@@ -377,7 +393,11 @@ class LocalModel(PublishedMethods):
         return settings.max_crops or self.config.vision.max_crops
 
     def encode_arrays(
-        self, frames: Sequence[np.ndarray | PreprocessedImage], max_crops: int | None, adapter_name: str | None
+        self,
+        frames: Sequence[np.ndarray | PreprocessedImage],
+        max_crops: int | None,
+        adapter_name: str | None,
+        operation: Operation | None = None,
     ) -> list[EncodedImage]:
         """Encode images, or return them from the image cache.
 
@@ -385,9 +405,10 @@ class LocalModel(PublishedMethods):
             frames: Each [H, W, 3] uint8 RGB, or preprocessed.
             max_crops: Maximum number of local crops of an image; None: the number the model was trained with.
             adapter_name: Adapter to encode the images with.
+            operation: Receives the progress.
         """
         with without_autocast(self.device):
-            options = self._encode_options(max_crops or self.config.vision.max_crops, adapter_name)
+            options = self._encode_options(max_crops or self.config.vision.max_crops, adapter_name, operation)
             return self._encode_arrays(frames, options)
 
     def _encode_arrays(
@@ -421,14 +442,20 @@ class LocalModel(PublishedMethods):
             found[key] = other.result() or self._encode_arrays([by_key[key]], options)[0]
         return [found[key] for key in keys]
 
-    def _encode_options(self, max_crops: int | None, adapter_name: str | None) -> dict[str, Any]:
+    def _encode_options(
+        self, max_crops: int | None, adapter_name: str | None, operation: Operation | None
+    ) -> dict[str, Any]:
         """Return the keyword arguments of `encode_images` and `reencode`."""
         return {
             "max_crops": max_crops,
             "adapter_name": adapter_name,
             "adapter": self.adapter_layers(adapter_name),
             "fingerprint": self.fingerprint(adapter_name),
+            "operation": operation,
         }
+
+    def _operation(self, name: str) -> Operation:
+        return Operation(f"{name} on {self.name or 'the model'}", is_enabled=self.show_progress)
 
     def _clear_image_cache(self) -> bool:
         """Drop all cached images and return whether there were any."""
@@ -438,9 +465,17 @@ class LocalModel(PublishedMethods):
         return True
 
     def _pieces(self, request: Request) -> Iterator[Any]:
-        scheduler = self.scheduler()
-        job = scheduler.submit(request)
-        is_running = True
+        with self._operation("stream") as operation:
+            scheduler = self._scheduler(operation)
+            job = scheduler.submit(request)
+            describe = partial(describe_jobs, [job])
+            is_running = True
+            pieces: list[Any] = []
+            while is_running and not pieces:
+                is_running = scheduler.step()
+                operation.update("Decoding", detail=describe)
+                pieces = job.take()
+        yield from pieces  # without progress: the caller displays the pieces
         while is_running:
             is_running = scheduler.step()
             yield from job.take()
@@ -454,9 +489,11 @@ def _reload(
     calibration: Calibration | None,
     limits: Limits,
     cache: tuple[int, int] | None,
+    show_progress: bool,
 ) -> LocalModel:
     """Recreate a pickled model."""
     model = load()
+    model.show_progress = show_progress
     model.name, model.calibration, model.limits = name, calibration, limits
     model.image_cache = None if cache is None else ImageCache(*cache)
     return model

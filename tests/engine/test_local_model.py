@@ -184,7 +184,7 @@ def test_failed_request_gets_an_error_result_in_order(model: LocalModel, frame: 
 def test_each_image_is_encoded_once(model: LocalModel, frame: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     encoder = model.network.vision.forward
-    monkeypatch.setattr(model.network.vision, "forward", lambda crops: calls.append(len(crops)) or encoder(crops))
+    monkeypatch.setattr(model.network.vision, "forward", lambda *args: calls.append(len(args[0])) or encoder(*args))
     few = Settings(max_objects=1, max_tokens=1)
     model.run([Detect(frame, "dog", few), Point(frame, "cat", few), Caption(frame, "short", few)])
     assert len(calls) == 1
