@@ -12,7 +12,8 @@ another one is padded; no sequence attends to padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -108,6 +109,74 @@ class CacheGroup:
     index: int
 
 
+@dataclass(eq=False)
+class KVBuffers:
+    """Tensors of a KV cache.
+
+    Attributes:
+        layers: For each layer the keys and the values, [2, groups, kv_heads, capacity, head_dim].
+        inputs: [groups, capacity, dim] input embeddings of the entries.
+        seq_ids: [groups, capacity] sequence ID of each entry; `PREFIX_ID` for the image prefix, `PADDING_ID` for
+            padding.
+        steps: Decode steps that were built for these tensors; only `cuda_graphs.py` uses them.
+    """
+
+    layers: list[Tensor]
+    inputs: Tensor
+    seq_ids: Tensor
+    steps: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def allocate(cls, network: MoondreamNetwork, max_groups: int, capacity: int) -> KVBuffers:
+        """Allocate empty tensors on the device of a network and in its dtype.
+
+        Args:
+            network: Network that the cache is for.
+            max_groups: Number of groups.
+            capacity: Entries per group, including the prefix.
+        """
+        config = network.config.text
+        empty = torch.empty(0, device=network.device, dtype=network.dtype)
+        shape = (2, max_groups, config.n_kv_heads, capacity, config.head_dim)
+        return cls(
+            # Zeros: padding has weight 0, and 0 times uninitialized memory may be NaN.
+            layers=[empty.new_zeros(shape) for _ in range(config.n_layers)],
+            inputs=empty.new_zeros(max_groups, capacity, config.dim),
+            seq_ids=torch.full((max_groups, capacity), PADDING_ID, device=network.device, dtype=torch.long),
+        )
+
+    @property
+    def max_groups(self) -> int:
+        """Number of groups that memory is allocated for."""
+        return self.seq_ids.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Entries per group, including the prefix, that memory is allocated for."""
+        return self.seq_ids.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for tensor in (*self.layers, self.inputs, self.seq_ids))
+
+    def clear(self) -> None:
+        """Make the tensors equal to newly allocated ones."""
+        torch._foreach_zero_(self.layers)
+        self.inputs.zero_()
+        self.seq_ids.fill_(PADDING_ID)
+
+
+class BufferPool(Protocol):
+    """Source of tensors for KV caches that are reused from request to request."""
+
+    def take(self, max_groups: int, capacity: int) -> KVBuffers:
+        """Return empty tensors for at least this many groups and entries per group."""
+
+    def give_back(self, buffers: KVBuffers) -> None:
+        """Receive tensors that a cache no longer uses."""
+
+
 class PrefixSharedKVCache:
     """KV cache of several groups whose image prefixes have the same length; without an image, that length is 0.
 
@@ -115,44 +184,49 @@ class PrefixSharedKVCache:
         prefix_length: Tokens of each image prefix.
         num_groups: Groups in use; their indices start at 0.
         end: Position at which the next step writes.
+        buffers: Tensors of the cache.
     """
 
-    def __init__(self, network: MoondreamNetwork, prefix_length: int, max_groups: int, max_entries: int) -> None:
-        """Allocate an empty cache on the device of a network and in its dtype.
+    def __init__(
+        self,
+        network: MoondreamNetwork,
+        prefix_length: int,
+        max_groups: int,
+        max_entries: int,
+        pool: BufferPool | None = None,
+    ) -> None:
+        """Create an empty cache.
 
         Args:
             network: Network that the cache is for.
             prefix_length: Tokens of each image prefix.
             max_groups: Groups to allocate memory for.
             max_entries: Entries behind each prefix to allocate memory for.
+            pool: Source of the tensors; None: the cache allocates them.
         """
-        config = network.config.text
         self.prefix_length, self.num_groups, self.end = prefix_length, 0, prefix_length
-        self._step_end = self.end
-        empty = torch.empty(0, device=network.device, dtype=network.dtype)
+        self._step_end, self._pool = self.end, pool
         capacity = prefix_length + max_entries
-        shape = (2, max_groups, config.n_kv_heads, capacity, config.head_dim)
-        # Zeros: padding has weight 0, and 0 times uninitialized memory may be NaN.
-        self._layers = [empty.new_zeros(shape) for _ in range(config.n_layers)]  # keys, then values
-        self._inputs = empty.new_zeros(max_groups, capacity, config.dim)
-        self._seq_ids = torch.full((max_groups, capacity), PADDING_ID, device=network.device, dtype=torch.long)
-        self._mask = empty
-        self._replace_nan = network.dtype == torch.float16
+        if pool is None:
+            self.buffers = KVBuffers.allocate(network, max_groups, capacity)
+        else:
+            self.buffers = pool.take(max_groups, capacity)
+        self._mask = self.buffers.inputs.new_empty(0)
 
     @property
     def max_groups(self) -> int:
         """Number of groups that memory is allocated for."""
-        return self._seq_ids.shape[0]
+        return self.buffers.max_groups
 
     @property
     def capacity(self) -> int:
         """Entries per group, including the prefix, that memory is allocated for."""
-        return self._seq_ids.shape[1]
+        return self.buffers.capacity
 
     @property
     def nbytes(self) -> int:
         """Size of all persistent tensors in bytes."""
-        return sum(t.nbytes for t in (*self._layers, self._inputs, self._seq_ids))
+        return self.buffers.nbytes
 
     def add_group(self, prefix: ImagePrefix | None) -> int:
         """Copy an image prefix into a new group.
@@ -167,13 +241,13 @@ class PrefixSharedKVCache:
             self._resize(2 * self.max_groups, self.capacity)
         group = self.num_groups
         if prefix is not None:
-            for layer, (keys, values) in zip(self._layers, prefix.layers, strict=True):
+            for layer, (keys, values) in zip(self.buffers.layers, prefix.layers, strict=True):
                 layer[0, group, :, : self.prefix_length] = keys[0]
                 layer[1, group, :, : self.prefix_length] = values[0]
-        for layer in self._layers:  # a removed group may have left NaN at this index
-            layer[:, group, :, self.prefix_length : self.end] = 0
-        self._seq_ids[group] = PADDING_ID
-        self._seq_ids[group, : self.prefix_length] = PREFIX_ID
+        for layer in self.buffers.layers:  # a removed group may have left NaN at this index
+            layer[:, group, :, self.prefix_length :] = 0
+        self.buffers.seq_ids[group] = PADDING_ID
+        self.buffers.seq_ids[group, : self.prefix_length] = PREFIX_ID
         self.num_groups += 1
         return group
 
@@ -183,9 +257,10 @@ class PrefixSharedKVCache:
         last = self.num_groups
         if group == last:
             return
-        for layer in self._layers:
+        for layer in self.buffers.layers:
             layer[:, group] = layer[:, last]
-        self._inputs[group], self._seq_ids[group] = self._inputs[last], self._seq_ids[last]
+        self.buffers.inputs[group] = self.buffers.inputs[last]
+        self.buffers.seq_ids[group] = self.buffers.seq_ids[last]
 
     def reserve(self, num_groups: int, num_entries: int, live: Collection[int]) -> None:
         """Ensure that memory is allocated for a number of groups and for further entries in each of them.
@@ -216,14 +291,24 @@ class PrefixSharedKVCache:
         """
         steps = seq_ids.shape[1]
         self._step_end = stop = self.end + steps
-        self._seq_ids[: self.num_groups, self.end : stop] = seq_ids
-        self._inputs[: self.num_groups, self.end : stop] = inputs
-        keys = self._seq_ids[: self.num_groups, None, :stop]
-        allowed = (keys == seq_ids[..., None]) | (keys == PREFIX_ID)  # [num_groups, T, stop]
+        self.buffers.seq_ids[: self.num_groups, self.end : stop] = seq_ids
+        self.buffers.inputs[: self.num_groups, self.end : stop] = inputs
+        allowed = visible_entries(seq_ids, self.buffers.seq_ids[: self.num_groups, :stop])
         if causal:
             allowed[..., self.end :] &= torch.ones(steps, steps, dtype=torch.bool, device=seq_ids.device).tril()
-        mask = torch.zeros(allowed.shape, device=seq_ids.device, dtype=self._layers[0].dtype)
-        self._mask = mask.masked_fill_(~allowed, -torch.inf)[:, None]
+        self._mask = additive_mask(allowed, self.buffers.layers[0].dtype)
+
+    def begin_static_step(self, num_entries: int) -> int:
+        """Start a step that writes its entries to `buffers` itself; `commit` makes them permanent.
+
+        Args:
+            num_entries: Entries that the step writes to each group. `reserve` must have allocated their memory.
+
+        Returns:
+            Position of the first entry.
+        """
+        self._step_end = self.end + num_entries
+        return self.end
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write the keys and values of a step to one layer and compute its attention.
@@ -237,9 +322,8 @@ class PrefixSharedKVCache:
         Returns:
             [num_groups, T, heads, head_dim] attention outputs.
         """
-        if self._replace_nan:  # float16 overflows, and NaN would reach other sequences through their zero weights
-            k, v = torch.nan_to_num(k), torch.nan_to_num(v)
-        cached = self._layers[layer][:, : self.num_groups, :, : self._step_end]
+        k, v = replace_nan(k), replace_nan(v)
+        cached = self.buffers.layers[layer][:, : self.num_groups, :, : self._step_end]
         cached[0, :, :, self.end :] = k.transpose(1, 2)
         cached[1, :, :, self.end :] = v.transpose(1, 2)
         return attention(q, cached[0].transpose(1, 2), cached[1].transpose(1, 2), self._mask)
@@ -250,41 +334,91 @@ class PrefixSharedKVCache:
 
     def release(self) -> None:
         """Free the keys and values. Afterwards only `input_embeddings` can be called."""
-        self._layers, self._mask = [], self._mask.new_empty(0)
+        self.buffers.steps.clear()
+        self.buffers.layers.clear()
+        self._mask = self._mask.new_empty(0)
+
+    def close(self) -> None:
+        """Return the tensors to the pool, if any. Afterwards the cache cannot be used."""
+        if self._pool is not None and self.buffers.layers:
+            self._pool.give_back(self.buffers)
 
     def input_embeddings(self, group: int, seq_id: int) -> Tensor:
         """Return the [n, dim] embeddings of all committed entries of a sequence, in order."""
-        return self._inputs[group, : self.end][self._seq_ids[group, : self.end] == seq_id]
+        return self.buffers.inputs[group, : self.end][self.buffers.seq_ids[group, : self.end] == seq_id]
 
     def _compact(self, live: Collection[int]) -> None:
         """Move the entries of live sequences together. If this runs out of memory, `input_embeddings` stays valid."""
-        seq_ids = self._seq_ids[: self.num_groups, : self.end]
+        seq_ids = self.buffers.seq_ids[: self.num_groups, : self.end]
         kept = torch.tensor([PREFIX_ID, *live], device=seq_ids.device, dtype=torch.long)
         dead = ~torch.isin(seq_ids, kept)
         end = self.end - int(dead.sum(1).min()) if self.num_groups else self.prefix_length
         if end == self.end:
             return
         # Compute everything that needs memory
+        buffers = self.buffers
         order = dead.int().argsort(dim=1, stable=True)[:, :end]
-        inputs = self._inputs[: self.num_groups].gather(1, order[..., None].expand(-1, -1, self._inputs.shape[2]))
+        inputs = buffers.inputs[: self.num_groups].gather(1, order[..., None].expand(-1, -1, buffers.inputs.shape[2]))
         seq_ids = seq_ids.gather(1, order).masked_fill_(dead.gather(1, order), PADDING_ID)
         for group, source in enumerate(order):
-            for layer in self._layers:
+            for layer in buffers.layers:
                 layer[:, group, :, :end] = layer[:, group].index_select(2, source)
         # Update the inputs, which `input_embeddings` reads
-        self._inputs[: self.num_groups, :end], self._seq_ids[: self.num_groups, :end] = inputs, seq_ids
-        self._seq_ids[:, end:] = PADDING_ID
+        buffers.inputs[: self.num_groups, :end], buffers.seq_ids[: self.num_groups, :end] = inputs, seq_ids
+        buffers.seq_ids[:, end:] = PADDING_ID
+        for layer in buffers.layers:  # a step with static shapes multiplies them with weight 0, and they may be NaN
+            layer[:, : self.num_groups, :, end : self.end] = 0
         self.end = end
 
     def _resize(self, max_groups: int, capacity: int) -> None:
+        """Replace all tensors by larger ones with the same contents."""
+        if self._pool is None:
+            self._reallocate(max_groups, capacity)
+            return
+        before, self.buffers = self.buffers, self._pool.take(max_groups, capacity)
+        for new, old in zip(self.buffers.layers, before.layers, strict=True):
+            new[:, : self.num_groups, :, : self.end] = old[:, : self.num_groups, :, : self.end]
+        used = (slice(self.num_groups), slice(self.end))
+        self.buffers.inputs[used], self.buffers.seq_ids[used] = before.inputs[used], before.seq_ids[used]
+        self._pool.give_back(before)
+
+    def _reallocate(self, max_groups: int, capacity: int) -> None:
         """Reallocate all tensors, one layer at a time: two copies of the whole cache may not fit into memory."""
-        inputs = self._inputs.new_zeros(max_groups, capacity, self._inputs.shape[2])
-        seq_ids = self._seq_ids.new_full((max_groups, capacity), PADDING_ID)
-        for i, layer in enumerate(self._layers):
+        buffers, used = self.buffers, (slice(self.num_groups), slice(self.end))
+        inputs = buffers.inputs.new_zeros(max_groups, capacity, buffers.inputs.shape[2])
+        seq_ids = buffers.seq_ids.new_full((max_groups, capacity), PADDING_ID)
+        for i, layer in enumerate(buffers.layers):
             shape = (2, max_groups, layer.shape[2], capacity, layer.shape[4])
-            self._layers[i] = layer.new_zeros(shape)
-            self._layers[i][:, : self.num_groups, :, : self.end] = layer[:, : self.num_groups, :, : self.end]
+            buffers.layers[i] = layer.new_zeros(shape)
+            buffers.layers[i][:, : self.num_groups, :, : self.end] = layer[:, : self.num_groups, :, : self.end]
             del layer
-        inputs[: self.num_groups, : self.end] = self._inputs[: self.num_groups, : self.end]
-        seq_ids[: self.num_groups, : self.end] = self._seq_ids[: self.num_groups, : self.end]
-        self._inputs, self._seq_ids = inputs, seq_ids
+        inputs[used], seq_ids[used] = buffers.inputs[used], buffers.seq_ids[used]
+        buffers.inputs, buffers.seq_ids = inputs, seq_ids
+
+
+def visible_entries(seq_ids: Tensor, key_seq_ids: Tensor) -> Tensor:
+    """Return which entries each token attends to: the image prefix and the entries of the same sequence.
+
+    Args:
+        seq_ids: [groups, T] sequence ID of each token.
+        key_seq_ids: [groups, S] sequence ID of each entry.
+
+    Returns:
+        [groups, T, S] booleans.
+    """
+    keys = key_seq_ids[:, None]
+    return (keys == seq_ids[..., None]) | (keys == PREFIX_ID)
+
+
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an attention mask of zeros and negative infinities: [groups, T, S] booleans → [groups, 1, T, S]."""
+    mask = torch.zeros(allowed.shape, device=allowed.device, dtype=dtype)
+    return mask.masked_fill_(~allowed, -torch.inf)[:, None]
+
+
+def replace_nan(entries: Tensor) -> Tensor:
+    """Replace NaN and infinity in float16 keys or values.
+
+    float16 overflows, and NaN would reach other sequences through their zero weights.
+    """
+    return torch.nan_to_num(entries) if entries.dtype == torch.float16 else entries

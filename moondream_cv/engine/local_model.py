@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from moondream_cv._deprecation import renamed_function
 from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
+from moondream_cv.engine.cuda_graphs import GraphPool
 from moondream_cv.engine.image_cache import ImageCache, ImageKey, InFlight
 from moondream_cv.engine.image_encoding import EncodedImage, encode_images, reencode
 from moondream_cv.engine.job_progress import count_jobs, describe_jobs
@@ -55,6 +56,7 @@ class LocalModel(PublishedMethods):
         name: Name that the model was loaded by.
         limits: Limits on what decodes at the same time in each call; halved when memory runs out.
         image_cache: Cache of encoded images; None: images are not cached.
+        graph_pool: Tensors and CUDA graphs of decode steps; None: decode steps run without graphs, as they do on a CPU.
         grammar_compiler: Compiles JSON schemas for structured output.
         show_progress: Whether `run`, `stream` and `encode_image` report the progress of calls that take longer than
             2 s.
@@ -90,6 +92,7 @@ class LocalModel(PublishedMethods):
         self.limits = Limits.for_prefix_size(2 * positions * self.dtype.itemsize)  # keys and values
         self.image_cache: ImageCache | None = None
         self.show_progress = True
+        self.graph_pool = GraphPool.for_device(network)
         self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
         self.reload: Callable[[], LocalModel] | None = None
         self._adapters: dict[str, Adapter] = {}
@@ -226,7 +229,8 @@ class LocalModel(PublishedMethods):
             check_open=self.check_open,
         )
         encode = partial(self.encode_arrays, operation=operation)
-        return Scheduler(ModelRunner(self.network, self.adapter_layers, encode), context, self.limits)
+        runner = ModelRunner(self.network, self.adapter_layers, encode, self.graph_pool)
+        return Scheduler(runner, context, self.limits)
 
     def encode_image(
         self,
@@ -346,6 +350,8 @@ class LocalModel(PublishedMethods):
         self.adapter, self._adapters = None, {}
         if self.image_cache is not None:
             self.image_cache.clear()
+        if self.graph_pool is not None:
+            self.graph_pool.clear()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -6,6 +6,7 @@ decoder once over the batch and then applies the head of each sequence.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Protocol
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moondream_cv.engine.cuda_graphs import GraphPool
 from moondream_cv.engine.heads import NUM_PARTIAL_COLUMNS, HeadOutputs, TokenOutput, run_heads
 from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.kv_cache import GROWTH_STEPS, CacheGroup, PrefixSharedKVCache
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import Prompt, embed_prompts
 from moondream_cv.engine.sequence_state import SequenceState
-from moondream_cv.engine.step_layout import SequenceSlot, StepLayout, plan_step
+from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, StepLayout, plan_static_step, plan_step
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 
@@ -84,6 +86,7 @@ class ModelRunner:
         network: MoondreamNetwork,
         load_adapter: Callable[[str | None], Sequence[LayerLora] | None],
         encode_images: EncodeImages,
+        graph_pool: GraphPool | None = None,
     ) -> None:
         """Create a runner without sequences.
 
@@ -91,8 +94,10 @@ class ModelRunner:
             network: Network to run.
             load_adapter: Returns the layers of an adapter by its name; None is the default adapter, if any.
             encode_images: Encodes images with the same network and adapters.
+            graph_pool: Tensors and CUDA graphs for decode steps with static shapes; None: shapes are dynamic.
         """
         self._network, self._load_adapter, self._encode_images = network, load_adapter, encode_images
+        self._graph_pool = graph_pool
         self._batches: dict[str | None, AdapterBatch] = {}
 
     @property
@@ -133,7 +138,8 @@ class ModelRunner:
             CheckpointError: The adapter is missing or does not fit.
         """
         if adapter_name not in self._batches:
-            self._batches[adapter_name] = AdapterBatch(self._network, self._load_adapter(adapter_name))
+            adapter = self._load_adapter(adapter_name)
+            self._batches[adapter_name] = AdapterBatch(self._network, adapter, self._graph_pool)
         self._batches[adapter_name].admit(states)
 
     def decode_step(self, adapter_name: str | None) -> StepOutputs:
@@ -159,27 +165,35 @@ class ModelRunner:
 
     def reset(self, adapter_name: str | None) -> None:
         """Drop all sequences of an adapter and free their memory."""
-        self._batches.pop(adapter_name, None)
+        if (batch := self._batches.pop(adapter_name, None)) is not None:
+            batch.close()
+
+    def free_idle_memory(self) -> bool:
+        """Free the tensors and CUDA graphs that wait for reuse, and return whether there were any."""
+        return self._graph_pool is not None and self._graph_pool.clear()
 
 
 class AdapterBatch:
     """Sequences that share an adapter, their KV caches and the tensors that go from step to step."""
 
-    def __init__(self, network: MoondreamNetwork, adapter: Sequence[LayerLora] | None) -> None:
+    def __init__(
+        self, network: MoondreamNetwork, adapter: Sequence[LayerLora] | None, graph_pool: GraphPool | None
+    ) -> None:
         """Create an empty batch.
 
         Args:
             network: Network to run.
             adapter: Adapter layers; None: no adapter.
+            graph_pool: Tensors and CUDA graphs for decode steps with static shapes; None: shapes are dynamic.
         """
-        self._network, self._adapter = network, adapter
+        self._network, self._adapter, self._graph_pool = network, adapter, graph_pool
         self._states: list[SequenceState] = []
         self._groups: list[CacheGroup] = []
         self._caches: dict[tuple[int, int], PrefixSharedKVCache] = {}  # by prefix length and sequences per image
         # Next input of each sequence unless its state has `inputs`, and head outputs for its incomplete object
         self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
         self._partial = torch.empty(0, NUM_PARTIAL_COLUMNS, device=network.device, dtype=torch.float32)
-        self._layout: StepLayout | None = None  # layout of the last step, if it can be reused
+        self._layout: StepLayout | StaticLayout | None = None  # layout of the last step, if it can be reused
 
     @property
     def num_groups(self) -> int:
@@ -222,6 +236,7 @@ class AdapterBatch:
     def decode_step(self) -> StepOutputs:
         """Advance all sequences; see `ModelRunner.decode_step`."""
         # Plan the step
+        layout: StepLayout | StaticLayout
         if self._layout is None or any(state.inputs is not None for state in self._states):
             layout = self._plan_step()
         else:
@@ -235,13 +250,18 @@ class AdapterBatch:
             inputs = torch.cat([self._next_inputs(i) for i in range(len(states))])
 
         # Reserve memory in the KV caches
-        for part, cache in zip(layout.slices, caches, strict=True):
-            num_entries = part.seq_ids.shape[1]
+        for num_entries, cache in zip(layout.num_entries, caches, strict=True):
             if cache.end + num_entries > cache.capacity:
                 cache.reserve(cache.num_groups, num_entries, [state.sequence.seq_id for state in states])
 
         # Run the decoder and the heads
-        hidden = decode_step(self._network, layout, inputs, caches, self._adapter)
+        if isinstance(layout, StaticLayout):
+            assert self._graph_pool is not None
+            (cache,), (tokens_per_group,) = caches, layout.num_entries
+            step = self._graph_pool.step(cache.buffers, tokens_per_group, self._adapter)
+            hidden = step(layout, inputs, cache)
+        else:
+            hidden = decode_step(self._network, layout, inputs, caches, self._adapter)
         heads = [state.sequence.head for state in states]
         sampling = [state.sequence.sampling_params() for state in states]  # while the device runs the decoder
         outputs = run_heads(self._network, heads, hidden, self._partial, sampling)
@@ -253,7 +273,7 @@ class AdapterBatch:
             state.sequence.num_computed_tokens += state.num_new_tokens
             state.inputs = None
         self._embeddings, self._partial = outputs.embeddings, outputs.partial
-        self._layout = layout if layout.last is None else None
+        self._layout = layout if layout.is_repeatable else None
         return list(zip(states, outputs.outputs, strict=True))
 
     @torch.inference_mode()
@@ -271,6 +291,11 @@ class AdapterBatch:
             assert state.group is not None
             state.sequence.num_computed_tokens = state.group.cache.prefix_length
             state.group = None
+
+    def close(self) -> None:
+        """Return the tensors of the KV caches to the pool. The batch cannot be used afterwards."""
+        for cache in self._caches.values():
+            cache.close()
 
     def _embed_prompts(self) -> None:
         """Replace prompts among the inputs by their embeddings."""
@@ -295,7 +320,7 @@ class AdapterBatch:
             if key not in self._caches:
                 longest = max(sum(state.num_new_tokens for state in members) for members in stack)
                 entries = longest + GROWTH_STEPS * key[1]
-                self._caches[key] = PrefixSharedKVCache(self._network, key[0], len(stack), entries)
+                self._caches[key] = PrefixSharedKVCache(self._network, key[0], len(stack), entries, self._graph_pool)
             cache = self._caches[key]
             cache.reserve(cache.num_groups + len(stack), 0, ())
             for members in stack:
@@ -303,7 +328,7 @@ class AdapterBatch:
                 prefix = None if image.encoded is None else image.encoded.prefix
                 self._groups.append(CacheGroup(image.group_key, cache, cache.add_group(prefix)))
 
-    def _plan_step(self) -> StepLayout:
+    def _plan_step(self) -> StepLayout | StaticLayout:
         """Sort the sequences by cache and group, and build the layout of the next step."""
         cache_indices = {id(cache): i for i, cache in enumerate(self._caches.values())}
         slots = []
@@ -316,8 +341,24 @@ class AdapterBatch:
         order = sorted(range(len(slots)), key=slots.__getitem__)
         if order != list(range(len(slots))):
             self._keep(order)
-        num_groups = [cache.num_groups for cache in self._caches.values()]
-        return plan_step([slots[i] for i in order], num_groups, self._network.device)
+        slots = [slots[i] for i in order]
+        return self._plan_static_step(slots) or plan_step(
+            slots, [cache.num_groups for cache in self._caches.values()], self._network.device
+        )
+
+    def _plan_static_step(self, slots: Sequence[SequenceSlot]) -> StaticLayout | None:
+        """Return a layout with static shapes; None if the shapes of the step are dynamic.
+
+        They are dynamic with prompts, with several KV caches, and with too many sequences.
+        """
+        if self._graph_pool is None or len(self._caches) > 1 or any(slot.num_new_tokens > 1 for slot in slots):
+            return None
+        (cache,) = self._caches.values()
+        largest = max(Counter(slot.group for slot in slots).values())
+        tokens_per_group = self._graph_pool.tokens_per_group(largest, cache.max_groups)
+        if tokens_per_group is None:
+            return None
+        return plan_static_step(slots, cache.max_groups, tokens_per_group, self._network.device)
 
     def _keep(self, order: list[int]) -> None:
         """Keep the sequences with these indices, in this order, and remove groups without sequences."""
@@ -335,4 +376,6 @@ class AdapterBatch:
             for moved in self._groups:
                 if moved.cache is group.cache and moved.index == group.cache.num_groups:
                     moved.index = group.index
+        for cache in [cache for cache in self._caches.values() if not cache.num_groups]:
+            cache.close()
         self._caches = {key: cache for key, cache in self._caches.items() if cache.num_groups}

@@ -385,9 +385,11 @@ class Scheduler:
                     self._fail([state for image in batch for state in image.waiting], error)
                     continue
                 out_of_memory = True
+                if self._runner.free_idle_memory():
+                    continue
                 if len(batch) > 1:
                     self._lower_limits(max_images=self._runner.num_images + len(batch) // 2)
-                elif not self.running and not any(image.is_ready for image in images) and not self._drop_images():
+                elif not self.running and not any(image.is_ready for image in images) and not self._free_memory():
                     self._fail(batch[0].waiting, self._too_large_error(error))
                 continue
             for image, one in zip(batch, encoded, strict=True):
@@ -430,7 +432,7 @@ class Scheduler:
             return
         free_after(error, self._runner.device)
         is_alone = num_running == 1 and len(states) == 1
-        freed_memory = self._drop_images()
+        freed_memory = self._free_memory()
         if is_alone and (states[0].ran_out_of_memory_alone or not freed_memory):
             self._runner.reset(adapter_name)
             self._fail(states, self._too_large_error(error))
@@ -449,9 +451,10 @@ class Scheduler:
         self._queue = dict.fromkeys([state.image for state in states]) | self._queue
         self._lower_limits(max_num_seqs=num_running // 2)
 
-    def _drop_images(self) -> bool:
-        """Drop encoded images that can be encoded again, and return whether there were any."""
-        dropped = self._context.clear_image_cache()
+    def _free_memory(self) -> bool:
+        """Free idle memory and drop encoded images that can be encoded again, and return whether there were any."""
+        dropped = self._runner.free_idle_memory()
+        dropped = self._context.clear_image_cache() or dropped
         for image in self._queue:
             dropped = image.drop_encoded() or dropped
         return dropped

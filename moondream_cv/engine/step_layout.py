@@ -67,6 +67,16 @@ class StepLayout:
     order: Tensor | None
     last: Tensor | None
 
+    @property
+    def num_entries(self) -> tuple[int, ...]:
+        """Number of entries that the step adds to each group of each KV cache."""
+        return tuple(part.seq_ids.shape[1] for part in self.slices)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether `next_step` can be called: each sequence has one token."""
+        return self.last is None
+
     def gather(self, tables: Sequence[Tensor]) -> Tensor:
         """Collect the [N, ...] values of the batch from one [groups, T, ...] table per slice."""
         flat = [table.flatten(0, 1) for table in tables]
@@ -74,8 +84,59 @@ class StepLayout:
         return joined if self.order is None else joined[self.order]
 
     def next_step(self) -> StepLayout:
-        """Return the layout of the next step, in which each sequence adds one token. `last` must be None."""
+        """Return the layout of the next step, in which each sequence adds one token."""
         return replace(self, positions=self.positions + 1)
+
+
+@dataclass(frozen=True)
+class StaticLayout:
+    """Layout of a step with one token per sequence and one KV cache, as a padded table of a fixed shape.
+
+    Attributes:
+        seq_ids: [groups, T] ID of the sequence of each token; `PADDING_ID` for padding.
+        rows: [S] row of each sequence in the flattened table.
+        positions: [S] position of each sequence's token in its context.
+    """
+
+    seq_ids: Tensor
+    rows: Tensor
+    positions: Tensor
+
+    @property
+    def num_entries(self) -> tuple[int, ...]:
+        """Number of entries that the step adds to each group of the KV cache."""
+        return (self.seq_ids.shape[1],)
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether `next_step` can be called."""
+        return True
+
+    def next_step(self) -> StaticLayout:
+        """Return the layout of the next step."""
+        return replace(self, positions=self.positions + 1)
+
+
+def plan_static_step(
+    slots: Sequence[SequenceSlot], max_groups: int, tokens_per_group: int, device: torch.device
+) -> StaticLayout:
+    """Build the layout of a step with static shapes.
+
+    Args:
+        slots: Sequences of the step, in order of group and sequence ID, each with one new token.
+        max_groups: Rows of the table; groups that are not in use are padding.
+        tokens_per_group: Columns of the table, T.
+        device: Device of the network.
+    """
+    table = [[PADDING_ID] * tokens_per_group for _ in range(max_groups)]
+    used = [0] * max_groups
+    rows = []
+    for slot in slots:
+        table[slot.group][used[slot.group]] = slot.seq_id
+        rows.append(slot.group * tokens_per_group + used[slot.group])
+        used[slot.group] += 1
+    integers = functools.partial(torch.tensor, device=device, dtype=torch.long)
+    return StaticLayout(integers(table), integers(rows), integers([slot.position for slot in slots]))
 
 
 def plan_step(slots: Sequence[SequenceSlot], num_groups: Sequence[int], device: torch.device) -> StepLayout:

@@ -184,7 +184,7 @@ def run_step(cache: PrefixSharedKVCache, seq_ids: list[list[int]], live: list[in
     inputs = torch.randn(*table.shape, DIM)
     cache.begin_step(table, inputs, causal=True)
     for layer in range(LAYERS):
-        cache.attend(layer, *(t.to(cache._layers[0].dtype) for t in AgainstPlainAttention.random(table)))
+        cache.attend(layer, *(t.to(cache.buffers.layers[0].dtype) for t in AgainstPlainAttention.random(table)))
     cache.commit()
     return inputs
 
