@@ -20,6 +20,7 @@ from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.hub import hub_cache
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION, find_release, known_releases
+from moondream_cv.progress import Operation
 from moondream_cv.urls import is_url, shown_url
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def load(
     tokenizer = source.tokenizer()
 
     # Load the weights
-    network = load_network(source.weights, source.config, target, chosen)
+    with Operation(f"load of {os.fspath(name)}") as operation:
+        network = load_network(source.weights, source.config, target, chosen, operation)
     loaded = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
     calibration = Calibration.from_folder(source.folder)
     model = LocalModel(network, tokenizer, adapter=loaded, calibration=calibration, name=os.fspath(name))

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from moondream_cv.model.key_names import PACKED_PARTS, StoredKey, parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.quantized import dequantize, packed_problem
 from moondream_cv.model.tensor_files import TensorFile, find_tensor_files, open_tensor_file, some
+from moondream_cv.progress import Operation, byte_unit
 
 MODEL_TYPE = "moondream1"  # in published config files of every Moondream 2
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
+_CHUNK = 8 * 2**20  # numbers copied at once; Python handles Ctrl-C only between two copies
 
 
 @dataclass
@@ -52,7 +55,11 @@ class _Stored:
 
 
 def load_network(
-    source: Path, config: MoondreamConfig, device: torch.device | str, dtype: torch.dtype
+    source: Path,
+    config: MoondreamConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    operation: Operation | None = None,
 ) -> MoondreamNetwork:
     """Load a checkpoint.
 
@@ -64,6 +71,7 @@ def load_network(
         config: Expected sizes.
         device: Device for the weights.
         dtype: Data type for the weights.
+        operation: Receives the progress.
 
     Returns:
         The network in evaluation mode; its weights require no gradients.
@@ -77,7 +85,8 @@ def load_network(
         network = MoondreamNetwork(config)
     expected = _expected_shapes(config)
     _verify(Path(source), stored, expected)
-    state = {name: _weight(stored[name], expected[name], device, dtype) for name in expected}
+    on_copy = None if operation is None else _reporter(operation, expected.values(), dtype)
+    state = {name: _weight(stored[name], expected[name], device, dtype, on_copy) for name in expected}
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -244,20 +253,43 @@ def _shape_problem(weight: _Stored, shape: tuple[int, ...]) -> str | None:
     return packed_problem({part: weight.shape(part) for part in PACKED_PARTS}, shape)
 
 
-def _weight(weight: _Stored, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _reporter(operation: Operation, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Callable[[int], None]:
+    """Return a function that adds a number of loaded weights to the progress of an operation."""
+    total = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    divisor, unit = byte_unit(total)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count * dtype.itemsize
+        operation.update("Loading weights", done / divisor, total / divisor, unit)
+
+    report(0)
+    return report
+
+
+def _weight(
+    weight: _Stored,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_copy: Callable[[int], None] | None,
+) -> Tensor:
     file, key = next(iter(weight.parts.values()))
     if "" in weight.parts:
         tensor = weight.read()
         if not tensor.is_floating_point():
             raise CheckpointError(f"{file.path}: {key} must contain floating-point numbers, got {tensor.dtype}")
         # A copy, because the file may be modified while it is mapped.
-        tensor = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        tensor = _copy(tensor, device, dtype, on_copy)
     else:
         packed, scale, zero_point = (weight.read(part).to(device) for part in PACKED_PARTS)
         if packed.dtype != torch.uint8:
             raise CheckpointError(f"{file.path}: {key} must contain torch.uint8, got {packed.dtype}")
         tensor = dequantize(packed, scale, zero_point, shape).to(dtype)
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+        if on_copy is not None:
+            on_copy(tensor.numel())
+    if not all(bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()) for part in tensor.split(_rows(tensor))):
         reason = (
             "float16 cannot represent them; use bfloat16 or float32"
             if dtype == torch.float16
@@ -265,6 +297,23 @@ def _weight(weight: _Stored, shape: tuple[int, ...], device: torch.device | str,
         )
         raise CheckpointError(f"{file.path}: {key} contains infinite values or NaN; {reason}")
     return tensor
+
+
+def _copy(
+    tensor: Tensor, device: torch.device | str, dtype: torch.dtype, on_copy: Callable[[int], None] | None
+) -> Tensor:
+    """Return a contiguous copy of a tensor. Chunks of it are copied one by one."""
+    copied = torch.empty(tensor.shape, device=device, dtype=dtype)
+    for target, part in zip(copied.split(_rows(tensor)), tensor.split(_rows(tensor)), strict=True):
+        target.copy_(part)
+        if on_copy is not None:
+            on_copy(part.numel())
+    return copied
+
+
+def _rows(tensor: Tensor) -> int:
+    """Return the number of rows in a chunk."""
+    return max(1, _CHUNK * len(tensor) // max(1, tensor.numel()))
 
 
 def _split(state: Mapping[str, Tensor], dtype: torch.dtype | None, max_size: int) -> list[list[str]]:
