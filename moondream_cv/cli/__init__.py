@@ -20,7 +20,7 @@ from moondream_cv.escaping import EscapingFormatter
 
 from . import caption, demo, detect, download, point, query, serve, video
 from .report import OutputError, discard_stdout, error_text, shown
-from .signals import Terminated, exit_status, stop_on_signals
+from .signals import Terminated, exit_status, stop_on_signals, terminal_reset
 
 
 class _Commands(TyperGroup):
@@ -47,7 +47,9 @@ class _Commands(TyperGroup):
             discard_stdout()
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
-        except Terminated as error:
+        except KeyboardInterrupt as error:
+            if not isinstance(error, Terminated):
+                typer.echo(f"{terminal_reset()}Interrupted", err=True)
             raise typer.Exit(exit_status(error)) from error
 
 

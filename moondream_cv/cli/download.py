@@ -10,6 +10,7 @@ import typer
 
 from .options import AsDocument
 from .report import SCHEMA, shown
+from .signals import exit_if_blocked
 
 
 def download(
@@ -43,7 +44,8 @@ def download(
     """
     from moondream_cv.loading import download as fetch
 
-    path = fetch(name, to)
+    with exit_if_blocked():
+        path = fetch(name, to)
     if as_json:
         typer.echo(json.dumps({"schema": SCHEMA, "model": name, "path": str(path)}, indent=2))
     else:

@@ -16,6 +16,7 @@ from .models import opened_model
 from .options import ImageOptions
 from .report import Report, set_verbosity, shown
 from .saving import STDOUT, plan_outputs, save
+from .signals import exit_if_blocked
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,6 +100,7 @@ class ImageCommand:
                 self.report.add_failure(self.images[index].name, error)
             self.report.finish()
         with ExitStack() as opened:
+            opened.enter_context(exit_if_blocked())
             model = opened.enter_context(opened_model(self._options.model_options, {self._command}, self.report))
             if self._window is not None:
                 opened.callback(self._window.close)
@@ -122,7 +124,8 @@ class ImageCommand:
                 continue
             started = time.perf_counter()
             with self.report.image(source.name):
-                work(Item(index, source, target, f"{source.title} ({index + 1} of {count})"))
+                progress = f"{source.title} ({index + 1} of {count})" if count > 1 else source.title
+                work(Item(index, source, target, progress))
             logger.debug("%s took %.2f s", source.title, time.perf_counter() - started)
 
     def show_and_save(self, annotated: Image.Image, item: Item, entry: dict[str, Any]) -> None:

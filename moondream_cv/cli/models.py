@@ -46,17 +46,18 @@ def opened_model(options: ModelOptions, skills: set[str], report: Report) -> Ite
         MoondreamError: The model cannot be loaded, or does not have a skill.
         ValueError: The name or the device is unknown.
     """
-    model = load_model(options, report)
-    try:
-        missing = sorted(skills - model.skills)
-        if missing:
-            raise UnsupportedSkill(
-                f"the model {shown_model(options.name)} cannot {', '.join(missing)}, only "
-                f"{', '.join(sorted(model.skills))}; try --model moondream2"
-            )
-        yield model
-    finally:
-        model.close()
+    with report.model_progress():
+        model = load_model(options, report)
+        try:
+            missing = sorted(skills - model.skills)
+            if missing:
+                raise UnsupportedSkill(
+                    f"the model {shown_model(options.name)} cannot {', '.join(missing)}, only "
+                    f"{', '.join(sorted(model.skills))}; try --model moondream2"
+                )
+            yield model
+        finally:
+            model.close()
 
 
 def load_model(options: ModelOptions, report: Report) -> VisionModel:

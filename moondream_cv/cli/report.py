@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,10 +15,12 @@ import typer
 from moondream_cv import __version__
 from moondream_cv.errors import MoondreamError
 from moondream_cv.escaping import escaped
+from moondream_cv.progress import showing_on
 from moondream_cv.urls import is_url, shown_url
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.status import Status
 
 SCHEMA = 1
 """Version of the JSON document; it increases when a key changes its meaning or is removed."""
@@ -27,6 +29,7 @@ LINES_SCHEMA = 2
 """Version of the JSON Lines, one object per image."""
 
 _WIDTH_OF_FILES = 120  # columns, if the output is not a terminal
+_REFRESHES_PER_SECOND = 10
 
 logger = logging.getLogger("moondream_cv")
 
@@ -77,6 +80,7 @@ class Report:
         self._failed = 0
         self._err = _console(True)
         self._out = self._err if text_to_stderr else _console(False)
+        self._status = _StatusDisplay(self._err, is_visible=not quiet and _is_animated(self._err))
 
     @property
     def streams(self) -> bool:
@@ -112,13 +116,16 @@ class Report:
         """Print an error on standard error."""
         _print(self._err, f"Error: {text}")
 
-    def working(self, text: str) -> Any:
-        """Return a context manager that shows a status on a terminal."""
-        if self.quiet or not self._err.is_terminal:
-            return nullcontext()
-        from rich.text import Text
+    def working(self, text: str) -> AbstractContextManager[None]:
+        """Return a context manager that shows a status on a terminal. The progress of the model is appended to it."""
+        return self._status.titled(text)
 
-        return self._err.status(Text(shown(text)))
+    def model_progress(self) -> AbstractContextManager[None]:
+        """Return a context manager that shows the progress of models as a status on a terminal.
+
+        Without a terminal, the progress is logged; with `quiet`, it is not shown.
+        """
+        return showing_on(self._status) if self.quiet or self._status.is_visible else nullcontext()
 
     def add(self, image: dict[str, Any]) -> None:
         """Add the result of one image; with `lines` it is printed immediately.
@@ -173,6 +180,55 @@ class Report:
             _write_json({"schema": SCHEMA, **self._header, "images": self._images}, indent=2)
         if self._failed:
             raise typer.Exit(1)
+
+
+class _StatusDisplay:
+    """The status line of a command: a title, the progress of the model, or both.
+
+    Attributes:
+        is_visible: Whether the line is shown.
+    """
+
+    def __init__(self, console: Console, *, is_visible: bool) -> None:
+        self.is_visible = is_visible
+        self._console = console
+        self._title = ""
+        self._status: Status | None = None
+
+    @contextmanager
+    def titled(self, title: str) -> Iterator[None]:
+        """Show a title until the `with` statement ends."""
+        before, self._title = self._title, title
+        self._update(title)
+        try:
+            yield
+        finally:
+            self._title = before
+            self._update(before)
+
+    def show(self, text: str) -> None:
+        """Show the progress of the model behind the title."""
+        self._update(f"{self._title}  {text}" if self._title else text)
+
+    def clear(self) -> None:
+        """Remove the progress of the model."""
+        self._update(self._title)
+
+    def _update(self, text: str) -> None:
+        if not self.is_visible:
+            return
+        from rich.text import Text
+
+        line = Text(shown(text), no_wrap=True, overflow="ellipsis")
+        if not text:
+            if self._status is not None:
+                status, self._status = self._status, None
+                status.stop()
+        elif self._status is None:
+            self._status = self._console.status(line, refresh_per_second=_REFRESHES_PER_SECOND)
+            self._status.start()
+        else:
+            self._status.update(line)
 
 
 def set_verbosity(verbose: bool, quiet: bool) -> None:
@@ -246,6 +302,14 @@ def _print(console: Console, text: RenderableType, end: str = "\n") -> None:
     if isinstance(text, str):
         text = escaped(text, multiline=True)
     console.print(text, end=end, highlight=False, soft_wrap=isinstance(text, str), markup=False, emoji=False)
+
+
+def _is_animated(console: Console) -> bool:
+    """Return whether a console can replace its last line. `FORCE_COLOR` does not turn a file into a terminal."""
+    try:
+        return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+    except ValueError:  # closed
+        return False
 
 
 def _console(stderr: bool) -> Console:

@@ -1,13 +1,24 @@
-"""Signal handling: SIGTERM and SIGHUP stop a command like Ctrl-C, so that it completes its output files."""
+"""Signal handling: Ctrl-C at any point; SIGTERM and SIGHUP stop a command like Ctrl-C.
+
+Python runs signal handlers only between operators of PyTorch or calls of other libraries. `exit_if_blocked` ends a
+command that is in a long one.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")  # container or service manager, closed terminal, Windows
 _INTERRUPTED = 130
+_SHOW_CURSOR = "\x1b[?25h"
+_CLEAR_LINE = "\r\x1b[2K"
 
 
 class Terminated(KeyboardInterrupt):
@@ -34,6 +45,57 @@ def stop_on_signals() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _stop)
+
+
+@contextmanager
+def exit_if_blocked(seconds: float = 0.7) -> Iterator[None]:
+    """End the process on Ctrl-C if Python does not handle it in time, until the `with` statement ends.
+
+    The process then ends without cleanup. This must not be used for commands that complete files after Ctrl-C.
+
+    Args:
+        seconds: Time for Python to raise `KeyboardInterrupt`.
+    """
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or not is_default:
+        yield
+        return
+    handled = threading.Event()
+
+    def handle(*_: Any) -> None:
+        handled.set()
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        with receiver:
+            while received := receiver.recv(1):  # empty at the end of the `with` statement
+                if received[0] != signal.SIGINT:
+                    continue
+                if not handled.wait(seconds):
+                    os.write(2, f"{terminal_reset()}Interrupted\n".encode())
+                    os._exit(_INTERRUPTED)
+                handled.clear()
+
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, handle)
+    threading.Thread(target=watch, name="moondream-cv interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(descriptor)
+        sender.close()
+
+
+def terminal_reset() -> str:
+    """Return the control sequences that remove a status line and show the cursor; empty without a terminal."""
+    try:
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed
+        return ""
+    return _CLEAR_LINE + _SHOW_CURSOR if is_terminal else ""
 
 
 def exit_status(error: KeyboardInterrupt) -> int:

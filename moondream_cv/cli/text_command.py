@@ -44,7 +44,7 @@ def run_text_command(
                 run.report.print(f"{shown(item.source.title)}:")
             entry: dict[str, Any] = {"image": item.source.name, "width": image.width, "height": image.height}
             request = make_request(image)
-            result = _print_answer(run.report, model, request, entry)
+            result = _print_answer(run.report, model, request, entry, item.progress)
             if several:
                 run.report.print()
             if item.target is not None or options.show:
@@ -53,20 +53,28 @@ def run_text_command(
 
         if not run.images:
             entry: dict[str, Any] = {"image": None}
-            _print_answer(run.report, model, make_request(None), entry)
+            _print_answer(run.report, model, make_request(None), entry, "Generating")
             run.report.add(entry)
         run.for_each(process)
     run.report.finish()
 
 
 def _print_answer(
-    report: Report, model: VisionModel, request: Request, entry: dict[str, Any]
+    report: Report, model: VisionModel, request: Request, entry: dict[str, Any], progress: str
 ) -> QueryResult | CaptionResult:
-    """Run a request, print its text, and add the result to the JSON entry of the image."""
+    """Run a request, print its text, and add the result to the JSON entry of the image.
+
+    Args:
+        report: Output of the command.
+        model: Model that runs the request.
+        request: Query or caption.
+        entry: JSON entry of the image; the result is added to it.
+        progress: Text of the status line.
+    """
     if report.streams and hasattr(model, "stream"):
-        result = _stream(report, model, request)
+        result = _stream(report, model, request, progress)
     else:
-        with report.working("Generating"):
+        with report.working(progress):
             (outcome,) = model.run([request])
         if isinstance(outcome, ErrorResult):
             raise outcome.error
@@ -80,10 +88,10 @@ def _print_answer(
     return result
 
 
-def _stream(report: Report, model: Any, request: Request) -> QueryResult | CaptionResult:
+def _stream(report: Report, model: Any, request: Request, progress: str) -> QueryResult | CaptionResult:
     """Run a request, and print its text while it is generated."""
     reasoning: Reasoning | None = None
-    with report.working("Generating"):
+    with report.working(progress):
         chunks = model.stream(request)
         first = next(chunks, "")
     if isinstance(first, Reasoning):
