@@ -20,7 +20,7 @@ from moondream_cv.escaping import EscapingFormatter
 
 from . import caption, demo, detect, download, point, query, serve, video
 from .report import OutputError, discard_stdout, error_text, shown
-from .signals import Terminated, exit_status, stop_on_signals, terminal_reset
+from .signals import Terminated, exit_status, interrupted_line, stop_on_signals
 
 
 class _Commands(TyperGroup):
@@ -49,7 +49,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             if not isinstance(error, Terminated):
-                typer.echo(f"{terminal_reset()}Interrupted", err=True)
+                typer.echo(interrupted_line(), err=True)
             raise typer.Exit(exit_status(error)) from error
 
 
@@ -100,7 +100,7 @@ for _command in (
 
 def main() -> None:
     """Run the command line."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(EscapingFormatter("%(message)s"))
     logger = logging.getLogger("moondream_cv")
     logger.addHandler(handler)
@@ -108,6 +108,17 @@ def main() -> None:
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     stop_on_signals()
     app()
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the current `sys.stderr`, which rich replaces while a status is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

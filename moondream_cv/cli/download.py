@@ -10,7 +10,7 @@ import typer
 
 from .options import AsDocument
 from .report import SCHEMA, shown
-from .signals import exit_if_blocked
+from .signals import exit_on_interrupt
 
 
 def download(
@@ -44,7 +44,7 @@ def download(
     """
     from moondream_cv.loading import download as fetch
 
-    with exit_if_blocked():
+    with exit_on_interrupt():
         path = fetch(name, to)
     if as_json:
         typer.echo(json.dumps({"schema": SCHEMA, "model": name, "path": str(path)}, indent=2))

@@ -16,7 +16,7 @@ from .models import opened_model
 from .options import ImageOptions
 from .report import Report, set_verbosity, shown
 from .saving import STDOUT, plan_outputs, save
-from .signals import exit_if_blocked
+from .signals import exit_on_interrupt
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,7 +100,7 @@ class ImageCommand:
                 self.report.add_failure(self.images[index].name, error)
             self.report.finish()
         with ExitStack() as opened:
-            opened.enter_context(exit_if_blocked())
+            opened.enter_context(exit_on_interrupt())
             model = opened.enter_context(opened_model(self._options.model_options, {self._command}, self.report))
             if self._window is not None:
                 opened.callback(self._window.close)

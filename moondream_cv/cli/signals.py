@@ -1,7 +1,7 @@
 """Signal handling: Ctrl-C at any point; SIGTERM and SIGHUP stop a command like Ctrl-C.
 
-Python runs signal handlers only between operators of PyTorch or calls of other libraries. `exit_if_blocked` ends a
-command that is in a long one.
+Python runs signal handlers only between operators of PyTorch or calls of other libraries, and it takes up to a second
+to unload PyTorch. `exit_on_interrupt` does not wait for either.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 _NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")  # container or service manager, closed terminal, Windows
 _INTERRUPTED = 130
 _SHOW_CURSOR = "\x1b[?25h"
 _CLEAR_LINE = "\r\x1b[2K"
+_is_command_line = False  # whether this process runs a command and nothing else
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,8 +40,10 @@ def stop_on_signals() -> None:
 
     Without a handler, process 1 of a container would ignore these signals.
     """
+    global _is_command_line
     if threading.current_thread() is not threading.main_thread():
         return
+    _is_command_line = True
     for name in _NAMES:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
@@ -48,16 +51,17 @@ def stop_on_signals() -> None:
 
 
 @contextmanager
-def exit_if_blocked(seconds: float = 0.7) -> Iterator[None]:
-    """End the process on Ctrl-C if Python does not handle it in time, until the `with` statement ends.
+def exit_on_interrupt(seconds: float = 0.7) -> Iterator[None]:
+    """End the process when Ctrl-C interrupts the `with` statement, with one line and without unloading libraries.
 
-    The process then ends without cleanup. This must not be used for commands that complete files after Ctrl-C.
+    If a long operator prevents Python from raising `KeyboardInterrupt` in time, the process ends without cleanup.
+    Commands that complete files after Ctrl-C must not use this. It does nothing unless `stop_on_signals` was called.
 
     Args:
         seconds: Time for Python to raise `KeyboardInterrupt`.
     """
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread() or not is_default:
+    if not _is_command_line or threading.current_thread() is not threading.main_thread() or not is_default:
         yield
         return
     handled = threading.Event()
@@ -72,9 +76,7 @@ def exit_if_blocked(seconds: float = 0.7) -> Iterator[None]:
                 if received[0] != signal.SIGINT:
                     continue
                 if not handled.wait(seconds):
-                    os.write(2, f"{terminal_reset()}Interrupted\n".encode())
-                    os._exit(_INTERRUPTED)
-                handled.clear()
+                    _exit_interrupted()
 
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
@@ -83,19 +85,31 @@ def exit_if_blocked(seconds: float = 0.7) -> Iterator[None]:
     threading.Thread(target=watch, name="moondream-cv interrupts", daemon=True).start()
     try:
         yield
+    except KeyboardInterrupt as error:
+        if isinstance(error, Terminated):
+            raise
+        _exit_interrupted()
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.set_wakeup_fd(descriptor)
         sender.close()
 
 
-def terminal_reset() -> str:
-    """Return the control sequences that remove a status line and show the cursor; empty without a terminal."""
+def interrupted_line() -> str:
+    """Return the line that a command prints after Ctrl-C. On a terminal it replaces a status line."""
     try:
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
     except ValueError:  # closed
-        return ""
-    return _CLEAR_LINE + _SHOW_CURSOR if is_terminal else ""
+        is_terminal = False
+    return f"{_CLEAR_LINE}{_SHOW_CURSOR}Interrupted" if is_terminal else "Interrupted"
+
+
+def _exit_interrupted() -> NoReturn:
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, f"{interrupted_line()}\n".encode())
+    os._exit(_INTERRUPTED)
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
