@@ -71,26 +71,39 @@ def cut_crops(
     Raises:
         ValueError: `max_crops` is not positive.
     """
-    limit = config.max_crops if max_crops is None else max_crops
-    if limit < 1:
-        raise ValueError(f"max_crops must be at least 1, got {max_crops}")
+    rows, columns = tiling_of(rgb.shape[0], rgb.shape[1], config, max_crops)
     size, margin = config.crop_size, 2 * config.overlap_margin * config.enc_patch_size
     window = size - margin
-    height, width = rgb.shape[:2]
-    rows, columns = select_tiling(height - margin, width - margin, window, limit)
-
-    image = Image.fromarray(rgb)
     pixels = np.empty((1 + rows * columns, size, size, 3), np.uint8)
     if (rows, columns) == (1, 1):  # the only local crop equals the global one
-        pixels[:] = _resize(image, size, size)
+        pixels[:] = resize_with_pillow(rgb, size, size)
         return Crops(pixels, (1, 1))
-    whole = None if pool is None else pool.submit(_resize, image, size, size)
-    resized = _resize(image, columns * window + margin, rows * window + margin)
-    pixels[0] = _resize(image, size, size) if whole is None else whole.result()
+    whole = None if pool is None else pool.submit(resize_with_pillow, rgb, size, size)
+    resized = resize_with_pillow(rgb, columns * window + margin, rows * window + margin)
+    pixels[0] = resize_with_pillow(rgb, size, size) if whole is None else whole.result()
     for i in range(rows * columns):
         top, left = (i // columns) * window, (i % columns) * window
         pixels[1 + i] = resized[top : top + size, left : left + size]
     return Crops(pixels, (rows, columns))
+
+
+def tiling_of(height: int, width: int, config: VisionConfig, max_crops: int | None = None) -> tuple[int, int]:
+    """Return the (rows, columns) of local crops of an image.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        config: Sizes of a crop, its patches and the overlap.
+        max_crops: Maximum number of local crops; None: the number the model was trained with.
+
+    Raises:
+        ValueError: `max_crops` is not positive.
+    """
+    limit = config.max_crops if max_crops is None else max_crops
+    if limit < 1:
+        raise ValueError(f"max_crops must be at least 1, got {max_crops}")
+    margin = 2 * config.overlap_margin * config.enc_patch_size
+    return select_tiling(height - margin, width - margin, config.crop_size - margin, limit)
 
 
 def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple[int, int]:
@@ -125,16 +138,30 @@ def select_tiling(height: int, width: int, window: int, max_crops: int) -> tuple
     return max(1, rows), max(1, columns)
 
 
-def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
+def resize_with_pillow(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
     """Resize with a Lanczos filter along one axis and then the other, in the order of Pillow 13.
 
     Older versions of Pillow always resize the width first, and rounding between the passes changes the last bit.
+
+    Args:
+        rgb: [H, W, 3] uint8 RGB.
+        width: New width in pixels.
+        height: New height in pixels.
+
+    Returns:
+        [height, width, 3] uint8 RGB.
     """
-    fewer_columns, fewer_rows = image.width - width, image.height - height
-    columns_first = fewer_rows > 0 and fewer_rows > 2 * fewer_columns
-    between = (image.width, height) if columns_first else (width, image.height)
+    image = Image.fromarray(rgb)
+    is_height_first = rows_first(image.width, image.height, width, height)
+    between = (image.width, height) if is_height_first else (width, image.height)
     lanczos = Image.Resampling.LANCZOS
     return np.asarray(image.resize(between, lanczos).resize((width, height), lanczos))
+
+
+def rows_first(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Return whether the number of rows is changed before the number of columns when an image is resized."""
+    fewer_columns, fewer_rows = width - new_width, height - new_height
+    return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
 
 
 def normalize(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -96,7 +96,7 @@ class GraphedDecodeStep:
             [S, dim] hidden state of each sequence.
         """
         start = cache.begin_static_step(len(self._index))
-        torch.arange(start, start + len(self._index), out=self._index)
+        self._index.copy_(self._entries[start : start + len(self._index)])
         self._seq_ids.copy_(layout.seq_ids)
         self._inputs.zero_()  # padding must be finite: its keys and values are multiplied with weight 0
         self._inputs.index_copy_(0, layout.rows, inputs)

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moondream_cv._deprecation import renamed_attribute
-from moondream_cv.engine.crops import Crops, cut_all, largest_differences, normalize
+from moondream_cv.engine.crops import cut_all, largest_differences, normalize
+from moondream_cv.engine.gpu_preprocessing import cut_crops_on_device
 from moondream_cv.engine.kv_cache import ImagePrefix, prefill_images
 from moondream_cv.engine.preprocessing import PreprocessedImage
+from moondream_cv.engine.transfers import upload
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 from moondream_cv.progress import Operation
@@ -33,6 +36,7 @@ pass.
 TOKENS_PER_CPU_PASS = 3_000
 """The same on a CPU: 4 crops or 4 images. Activations stay in the CPU's cache, and Ctrl-C, which Python handles between
 operators, ends within a second."""
+CUTTING_DEVICES = ("cuda",)  # devices that cut images themselves; for others, Pillow does it on the host
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +51,7 @@ class EncodedImage:
         max_crops: Maximum number of local crops that it was encoded with.
         adapter_name: Adapter that it was encoded with; None: the one that the model was loaded with.
         fingerprint: Fingerprint of the model with the adapter.
-        crops: [1 + rows · columns, crop_size, crop_size, 3] uint8 RGB: the global crop, then the local ones row by row,
-            as encoded.
+        pixels: Crops as encoded, on the device that cut them: an array, or a tensor on a CUDA device.
         features: [1 + rows · columns, num_patches, enc_dim] output of the vision encoder for each crop.
         embedding: [num_patches, dim] image tokens.
         prefix: Keys and values of the image tokens in the decoder.
@@ -59,7 +62,7 @@ class EncodedImage:
     max_crops: int
     adapter_name: str | None
     fingerprint: str
-    crops: np.ndarray
+    pixels: np.ndarray | Tensor
     features: Tensor
     embedding: Tensor
     prefix: ImagePrefix
@@ -67,9 +70,17 @@ class EncodedImage:
     variant = renamed_attribute("EncodedImage.variant", "adapter_name")
 
     @property
+    def crops(self) -> np.ndarray:
+        """[1 + rows · columns, crop_size, crop_size, 3] uint8 RGB: the global crop, then the local ones row by row."""
+        return _on_host(self.pixels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"pixels": self.crops}
+
+    @property
     def nbytes(self) -> int:
         """Size of all tensors and arrays in bytes, on any device."""
-        return self.crops.nbytes + self.features.nbytes + self.embedding.nbytes + self.prefix.nbytes
+        return self.pixels.nbytes + self.features.nbytes + self.embedding.nbytes + self.prefix.nbytes
 
     def check(self, fingerprint: str, max_crops: int | None, adapter_name: str | None) -> None:
         """Check that the image was encoded by a certain model with certain settings.
@@ -129,8 +140,8 @@ def encode_images(
     # Cut the frames into crops
     limit = network.config.vision.max_crops if max_crops is None else max_crops
     cut = _cut(frames, network, limit)
-    distinct = [crops.pixels[:1] if crops.tiling == (1, 1) else crops.pixels for crops in cut]
-    tilings = [crops.tiling for crops in cut]
+    distinct = [pixels[:1] if tiling == (1, 1) else pixels for pixels, tiling in cut]
+    tilings = [tiling for _, tiling in cut]
 
     # Encode the crops and prefill the decoder
     with torch.inference_mode():
@@ -138,13 +149,13 @@ def encode_images(
         encoded = _encode_crops(network, [pixels for image in distinct for pixels in image], operation, images)
         split = encoded.split([len(image) for image in distinct])
         # A copy: a slice would keep the features of all frames alive.
-        features = [f.expand(len(crops.pixels), -1, -1).clone() for f, crops in zip(split, cut, strict=True)]
+        features = [f.expand(len(pixels), -1, -1).clone() for f, (pixels, _) in zip(split, cut, strict=True)]
         embeddings, prefixes = _prefill(network, features, tilings, adapter, operation, images)
 
     sizes = [f.size if isinstance(f, PreprocessedImage) else (f.shape[1], f.shape[0]) for f in frames]
     return [
-        EncodedImage(size, crops.tiling, limit, adapter_name, fingerprint, crops.pixels, *tensors)
-        for size, crops, *tensors in zip(sizes, cut, features, embeddings, prefixes, strict=True)
+        EncodedImage(size, tiling, limit, adapter_name, fingerprint, pixels, *tensors)
+        for size, (pixels, tiling), *tensors in zip(sizes, cut, features, embeddings, prefixes, strict=True)
     ]
 
 
@@ -202,12 +213,13 @@ def reencode(
         return encoded
 
     # Find the changed crops
-    (cut,) = cut_all([frame], network.config.vision, previous.max_crops, torch.get_num_threads())
-    changed = _changed(cut.pixels, previous.crops, tolerance)
+    ((pixels, tiling),) = _cut([frame], network, previous.max_crops)
+    new, old = _on_host(pixels), previous.crops
+    changed = _changed(new, old, tolerance)
     if not changed.any():
         return previous
-    crops = np.where(changed[:, None, None, None], cut.pixels, previous.crops)
-    new_crops = crops[:1] if cut.tiling == (1, 1) else crops[changed]
+    crops = np.where(changed[:, None, None, None], new, old)
+    new_crops = crops[:1] if tiling == (1, 1) else crops[changed]
 
     # Encode them and prefill the decoder
     with torch.inference_mode():
@@ -215,17 +227,33 @@ def reencode(
         features[torch.from_numpy(changed).to(features.device)] = _encode_crops(
             network, list(new_crops), operation, "image"
         )
-        (embedding,), (prefix,) = _prefill(network, [features], [cut.tiling], adapter, operation, "image")
+        (embedding,), (prefix,) = _prefill(network, [features], [tiling], adapter, operation, "image")
     return EncodedImage(
-        previous.size, cut.tiling, previous.max_crops, adapter_name, fingerprint, crops, features, embedding, prefix
+        previous.size, tiling, previous.max_crops, adapter_name, fingerprint, crops, features, embedding, prefix
     )
 
 
-def _cut(frames: Sequence[np.ndarray | PreprocessedImage], network: MoondreamNetwork, max_crops: int) -> list[Crops]:
-    """Return the crops of each frame."""
+def _cut(
+    frames: Sequence[np.ndarray | PreprocessedImage], network: MoondreamNetwork, max_crops: int
+) -> list[tuple[np.ndarray | Tensor, tuple[int, int]]]:
+    """Return the crops and the tiling of each frame."""
+    config, device = network.config.vision, network.device
+    on_device = device.type in CUTTING_DEVICES
     arrays = [frame for frame in frames if not isinstance(frame, PreprocessedImage)]
-    cut = iter(cut_all(arrays, network.config.vision, max_crops, torch.get_num_threads()))
-    return [frame.crops(max_crops) if isinstance(frame, PreprocessedImage) else next(cut) for frame in frames]
+    on_host = iter([] if on_device else cut_all(arrays, config, max_crops, torch.get_num_threads()))
+    cut: list[tuple[np.ndarray | Tensor, tuple[int, int]]] = []
+    for frame in frames:
+        if on_device and not isinstance(frame, PreprocessedImage):
+            cut.append(cut_crops_on_device(upload(frame, device), config, max_crops))
+        else:
+            crops = frame.crops(max_crops) if isinstance(frame, PreprocessedImage) else next(on_host)
+            cut.append((crops.pixels, crops.tiling))
+    return cut
+
+
+def _on_host(pixels: np.ndarray | Tensor) -> np.ndarray:
+    """Return crops as an array."""
+    return pixels.cpu().numpy() if isinstance(pixels, Tensor) else pixels
 
 
 def _changed(pixels: np.ndarray, before: np.ndarray, tolerance: float) -> np.ndarray:
@@ -237,18 +265,26 @@ def _changed(pixels: np.ndarray, before: np.ndarray, tolerance: float) -> np.nda
 
 
 def _encode_crops(
-    network: MoondreamNetwork, crops: Sequence[np.ndarray], operation: Operation | None, images: str
+    network: MoondreamNetwork, crops: Sequence[np.ndarray | Tensor], operation: Operation | None, images: str
 ) -> Tensor:
     """Run the vision encoder: [S, S, 3] uint8 crops → [N, num_patches, enc_dim] features."""
     features = []
     for part in _passes(len(crops), network.config.vision.num_patches, network.device):
-        pixels = torch.from_numpy(np.stack(crops[part])).to(network.device)
+        pixels = _stack(crops[part], network.device)
         crops_per_block = len(pixels) / len(network.vision.blocks)
         on_block = _reporter(
             network, operation, f"Encoding {images}", float(part.start), crops_per_block, len(crops), "crops"
         )
         features.append(network.vision(normalize(pixels, network.dtype), on_block))
     return features[0] if len(features) == 1 else torch.cat(features)
+
+
+def _stack(crops: Sequence[np.ndarray | Tensor], device: torch.device) -> Tensor:
+    """Stack crops on a device: [S, S, 3] each → [N, S, S, 3]."""
+    arrays = [crop for crop in crops if isinstance(crop, np.ndarray)]
+    if len(arrays) == len(crops):
+        return upload(np.stack(arrays), device)
+    return torch.stack([upload(crop, device) if isinstance(crop, np.ndarray) else crop for crop in crops])
 
 
 def _prefill(

@@ -32,7 +32,7 @@ def image_of(nbytes: int) -> EncodedImage:
         max_crops=None,
         adapter_name=None,
         fingerprint="0",
-        crops=np.zeros(nbytes - 16, np.uint8),
+        pixels=np.zeros(nbytes - 16, np.uint8),
         features=word,
         embedding=word,
         prefix=ImagePrefix(((word, word),)),
