@@ -74,7 +74,8 @@ def load(
         device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best available device.
         dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the device supports it, otherwise
             float16; float32 for small models on a CPU.
-        quantize: Must be None; quantization is not supported yet.
+        quantize: "int8" quantizes the linear layers of the encoder and the decoder to 8-bit integers; None: as in the
+            checkpoint. Embeddings, norms and region heads keep full precision.
         adapter: A `.pt` or `.safetensors` file, or the ID of a published adapter.
         cache_images: Number of encoded images to cache (least recently used), by the content of their pixels.
         cache_bytes: Maximum total size of the cached images in bytes; an image of Moondream 2 takes about 160 MB in
@@ -86,7 +87,8 @@ def load(
     Raises:
         CheckpointError: The name is unknown; or the checkpoint, its tokenizer or the adapter is missing, damaged, does
             not fit, or cannot be fetched.
-        ValueError: The device is not available, or an argument is out of range.
+        ValueError: The device is not available, an argument is out of range, or the checkpoint is quantized in another
+            mode.
     """
     from moondream_cv.engine.calibration import Calibration
     from moondream_cv.engine.image_cache import ImageCache
@@ -94,8 +96,6 @@ def load(
     from moondream_cv.model.adapters import load_adapter
     from moondream_cv.model.checkpoints import load_network
 
-    if quantize is not None:
-        raise ValueError(f"quantize must be None, got {quantize!r}; quantization is not supported yet")
     # Find the checkpoint
     target = choose_device(device)
     source = find_source(name)
@@ -104,7 +104,7 @@ def load(
 
     # Load the weights
     with Operation(f"load of {os.fspath(name)}") as operation:
-        network = load_network(source.weights, source.config, target, chosen, operation)
+        network = load_network(source.weights, source.config, target, chosen, quantize, operation)
     loaded = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
     calibration = Calibration.from_folder(source.folder)
     model = LocalModel(network, tokenizer, adapter=loaded, calibration=calibration, name=os.fspath(name))
@@ -115,6 +115,7 @@ def load(
         _permanent_name(name) if source.origin is None else source.origin,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         adapter=None if adapter is None else _permanent_path(adapter),
     )
     return model

@@ -28,7 +28,8 @@ def fingerprint(network: MoondreamNetwork, adapter: Sequence[LayerLora] | None) 
         adapter: Adapter layers; None: no adapter.
     """
     digest = hashlib.blake2b(repr(network.config).encode(), digest_size=_DIGEST_BYTES)
-    named = [*network.named_parameters(), *_adapter_tensors(adapter or ())]
+    # Quantized layers have buffers instead of parameters: their scales are a sample of the weights.
+    named = [*network.named_parameters(), *network.named_buffers(), *_adapter_tensors(adapter or ())]
     for name, tensor in named:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
     digest.update(_sample(tensor for _, tensor in named))

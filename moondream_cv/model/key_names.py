@@ -2,7 +2,8 @@
 
 Three layouts are supported: the current one (`model.vision.*`, `model.text.*`, `model.region.*`, with or without
 `model.`), the previous one (`vision_encoder.*`, `text_model.*`, `region_model.*`, optionally with the `_orig_mod` of a
-compiled model), and either of them with 4-bit weights, for which `weight` consists of three tensors.
+compiled model), and either of them with quantized weights, which consist of several tensors: `weight.packed`,
+`weight.scale` and `weight.zero_point` with 4 bits, `weight` and `weight_scale` with 8 bits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 PACKED_PARTS = ("packed", "scale", "zero_point")  # the tensors of a 4-bit weight
+INT8_SCALE = "weight_scale"  # the second tensor of an 8-bit weight; the first one has the name of the weight
 
 _SECTIONS = ("vision.", "text.", "region.")
 _OLDER_SECTIONS = ("vision_encoder.", "text_model.", "region_model.")
@@ -46,7 +48,7 @@ class StoredKey:
 
     Attributes:
         name: Name of the weight in the network, such as `text.blocks.0.attn.qkv.weight`.
-        part: Part of a 4-bit weight; None for an unquantized weight.
+        part: Part of a quantized weight; None for an unquantized weight and for the integers of an 8-bit weight.
         transposed: Whether the file contains the transpose.
     """
 
@@ -74,6 +76,8 @@ def parse_key(key: str) -> StoredKey | None:
     stem, _, part = name.rpartition(".")
     if part in PACKED_PARTS and stem.endswith(".weight"):
         return StoredKey(stem, part)
+    if part == INT8_SCALE:
+        return StoredKey(f"{stem}.weight", part)
     return StoredKey(name, transposed=plain in _TRANSPOSED)
 
 

@@ -30,8 +30,8 @@ class MoondreamNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Data type of the weights."""
-        return self.text.wte.dtype
+        """Data type of the activations, and of all weights that are not quantized except the token embeddings."""
+        return self.text.post_ln.weight.dtype
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

@@ -229,7 +229,7 @@ class _Header:
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
         raise CheckpointError(f"{self.path} is not downloaded")
 
 

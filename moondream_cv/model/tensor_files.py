@@ -30,7 +30,7 @@ _PREFERRED = (
     "model.pth",
 )
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
-_REOPEN_AFTER = 256 * 2**20  # bytes read; pages of a mapped file stay in memory until it is closed
+_REOPEN_AFTER = 32 * 2**20  # bytes read; pages of a mapped file stay in memory until it is closed
 
 
 class TensorFile(Protocol):
@@ -44,8 +44,13 @@ class TensorFile(Protocol):
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, key: str) -> Tensor:
-        """Return a tensor on the CPU. It may be a view of the mapped file."""
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor on the CPU. It may be a view of the mapped file.
+
+        Args:
+            key: Name of the tensor.
+            rows: Slice of the first dimension, to read a large tensor in parts; None: the whole tensor.
+        """
 
 
 class SafetensorsFile:
@@ -65,11 +70,11 @@ class SafetensorsFile:
         self._file, self._read = self._open(), 0
         self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
 
-    def read(self, key: str) -> Tensor:
-        """Return a tensor on the CPU."""
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or rows of it, on the CPU."""
         if self._read > _REOPEN_AFTER:
             self._file, self._read = self._open(), 0
-        tensor: Tensor = self._file.get_tensor(key)
+        tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
         self._read += tensor.nbytes
         return tensor
 
@@ -100,12 +105,13 @@ class TorchFile:
         self._tensors, self._read = _flat(read_torch_file(path), path), 0
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
 
-    def read(self, key: str) -> Tensor:
-        """Return a tensor on the CPU. It may be a view of the mapped file."""
+    def read(self, key: str, rows: slice | None = None) -> Tensor:
+        """Return a tensor, or rows of it, on the CPU. It may be a view of the mapped file."""
         if self._read > _REOPEN_AFTER and zipfile.is_zipfile(self.path):
             self._tensors, self._read = _flat(read_torch_file(self.path), self.path), 0
-        self._read += self._tensors[key].nbytes
-        return self._tensors[key]
+        tensor = self._tensors[key] if rows is None else self._tensors[key][rows]
+        self._read += tensor.nbytes
+        return tensor
 
 
 def open_tensor_file(path: Path) -> TensorFile:

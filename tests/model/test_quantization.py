@@ -1,0 +1,222 @@
+"""Quantized layers: the arithmetic of every path, and loading, copying and saving quantized networks."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moondream_cv.engine.local_model import LocalModel
+from moondream_cv.engine.model_fingerprint import fingerprint
+from moondream_cv.loading import load
+from moondream_cv.model import quantized_linear
+from moondream_cv.model.checkpoints import load_network, save_checkpoint
+from moondream_cv.model.quantization import quantize_int8, row_chunks
+from moondream_cv.model.quantized_linear import Int8Linear, QuantizedLinear, gelu_, quantize_rows
+from tests.helpers.small_checkpoint import byte_tokenizer, small_config, write_small
+
+IN, OUT = 96, 40
+
+
+def weights(in_features: int = IN, out_features: int = OUT) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator) * 0.02
+    return weight, torch.randn(out_features, generator=generator)
+
+
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def int8() -> Int8Linear:
+    weight, bias = weights()
+    return Int8Linear(*quantize_int8(weight), bias)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def test_int8_weights_differ_by_half_a_step(int8: Int8Linear) -> None:
+    weight, _ = weights()
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert bool(((int8.dequantize(torch.float32) - weight).abs() <= 0.501 * step).all())
+    assert int8.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (3, 5, IN), (0, IN), (700, IN)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_layer_approximates_the_layer(int8: Int8Linear, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight, bias = weights()
+    x = inputs(*shape).to(dtype)
+    y = int8(x)
+    assert (y.shape, y.dtype) == ((*shape[:-1], OUT), dtype)
+    if y.numel():
+        plain = F.linear(x.float(), weight, bias)
+        assert relative_error(y, plain) < 0.01
+        assert relative_error(int8.gelu(x), F.gelu(plain, approximate="tanh")) < 0.01
+
+
+def test_int8_rows_are_batch_invariant(int8: Int8Linear) -> None:
+    x = inputs(700, IN)
+    x[5] *= 1e4
+    together, with_gelu = int8(x), int8.gelu(x)
+    for i in (0, 5, 255, 256, 699):
+        assert torch.equal(int8(x[i : i + 1])[0], together[i])
+        assert torch.allclose(int8.gelu(x[i : i + 1])[0], with_gelu[i], rtol=1e-6)
+
+
+def test_int8_products_of_extreme_values_are_exact() -> None:
+    weight = torch.full((OUT, IN), 127, dtype=torch.int8)
+    weight[1::2] = -127
+    layer = Int8Linear(weight, torch.ones(OUT))
+    for sign in (1.0, -1.0):
+        y = layer(torch.full((2, IN), sign))
+        assert torch.allclose(y[0, :2], torch.tensor([sign, -sign]) * 127 * IN, rtol=1e-6)
+    assert torch.equal(layer(torch.zeros(1, IN)), torch.zeros(1, OUT))
+
+
+def test_gelu_equals_the_tanh_form() -> None:
+    x = torch.linspace(-20, 20, 2001)
+    assert torch.allclose(gelu_(x.clone()), F.gelu(x, approximate="tanh"), atol=1e-6)
+
+
+def test_int8_layer_without_onednn_dequantizes(int8: Int8Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_linear, "onednn_int8_max", lambda: None)
+    _, bias = weights()
+    plain = Int8Linear(int8.weight, int8.weight_scale, bias)
+    x = inputs(7, IN)
+    expected = F.linear(x, int8.dequantize(torch.float32), bias)
+    assert torch.allclose(plain(x), expected, atol=1e-5)
+    assert torch.allclose(plain.gelu(x), F.gelu(expected, approximate="tanh"), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_int8_products_of_cuda_equal_those_of_the_cpu(int8: Int8Linear, rows: int) -> None:
+    x = inputs(rows, IN)
+    unpacked = copy.copy(int8)
+    unpacked._weight = int8.weight.contiguous()
+    integers, scale = quantize_rows(x, 127)
+    expected = (integers.double() @ int8.weight.double().T) * scale * int8.weight_scale + weights()[1]
+    assert torch.allclose(unpacked._cuda_product(x, False), expected.float(), atol=1e-5)
+
+
+def test_inputs_with_gradients_use_full_precision(int8: Int8Linear) -> None:
+    x = inputs(3, IN).requires_grad_()
+    int8.gelu(x).sum().backward()
+    again = x.detach().clone().requires_grad_()
+    F.gelu(F.linear(again, int8.dequantize(torch.float32), int8.bias), approximate="tanh").sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, again.grad)
+
+
+def test_copies_have_separate_weights(int8: Int8Linear) -> None:
+    x = inputs(3, IN)
+    copied, unpickled = copy.deepcopy(int8), pickle.loads(pickle.dumps(int8))
+    expected = int8(x)
+    int8.to("meta")
+    assert int8.weight.is_meta
+    assert torch.equal(copied(x), expected)
+    assert torch.equal(unpickled(x), expected)
+
+
+def test_conversion_of_the_data_type_keeps_scales(int8: Int8Linear) -> None:
+    converted = copy.deepcopy(int8).to(torch.bfloat16)
+    assert torch.equal(converted.weight_scale, int8.weight_scale)
+    assert torch.equal(converted(inputs(3, IN)), int8(inputs(3, IN)))
+
+
+def test_row_chunks_cover_all_rows() -> None:
+    for shape in ((7, 3), (7,), (0, 3), (2, 5, 5)):
+        chunks = list(row_chunks(shape, size=6))
+        assert [i for chunk in chunks for i in range(shape[0])[chunk]] == list(range(shape[0]))
+
+
+def test_int8_products_on_cpus_without_vnni(tmp_path: Path) -> None:
+    """Without VNNI instructions, products of 8-bit integers saturate at 16 bits."""
+    names = ("test_int8_products_of_extreme_values", "test_int8_layer_approximates", "test_int8_rows_are")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", " or ".join(names), __file__],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTEST_ADDOPTS": ""},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def quantized_layers(model: LocalModel) -> list[str]:
+    return [name for name, module in model.network.named_modules() if isinstance(module, QuantizedLinear)]
+
+
+def test_load_quantizes_blocks_projection_and_language_head(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    model = load(tmp_path, device="cpu", quantize="int8")
+    linear = [name for name, module in model.network.named_modules() if isinstance(module, nn.Linear)]
+    assert [name for name in linear if not name.startswith("region.")] == ["vision.patch_emb"]
+    assert len(quantized_layers(model)) == 4 + 2 + 2 * 4 + 1
+    assert model.dtype == torch.float32
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    assert model.caption(image, settings={"max_tokens": 4})["caption"]
+
+
+def test_token_embeddings_keep_the_data_type_of_the_file(tmp_path: Path) -> None:
+    network = write_small(tmp_path)
+    save_checkpoint(network, small_config(), byte_tokenizer(), tmp_path, dtype=torch.bfloat16)
+    quantized = load_network(tmp_path, small_config(), "cpu", torch.float32, "int8")
+    assert quantized.text.wte.dtype == torch.bfloat16
+    ids = torch.arange(4)
+    assert torch.equal(quantized.text.embed(ids), network.text.wte[ids].bfloat16().float())
+    assert load_network(tmp_path, small_config(), "cpu", torch.float32).text.wte.dtype == torch.float32
+
+
+def test_saved_int8_network_loads_again(tmp_path: Path) -> None:
+    write_small(tmp_path / "full")
+    quantized = load_network(tmp_path / "full", small_config(), "cpu", torch.float32, "int8")
+    save_checkpoint(quantized, small_config(), byte_tokenizer(), tmp_path / "int8", dtype=torch.bfloat16)
+    saved = load_file(tmp_path / "int8" / "model.safetensors")
+    assert saved["model.text.lm_head.weight"].dtype == torch.int8
+    assert saved["model.text.lm_head.weight_scale"].dtype == torch.float32
+    assert saved["model.text.lm_head.bias"].dtype == torch.bfloat16
+    for quantize in (None, "int8"):
+        loaded = load_network(tmp_path / "int8", small_config(), "cpu", torch.float32, quantize)
+        for name, tensor in quantized.state_dict().items():
+            if "weight" in name and not name.startswith("region.") and tensor.dtype == torch.int8:
+                assert torch.equal(loaded.state_dict()[name], tensor), name
+    with pytest.raises(ValueError, match="contains int8 weights; quantize must be None or 'int8', got 'int4'"):
+        load_network(tmp_path / "int8", small_config(), "cpu", torch.float32, "int4")
+
+
+def test_fingerprint_depends_on_the_quantized_weights(tmp_path: Path) -> None:
+    write_small(tmp_path / "a")
+    write_small(tmp_path / "b", seed=1)
+    prints = [
+        fingerprint(load_network(tmp_path / name, small_config(), "cpu", torch.float32, quantize), None)
+        for name, quantize in (("a", None), ("a", "int8"), ("b", "int8"), ("a", "int8"))
+    ]
+    assert prints[1] == prints[3]
+    assert len(set(prints)) == 3
+
+
+def test_quantized_models_are_copied_and_pickled(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    model = load(tmp_path, device="cpu", quantize="int8")
+    copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    model.close()
+    assert quantized_layers(copied) == quantized_layers(unpickled) != []
+    assert copied.fingerprint() == unpickled.fingerprint()
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    assert copied.detect(image, "dog", settings={"max_objects": 2}) == unpickled.detect(
+        image, "dog", settings={"max_objects": 2}
+    )
