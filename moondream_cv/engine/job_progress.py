@@ -43,8 +43,7 @@ def _describe(job: Job) -> str:
         return title
     if sequence.head is Head.REASONING:
         return f"Reasoning: {_plural(sequence.num_tokens, 'token')}"
-    words = _last_words(sequence)
-    return f"{title}: {words}" if words else title
+    return f"{title}: {_last_words(sequence) or _plural(sequence.num_tokens, 'token')}"
 
 
 def _title(request: Request) -> str:
