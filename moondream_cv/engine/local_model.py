@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from moondream_cv._deprecation import renamed_function
 from moondream_cv.engine.autocast import without_autocast
@@ -31,6 +32,7 @@ from moondream_cv.errors import MoondreamError
 from moondream_cv.images import to_rgb
 from moondream_cv.model.adapters import Adapter, load_adapter
 from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.model.padded_linear import PaddedLinear
 from moondream_cv.model.text import LayerLora
 from moondream_cv.progress import Operation
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
@@ -84,6 +86,8 @@ class LocalModel(PublishedMethods):
             name: Name for messages.
         """
         self.network = network.eval().requires_grad_(False)
+        if network.device.type == "cuda" and isinstance(network.vision.patch_emb, nn.Linear):
+            network.vision.set_submodule("patch_emb", PaddedLinear(network.vision.patch_emb))
         self.config, self.tokenizer, self.name = network.config, tokenizer, name
         self.adapter, self.calibration = adapter, calibration
         self.skills = frozenset({k for k, v in self.config.tokenizer.templates.items() if v is not None} | {"gaze"})
