@@ -175,7 +175,8 @@ def quantize_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         [rows, in] int8 integers in −largest..largest, and the [rows, 1] float32 scales.
     """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(largest).add_(_SMALLEST_SCALE)
+    peak = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # faster than abs() and amax()
+    scale = peak.div_(largest).add_(_SMALLEST_SCALE)
     return torch.mul(x, scale.reciprocal()).round_().to(torch.int8), scale
 
 
@@ -184,8 +185,8 @@ def gelu_(x: Tensor) -> Tensor:
 
     On CPUs, this takes half of the time of `F.gelu`.
     """
-    factor = 1.5957691216057308  # √(8/π)
-    inner = x.square().mul_(0.044715 * factor).add_(factor).mul_(x)
+    factor = x.new_full((), 1.5957691216057308)  # √(8/π)
+    inner = torch.addcmul(factor, x, x, value=0.044715 * 1.5957691216057308).mul_(x)
     return x.mul_(inner.sigmoid_())
 
 
