@@ -95,6 +95,7 @@ def load(
     from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.model.adapters import load_adapter
     from moondream_cv.model.checkpoints import load_network
+    from moondream_cv.model.packed_linear import pack_weights
 
     # Find the checkpoint
     target = choose_device(device)
@@ -105,6 +106,7 @@ def load(
     # Load the weights
     with Operation(f"load of {os.fspath(name)}") as operation:
         network = load_network(source.weights, source.config, target, chosen, quantize, operation)
+    pack_weights(network)
     loaded = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
     calibration = Calibration.from_folder(source.folder)
     model = LocalModel(network, tokenizer, adapter=loaded, calibration=calibration, name=os.fspath(name))

@@ -7,12 +7,14 @@ has the same names and shapes as the original. It does not depend on the device.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.model.packed_linear import PackedLinear
 from moondream_cv.model.text import LayerLora
 
 SAMPLES = 256  # evenly spaced values per weight
@@ -29,11 +31,23 @@ def fingerprint(network: MoondreamNetwork, adapter: Sequence[LayerLora] | None) 
     """
     digest = hashlib.blake2b(repr(network.config).encode(), digest_size=_DIGEST_BYTES)
     # Quantized layers have buffers instead of parameters: their scales are a sample of the weights.
-    named = [*network.named_parameters(), *network.named_buffers(), *_adapter_tensors(adapter or ())]
-    for name, tensor in named:
+    samples = []
+    for name, tensor in itertools.chain(_weights(network), network.named_buffers(), _adapter_tensors(adapter or ())):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-    digest.update(_sample(tensor for _, tensor in named))
+        flat = tensor.reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())  # one transfer from the device
     return digest.hexdigest()
+
+
+def _weights(network: MoondreamNetwork) -> Iterator[tuple[str, Tensor]]:
+    """Return all parameters in order. Packed weights are unpacked one at a time."""
+    for prefix, module in network.named_modules():
+        stem = f"{prefix}." if prefix else ""
+        if isinstance(module, PackedLinear):
+            yield f"{stem}weight", module.weight
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{stem}{name}", parameter
 
 
 def _adapter_tensors(layers: Iterable[LayerLora]) -> Iterator[tuple[str, Tensor]]:
@@ -42,11 +56,3 @@ def _adapter_tensors(layers: Iterable[LayerLora]) -> Iterator[tuple[str, Tensor]
             for projection, pair in projections.items():
                 for side, tensor in zip("AB", pair, strict=True):
                     yield f"adapter.{i}.{block}.{projection}.{side}", tensor
-
-
-def _sample(tensors: Iterable[Tensor]) -> bytes:
-    samples = []
-    for tensor in tensors:
-        flat = tensor.reshape(-1)
-        samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float())
-    return torch.cat(samples).cpu().numpy().tobytes()  # one transfer from the device

@@ -26,23 +26,44 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., in] → [..., out]."""
-        return _onednn_linear(self, x, "none", "") if _uses_onednn(x) else super().forward(x)
+        return onednn_linear(x, self.weight, self.bias) if can_use_onednn(x) else super().forward(x)
 
     def gelu(self, x: Tensor) -> Tensor:
         """Apply the layer and then the tanh form of GELU: [..., in] → [..., out]."""
-        if _uses_onednn(x):
-            return _onednn_linear(self, x, "gelu", "tanh")
+        if can_use_onednn(x):
+            return onednn_linear(x, self.weight, self.bias, "gelu", "tanh")
         return F.gelu(super().forward(x), approximate="tanh")
 
 
-def _onednn_linear(layer: nn.Linear, x: Tensor, activation: str, algorithm: str) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], algorithm)
+def onednn_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""
+) -> Tensor:
+    """Compute a linear layer and an activation with oneDNN. `can_use_onednn` must be true for the input.
+
+    Args:
+        x: [..., in] input.
+        weight: [out, in] weight, plain or packed.
+        bias: [out] bias; None: no bias.
+        activation: "none" or "gelu".
+        algorithm: "tanh" for GELU.
+
+    Returns:
+        [..., out] output.
+    """
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
     return result
 
 
-def _uses_onednn(x: Tensor) -> bool:
-    """Return whether oneDNN has a fast kernel for the input of a linear layer. It has no backward pass."""
-    if not _HAS_ONEDNN or x.device.type != "cpu" or torch.is_grad_enabled() or not x.numel():
+def can_use_onednn(x: Tensor, is_training: bool | None = None) -> bool:
+    """Return whether oneDNN has a fast kernel for the input of a linear layer. It has no backward pass.
+
+    Args:
+        x: Input, or another tensor of the same device and data type.
+        is_training: Whether gradients are computed; None: whether PyTorch records them.
+    """
+    if not _HAS_ONEDNN or x.device.type != "cpu" or not x.numel():
+        return False
+    if torch.is_grad_enabled() if is_training is None else is_training:
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_bfloat16_products())
 
