@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moondream_cv.engine.kv_cache import (
+    GROWTH_STEPS,
     PADDING_ID,
     KVBuffers,
     PrefixSharedKVCache,
@@ -32,7 +33,7 @@ from moondream_cv.engine.kv_cache import (
     visible_entries,
 )
 from moondream_cv.engine.memory import is_out_of_memory
-from moondream_cv.engine.step_layout import StaticLayout
+from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, plan_static_step
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora, attention
 
@@ -46,6 +47,7 @@ MAX_TOKENS = 128
 
 CAPACITY_MULTIPLE = 64  # attention kernels require aligned masks
 MIN_ENTRIES = 128  # entries behind the prefix: a detection of 10 objects takes 40
+TYPICAL_PROMPT_TOKENS = 8  # for the name of a class
 IDLE_SHARE = 1 / 8  # part of the device memory that idle tensors may take
 
 
@@ -233,6 +235,28 @@ class GraphPool:
             buffers.steps[key] = GraphedDecodeStep(self._network, buffers, tokens_per_group, adapter, self._use_graphs)
         step: GraphedDecodeStep = buffers.steps[key]
         return step
+
+    @torch.inference_mode()
+    def warm_up(self, adapter: Sequence[LayerLora] | None) -> None:
+        """Build the decode steps of 1 to 64 sequences on one image before the first request needs them.
+
+        Args:
+            adapter: Adapter layers; None: no adapter.
+        """
+        network = self._network
+        prefix_length, dim = network.config.prefix_length, network.config.text.dim
+        for count in TOKENS_PER_GROUP:
+            # Create a cache as for requests with short prompts
+            entries = (GROWTH_STEPS + TYPICAL_PROMPT_TOKENS) * count
+            cache = PrefixSharedKVCache(network, prefix_length, 1, entries, self)
+            cache.add_group(None)
+
+            # Run one step
+            slots = [SequenceSlot(0, 0, seq_id, prefix_length, 1) for seq_id in range(count)]
+            layout = plan_static_step(slots, cache.max_groups, count, network.device)
+            inputs = cache.buffers.inputs.new_zeros(count, dim)
+            self.step(cache.buffers, count, adapter)(layout, inputs, cache)
+            cache.close()
 
     def rounded_capacity(self, capacity: int) -> int:
         """Return the capacity of the tensors that `take` returns."""

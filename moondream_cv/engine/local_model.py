@@ -306,13 +306,13 @@ class LocalModel(PublishedMethods):
         return preprocessed
 
     def compile(self) -> float:
-        """Compile the vision encoder with `torch.compile` and warm it up, on a CUDA device.
+        """Compile the vision encoder with `torch.compile`, and capture CUDA graphs of decode steps, on a CUDA device.
 
-        The decoder is not compiled: the shapes of its batches and caches change from step to step, and each new shape
-        would be compiled again. Answers change only by rounding.
+        Without this call, the encoder is not compiled, and graphs are captured when requests first need them. Answers
+        change only by rounding.
 
         Returns:
-            Duration of the warm-up in seconds. Later calls with other numbers of crops do not compile again.
+            Duration in seconds. Later calls with other numbers of crops do not compile again.
 
         Raises:
             MoondreamError: The device is not a CUDA device, or the model is closed.
@@ -323,7 +323,11 @@ class LocalModel(PublishedMethods):
                 f"compile() needs a CUDA device, and this model is on {str(self.device)!r}; omit the call, since "
                 "compiling takes more than a minute on a CPU and saves little time"
             )
-        return self._compile_encoder()
+        duration = self._compile_encoder()
+        start = time.perf_counter()
+        if self.graph_pool is not None:
+            self.graph_pool.warm_up(self.adapter_layers(None))
+        return duration + time.perf_counter() - start
 
     def _compile_encoder(self, **options: Any) -> float:
         """Compile the vision encoder for any number of crops.

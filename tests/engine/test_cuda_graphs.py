@@ -189,6 +189,21 @@ def test_second_request_reuses_tensors_and_steps() -> None:
     assert again == first
 
 
+@pytest.mark.parametrize("num_classes", [1, 3, 64])
+def test_requests_after_a_warm_up_build_nothing(num_classes: int) -> None:
+    model = static_model()
+    assert model.graph_pool is not None
+    with torch.no_grad():
+        model.network.text.lm_head.bias[model.config.tokenizer.eos_id] = -1e6
+    model.graph_pool.warm_up(None)
+    frame = image(0)
+    requests = [Detect(frame, f"{i}", Settings(max_objects=2)) for i in range(num_classes)]
+    with patch.object(GraphedDecodeStep, "__init__", side_effect=AssertionError), counting_steps() as counts:
+        results = model.run(requests)
+    assert counts
+    assert not any(isinstance(result, ErrorResult) for result in results)
+
+
 @torch.inference_mode()
 def test_reused_tensors_are_empty(model: LocalModel) -> None:
     pool = GraphPool(model.network, GIB)
