@@ -74,8 +74,8 @@ def load(
         device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best available device.
         dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the device supports it, otherwise
             float16; float32 for small models on a CPU.
-        quantize: "int8" quantizes the linear layers of the encoder and the decoder to 8-bit integers; None: as in the
-            checkpoint. Embeddings, norms and region heads keep full precision.
+        quantize: "int8" or "int4": quantize the linear layers of the encoder and the decoder to 8 or 4 bits; embeddings,
+            norms and region heads keep full precision. None: as in the checkpoint.
         adapter: A `.pt` or `.safetensors` file, or the ID of a published adapter.
         cache_images: Number of encoded images to cache (least recently used), by the content of their pixels.
         cache_bytes: Maximum total size of the cached images in bytes; an image of Moondream 2 takes about 160 MB in

@@ -20,8 +20,8 @@ from torch import Tensor
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.quantization import MODES, is_quantizable
-from moondream_cv.model.quantized_linear import Int8Linear
+from moondream_cv.model.quantization import MODES, group_size, is_quantizable
+from moondream_cv.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from moondream_cv.model.stored_weights import StoredWeight, WeightLoader, stored_weights, verify
 from moondream_cv.model.tensor_files import TensorFile, find_tensor_files, open_tensor_file
 from moondream_cv.progress import Operation, byte_unit
@@ -74,12 +74,19 @@ def load_network(
         if name not in modes:
             state[name] = loader.load(stored[name], shape, _dtype(stored[name], dtype, bool(modes)))
 
-    # Replace layers by quantized layers
     network.load_state_dict(state, assign=True, strict=False)
-    for name in modes:
+
+    # Replace layers by quantized layers
+    for name, mode in modes.items():
         layer = name.removesuffix(".weight")
-        bias = state[f"{layer}.bias"]
-        network.set_submodule(layer, Int8Linear(*loader.load_int8(stored[name], expected[name]), bias))
+        shape, bias = expected[name], state[f"{layer}.bias"]
+        quantized: QuantizedLinear
+        if mode == "int8":
+            quantized = Int8Linear(*loader.load_int8(stored[name], shape), bias)
+        else:
+            group = _group(stored[name], shape) or 0
+            quantized = Int4Linear(*loader.load_int4(stored[name], shape, group), bias)
+        network.set_submodule(layer, quantized)
     return network.eval().requires_grad_(False)
 
 
@@ -102,14 +109,22 @@ def _modes(
     modes = {}
     for name, shape in expected.items():
         mode = stored[name].mode
-        if not is_quantizable(name, shape) or (mode or quantize) is None:
+        if not is_quantizable(name, shape):
             continue
         if mode is not None and quantize not in (None, mode):
             raise ValueError(f"{source} contains {mode} weights; quantize must be None or {mode!r}, got {quantize!r}")
-        modes[name] = mode or quantize or ""
-    if "int4" in modes.values() and quantize == "int4":
-        raise ValueError("TODO")
-    return {k: v for k, v in modes.items() if v == "int8"}
+        chosen = mode or quantize
+        if chosen == "int8" or (chosen == "int4" and _group(stored[name], shape) is not None):
+            modes[name] = chosen
+    return modes
+
+
+def _group(stored: StoredWeight, shape: tuple[int, ...]) -> int | None:
+    """Return the group size of a 4-bit layer; None if its weight has to be in full precision."""
+    if stored.mode != "int4":
+        return group_size(shape)
+    group = stored.shape("packed")[1]
+    return group if shape[1] % group == 0 and shape[1] % 2 == 0 else None
 
 
 def stored_shapes(source: Path | Iterable[TensorFile]) -> dict[str, tuple[int, ...]]:

@@ -6,13 +6,14 @@ heads keep full precision.
 
 Files contain an int8 weight as `weight` [out, in] and `weight_scale` [out]; a value is weight · scale.
 
-Files contain a 4-bit weight in the published layout. The weight is divided into groups of 128 values in row-major
-order. Two groups share a row of bytes: the first half of all groups uses the high four bits, the second half the low
-four bits. A value is (bits − zero point) · scale.
+Files contain a 4-bit weight in the published layout. The weight is divided into groups in row-major order, usually of
+128 values. Two groups share a row of bytes: the first half of all groups uses the high four bits, the second half the
+low four bits. A value is (bits − zero point) · scale; zero points are real numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -20,9 +21,14 @@ from torch import Tensor
 
 MODES = ("int8", "int4")
 INT8_MAX = 127
-
 _SECTIONS = ("vision.blocks.", "vision.proj_mlp.", "text.blocks.", "text.lm_head.")
+MAX_GROUP = 128  # values with one scale in a 4-bit weight
+INT4_MAX = 15
+
 _CHUNK = 2**22  # values that are converted at a time
+_CACHED_CHUNK = 2**18  # values that fit into the cache of most CPUs
+# Fractions of a group's range that are tried. Clipping the extremes reduces the squared error of the other values.
+_CLIPPING_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8)
 _SMALLEST_SCALE = 1e-12  # scale of a row of zeros
 
 
@@ -34,6 +40,20 @@ def is_quantizable(name: str, shape: Sequence[int]) -> bool:
         shape: Shape of the weight.
     """
     return len(shape) == 2 and name.startswith(_SECTIONS) and name.endswith(".weight")
+
+
+def group_size(shape: Sequence[int]) -> int | None:
+    """Return the group size for the quantization of a weight to 4 bits.
+
+    Args:
+        shape: (out, in) shape of the weight.
+
+    Returns:
+        The largest power of two up to 128 that divides the input width; None: the weight has an odd number of groups,
+        which the published layout cannot represent.
+    """
+    group = math.gcd(shape[1], MAX_GROUP)
+    return group if group > 1 and shape[0] * shape[1] // group % 2 == 0 else None
 
 
 def row_chunks(shape: Sequence[int], size: int = _CHUNK) -> Iterator[slice]:
@@ -85,6 +105,75 @@ def packed_problem(parts: Mapping[str, Sequence[int]], shape: Sequence[int]) -> 
     return None
 
 
+def quantize_int4(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize rows of a weight to 4-bit integers. The clipping of each group minimizes its squared error.
+
+    Args:
+        rows: [out, in] weight.
+        group: Number of values with one scale; it divides the input width.
+        dtype: Data type of scales and zero points.
+
+    Returns:
+        [out, in] uint8 levels in 0..15, [out, groups] scales, and [out, groups] zero points.
+    """
+    out, width = rows.shape
+    parts = [_quantize_groups(rows[chunk], group, dtype) for chunk in row_chunks(rows.shape, _CACHED_CHUNK)]
+    levels, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return levels.view(out, width), scale.view(out, -1), zero_point.view(out, -1)
+
+
+def _quantize_groups(rows: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    values = rows.float().reshape(-1, group)
+    low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+    least, best_scale, best_zero = torch.full_like(low, torch.inf), low, low
+    for ratio in _CLIPPING_RATIOS:
+        scale = ((high - low) * (ratio / INT4_MAX)).add_(_SMALLEST_SCALE).to(dtype).float()
+        zero = (INT4_MAX / 2 - (high + low) / (2 * scale)).to(dtype).float()
+        error = _levels(values, scale, zero).sub_(zero).mul_(scale).sub_(values).square_().sum(1, keepdim=True)
+        is_better = error < least
+        least = torch.where(is_better, error, least)
+        best_scale, best_zero = torch.where(is_better, scale, best_scale), torch.where(is_better, zero, best_zero)
+    levels = _levels(values, best_scale, best_zero).to(torch.int8).view(torch.uint8)
+    return levels, best_scale.to(dtype), best_zero.to(dtype)
+
+
+def _levels(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (values * scale.reciprocal()).add_(zero).round_().clamp_(0, INT4_MAX)
+
+
+def pack_int4(levels: Tensor, group: int) -> Tensor:
+    """Pack the levels of a weight in the published layout.
+
+    Args:
+        levels: [out, in] uint8 levels in 0..15.
+        group: Number of values with one scale.
+
+    Returns:
+        [groups / 2, group] uint8.
+    """
+    first, second = levels.reshape(2, -1, group)
+    return (first << 4) | second
+
+
+def unpack_int4(packed: Tensor, shape: Sequence[int], rows: slice | None = None) -> Tensor:
+    """Return the levels of a weight in the published layout.
+
+    Args:
+        packed: [groups / 2, group size] uint8 pairs of 4-bit values.
+        shape: (out, in) shape of the weight; the group size divides the input width if `rows` are given.
+        rows: Rows of the weight to return; None: all rows.
+
+    Returns:
+        [rows, in] uint8 levels in 0..15.
+    """
+    per_row = shape[1] // packed.shape[1]
+    half = len(packed)
+    start, stop = (0, 2 * half) if rows is None else (rows.start * per_row, rows.stop * per_row)
+    high = packed[min(start, half) : min(stop, half)] >> 4
+    low = packed[max(start - half, 0) : max(stop - half, 0)] & 0b1111
+    return torch.cat((high, low)).reshape(-1, shape[1])
+
+
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a 4-bit weight in float32.
 
@@ -94,5 +183,5 @@ def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor, shape: Sequenc
         zero_point: [groups, 1] zero point of each group.
         shape: (out, in) shape of the weight.
     """
-    levels = torch.cat((packed >> 4, packed & 0b1111)).float()  # [groups, group size]
-    return (levels - zero_point.float()).mul_(scale.float()).reshape(tuple(shape))
+    groups = unpack_int4(packed, shape).view(-1, packed.shape[1]).float()
+    return groups.sub_(zero_point.float()).mul_(scale.float()).reshape(tuple(shape))

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moondream_cv.model.quantization import INT8_MAX, row_chunks
+from moondream_cv.model.quantization import INT8_MAX, pack_int4, row_chunks
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_CHUNK = 256
 """Input rows of one int8 product on a CPU. Its input and its output fit into the cache of most CPUs."""
 
+MAX_KERNEL_ROWS = 32
+"""Maximum number of input rows of PyTorch's 4-bit kernel. For more rows, dequantizing the weight is faster."""
+
+_KERNEL_GROUPS = (32, 64, 128, 256)
+_PACKED_BLOCKS = 16  # blocks that are packed at a time, from 32-bit integers
+_CACHED_CHUNK = 2**20  # values that fit into the cache of most CPUs
 _REDUCED_INT8_MAX = 63  # sums of two products with 8-bit weights fit into 16 bits
 _SMALLEST_SCALE = 1e-12  # scale of an input row of zeros
 _MIN_CUDA_ROWS = 32  # `torch._int_mm` requires more than 16 rows
@@ -47,6 +53,11 @@ class QuantizedLinear(nn.Module):
         """Return the sizes for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
+    @property
+    def integers(self) -> Tensor:
+        """[out, in] integers of the weight."""
+        raise NotImplementedError
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the [out, in] weight in full precision."""
         raise NotImplementedError
@@ -66,6 +77,10 @@ class QuantizedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         return self._product(rows, gelu).view(*x.shape[:-1], self.out_features)
 
+    def _store(self, integers: Tensor) -> None:
+        """Keep one copy of the integers, in the layout of the product."""
+        raise NotImplementedError
+
     def _product(self, x: Tensor, gelu: bool) -> Tensor:
         """Return the output of the layer for [rows, in]."""
         raise NotImplementedError
@@ -75,6 +90,14 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             y.add_(self.bias)
         return gelu_(y) if gelu else y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move the layer to another device. Its tensors keep their data types."""
+        integers = fn(self.integers)
+        for name, tensor in self.named_buffers():
+            self.register_buffer(name, tensor.to(integers.device))
+        self._store(integers)
+        return self
 
 
 class Int8Linear(QuantizedLinear):
@@ -89,35 +112,34 @@ class Int8Linear(QuantizedLinear):
 
     weight_scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         """Create a layer.
 
         Args:
-            weight: [out, in] int8 weight.
+            integers: [out, in] int8 integers of the weight.
             scale: [out] scales.
             bias: [out] bias; None: no bias.
         """
-        super().__init__(weight.shape[1], weight.shape[0], bias)
+        super().__init__(integers.shape[1], integers.shape[0], bias)
         self.register_buffer("weight_scale", scale.detach().float())
-        self._store(weight)
+        self._store(integers)
 
     @property
-    def weight(self) -> Tensor:
-        """[out, in] int8 weight."""
+    def integers(self) -> Tensor:
+        """[out, in] int8 integers of the weight."""
         return self._weight.to_dense().T if self._weight.is_mkldnn else self._weight
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the [out, in] weight in full precision."""
-        weight = self.weight
-        values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        for chunk in row_chunks(weight.shape):
-            values[chunk] = weight[chunk].float().mul_(self.weight_scale[chunk, None])
-        return values
+        integers = self.integers
+        weight = torch.empty(integers.shape, dtype=dtype, device=integers.device)
+        for rows in row_chunks(weight.shape):
+            weight[rows] = integers[rows].float().mul_(self.weight_scale[rows, None])
+        return weight
 
-    def _store(self, weight: Tensor) -> None:
-        """Keep one copy of the weight, in the layout of the product."""
-        uses_onednn = weight.device.type == "cpu" and onednn_int8_max() is not None
-        self._weight = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None) if uses_onednn else weight
+    def _store(self, integers: Tensor) -> None:
+        uses_onednn = integers.device.type == "cpu" and onednn_int8_max() is not None
+        self._weight = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None) if uses_onednn else integers
 
     def _product(self, x: Tensor, gelu: bool) -> Tensor:
         if self._weight.is_mkldnn:
@@ -147,21 +169,123 @@ class Int8Linear(QuantizedLinear):
         y = torch._int_mm(padded, self._weight.T)[: len(x)].float().mul_(scale).mul_(self.weight_scale)
         return self._finish(y, gelu).to(x.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        """Move the layer to another device. Scales and bias keep their data type."""
-        weight = fn(self.weight)
-        self._store(weight)
-        self.weight_scale = self.weight_scale.to(weight.device)
-        self.bias = None if self.bias is None else self.bias.to(weight.device)
-        return self
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self.integers
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the integers: packed weights have neither."""
-        return type(self), (self.weight.contiguous(), self.weight_scale, self.bias)
+        """Copy and pickle the integers, because packed weights cannot be copied."""
+        return type(self), (self.integers.contiguous(), self.weight_scale, self.bias)
+
+
+class Int4Linear(QuantizedLinear):
+    """A linear layer with 4-bit weights. Products are in full precision.
+
+    For a few input rows, PyTorch's kernel for x86 CPUs reads the packed weight and computes in bfloat16. Otherwise the
+    weight is dequantized for each call.
+
+    Attributes:
+        scale: [out, groups] scale of each group of inputs.
+        zero_point: [out, groups] zero point of each group of inputs.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, levels: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None = None) -> None:
+        """Create a layer.
+
+        Args:
+            levels: [out, in] uint8 levels in 0..15.
+            scale: [out, groups] scales.
+            zero_point: [out, groups] zero points.
+            bias: [out] bias; None: no bias.
+        """
+        super().__init__(levels.shape[1], levels.shape[0], bias)
+        self.register_buffer("scale", scale.detach())
+        self.register_buffer("zero_point", zero_point.detach())
+        self._store(levels)
+
+    @property
+    def group_size(self) -> int:
+        """Number of inputs with one scale."""
+        return self.in_features // self.scale.shape[1]
+
+    @property
+    def integers(self) -> Tensor:
+        """[out, in] uint8 levels in 0..15."""
+        low, high = self._packed & 0b1111, self._packed >> 4
+        if self._kernel_scales is None:
+            return torch.cat((low, high), dim=1)
+        blocks = -1, self.in_features, int4_block() // 2
+        return _unpack_blocks(low.view(blocks), high.view(blocks)).reshape(self.in_features, -1).T
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the [out, in] weight in full precision."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self._packed.device)
+        for rows in self._row_chunks():
+            weight[rows] = self._dequantize(rows, dtype)
+        return weight
+
+    def _row_chunks(self) -> Iterator[slice]:
+        """Divide the outputs into parts that fit into the cache of most CPUs, of whole blocks of the kernel."""
+        step = max(1, _CACHED_CHUNK // self.in_features)
+        if self._kernel_scales is not None:
+            step = max(1, step // int4_block()) * int4_block()
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
+
+    def _dequantize(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return rows of the weight in full precision."""
+        packed, scale, zero_point = self._packed[rows], self.scale[rows].float(), self.zero_point[rows].float()
+        low, high = packed & 0b1111, packed >> 4
+        if self._kernel_scales is None:
+            groups = torch.cat((low, high), dim=1).view(*scale.shape, -1).float()
+            return groups.sub_(zero_point[..., None]).mul_(scale[..., None]).to(dtype).view(-1, self.in_features)
+        blocks = -1, self.in_features, int4_block() // 2
+        levels = _unpack_blocks(low.view(blocks), high.view(blocks))  # [in, blocks, 2, block size / 2]
+        groups = levels.reshape(scale.shape[1], -1, scale.shape[0]).float()  # [groups, group size, rows]
+        groups.sub_(zero_point.T.contiguous()[:, None]).mul_(scale.T.contiguous()[:, None])
+        return groups.to(dtype).view(self.in_features, -1).T
+
+    def _store(self, integers: Tensor) -> None:
+        block = int4_block() if integers.device.type == "cpu" else 0
+        if not block or self.out_features % block or self.group_size not in _KERNEL_GROUPS:
+            self._kernel_scales = None
+            low, high = integers.chunk(2, dim=1)
+            self._packed = (high << 4) | low
+            return
+        zero = (8 - self.zero_point.float()) * self.scale.float()  # the kernel subtracts 8 from the levels
+        scales = torch.stack((self.scale.float(), zero), dim=-1)
+        self._kernel_scales = scales.transpose(0, 1).to(torch.bfloat16, memory_format=torch.contiguous_format)
+        self._packed = torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8, device="cpu")
+        for rows in range(0, self.out_features, _PACKED_BLOCKS * block):
+            chunk = slice(rows, rows + _PACKED_BLOCKS * block)
+            self._packed[chunk] = _pack_blocks(integers[chunk])
+
+    def _product(self, x: Tensor, gelu: bool) -> Tensor:
+        if self._kernel_scales is not None and 0 < len(x) <= MAX_KERNEL_ROWS:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x.to(torch.bfloat16).contiguous(), self._packed, self.group_size, self._kernel_scales
+            )
+            return self._finish(y.float(), gelu).to(x.dtype)
+        out = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
+        for rows in self._row_chunks():
+            bias = None if self.bias is None else self.bias[rows].to(x.dtype)
+            y = F.linear(x, self._dequantize(rows, x.dtype), bias)
+            out[:, rows] = gelu_(y.float()) if gelu else y
+        return out
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight.packed"] = pack_int4(self.integers, self.group_size)
+        destination[f"{prefix}weight.scale"] = self.scale.reshape(-1, 1)
+        destination[f"{prefix}weight.zero_point"] = self.zero_point.reshape(-1, 1)
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the levels, because their packed layout depends on the CPU."""
+        return type(self), (self.integers.contiguous(), self.scale, self.zero_point, self.bias)
 
 
 def quantize_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
@@ -231,6 +355,46 @@ def _onednn_matmul(x: Tensor, largest: int, packed: Tensor, scale: Tensor) -> Te
         None, 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return result
+
+
+@functools.cache
+def int4_block() -> int:
+    """Return the number of outputs in a block of PyTorch's 4-bit kernel on this CPU.
+
+    Returns:
+        64 with AVX-512, 32 with AVX2; 0: the kernel is missing or slow.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return 0
+    levels = torch.arange(128 * 32, device="cpu", dtype=torch.int32).view(128, 32).mul_(7).remainder_(16)
+    try:
+        packed = _pack_blocks(levels)
+    except (AttributeError, RuntimeError):
+        return 0
+    for block in (64, 32):
+        blocks = packed.view(-1, 32, block // 2)
+        if torch.equal(_unpack_blocks(blocks & 0b1111, blocks >> 4).reshape(32, -1).T, levels):
+            return block
+    return 0
+
+
+def _pack_blocks(levels: Tensor) -> Tensor:
+    """Return the layout of PyTorch's 4-bit kernel: [out, in] levels → [out, in / 2] uint8."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.to(torch.int32), 1)
+    return packed
+
+
+def _unpack_blocks(low: Tensor, high: Tensor) -> Tensor:
+    """Return the levels in blocks of the 4-bit kernel.
+
+    Args:
+        low: [blocks, in, block size / 2] low bits: the first half of the outputs of each block.
+        high: [blocks, in, block size / 2] high bits: the second half.
+
+    Returns:
+        [in, blocks, 2, block size / 2] levels.
+    """
+    return torch.stack((low, high), dim=2).transpose(0, 1)
 
 
 @functools.cache

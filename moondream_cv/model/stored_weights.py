@@ -15,8 +15,17 @@ from torch import Tensor
 
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.key_names import INT8_SCALE, PACKED_PARTS, StoredKey, parse_key
-from moondream_cv.model.quantization import dequantize, packed_problem, quantize_int8, row_chunks
+from moondream_cv.model.quantization import (
+    dequantize,
+    packed_problem,
+    quantize_int4,
+    quantize_int8,
+    row_chunks,
+    unpack_int4,
+)
 from moondream_cv.model.tensor_files import TensorFile, some
+
+SCALE_DTYPE = torch.bfloat16  # scales and zero points of weights that are quantized to 4 bits
 
 
 @dataclass
@@ -121,6 +130,39 @@ class WeightLoader:
                 weight[rows], scale[rows] = quantize_int8(values)
         _check_finite(stored, scale, torch.float32)
         return weight, scale
+
+    def load_int4(self, stored: StoredWeight, shape: tuple[int, ...], group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the levels, scales and zero points of a weight, which is quantized unless it is stored as int4.
+
+        Args:
+            stored: Weight to load.
+            shape: (out, in) shape of the weight.
+            group: Number of values with one scale; that of the file if the weight is stored as int4.
+
+        Returns:
+            [out, in] uint8 levels in 0..15, [out, groups] scales, and [out, groups] zero points.
+
+        Raises:
+            CheckpointError: The weight is of an unexpected data type, or contains infinite values or NaN.
+        """
+        levels = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        groups = shape[0], shape[1] // group
+        if stored.mode == "int4":
+            packed = _checked(stored, stored.read("packed"), torch.uint8).to(self._device)
+            scale, zero_point = (
+                stored.read(part).to(self._device, copy=True).view(groups) for part in ("scale", "zero_point")
+            )
+            for rows in row_chunks(shape):
+                levels[rows] = unpack_int4(packed, shape, rows)
+                self._report(levels[rows])
+        else:
+            scale = torch.empty(groups, dtype=SCALE_DTYPE, device=self._device)
+            zero_point = torch.empty_like(scale)
+            for rows, values in self._values(stored, shape):
+                levels[rows], scale[rows], zero_point[rows] = quantize_int4(values, group, SCALE_DTYPE)
+        _check_finite(stored, scale, scale.dtype)
+        _check_finite(stored, zero_point, zero_point.dtype)
+        return levels, scale, zero_point
 
     def _values(self, stored: StoredWeight, shape: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Yield the values of a weight row by row, on the device."""

@@ -17,6 +17,7 @@ from moondream_cv.model.checkpoints import load_network, save_checkpoint, stored
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.model.quantized_linear import Int4Linear
 from tests.helpers.small_checkpoint import byte_tokenizer, small_config, small_network
 
 State = dict[str, Tensor]
@@ -204,14 +205,35 @@ def quantized_state(state: State) -> State:
     return written
 
 
-def test_4_bit_weights_are_dequantized(tmp_path: Path, state: State, network: MoondreamNetwork) -> None:
-    write_single(tmp_path, quantized_state(state))
-    loaded = load(tmp_path)
-    for name, tensor in network.state_dict().items():
-        step = (tensor.amax() - tensor.amin()) / 15
-        assert (loaded.state_dict()[name] - tensor).abs().max() <= 0.51 * step, name
+def dequantized(weight: Tensor) -> Tensor:
+    """Return the values of a weight in the published 4-bit layout."""
+    parts = quantize(weight)
+    levels = torch.cat((parts["packed"] >> 4, parts["packed"] & 15)).float()
+    return ((levels - parts["zero_point"]) * parts["scale"]).view(weight.shape)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_4_bit_weights_keep_their_values(tmp_path: Path, dim: int) -> None:
+    values = small_config(dim).to_dict()
+    values["text"]["ff_dim"] = 2 * dim
+    config = MoondreamConfig.from_dict(values)
+    network = small_network(config)
+    write_single(tmp_path, quantized_state({f"model.{k}": v for k, v in network.state_dict().items()}))
+    loaded = load(tmp_path, config)
+    for name, module in network.text.blocks.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            layer = loaded.text.blocks.get_submodule(name)
+            assert isinstance(layer, Int4Linear)
+            assert torch.equal(layer.dequantize(torch.float32), dequantized(module.weight)), name
     assert torch.equal(loaded.text.wte, network.text.wte)
-    assert not torch.equal(loaded.text.blocks[0].attn.qkv.weight, network.text.blocks[0].attn.qkv.weight)
+    assert torch.equal(loaded.region.coord_decoder.fc1.weight, network.region.coord_decoder.fc1.weight)
+
+
+def test_4_bit_groups_of_several_rows_are_dequantized(tmp_path: Path, state: State, network: MoondreamNetwork) -> None:
+    write_single(tmp_path, quantized_state(state))
+    loaded = load(tmp_path).text.blocks[0].mlp.fc1  # 64 inputs, groups of 128 values
+    assert isinstance(loaded, torch.nn.Linear)
+    assert torch.equal(loaded.weight, dequantized(network.text.blocks[0].mlp.fc1.weight))
 
 
 def test_4_bit_weight_without_scale_raises(tmp_path: Path, state: State) -> None:
