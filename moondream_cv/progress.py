@@ -22,7 +22,7 @@ from typing import Protocol, TextIO
 
 from moondream_cv.escaping import escaped
 
-__all__ = ["Display", "Operation", "StatusLine", "byte_unit", "showing_on"]
+__all__ = ["Display", "Operation", "StatusLine", "byte_unit", "hidden", "showing_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +208,19 @@ def showing_on(display: Display) -> Iterator[None]:
         yield
     finally:
         _display = before
+
+
+def hidden() -> contextlib.AbstractContextManager[None]:
+    """Return a context manager that hides the operations of the main thread."""
+    return showing_on(_NoDisplay())
+
+
+class _NoDisplay:
+    def show(self, text: str) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
 
 
 def byte_unit(num_bytes: int) -> tuple[float, str]:

@@ -23,6 +23,7 @@ from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import MoondreamError
 from moondream_cv.loading import ALIASES, TINY, check_name, choose_device, connect, is_url, load
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
+from moondream_cv.progress import hidden
 from moondream_cv.urls import shown_url
 from moondream_cv.vision_model import VisionModel
 
@@ -136,7 +137,10 @@ class ModelPool:
             server.stop_after_timeout = True
             server.has_scores  # noqa: B018 - a request to the server, which would otherwise run within a step
             return server
-        return load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=self.cache_bytes)
+        with hidden():
+            model = load(name, device=self.device, cache_images=CACHED_IMAGES, cache_bytes=self.cache_bytes)
+        model.show_progress = False
+        return model
 
 
 class _Entry:

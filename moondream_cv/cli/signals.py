@@ -104,12 +104,26 @@ def interrupted_line() -> str:
     return f"{_CLEAR_LINE}{_SHOW_CURSOR}Interrupted" if is_terminal else "Interrupted"
 
 
+def exit_process(status: int) -> NoReturn:
+    """End the process without waiting for its threads and without unloading libraries.
+
+    It raises `SystemExit` unless `stop_on_signals` was called.
+
+    Args:
+        status: Exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    if _is_command_line:
+        os._exit(status)
+    sys.exit(status)
+
+
 def _exit_interrupted() -> NoReturn:
-    with suppress(OSError, ValueError):
-        sys.stdout.flush()
     with suppress(OSError):
         os.write(2, f"{interrupted_line()}\n".encode())
-    os._exit(_INTERRUPTED)
+    exit_process(_INTERRUPTED)
 
 
 def exit_status(error: KeyboardInterrupt) -> int:

@@ -22,7 +22,7 @@ from . import options
 from .detect_command import class_names as parse_class_names
 from .models import ModelOptions, opened_model
 from .report import Report, set_verbosity
-from .signals import exit_status
+from .signals import exit_process, exit_status, interrupted_line
 from .video_progress import VideoProgress, limit_frame_messages
 from .video_summary import STDOUT, print_summary
 
@@ -230,8 +230,10 @@ def video(
                 print_summary(report, progress.summary, targets.values(), vision_model.has_scores, stopped=True)
             if isinstance(error.__cause__, BrokenPipeError):
                 raise error.__cause__ from None  # the reader of the output has ended, such as `head`
-            if isinstance(error, KeyboardInterrupt) and progress.summary is not None:
-                raise typer.Exit(exit_status(error)) from None
+            if isinstance(error, KeyboardInterrupt):
+                if progress.summary is None:
+                    typer.echo(interrupted_line(), err=True)
+                exit_process(exit_status(error))  # a running call of the detector can take minutes
             raise
         if progress.summary is not None:
             print_summary(report, progress.summary, targets.values(), vision_model.has_scores)

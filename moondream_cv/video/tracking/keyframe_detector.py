@@ -23,7 +23,7 @@ from moondream_cv.video.sources.frame import Frame
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 8  # keyframes in one detector call
-CLOSING_SECONDS = 1.0
+CLOSING_SECONDS = 0.6  # Ctrl-C ends a video within a second
 EXIT_SECONDS = 10.0  # time limit for a running call when the process exits
 SMOOTHING = 0.3  # weight of the latest call in `seconds`
 
