@@ -1,7 +1,7 @@
 """Output heads: from the hidden states of a step to tokens, coordinates, sizes and the next input embeddings.
 
-Coordinates and sizes go from logits to bins to embeddings on the device. The host waits for the device at most once per
-kind of sequence and step, and only if a sequence may stop.
+Coordinates and sizes go from logits to bins to embeddings on the device. The host waits for the device only when it
+reads the outputs of a step, and only if a sequence may stop.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moondream_cv.engine.confidence import AxisFeatures, axis_features, continue_probability
 from moondream_cv.engine.sampling import SamplingParams, sample
+from moondream_cv.engine.transfers import HostCopy, integers
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.region import bin_to_coordinate, bin_to_size
 
@@ -117,17 +118,33 @@ NUM_PARTIAL_COLUMNS = COLUMNS["next_continue_probability"].start  # those of an 
 
 @dataclass(frozen=True)
 class BatchOutputs:
-    """Outputs of the heads for a batch of S sequences.
+    """Outputs of the heads for a batch of S sequences, on the device or on their way to the host.
 
     Attributes:
         embeddings: [S, dim] next input embedding of each sequence.
         partial: [S, NUM_PARTIAL_COLUMNS] float32 packed outputs for the object that each sequence decodes.
-        outputs: Output of each sequence that the host needs; None while an object is incomplete.
+        deciding: Sequences that decided whether another object follows.
+        writing: Sequences that wrote a token.
+        packed: [deciding, all columns] packed outputs for their previous objects; None if there are none.
+        sampled: [writing, 3] token ID, log-probability and coordinate; None if there are none.
     """
 
     embeddings: Tensor
     partial: Tensor
-    outputs: list[HeadOutputs | TokenOutput | None]
+    deciding: list[int]
+    writing: list[int]
+    packed: HostCopy | None
+    sampled: HostCopy | None
+
+    def read(self) -> list[HeadOutputs | TokenOutput | None]:
+        """Wait for the outputs and return those of each sequence; None while an object is incomplete."""
+        outputs: list[HeadOutputs | TokenOutput | None] = [None] * len(self.embeddings)
+        for i, values in zip(self.deciding, [] if self.packed is None else self.packed.read(), strict=True):
+            outputs[i] = HeadOutputs.unpack(values)
+        for i, values in zip(self.writing, [] if self.sampled is None else self.sampled.read(), strict=True):
+            token, logprob, coordinate = values
+            outputs[i] = TokenOutput(int(token), logprob, coordinate)
+        return outputs
 
 
 def run_heads(
@@ -189,13 +206,9 @@ def run_heads(
         columns = slice(COLUMNS["width"].start, COLUMNS["height"].stop)
         _scatter(partial, rows, outputs.flatten(1), columns)
 
-    # Transfer to the host; nothing else waits for the device
-    on_host: list[HeadOutputs | TokenOutput | None] = [None] * len(heads)
-    for i, values in zip(deciding, [] if packed is None else packed.tolist(), strict=True):
-        on_host[i] = HeadOutputs.unpack(values)
-    for i, (token, logprob, coordinate) in zip(writing, [] if sampled is None else sampled.tolist(), strict=True):
-        on_host[i] = TokenOutput(int(token), logprob, coordinate)
-    return BatchOutputs(embeddings, partial, on_host)
+    # Start the transfer to the host
+    on_host = [None if tensor is None else HostCopy(tensor) for tensor in (packed, sampled)]
+    return BatchOutputs(embeddings, partial, deciding, writing, *on_host)
 
 
 def _sample_tokens(
@@ -230,7 +243,7 @@ def _gather(tensor: Tensor, rows: list[int]) -> Tensor:
     """Return some rows of a tensor; all rows in order are returned without a copy."""
     if rows == list(range(len(tensor))):
         return tensor
-    return tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long)]
+    return tensor[integers(rows, tensor.device)]
 
 
 def _scatter(tensor: Tensor, rows: list[int], values: Tensor, columns: slice = slice(None)) -> None:
@@ -238,4 +251,4 @@ def _scatter(tensor: Tensor, rows: list[int], values: Tensor, columns: slice = s
     if rows == list(range(len(tensor))):
         tensor[:, columns] = values
     else:
-        tensor[torch.tensor(rows, device=tensor.device, dtype=torch.long), columns] = values
+        tensor[integers(rows, tensor.device), columns] = values

@@ -279,6 +279,10 @@ class PrefixSharedKVCache:
         if num_groups > self.max_groups or capacity > self.capacity:
             self._resize(max(num_groups, self.max_groups), capacity)
 
+    def has_space(self, num_entries: int) -> bool:
+        """Return whether each group has memory for further entries, so that `reserve` has nothing to do."""
+        return self.end + num_entries <= self.capacity
+
     def begin_step(self, seq_ids: Tensor, inputs: Tensor, causal: bool) -> None:
         """Record the entries that a step adds and build its attention mask. `reserve` must have allocated the memory.
 

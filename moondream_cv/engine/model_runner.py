@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -16,13 +17,22 @@ import torch
 from torch import Tensor
 
 from moondream_cv.engine.cuda_graphs import GraphPool
-from moondream_cv.engine.heads import NUM_PARTIAL_COLUMNS, HeadOutputs, TokenOutput, run_heads
+from moondream_cv.engine.heads import (
+    NUM_PARTIAL_COLUMNS,
+    BatchOutputs,
+    Head,
+    HeadOutputs,
+    TokenOutput,
+    run_heads,
+)
 from moondream_cv.engine.image_encoding import EncodedImage
 from moondream_cv.engine.kv_cache import GROWTH_STEPS, CacheGroup, PrefixSharedKVCache
+from moondream_cv.engine.memory import is_out_of_memory
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import Prompt, embed_prompts
 from moondream_cv.engine.sequence_state import SequenceState
 from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, StepLayout, plan_static_step, plan_step
+from moondream_cv.engine.transfers import integers
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.text import LayerLora
 
@@ -173,6 +183,21 @@ class ModelRunner:
         return self._graph_pool is not None and self._graph_pool.clear()
 
 
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that the device may still compute.
+
+    Attributes:
+        states: Sequences of the step.
+        layout: Layout of the step.
+        outputs: Outputs of the heads.
+    """
+
+    states: list[SequenceState]
+    layout: StepLayout | StaticLayout
+    outputs: BatchOutputs
+
+
 class AdapterBatch:
     """Sequences that share an adapter, their KV caches and the tensors that go from step to step."""
 
@@ -193,6 +218,7 @@ class AdapterBatch:
         # Next input of each sequence unless its state has `inputs`, and head outputs for its incomplete object
         self._embeddings = torch.empty(0, network.config.text.dim, device=network.device, dtype=network.dtype)
         self._partial = torch.empty(0, NUM_PARTIAL_COLUMNS, device=network.device, dtype=torch.float32)
+        self._next_step: LaunchedStep | None = None
         self._layout: StepLayout | StaticLayout | None = None  # layout of the last step, if it can be reused
 
     @property
@@ -208,6 +234,7 @@ class AdapterBatch:
     def admit(self, states: Sequence[SequenceState]) -> None:
         """Add sequences; see `ModelRunner.admit`."""
         # Allocate KV cache groups
+        self._next_step = None  # it lacks the new sequences; the next step overwrites its entries
         by_image: dict[int, list[SequenceState]] = {}
         for state in states:
             by_image.setdefault(id(state.image.group_key), []).append(state)
@@ -234,16 +261,35 @@ class AdapterBatch:
 
     @torch.inference_mode()
     def decode_step(self) -> StepOutputs:
-        """Advance all sequences; see `ModelRunner.decode_step`."""
-        # Plan the step
-        layout: StepLayout | StaticLayout
-        if self._layout is None or any(state.inputs is not None for state in self._states):
-            layout = self._plan_step()
-        else:
-            layout = self._layout.next_step()
-        states, caches = self._states, list(self._caches.values())
+        """Advance all sequences; see `ModelRunner.decode_step`.
 
+        With CUDA graphs, the next step is launched before the host reads the outputs of this one, so that the device
+        does not wait for the host.
+        """
+        step, self._next_step = self._next_step, None
+        if step is None:
+            step = self._launch(self._next_layout(), [state.sequence.head for state in self._states])
+        self._commit(step)
+        self._launch_next()
+        present = set(map(id, self._states))
+        outputs = zip(step.states, step.outputs.read(), strict=True)
+        return [(state, output) for state, output in outputs if id(state) in present]
+
+    def _next_layout(self) -> StepLayout | StaticLayout:
+        """Return the layout of the next step."""
+        if self._layout is None or any(state.inputs is not None for state in self._states):
+            return self._plan_step()
+        return self._layout.next_step()
+
+    def _launch(self, layout: StepLayout | StaticLayout, heads: Sequence[Head]) -> LaunchedStep:
+        """Run the decoder and the heads for all sequences, without advancing any of them.
+
+        Args:
+            layout: Layout of the step.
+            heads: Head of each sequence.
+        """
         # Collect the inputs
+        states, caches = self._states, list(self._caches.values())
         self._embed_prompts()
         inputs = self._embeddings
         if any(state.inputs is not None for state in states):
@@ -251,7 +297,7 @@ class AdapterBatch:
 
         # Reserve memory in the KV caches
         for num_entries, cache in zip(layout.num_entries, caches, strict=True):
-            if cache.end + num_entries > cache.capacity:
+            if not cache.has_space(num_entries):
                 cache.reserve(cache.num_groups, num_entries, [state.sequence.seq_id for state in states])
 
         # Run the decoder and the heads
@@ -262,23 +308,58 @@ class AdapterBatch:
             hidden = step(layout, inputs, cache)
         else:
             hidden = decode_step(self._network, layout, inputs, caches, self._adapter)
-        heads = [state.sequence.head for state in states]
         sampling = [state.sequence.sampling_params() for state in states]  # while the device runs the decoder
         outputs = run_heads(self._network, heads, hidden, self._partial, sampling)
+        return LaunchedStep(list(states), layout, outputs)
 
-        # Commit. From here on nothing allocates device memory: a step succeeds as a whole or not at all.
-        for cache in caches:
+    def _commit(self, step: LaunchedStep) -> None:
+        """Advance all sequences by a step. Sequences that were removed after its launch are left out."""
+        # Select the sequences that are left. From here on nothing allocates device memory: a step succeeds as a whole
+        # or not at all.
+        present = set(map(id, self._states))
+        kept = [i for i, state in enumerate(step.states) if id(state) in present]
+        embeddings, partial_outputs = step.outputs.embeddings, step.outputs.partial
+        if len(kept) < len(step.states):
+            index = integers(kept, self._network.device)
+            embeddings, partial_outputs = embeddings[index], partial_outputs[index]
+
+        # Advance
+        for cache in self._caches.values():
             cache.commit()
-        for state in states:
+        for state in self._states:
             state.sequence.num_computed_tokens += state.num_new_tokens
             state.inputs = None
-        self._embeddings, self._partial = outputs.embeddings, outputs.partial
-        self._layout = layout if layout.is_repeatable else None
-        return list(zip(states, outputs.outputs, strict=True))
+        self._embeddings, self._partial = embeddings, partial_outputs
+        is_complete = len(kept) == len(step.states)
+        self._layout = step.layout if is_complete and step.layout.is_repeatable else None
+
+    def _launch_next(self) -> None:
+        """Launch the step after the committed one, if the host must read outputs and the heads are known without them.
+
+        The step computes sequences that end with the committed step as well; their results are discarded. It starts
+        only if the KV cache has space, because `PrefixSharedKVCache.reserve` must not fail after a commit.
+        """
+        sequences = [state.sequence for state in self._states]
+        is_deciding = any(sequence.head is Head.X_OR_STOP for sequence in sequences)
+        if self._graph_pool is None or not is_deciding or not any(sequence.may_continue for sequence in sequences):
+            return
+        heads = {sequence.seq_id: sequence.predicted_head for sequence in sequences}
+        if None in heads.values():
+            return
+        try:
+            layout = self._next_layout()  # may reorder the sequences
+            (num_entries, *_), (cache, *_) = layout.num_entries, self._caches.values()
+            if isinstance(layout, StaticLayout) and cache.has_space(num_entries):
+                ordered = [heads[state.sequence.seq_id] for state in self._states]
+                self._next_step = self._launch(layout, [head for head in ordered if head is not None])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
     @torch.inference_mode()
     def preempt(self) -> None:
         """Store in each state the inputs for admitting it again. The batch cannot be used afterwards."""
+        self._next_step = None
         for cache in self._caches.values():
             cache.release()  # before anything else: the rest needs a little memory
         self._embed_prompts()
@@ -363,7 +444,7 @@ class AdapterBatch:
     def _keep(self, order: list[int]) -> None:
         """Keep the sequences with these indices, in this order, and remove groups without sequences."""
         # Select the sequences
-        index = torch.tensor(order, dtype=torch.long, device=self._network.device)
+        index = integers(order, self._network.device)
         embeddings, partial_outputs = self._embeddings[index], self._partial[index]
         self._embeddings, self._partial, self._layout = embeddings, partial_outputs, None
         self._states = [self._states[i] for i in order]

@@ -73,6 +73,16 @@ class Sequence:
         """Positions of the context that are left."""
         return self.config.text.max_context - self.num_computed_tokens
 
+    @property
+    def predicted_head(self) -> Head | None:
+        """Head of the next step unless the current step ends the sequence; None if the host must read outputs first."""
+        return None
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether another step may follow the current one."""
+        return True
+
     def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
         """Update the sequence with the outputs of one step. Sets `result` when the reply is complete.
 
@@ -110,10 +120,22 @@ class RegionSequence(Sequence):
     calibration: Calibration | None = None
     in_object: bool = False
 
+    @property
+    def predicted_head(self) -> Head:
+        """Head of the next step unless the current step ends the sequence."""
+        if self.head is Head.X_OR_STOP:
+            return Head.Y
+        return Head.SIZE if self.has_size and self.head is Head.Y else Head.X_OR_STOP
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether another step may follow the current one: the list is not complete."""
+        return self.head is not Head.X_OR_STOP or len(self.pieces) + self.in_object < self.max_objects
+
     def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
         """Update the sequence; after an X_OR_STOP step, complete the previous object and start the next one or stop."""
         if self.head is not Head.X_OR_STOP:
-            self.head = Head.SIZE if self.has_size and self.head is Head.Y else Head.X_OR_STOP
+            self.head = self.predicted_head
             return None
         assert isinstance(output, HeadOutputs)
         if self.in_object:
@@ -124,7 +146,7 @@ class RegionSequence(Sequence):
         full = len(self.pieces) == self.max_objects or self.num_free_positions < (3 if self.has_size else 2)
         self.in_object = wanted and not full
         if self.in_object:
-            self.head = Head.Y
+            self.head = self.predicted_head
         else:
             self.result = self._result(truncated=wanted)
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moondream_cv.engine.kv_cache import PADDING_ID
+from moondream_cv.engine.transfers import integers
 
 
 class SequenceSlot(NamedTuple):
@@ -135,8 +135,8 @@ def plan_static_step(
         table[slot.group][used[slot.group]] = slot.seq_id
         rows.append(slot.group * tokens_per_group + used[slot.group])
         used[slot.group] += 1
-    integers = functools.partial(torch.tensor, device=device, dtype=torch.long)
-    return StaticLayout(integers(table), integers(rows), integers([slot.position for slot in slots]))
+    positions = [slot.position for slot in slots]
+    return StaticLayout(integers(table, device), integers(rows, device), integers(positions, device))
 
 
 def plan_step(slots: Sequence[SequenceSlot], num_groups: Sequence[int], device: torch.device) -> StepLayout:
@@ -159,25 +159,24 @@ def plan_step(slots: Sequence[SequenceSlot], num_groups: Sequence[int], device: 
         last.append(len(seq_ids) - 1)
     causal = len(seq_ids) > len(slots)
     in_order = list(range(len(seq_ids)))
-    integers = functools.partial(torch.tensor, device=device, dtype=torch.long)
 
     # Pad the groups of each cache to the same number of tokens
     slices, flat = [], []
     for table in tables:
         steps = max(len(tokens) for tokens in table)
         padded = [tokens + [-1] * (steps - len(tokens)) for tokens in table]
-        ids = integers([[seq_ids[t] if t >= 0 else PADDING_ID for t in tokens] for tokens in padded])
+        ids = integers([[seq_ids[t] if t >= 0 else PADDING_ID for t in tokens] for tokens in padded], device)
         dense = [t for tokens in padded for t in tokens]
         flat += dense
         # Padding repeats a token of the same group, so that NaN cannot come from another image.
         filled = [tokens + tokens[:1] * (steps - len(tokens)) for tokens in table]
-        slices.append(CacheSlice(ids, None if dense == in_order else integers(filled), causal))
+        slices.append(CacheSlice(ids, None if dense == in_order else integers(filled, device), causal))
 
     # Map the tables back to the batch
     rows = {token: row for row, token in enumerate(flat) if token >= 0}
     return StepLayout(
-        positions=integers([positions]),
+        positions=integers([positions], device),
         slices=tuple(slices),
-        order=None if flat == in_order else integers([rows[t] for t in in_order]),
-        last=integers(last) if causal else None,
+        order=None if flat == in_order else integers([rows[t] for t in in_order], device),
+        last=integers(last, device) if causal else None,
     )

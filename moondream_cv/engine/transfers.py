@@ -1,12 +1,13 @@
-"""Transfers from the host to a device that do not wait for the device.
+"""Transfers between the host and a device that do not wait for the device.
 
-A copy from ordinary memory to a CUDA device waits until all work queued before it is done. A copy from page-locked
-memory joins the queue. torch caches page-locked memory and reuses it once the copies from it are done.
+A copy between ordinary memory and a CUDA device waits until all work queued before it is done. A copy with page-locked
+memory joins the queue. torch caches page-locked memory and reuses it once the copies are done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,33 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     staged = torch.empty(array.shape, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     staged.numpy()[...] = array
     return staged.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Copy of a tensor on the host, which may be in progress."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Start the copy.
+
+        Args:
+            tensor: Tensor of any shape on any device.
+        """
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._values = tensor.tolist()
+            return
+        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        self._tensor.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> list[Any]:
+        """Wait for this copy, but not for later work of the device, and return the values as nested lists."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._values, self._event = self._tensor.tolist(), None
+        values: list[Any] = self._values
+        return values
 
 
 def integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:

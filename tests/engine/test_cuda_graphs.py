@@ -6,7 +6,7 @@ They run here without CUDA graphs, and in `tests/test_gpu.py` with graphs.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from moondream_cv.engine.cuda_graphs import MAX_TOKENS, GraphedDecodeStep, GraphPool
+from moondream_cv.engine.heads import Head
 from moondream_cv.engine.kv_cache import PADDING_ID, KVBuffers, PrefixSharedKVCache
 from moondream_cv.engine.local_model import LocalModel
-from moondream_cv.engine.model_runner import ModelRunner, decode_step
-from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, plan_static_step, plan_step
-from moondream_cv.requests import Caption, Detect, ErrorResult, Point, Query, Request, Settings
+from moondream_cv.engine.model_runner import AdapterBatch, LaunchedStep, ModelRunner, decode_step
+from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, StepLayout, plan_static_step, plan_step
+from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Point, Query, Request, Settings
 from tests.helpers.batch_invariance import assert_same
 from tests.helpers.models import random_model
 
@@ -167,6 +168,81 @@ def test_batches_of_up_to_64_sequences_use_static_shapes(num_classes: int, num_f
     assert counts[0] > num_classes * num_frames / 2  # some sequences end at their first step
 
 
+@contextmanager
+def counting_launches() -> Iterator[list[tuple[int, bool]]]:
+    """Collect the number of sequences of each launched step, and whether it was launched ahead."""
+    launches: list[tuple[int, bool]] = []
+    launch, launch_next = AdapterBatch._launch, AdapterBatch._launch_next
+    ahead = [False]
+
+    def counted(self: AdapterBatch, layout: StepLayout | StaticLayout, heads: Sequence[Head]) -> LaunchedStep:
+        launches.append((len(heads), ahead[0]))
+        return launch(self, layout, heads)
+
+    def counted_next(self: AdapterBatch) -> None:
+        ahead[0] = True
+        launch_next(self)
+        ahead[0] = False
+
+    with patch.object(AdapterBatch, "_launch", counted), patch.object(AdapterBatch, "_launch_next", counted_next):
+        yield launches
+
+
+def without_end(model: LocalModel) -> LocalModel:
+    with torch.no_grad():
+        model.network.text.lm_head.bias[model.config.tokenizer.eos_id] = -1e6
+    return model
+
+
+def test_steps_of_objects_are_launched_before_the_host_reads_a_decision() -> None:
+    """3 boxes take a prompt step and 9 steps. Steps after a decision are launched ahead, but not after the last one."""
+    model = without_end(static_model())
+    with counting_launches() as launches:
+        (result,) = model.run([Detect(image(0), "dog", Settings(max_objects=3))])
+    assert isinstance(result, DetectResult)
+    assert len(result.objects) == 3
+    assert launches == [(1, False), *[(1, True), (1, False), (1, False)] * 3]
+
+
+def test_steps_of_text_wait_for_the_host() -> None:
+    model = without_end(static_model())
+    with counting_launches() as launches:
+        model.run([Detect(image(0), "dog", SHORT), Caption(image(0), "short", SHORT)])
+    assert sum(is_ahead for num_seqs, is_ahead in launches if num_seqs == 2) == 0
+    assert len(launches) >= SHORT.max_tokens
+
+
+def test_results_of_a_step_ahead_are_discarded_for_ended_sequences(model: LocalModel) -> None:
+    """Lists of different lengths: some sequences end while the next step is in progress."""
+    static = static_model()
+    frames = [image(seed) for seed in range(2)]
+    requests = [Detect(frame, f"{i}", Settings(max_objects=1 + i % 4)) for frame in frames for i in range(6)]
+    with counting_launches() as launches:
+        results = static.run(requests)
+    assert any(is_ahead for _, is_ahead in launches)
+    for request, result in zip(requests, results, strict=True):
+        assert_same(model, request, model.run([request])[0], result)
+
+
+def test_out_of_memory_in_a_step_ahead_loses_nothing() -> None:
+    model = without_end(static_model())
+    request = Detect(image(0), "dog", Settings(max_objects=3))
+    expected = model.run([request])
+    launch_next, calls = AdapterBatch._launch_next, []
+
+    def fail_once(self: AdapterBatch) -> None:
+        calls.append(None)
+        error = torch.OutOfMemoryError("out of memory") if len(calls) == 4 else None
+        with patch.object(self, "_launch", side_effect=error, wraps=self._launch) as launch:
+            launch_next(self)
+        assert launch.called or error is None
+
+    with patch.object(AdapterBatch, "_launch_next", fail_once):
+        assert model.run([request]) == expected
+    assert len(calls) == 10
+    assert model.limits == LocalModel(model.network, model.tokenizer).limits
+
+
 def test_two_kv_caches_use_dynamic_shapes() -> None:
     model = static_model()
     with counting_steps() as counts:
@@ -193,8 +269,7 @@ def test_second_request_reuses_tensors_and_steps() -> None:
 def test_requests_after_a_warm_up_build_nothing(num_classes: int) -> None:
     model = static_model()
     assert model.graph_pool is not None
-    with torch.no_grad():
-        model.network.text.lm_head.bias[model.config.tokenizer.eos_id] = -1e6
+    without_end(model)
     model.graph_pool.warm_up(None)
     frame = image(0)
     requests = [Detect(frame, f"{i}", Settings(max_objects=2)) for i in range(num_classes)]
