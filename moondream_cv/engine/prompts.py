@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moondream_cv.engine.transfers import floats, integers
 from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.model.config import TokenizerConfig
 from moondream_cv.model.moondream import MoondreamNetwork
@@ -44,12 +45,12 @@ def embed_prompts(network: MoondreamNetwork, prompts: Sequence[Prompt]) -> list[
     coords = [c for prompt in prompts for c in prompt.coords]
     sizes = [s for prompt in prompts for s in prompt.sizes]
     with torch.inference_mode():
-        embeddings = network.text.embed(torch.tensor(ids, device=device, dtype=torch.long))
+        embeddings = network.text.embed(integers(ids, device))
         if coords:
-            values = torch.tensor(coords, device=device, dtype=network.dtype)[:, None]
+            values = floats(coords, network.dtype, device)[:, None]
             embeddings[_placeholders(prompts, config.coord_id)] = region.encode_coordinate(values)
         if sizes:
-            values = torch.tensor(sizes, device=device, dtype=network.dtype)
+            values = floats(sizes, network.dtype, device)
             embeddings[_placeholders(prompts, config.size_id)] = region.encode_size(values)
     return list(embeddings.split([len(prompt.ids) for prompt in prompts]))
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moondream_cv.engine.transfers import floats, integers
+
 MIN_TEMPERATURE = 1e-30  # float32 rounds lower temperatures to 0
 
 
@@ -47,11 +49,11 @@ def sample(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Te
     # Exclude banned tokens and those that a grammar forbids
     ban = [(row, token) for row, one in enumerate(params) for token in one.banned]
     if ban:
-        rows, tokens = torch.tensor(ban, device=device, dtype=torch.long).unbind(1)
+        rows, tokens = integers(ban, device).unbind(1)
         logits = logits.index_put((rows, tokens), logits.new_tensor(-torch.inf))
     constrained = [row for row, one in enumerate(params) if one.bitmask is not None]
     if constrained:
-        index = torch.tensor(constrained, device=device, dtype=torch.long)
+        index = integers(constrained, device)
         packed = torch.from_numpy(np.stack([one.bitmask for one in params if one.bitmask is not None])).to(device)
         bits = packed[..., None] >> torch.arange(32, dtype=torch.int32, device=device) & 1  # [n, W, 32]
         allowed = bits.flatten(1)[:, : logits.shape[-1]].bool()
@@ -60,9 +62,11 @@ def sample(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Te
     chosen = logits.argmax(-1)
     sampled = [row for row, one in enumerate(params) if one.random is not None]
     if sampled:
-        settings = [(max(params[row].temperature, MIN_TEMPERATURE), *params[row][1:3]) for row in sampled]
-        temperature, top_p, random = torch.tensor(settings, device=device, dtype=torch.float32)[..., None].unbind(1)
-        index = torch.tensor(sampled, device=device, dtype=torch.long)
+        settings = [
+            (max(one.temperature, MIN_TEMPERATURE), one.top_p, one.random) for one in params if one.random is not None
+        ]
+        temperature, top_p, random = floats(settings, torch.float32, device)[..., None].unbind(1)
+        index = integers(sampled, device)
         behind = logits[index] - logits[index].amax(-1, keepdim=True)  # the maximum is 0, so it stays finite
         ordered, order = (behind / temperature).softmax(-1).sort(descending=True, stable=True)
         reached = ordered.cumsum(-1)

@@ -54,11 +54,15 @@ class HostCopy:
 
 
 def integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return an int64 tensor of numbers on a device.
+    """Return an int64 tensor of numbers, or of rows of numbers, on a device."""
+    return _numbers(values, torch.long, device)
 
-    Args:
-        values: Numbers, or rows of numbers of the same length.
-        device: Target device.
-    """
-    staged = torch.tensor(values, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
+
+def floats(values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a floating-point tensor of numbers, or of rows of numbers, on a device."""
+    return _numbers(values, dtype, device)
+
+
+def _numbers(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    staged = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return staged.to(device, non_blocking=True)
