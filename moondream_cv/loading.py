@@ -41,6 +41,7 @@ __all__ = [
     "is_url",
     "load",
     "open_model",
+    "quantize",
 ]
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ def load(
         device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best available device.
         dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the device supports it, otherwise
             float16; float32 for small models on a CPU.
-        quantize: "int8" or "int4": quantize the linear layers of the encoder and the decoder to 8 or 4 bits; embeddings,
-            norms and region heads keep full precision. None: as in the checkpoint.
+        quantize: Quantization of the linear layers of the encoder and the decoder, "int8" or "int4"; embeddings, norms
+            and region heads keep full precision. None: as in the checkpoint.
         adapter: A `.pt` or `.safetensors` file, or the ID of a published adapter.
         cache_images: Number of encoded images to cache (least recently used), by the content of their pixels.
         cache_bytes: Maximum total size of the cached images in bytes; an image of Moondream 2 takes about 160 MB in
@@ -185,6 +186,34 @@ def download(name: str | os.PathLike[str], to: str | os.PathLike[str] | None = N
         return export(found, target)
     found.tokenizer()
     return found.folder
+
+
+def quantize(name: str | os.PathLike[str], to: str | os.PathLike[str], mode: str = "int8") -> Path:
+    """Write a quantized checkpoint: a folder that `load` opens without the weights in full precision.
+
+    Args:
+        name: Name as in `load`, of a checkpoint in full precision.
+        to: Folder to write; it must not exist.
+        mode: "int8" or "int4".
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The name is unknown, the checkpoint is already quantized or cannot be fetched, or the folder
+            exists or cannot be written.
+        ValueError: The mode is unknown.
+    """
+    from moondream_cv.model.quantization import MODES
+    from moondream_cv.model.quantized_export import export_quantized
+
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    target = Path(to).expanduser()
+    if target.exists():  # before a download
+        raise CheckpointError(f"{target} already exists; give a new folder")
+    with Operation(f"quantization of {os.fspath(name)}") as operation:
+        return export_quantized(find_source(name), target, mode, operation)
 
 
 def find_source(name: str | os.PathLike[str]) -> Source:

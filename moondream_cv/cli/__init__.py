@@ -18,7 +18,7 @@ from moondream_cv import __version__
 from moondream_cv.errors import MoondreamError
 from moondream_cv.escaping import EscapingFormatter
 
-from . import caption, demo, detect, download, point, query, serve, video
+from . import caption, demo, detect, download, point, quantize, query, serve, video
 from .report import OutputError, discard_stdout, error_text, shown
 from .signals import Terminated, exit_status, interrupted_line, stop_on_signals
 
@@ -94,6 +94,7 @@ for _command in (
     video.video,
     serve.serve,
     download.download,
+    quantize.quantize,
 ):
     app.command()(_command)
 

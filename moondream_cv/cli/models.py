@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.urls import is_url
@@ -25,12 +25,18 @@ class ModelOptions:
         device: Device for the model; None selects the best available.
         dtype: "float32", "bfloat16" or "float16"; None selects the best for the device.
         adapter: LoRA adapter, as a file or an id; None uses none.
+        quantize: "int8" or "int4"; None loads the weights as they are stored.
     """
 
     name: str
     device: str | None = None
     dtype: str | None = None
     adapter: str | None = None
+    quantize: str | None = None
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of `moondream_cv.load`."""
+        return {"device": self.device, "dtype": self.dtype, "quantize": self.quantize, "adapter": self.adapter}
 
 
 @contextmanager
@@ -90,7 +96,7 @@ def load_model(options: ModelOptions, report: Report) -> VisionModel:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-    return load(options.name, device=options.device, dtype=options.dtype, adapter=options.adapter)
+    return load(options.name, **options.load_arguments())
 
 
 def check_remote(options: ModelOptions) -> None:
@@ -99,7 +105,7 @@ def check_remote(options: ModelOptions) -> None:
     Raises:
         ValueError: An option is set that only applies to a local model.
     """
-    given = [name for name in ("device", "dtype", "adapter") if getattr(options, name) is not None]
+    given = [name for name, value in options.load_arguments().items() if value is not None]
     if given:
         names = ", ".join(f"--{name}" for name in given)
         raise ValueError(

@@ -96,6 +96,15 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        "--quantize",
+        metavar="int8|int4",
+        help="Quantization of the weights. [dim]\\[default: as stored][/]",
+        show_default=False,
+    ),
+]
 Adapter = Annotated[
     str | None,
     typer.Option(
@@ -156,6 +165,7 @@ class ImageOptions:
         model: Model name or server URL.
         device: Device for the model.
         dtype: Data type of the weights.
+        quantize: "int8" or "int4"; None loads the weights as they are stored.
         adapter: LoRA adapter, as a file or an id.
         show: Show each annotated image in a window.
         as_json: Print JSON instead of text.
@@ -170,6 +180,7 @@ class ImageOptions:
     model: Model = "moondream2"
     device: Device = None
     dtype: Dtype = None
+    quantize: Quantize = None
     adapter: Adapter = None
     show: Show = False
     as_json: AsJson = False
@@ -180,7 +191,7 @@ class ImageOptions:
     @property
     def model_options(self) -> ModelOptions:
         """The model and its loading options."""
-        return ModelOptions(self.model, self.device, self.dtype, self.adapter)
+        return ModelOptions(self.model, self.device, self.dtype, self.adapter, self.quantize)
 
 
 def image_command(**annotations: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -40,6 +40,7 @@ def serve(
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     adapter: options.Adapter = None,
     cache_images: Annotated[
         int,
@@ -147,7 +148,7 @@ def serve(
     from moondream_cv.urls import is_url
 
     # Check the options
-    loading = ModelOptions(model, device, dtype, adapter)
+    loading = ModelOptions(model, device, dtype, adapter, quantize)
     if is_url(model):
         check_remote(loading)
     if (certificate is None) != (certificate_key is None):
@@ -237,13 +238,7 @@ def load_model(options: ModelOptions, cache_images: int) -> LocalModel:
     """Load a local model; called in the engine process."""
     from moondream_cv.loading import load
 
-    return load(
-        options.name,
-        device=options.device,
-        dtype=options.dtype,
-        adapter=options.adapter,
-        cache_images=cache_images,
-    )
+    return load(options.name, **options.load_arguments(), cache_images=cache_images)
 
 
 def public_name(model: str) -> str:

@@ -129,6 +129,7 @@ def video(
     model: options.Model = "moondream2",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
     adapter: options.Adapter = None,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -189,7 +190,7 @@ def video(
 
         # Load the model
         vision_model = opened.enter_context(
-            opened_model(ModelOptions(model, device, dtype, adapter), {"detect"}, report)
+            opened_model(ModelOptions(model, device, dtype, adapter, quantize), {"detect"}, report)
         )
         from moondream_cv.detector import Detector
 

@@ -63,9 +63,9 @@ def load_network(
     stored = stored_weights(_open_files(Path(source)))
     with torch.device("meta"):
         network = MoondreamNetwork(config)
-    expected = _expected_shapes(config)
+    expected = weight_shapes(config)
     verify(Path(source), stored, expected)
-    modes = _modes(source, stored, expected, quantize)
+    modes = quantization_plan(source, stored, expected, quantize)
 
     # Load the weights
     loader = WeightLoader(device, None if operation is None else _reporter(operation, expected.values(), dtype))
@@ -77,14 +77,13 @@ def load_network(
     network.load_state_dict(state, assign=True, strict=False)
 
     # Replace layers by quantized layers
-    for name, mode in modes.items():
+    for name, (mode, group) in modes.items():
         layer = name.removesuffix(".weight")
         shape, bias = expected[name], state[f"{layer}.bias"]
         quantized: QuantizedLinear
         if mode == "int8":
             quantized = Int8Linear(*loader.load_int8(stored[name], shape), bias)
         else:
-            group = _group(stored[name], shape) or 0
             quantized = Int4Linear(*loader.load_int4(stored[name], shape, group), bias)
         network.set_submodule(layer, quantized)
     return network.eval().requires_grad_(False)
@@ -100,27 +99,41 @@ def _dtype(stored: StoredWeight, dtype: torch.dtype, is_quantized: bool) -> torc
     return min(stored.dtype, dtype, key=lambda candidate: candidate.itemsize)
 
 
-def _modes(
+def quantization_plan(
     source: Path, stored: Mapping[str, StoredWeight], expected: Mapping[str, tuple[int, ...]], quantize: str | None
-) -> dict[str, str]:
-    """Return the modes of the weights of quantized layers by name."""
+) -> dict[str, tuple[str, int]]:
+    """Return the weights of quantized layers.
+
+    Args:
+        source: Checkpoint, for messages.
+        stored: Stored weights by name.
+        expected: Shapes of the weights of the network by name.
+        quantize: "int8" or "int4"; None: as in the file.
+
+    Returns:
+        Mode and group size by the name of the weight. The group size of int8 is the width of the input.
+
+    Raises:
+        ValueError: `quantize` is unknown, or the file contains weights of the other mode.
+    """
     if quantize not in (None, *MODES):
         raise ValueError(f"quantize must be one of {', '.join(MODES)} or None, got {quantize!r}")
-    modes = {}
+    plan = {}
     for name, shape in expected.items():
-        mode = stored[name].mode
         if not is_quantizable(name, shape):
             continue
+        mode = stored[name].mode
         if mode is not None and quantize not in (None, mode):
             raise ValueError(f"{source} contains {mode} weights; quantize must be None or {mode!r}, got {quantize!r}")
         chosen = mode or quantize
-        if chosen == "int8" or (chosen == "int4" and _group(stored[name], shape) is not None):
-            modes[name] = chosen
-    return modes
+        group = _group_size(stored[name], shape) if chosen == "int4" else shape[1]
+        if chosen is not None and group is not None:
+            plan[name] = chosen, group
+    return plan
 
 
-def _group(stored: StoredWeight, shape: tuple[int, ...]) -> int | None:
-    """Return the group size of a 4-bit layer; None if its weight has to be in full precision."""
+def _group_size(stored: StoredWeight, shape: tuple[int, ...]) -> int | None:
+    """Return the group size of a 4-bit layer; None: its weight is in full precision."""
     if stored.mode != "int4":
         return group_size(shape)
     group = stored.shape("packed")[1]
@@ -154,7 +167,7 @@ def check_shapes(where: Path | str, files: Iterable[TensorFile], config: Moondre
     Raises:
         CheckpointError: A weight is missing, unexpected or of a wrong shape.
     """
-    verify(where, stored_weights(files), _expected_shapes(config))
+    verify(where, stored_weights(files), weight_shapes(config))
 
 
 def save_checkpoint(
@@ -225,7 +238,12 @@ def config_json(config: MoondreamConfig, dtype: torch.dtype | None = None) -> di
     return head | config.to_dict()
 
 
-def _expected_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of a network by name.
+
+    Args:
+        config: Configuration of the network.
+    """
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in MoondreamNetwork(config).state_dict().items()}
 

@@ -17,7 +17,7 @@ import moondream_cv
 from moondream_cv.cli import app, detect, download
 
 HEAVY = {"torch", "transformers", "cv2", "supervision", "PIL", "huggingface_hub", "numpy"}
-COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "serve", "download"]
+COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "serve", "download", "quantize"]
 
 
 def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
