@@ -51,7 +51,7 @@ def stop_on_signals() -> None:
 
 
 @contextmanager
-def exit_on_interrupt(seconds: float = 0.7) -> Iterator[None]:
+def exit_on_interrupt(seconds: float = 0.5) -> Iterator[None]:
     """End the process when Ctrl-C interrupts the `with` statement, with one line and without unloading libraries.
 
     If a long operator prevents Python from raising `KeyboardInterrupt` in time, the process ends without cleanup.

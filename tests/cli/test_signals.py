@@ -38,6 +38,16 @@ main()
 """
 
 
+BLOCKED = """
+import hashlib
+from moondream_cv.cli.signals import exit_on_interrupt, stop_on_signals
+stop_on_signals()
+with exit_on_interrupt():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # runs for minutes without handling signals
+"""
+
+
 def started(code: str, *arguments: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -69,7 +79,14 @@ def test_commands_exit_with_the_status_of_the_signal(name: str, status: int) -> 
     process.send_signal(getattr(signal, name))
     stderr = process.communicate(timeout=240)[1]
     assert process.returncode == status, stderr
-    assert "Traceback" not in stderr
+    assert stderr == ("Interrupted\n" if name == "SIGINT" else "")
+
+
+def test_ctrl_c_ends_a_long_call_of_a_library() -> None:
+    process = started(BLOCKED)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=240)[1] == "Interrupted\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.skipif(

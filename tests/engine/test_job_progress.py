@@ -145,3 +145,19 @@ def test_show_progress_turns_it_off_for_a_model(model: LocalModel, frame: np.nda
     quiet.encode_image(frame)
     assert display.texts == []
     assert not copy.deepcopy(quiet).show_progress
+
+
+@pytest.mark.parametrize("stage", ["Encoding image: ", "Prefilling image: ", "Detecting 'dog': 1 "])
+def test_model_is_usable_after_ctrl_c(model: LocalModel, frame: np.ndarray, display: Recorder, stage: str) -> None:
+    class Interrupting(Recorder):
+        def show(self, text: str) -> None:
+            super().show(text)
+            if text.startswith(stage):
+                raise KeyboardInterrupt
+
+    expected = model.run([Detect(frame, "dog", FEW)])
+    interrupting = Interrupting()
+    with showing_on(interrupting), pytest.raises(KeyboardInterrupt):
+        model.run([Detect(frame, "dog", FEW)])
+    assert interrupting.texts[-1] == ""
+    assert model.run([Detect(frame, "dog", FEW)]) == expected
