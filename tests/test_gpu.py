@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 
 from moondream_cv import load
+from moondream_cv.engine.crops import cut_crops
+from moondream_cv.engine.cuda_graphs import GraphPool
+from moondream_cv.engine.gpu_preprocessing import cut_crops_on_device
+from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Limits
+from moondream_cv.engine.transfers import HostCopy, integers, upload
 from moondream_cv.evaluation.scenes import held_out_scenes
+from moondream_cv.model.config import VisionConfig
+from moondream_cv.model.padded_linear import PaddedLinear
 from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Point, Query, Request, Settings
 from tests.helpers.batch_invariance import assert_same
 from tests.helpers.models import random_model
@@ -85,3 +94,110 @@ def test_close_frees_gpu_memory() -> None:
     model.detect(np.zeros((100, 100, 3), np.uint8), "dog")
     model.close()
     assert torch.cuda.memory_allocated() <= before
+
+
+def graphs_of(pool: GraphPool) -> list[torch.cuda.CUDAGraph | None]:
+    """Return the graphs of all steps on idle tensors."""
+    return [step._graph for buffers in pool._idle for step in buffers.steps.values()]
+
+
+def without_graphs() -> LocalModel:
+    model = random_model(device="cuda")
+    model.graph_pool = None
+    return model
+
+
+def test_graphs_are_captured_and_replayed() -> None:
+    model, eager = random_model(device="cuda"), without_graphs()
+    assert model.graph_pool is not None
+    frame = np.random.default_rng(0).integers(0, 256, (240, 320, 3), np.uint8)
+    for num_classes in (1, 3, 64, 3, 1):
+        requests = [Detect(frame, f"class {i}", SHORT) for i in range(num_classes)]
+        for request, expected, result in zip(requests, eager.run(requests), model.run(requests), strict=True):
+            assert_same(eager, request, expected, result)
+    graphs = graphs_of(model.graph_pool)
+    assert graphs
+    assert None not in graphs
+    model.run([Detect(frame, "class 0", SHORT)])
+    assert set(graphs_of(model.graph_pool)) == set(graphs)
+
+
+def test_mixed_batches_with_graphs_equal_those_without() -> None:
+    model, eager = random_model(device="cuda"), without_graphs()
+    requests = mixed(24)
+    for request, expected, result in zip(requests, eager.run(requests), model.run(requests), strict=True):
+        assert_same(eager, request, expected, result)
+
+
+def test_threads_replay_separate_graphs() -> None:
+    model = random_model(device="cuda")
+    requests = mixed(16)
+    expected = model.run(requests)
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(model.run, [requests] * 4):
+            for request, one, result in zip(requests, expected, results, strict=True):
+                assert_same(model, request, one, result)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_graphs_in_half_precision_return_finite_results(dtype: str) -> None:
+    with load("tiny", device="cuda", dtype=dtype) as model:
+        for result in model.run(mixed(16)):
+            assert not isinstance(result, ErrorResult), result.error
+        assert model.graph_pool is not None
+        assert None not in graphs_of(model.graph_pool)
+
+
+def test_closing_the_model_frees_graphs() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = load("tiny", device="cuda")
+    model.run(mixed(16))
+    model.close()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_compiled_model_equals_the_original() -> None:
+    with load("tiny", device="cuda", dtype="float32") as model, load("tiny", device="cuda", dtype="float32") as other:
+        model.compile()
+        assert model.graph_pool is not None
+        assert None not in graphs_of(model.graph_pool)
+        requests = mixed(16)
+        for request, expected, result in zip(requests, other.run(requests), model.run(requests), strict=True):
+            assert_same(other, request, expected, result)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (378, 378), (200, 3000), (2160, 3840), (1, 1)])
+def test_crops_equal_those_of_pillow(size: tuple[int, int]) -> None:
+    rgb, config = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8), VisionConfig()
+    pixels, tiling = cut_crops_on_device(upload(rgb, torch.device("cuda")), config)
+    expected = cut_crops(rgb, config)
+    assert tiling == expected.tiling
+    assert np.abs(pixels.cpu().numpy().astype(int) - expected.pixels).max() <= 1
+    assert (pixels.cpu().numpy() != expected.pixels).mean() < 1e-4
+
+
+def test_unchanged_frame_is_not_encoded_again() -> None:
+    with load("tiny", device="cuda") as model:
+        frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+        first = model.encode_image(frame)
+        assert isinstance(first.pixels, torch.Tensor)
+        assert model.encode_image(frame, previous=first) is first
+
+
+def test_transfers_do_not_depend_on_later_changes() -> None:
+    device, array = torch.device("cuda"), np.zeros((1000, 1000), np.uint8)
+    uploaded = upload(array, device)
+    array[:] = 1
+    assert not uploaded.any()
+    numbers = integers([1, 2], device)
+    copy = HostCopy(numbers)
+    numbers += 1
+    assert copy.read() == [1, 2]
+
+
+def test_patches_are_padded_on_the_device() -> None:
+    model, reference = random_model(device="cuda"), random_model()
+    assert isinstance(model.network.vision.patch_emb, PaddedLinear)
+    assert model.fingerprint() == LocalModel(reference.network.cuda(), reference.tokenizer).fingerprint()
+    assert list(model.network.state_dict()) == list(random_model().network.state_dict())

@@ -299,7 +299,8 @@ class PrefixSharedKVCache:
         self.buffers.inputs[: self.num_groups, self.end : stop] = inputs
         allowed = visible_entries(seq_ids, self.buffers.seq_ids[: self.num_groups, :stop])
         if causal:
-            allowed[..., self.end :] &= torch.ones(steps, steps, dtype=torch.bool, device=seq_ids.device).tril()
+            number = torch.arange(steps, device=seq_ids.device)
+            allowed[..., self.end :] &= number[:, None] >= number
         self._mask = additive_mask(allowed, self.buffers.layers[0].dtype)
 
     def begin_static_step(self, num_entries: int) -> int:

@@ -21,9 +21,10 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
         array: uint8 array of any shape, contiguous or not. It may be modified as soon as the call returns.
         device: Target device.
     """
-    staged = torch.empty(array.shape, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    is_cuda = device.type == "cuda"
+    staged = torch.empty(array.shape, dtype=torch.uint8, device="cpu", pin_memory=is_cuda)
     staged.numpy()[...] = array
-    return staged.to(device, non_blocking=True)
+    return staged.to(device, non_blocking=is_cuda)
 
 
 class HostCopy:
@@ -64,5 +65,5 @@ def floats(values: Sequence[float] | Sequence[Sequence[float]], dtype: torch.dty
 
 
 def _numbers(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    staged = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-    return staged.to(device, non_blocking=True)
+    is_cuda = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=is_cuda).to(device, non_blocking=is_cuda)
