@@ -107,7 +107,7 @@ def load(
     # Load the weights
     with Operation(f"load of {os.fspath(name)}") as operation:
         network = load_network(source.weights, source.config, target, chosen, quantize, operation)
-    pack_weights(network)
+        pack_weights(network, operation)
     loaded = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
     calibration = Calibration.from_folder(source.folder)
     model = LocalModel(network, tokenizer, adapter=loaded, calibration=calibration, name=os.fspath(name))

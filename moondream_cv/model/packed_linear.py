@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moondream_cv.model.layers import can_use_onednn, onednn_linear
+from moondream_cv.progress import Operation
 
 MIN_VALUES = 2**20  # weights of a MB or less gain nothing
 _ROWS_HINT = 729  # the layout is the same for all numbers of rows
@@ -86,14 +87,25 @@ class PackedLinear(nn.Module):
         return type(self), (self.weight, self.bias)
 
 
-def pack_weights(network: nn.Module) -> None:
+def pack_weights(network: nn.Module, operation: Operation | None = None) -> None:
     """Replace the large bfloat16 layers of a network on the CPU by packed layers, if oneDNN supports them.
 
     Args:
         network: Network for inference.
+        operation: Receives the progress.
     """
-    for name, layer in list(network.named_modules()):
-        if not isinstance(layer, nn.Linear) or layer.weight.numel() < MIN_VALUES:
-            continue
-        if layer.weight.dtype == torch.bfloat16 and can_use_onednn(layer.weight, is_training=False):
-            network.set_submodule(name, PackedLinear(layer.weight, layer.bias))
+    # Names only: a list of the layers would keep all unpacked weights in memory.
+    names = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear)
+        and layer.weight.numel() >= MIN_VALUES
+        and layer.weight.dtype == torch.bfloat16
+        and can_use_onednn(layer.weight, is_training=False)
+    ]
+    for i, name in enumerate(names):
+        if operation is not None:
+            operation.update("Packing weights", i, len(names), "layers")
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        network.set_submodule(name, PackedLinear(layer.weight, layer.bias))
