@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moondream_cv.memory_trimming import MemoryTrimmer, trim_memory
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
@@ -28,6 +29,7 @@ from moondream_cv.progress import Operation, byte_unit
 
 MODEL_TYPE = "moondream1"  # in published config files of every Moondream 2
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
+TRIM_SECONDS = 0.1  # interval at which freed memory is returned to the system while weights are quantized
 
 
 def load_network(
@@ -68,12 +70,13 @@ def load_network(
     modes = quantization_plan(source, stored, expected, quantize)
 
     # Load the weights
+    trimmer = MemoryTrimmer(TRIM_SECONDS)
     loader = WeightLoader(device, None if operation is None else _reporter(operation, expected.values(), dtype))
     state = {}
     for name, shape in expected.items():
         if name not in modes:
             state[name] = loader.load(stored[name], shape, _dtype(stored[name], dtype, bool(modes)))
-
+            trimmer.trim()
     network.load_state_dict(state, assign=True, strict=False)
 
     # Replace layers by quantized layers
@@ -86,6 +89,8 @@ def load_network(
         else:
             quantized = Int4Linear(*loader.load_int4(stored[name], shape, group), bias)
         network.set_submodule(layer, quantized)
+        trimmer.trim()
+    trim_memory()
     return network.eval().requires_grad_(False)
 
 

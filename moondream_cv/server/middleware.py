@@ -13,12 +13,12 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moondream_cv.memory_trimming import MemoryTrimmer
 from moondream_cv.server.apis.base import ApiSpec, find_api
 from moondream_cv.server.bodies import LARGE, LINES_PATHS, ReceiveBudget, check_content_type, check_json, key_in_body
 from moondream_cv.server.connections import address_group
 from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error
 from moondream_cv.server.logs import client_address, request_id
-from moondream_cv.server.memory_trimming import MemoryTrimmer
 from moondream_cv.server.origin_protection import check_origin
 from moondream_cv.server.service import Service
 

@@ -16,8 +16,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from moondream_cv.errors import MoondreamError
+from moondream_cv.memory_trimming import release_large_blocks
 from moondream_cv.server.connections import ConnectionTable, LimitedProtocol
-from moondream_cv.server.memory_trimming import release_large_blocks
 from moondream_cv.server.service import Service
 from moondream_cv.server.settings import ServerSettings
 
