@@ -79,8 +79,8 @@ def load_network(
             trimmer.trim()
     network.load_state_dict(state, assign=True, strict=False)
 
-    # Replace layers by quantized layers
-    for name, (mode, group) in modes.items():
+    # Replace layers by quantized layers, the largest first, because that takes the most temporary memory
+    for name, (mode, group) in sorted(modes.items(), key=lambda item: -math.prod(expected[item[0]])):
         layer = name.removesuffix(".weight")
         shape, bias = expected[name], state[f"{layer}.bias"]
         quantized: QuantizedLinear
