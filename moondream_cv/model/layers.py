@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moondream_cv.model.quantized_linear import Int8Linear
+
 LoraPair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 ROTARY_BASE = 10000.0
 MIN_BLOCKED_LENGTH = 256  # sequences from which `_blocked_attention` is faster than PyTorch's kernel
@@ -123,6 +125,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, lora: Mapping[str, LoraPair] | None = None) -> Tensor:
         lora = lora or {}
+        if not lora and isinstance(self.fc1, Int8Linear) and isinstance(self.fc2, Int8Linear):
+            return self.fc1.gelu_then(x, self.fc2)
         if (pair := lora.get("fc1")) is None:
             x = self.fc1.gelu(x)
         else:

@@ -19,7 +19,7 @@ from moondream_cv.model.quantization import INT8_MAX, pack_int4, row_chunks
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_CHUNK = 256
+MAX_ROWS_PER_CHUNK = 256
 """Input rows of one int8 product on a CPU. Its input and its output fit into the cache of most CPUs."""
 
 MAX_KERNEL_ROWS = 32
@@ -30,6 +30,7 @@ _PACKED_BLOCKS = 16  # blocks that are packed at a time, from 32-bit integers
 _CACHED_CHUNK = 2**20  # values that fit into the cache of most CPUs
 _REDUCED_INT8_MAX = 63  # sums of two products with 8-bit weights fit into 16 bits
 _SMALLEST_SCALE = 1e-12  # scale of an input row of zeros
+_GELU_FACTOR = 1.5957691216057308  # √(8/π)
 _MIN_CUDA_ROWS = 32  # `torch._int_mm` requires more than 16 rows
 
 
@@ -150,18 +151,33 @@ class Int8Linear(QuantizedLinear):
         y = F.linear(x, self._weight.to(x.dtype)).float().mul_(self.weight_scale)
         return self._finish(y, gelu).to(x.dtype)
 
-    def _onednn_product(self, x: Tensor, gelu: bool) -> Tensor:
-        if len(x) <= ROWS_PER_CHUNK:
-            return self._onednn_chunk(x, gelu).to(x.dtype)
-        out = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
-        for source, target in zip(x.split(ROWS_PER_CHUNK), out.split(ROWS_PER_CHUNK), strict=True):
-            target.copy_(self._onednn_chunk(source, gelu))
-        return out
+    def gelu_then(self, x: Tensor, following: Int8Linear) -> Tensor:
+        """Apply the layer, the tanh form of GELU and another layer: [..., in] → [..., out of the other layer].
 
-    def _onednn_chunk(self, x: Tensor, gelu: bool) -> Tensor:
+        On CPUs, the values between the layers stay in the cache, in float32.
+
+        Args:
+            x: Inputs.
+            following: Layer on the same device.
+        """
+        if not self._weight.is_mkldnn or (torch.is_grad_enabled() and x.requires_grad):
+            return following(self.gelu(x))
+        rows = x.reshape(-1, self.in_features)
+        y = _in_chunks(rows, following.out_features, lambda chunk: following._chunk(self._chunk(chunk, True), False))
+        return y.view(*x.shape[:-1], following.out_features)
+
+    def _onednn_product(self, x: Tensor, gelu: bool) -> Tensor:
+        return _in_chunks(x, self.out_features, lambda chunk: self._chunk(chunk, gelu))
+
+    def _chunk(self, x: Tensor, gelu: bool) -> Tensor:
+        """Return the float32 output for a few rows."""
         largest = onednn_int8_max() or INT8_MAX
         integers, scale = quantize_rows(x, largest)
-        return self._finish(_onednn_matmul(integers, largest, self._weight, self.weight_scale).mul_(scale), gelu)
+        y = _onednn_matmul(integers, largest, self._weight, self.weight_scale)
+        if self.bias is None:
+            return self._finish(y.mul_(scale), gelu)
+        torch.addcmul(self.bias, y, scale, out=y)
+        return gelu_(y) if gelu else y
 
     def _cuda_product(self, x: Tensor, gelu: bool) -> Tensor:
         integers, scale = quantize_rows(x, INT8_MAX)
@@ -288,6 +304,29 @@ class Int4Linear(QuantizedLinear):
         return type(self), (self.integers.contiguous(), self.scale, self.zero_point, self.bias)
 
 
+def quantization_of(network: nn.Module) -> str | None:
+    """Return "int8" or "int4" for a network with quantized layers, otherwise None.
+
+    Args:
+        network: Network to inspect.
+    """
+    for module in network.modules():
+        if isinstance(module, QuantizedLinear):
+            return "int8" if isinstance(module, Int8Linear) else "int4"
+    return None
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Return the memory of the weights of a network in bytes, including those that are stored in packed layouts.
+
+    Args:
+        network: Network on any device.
+    """
+    values = (value for module in network.modules() for value in vars(module).values())
+    packed = [value for value in values if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers(), *packed))
+
+
 def quantize_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Quantize each row of activations.
 
@@ -304,13 +343,23 @@ def quantize_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     return torch.mul(x, scale.reciprocal()).round_().to(torch.int8), scale
 
 
+def _in_chunks(x: Tensor, out_features: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function to [rows, in] a few rows at a time, and return the [rows, out] result in the type of `x`."""
+    if len(x) <= MAX_ROWS_PER_CHUNK:
+        return product(x).to(x.dtype)
+    out = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
+    num_chunks = -(-len(x) // MAX_ROWS_PER_CHUNK)
+    for source, target in zip(x.tensor_split(num_chunks), out.tensor_split(num_chunks), strict=True):
+        target.copy_(product(source))
+    return out
+
+
 def gelu_(x: Tensor) -> Tensor:
     """Apply the tanh form of GELU in place: x · sigmoid(√(8/π) · (x + 0.044715 · x³)).
 
     On CPUs, this takes half of the time of `F.gelu`.
     """
-    factor = x.new_full((), 1.5957691216057308)  # √(8/π)
-    inner = torch.addcmul(factor, x, x, value=0.044715 * 1.5957691216057308).mul_(x)
+    inner = torch.addcmul(x.new_full((), _GELU_FACTOR), x, x, value=0.044715 * _GELU_FACTOR).mul_(x)
     return x.mul_(inner.sigmoid_())
 
 
