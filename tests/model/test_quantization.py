@@ -324,3 +324,21 @@ def test_quantized_models_are_copied_and_pickled(tmp_path: Path, quantize: str) 
     assert copied.detect(image, "dog", settings={"max_objects": 2}) == unpickled.detect(
         image, "dog", settings={"max_objects": 2}
     )
+
+
+@pytest.mark.parametrize("rows", [1, 300, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_int8_layers_in_chunks_equal_one_after_the_other(rows: int, dtype: torch.dtype) -> None:
+    first, second = (
+        Int8Linear(
+            *quantize_int8(torch.randn(shape, generator=torch.Generator().manual_seed(i)) / 8), torch.ones(shape[0])
+        )
+        for i, shape in enumerate([(96, 64), (48, 96)])
+    )
+    x = torch.randn(1, rows, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.inference_mode():
+        together, separate = first.gelu_then(x, second), second(first.gelu(x))
+        alone = first.gelu_then(x[:, -1:], second)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # values between the layers are not rounded to bfloat16
+    assert float((together - separate).float().norm() / separate.float().norm()) < tolerance
+    assert torch.equal(together[:, -1:], alone)
