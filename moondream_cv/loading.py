@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from moondream_cv.engine.local_model import LocalModel
     from moondream_cv.model.config import MoondreamConfig
+    from moondream_cv.model.hardware import Precision
     from moondream_cv.model.sources import Source
     from moondream_cv.vision_model import VisionModel
 
@@ -52,8 +54,8 @@ ALIASES = {"moondream2": f"{DEFAULT_REPO}@{DEFAULT_REVISION}"}
 TINY = "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
-_SMALL_WIDTH = 512  # decoders up to this width run in float32 on a CPU
 _has_logged_tiny = False
+_has_warned_of_threads = False
 
 
 def load(
@@ -73,10 +75,11 @@ def load(
             the hub, "repo/name@revision"; a local folder, or a file with weights. For a folder whose `config.json` has
             no sizes, the release can be specified: "folder@2025-04-14".
         device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best available device.
-        dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the device supports it, otherwise
-            float16; float32 for small models on a CPU.
+        dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the hardware supports it, or else
+            float16 on GPUs and float32 on CPUs. On CPUs, small models run in float32.
         quantize: Quantization of the linear layers of the encoder and the decoder, "int8" or "int4"; embeddings, norms
-            and region heads keep full precision. None: as in the checkpoint.
+            and region heads keep full precision. None: as in the checkpoint. If `dtype` is None as well and the weights
+            do not fit into the free memory of the CPU, they are quantized to int8, with a warning.
         adapter: A `.pt` or `.safetensors` file, or the ID of a published adapter.
         cache_images: Number of encoded images to cache (least recently used), by the content of their pixels.
         cache_bytes: Maximum total size of the cached images in bytes; an image of Moondream 2 takes about 160 MB in
@@ -97,31 +100,80 @@ def load(
     from moondream_cv.model.adapters import load_adapter
     from moondream_cv.model.checkpoints import load_network
     from moondream_cv.model.packed_linear import pack_weights
+    from moondream_cv.model.quantization import check_mode
 
     # Find the checkpoint
+    check_mode(quantize)
     target = choose_device(device)
     source = find_source(name)
-    chosen = choose_dtype(dtype, target, source.config)
+    precision = _choose_precision(source, target, dtype, quantize)
+    chosen = precision.dtype
     tokenizer = source.tokenizer()
 
     # Load the weights
     with Operation(f"load of {os.fspath(name)}") as operation:
-        network = load_network(source.weights, source.config, target, chosen, quantize, operation)
+        network = load_network(source.weights, source.config, target, chosen, precision.quantize, operation)
         pack_weights(network, operation)
     loaded = None if adapter is None else load_adapter(os.fspath(adapter), source.config, target, chosen)
     calibration = Calibration.from_folder(source.folder)
     model = LocalModel(network, tokenizer, adapter=loaded, calibration=calibration, name=os.fspath(name))
     if cache_images:
         model.image_cache = ImageCache(cache_images, cache_bytes)
+    _log_loaded(model)
     model.reload = functools.partial(
         load,
         _permanent_name(name) if source.origin is None else source.origin,
         device=device,
         dtype=dtype,
-        quantize=quantize,
+        quantize=precision.quantize,
         adapter=None if adapter is None else _permanent_path(adapter),
     )
     return model
+
+
+def _choose_precision(
+    source: Source, device: torch.device, dtype: str | torch.dtype | None, quantize: str | None
+) -> Precision:
+    """Return the data type and the quantization of a model; those that are not specified are chosen."""
+    from moondream_cv.model.checkpoints import stored_quantization, weight_shapes
+    from moondream_cv.model.hardware import Precision, choose_precision, probe_cpu
+
+    if device.type != "cpu" or dtype is not None or quantize is not None:
+        return Precision(choose_dtype(dtype, device, source.config), quantize)
+    if stored_quantization(source.weights) is not None:
+        return Precision(choose_dtype(None, device, source.config))
+    values = sum(math.prod(shape) for shape in weight_shapes(source.config).values())
+    precision = choose_precision(source.config.text.dim, values, probe_cpu())
+    if precision.warning is not None:
+        logger.warning("%s", precision.warning)
+    return precision
+
+
+def _log_loaded(model: LocalModel) -> None:
+    """Log the device, data type, memory and expected speed of a model, at level DEBUG for small models."""
+    from moondream_cv.model.hardware import gigabytes, is_small, probe_cpu, thread_warning
+    from moondream_cv.model.quantized_linear import quantization_of, weight_bytes
+    from moondream_cv.model.speed_estimate import estimate_speed
+
+    global _has_warned_of_threads
+    mode = quantization_of(model.network)
+    parts = [
+        f"{model.name} on {model.device}: {str(model.dtype).removeprefix('torch.')}",
+        *([] if mode is None else [f"{mode} weights"]),
+        gigabytes(weight_bytes(model.network)),
+    ]
+    if is_small(model.config.text.dim):
+        logger.debug("%s", ", ".join(parts))
+        return
+    if model.device.type == "cpu":
+        estimate = estimate_speed(model.network)
+        parts.append(f"about {estimate.encode_seconds:.2g} s to encode a 640x480 image")
+        parts.append(f"{estimate.class_seconds:.2g} s for a class with 3 objects")
+        warning = thread_warning(probe_cpu())
+        if warning is not None and not _has_warned_of_threads:
+            _has_warned_of_threads = True
+            logger.warning("%s", warning)
+    logger.info("%s", ", ".join(parts))
 
 
 def _permanent_name(name: str | os.PathLike[str]) -> str:
@@ -350,7 +402,9 @@ def _best_dtype(device: torch.device, config: MoondreamConfig) -> torch.dtype:
     import torch
 
     if device.type == "cpu":
-        return torch.float32 if config.text.dim <= _SMALL_WIDTH else torch.bfloat16
+        from moondream_cv.model.hardware import cpu_dtype, probe_cpu
+
+        return cpu_dtype(config.text.dim, probe_cpu())
     if device.type == "cuda":
         # GPUs before Ampere emulate bfloat16 slowly.
         is_supported = torch.cuda.get_device_capability(device)[0] >= 8

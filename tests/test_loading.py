@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from PIL import Image
 from moondream_cv import loading
 from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.errors import CheckpointError
-from moondream_cv.loading import check_name, choose_device, choose_dtype, download, load
+from moondream_cv.loading import check_name, choose_device, choose_dtype, download, load, quantize
+from moondream_cv.model import hardware
 from moondream_cv.model.adapters import load_adapter
+from moondream_cv.model.hardware import Cpu
+from moondream_cv.model.quantized_linear import quantization_of, weight_bytes
 from moondream_cv.model.releases import MOONDREAM_2B, RELEASES
 from moondream_cv.model.sources import local_source
 from moondream_cv.requests import Detect, Point, Settings
@@ -235,15 +239,55 @@ def test_choose_device_returns_available_devices(monkeypatch: pytest.MonkeyPatch
         choose_device("cuda")
 
 
-def test_choose_dtype_depends_on_device_and_size(folder: Path) -> None:
+def test_choose_dtype_depends_on_device_and_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, small = torch.device("cpu"), small_config()
     assert choose_dtype(None, cpu, small) == torch.float32
-    assert choose_dtype(None, cpu, MOONDREAM_2B) == torch.bfloat16
+    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, "probe_cpu", lambda value=has_bfloat16: Cpu(value, None, 2, 2, 2))
+        assert choose_dtype(None, cpu, MOONDREAM_2B) == expected
     assert choose_dtype("bfloat16", cpu, small) == choose_dtype(torch.bfloat16, cpu, small) == torch.bfloat16
     for bad in ("int8", torch.int8, torch.float64, "half", 3):
         with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got"):
             choose_dtype(bad, cpu, small)  # type: ignore[arg-type]
     assert load(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_weights_are_quantized_if_they_do_not_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_small(tmp_path, small_config(dim=640, layers=1))
+    monkeypatch.setattr(hardware, "probe_cpu", lambda: Cpu(False, 1_000_000, 2, 2, 2))
+    model = load(tmp_path, device="cpu")
+    assert (model.dtype, quantization_of(model.network)) == (torch.float32, "int8")
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "quantized to int8" in warning
+    assert "1 MB are free; dtype='float32' loads them in full precision" in warning
+    assert quantization_of(pickle.loads(pickle.dumps(model)).network) == "int8"
+    assert quantization_of(load(tmp_path, device="cpu", dtype="float32").network) is None
+    folder = quantize(tmp_path, tmp_path / "int4", "int4")
+    assert quantization_of(load(folder, device="cpu").network) == "int4"
+
+
+def test_load_logs_device_memory_and_speed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_small(tmp_path, small_config(dim=640, layers=1))
+    with caplog.at_level(logging.INFO, logger="moondream_cv"):
+        model = load(tmp_path, device="cpu", dtype="float32", quantize="int8")
+    (line,) = [record.message for record in caplog.records if " on cpu: " in record.message]
+    size = f"{weight_bytes(model.network) / 1e6:.0f} MB"
+    assert line.startswith(f"{tmp_path} on cpu: float32, int8 weights, {size}, about ")
+    assert line.endswith(" s for a class with 3 objects")
+
+
+def test_load_warns_once_of_the_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "_has_warned_of_threads", False)
+    monkeypatch.setattr(hardware, "probe_cpu", lambda: Cpu(False, None, 1, 8, 8))
+    write_small(tmp_path, small_config(dim=640, layers=1))
+    for _ in range(2):
+        load(tmp_path, device="cpu")
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == ["PyTorch runs 8 threads, but this process may use 1 of 8 cores; set OMP_NUM_THREADS=1"]
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from moondream_cv.memory_trimming import MemoryTrimmer, trim_memory
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.quantization import MODES, group_size, is_quantizable
+from moondream_cv.model.quantization import check_mode, group_size, is_quantizable
 from moondream_cv.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from moondream_cv.model.stored_weights import StoredWeight, WeightLoader, stored_weights, verify
 from moondream_cv.model.tensor_files import TensorFile, find_tensor_files, open_tensor_file
@@ -121,8 +121,7 @@ def quantization_plan(
     Raises:
         ValueError: `quantize` is unknown, or the file contains weights of the other mode.
     """
-    if quantize not in (None, *MODES):
-        raise ValueError(f"quantize must be one of {', '.join(MODES)} or None, got {quantize!r}")
+    check_mode(quantize)
     plan = {}
     for name, shape in expected.items():
         if not is_quantizable(name, shape):
@@ -159,6 +158,22 @@ def stored_shapes(source: Path | Iterable[TensorFile]) -> dict[str, tuple[int, .
     """
     files = _open_files(source) if isinstance(source, Path) else source
     return {name: weight.shape() for name, weight in stored_weights(files).items() if "" in weight.parts}
+
+
+def stored_quantization(source: Path) -> str | None:
+    """Return the quantization of a checkpoint, without reading the weights.
+
+    Args:
+        source: A file or folder.
+
+    Returns:
+        "int8" or "int4"; None: all weights are in full precision.
+
+    Raises:
+        CheckpointError: Files are missing or damaged.
+    """
+    modes = {weight.mode for weight in stored_weights(_open_files(source)).values()}
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def check_shapes(where: Path | str, files: Iterable[TensorFile], config: MoondreamConfig) -> None:

@@ -32,6 +32,16 @@ _CLIPPING_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8)
 _SMALLEST_SCALE = 1e-12  # scale of a row of zeros
 
 
+def check_mode(quantize: object) -> None:
+    """Raise a `ValueError` unless a value is the name of a quantization or None.
+
+    Args:
+        quantize: Value to check.
+    """
+    if quantize is not None and quantize not in MODES:
+        raise ValueError(f"quantize must be one of {', '.join(MODES)} or None, got {quantize!r}")
+
+
 def is_quantizable(name: str, shape: Sequence[int]) -> bool:
     """Return whether a weight belongs to a layer that can be quantized.
 

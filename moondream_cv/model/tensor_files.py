@@ -74,7 +74,8 @@ class SafetensorsFile:
         """Return a tensor, or rows of it, on the CPU."""
         if self._read > _REOPEN_AFTER:
             self._file, self._read = self._open(), 0
-        tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
+        with torch.device("cpu"):  # slices are created on PyTorch's default device
+            tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
         self._read += tensor.nbytes
         return tensor
 
