@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moondream_cv.memory_trimming import MemoryTrimmer, trim_memory
 from moondream_cv.model.config import MoondreamConfig
+from moondream_cv.model.float8_linear import FLOAT8, Float8Linear, can_use_float8, quantize_float8
 from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.quantization import check_mode, group_size, is_quantizable
@@ -84,7 +85,9 @@ def load_network(
         layer = name.removesuffix(".weight")
         shape, bias = expected[name], state[f"{layer}.bias"]
         quantized: QuantizedLinear
-        if mode == "int8":
+        if mode == "int8" and stored[name].mode is None and can_use_float8(device, shape):
+            quantized = Float8Linear(*loader.load_rows(stored[name], shape, FLOAT8, quantize_float8), bias)
+        elif mode == "int8":
             quantized = Int8Linear(*loader.load_int8(stored[name], shape), bias)
         else:
             quantized = Int4Linear(*loader.load_int4(stored[name], shape, group), bias)

@@ -312,7 +312,7 @@ def quantization_of(network: nn.Module) -> str | None:
     """
     for module in network.modules():
         if isinstance(module, QuantizedLinear):
-            return "int8" if isinstance(module, Int8Linear) else "int4"
+            return "int4" if isinstance(module, Int4Linear) else "int8"
     return None
 
 

@@ -118,16 +118,41 @@ class WeightLoader:
         Raises:
             CheckpointError: The weight is of an unexpected data type, or contains infinite values or NaN.
         """
+        if stored.mode != "int8":
+            return self.load_rows(stored, shape, torch.int8, quantize_int8)
         weight = torch.empty(shape, dtype=torch.int8, device=self._device)
-        if stored.mode == "int8":
-            scale = stored.read(INT8_SCALE).to(self._device, torch.float32, copy=True)
-            for rows in row_chunks(shape):
-                weight[rows] = _checked(stored, stored.read(rows=rows), torch.int8)
-                self._report(weight[rows])
-        else:
-            scale = torch.empty(shape[:1], dtype=torch.float32, device=self._device)
-            for rows, values in self._values(stored, shape):
-                weight[rows], scale[rows] = quantize_int8(values)
+        scale = stored.read(INT8_SCALE).to(self._device, torch.float32, copy=True)
+        for rows in row_chunks(shape):
+            weight[rows] = _checked(stored, stored.read(rows=rows), torch.int8)
+            self._report(weight[rows])
+        _check_finite(stored, scale, torch.float32)
+        return weight, scale
+
+    def load_rows(
+        self,
+        stored: StoredWeight,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return a weight whose rows are quantized by a function.
+
+        Args:
+            stored: Weight to load.
+            shape: (out, in) shape of the weight.
+            dtype: Data type of the quantized weight.
+            quantize: Function of rows that returns quantized rows and their scales.
+
+        Returns:
+            [out, in] quantized weight and [out] float32 scales.
+
+        Raises:
+            CheckpointError: The weight is of an unexpected data type, or contains infinite values or NaN.
+        """
+        weight = torch.empty(shape, dtype=dtype, device=self._device)
+        scale = torch.empty(shape[:1], dtype=torch.float32, device=self._device)
+        for rows, values in self._values(stored, shape):
+            weight[rows], scale[rows] = quantize(values)
         _check_finite(stored, scale, torch.float32)
         return weight, scale
 

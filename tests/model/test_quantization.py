@@ -21,6 +21,7 @@ from moondream_cv.engine.model_fingerprint import fingerprint
 from moondream_cv.loading import load
 from moondream_cv.model import quantized_linear
 from moondream_cv.model.checkpoints import load_network, save_checkpoint
+from moondream_cv.model.float8_linear import Float8Linear, can_use_float8, quantize_float8
 from moondream_cv.model.quantization import group_size, pack_int4, quantize_int4, quantize_int8, row_chunks, unpack_int4
 from moondream_cv.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, gelu_, quantize_rows
 from tests.helpers.small_checkpoint import byte_tokenizer, small_config, write_small
@@ -117,6 +118,41 @@ def test_int8_products_of_cuda_equal_those_of_the_cpu(int8: Int8Linear, rows: in
     integers, scale = quantize_rows(x, 127)
     expected = (integers.double() @ int8.integers.double().T) * scale * int8.weight_scale + weights()[1]
     assert torch.allclose(unpacked._cuda_product(x, False), expected.float(), atol=1e-5)
+
+
+def test_float8_layer_approximates_the_layer() -> None:
+    weight, bias = weights(96, 48)
+    layer = Float8Linear(*quantize_float8(weight), bias)
+    x = inputs(7, 96)
+    x[3] = 0
+    expected = F.linear(x, weight, bias)
+    assert relative_error(layer(x), expected) < 0.05
+    assert relative_error(layer.gelu(x.bfloat16()), F.gelu(expected, approximate="tanh")) < 0.05
+    assert torch.equal(layer(x[2:3]), layer(x)[2:3])
+    copied = copy.deepcopy(layer).to(torch.float16)
+    assert torch.equal(copied(x), layer(x))
+    state = layer.state_dict()
+    assert state["weight"].dtype == torch.int8
+    saved = state["weight"] * state["weight_scale"][:, None]
+    assert relative_error(saved, layer.dequantize(torch.float32)) < 0.01
+    assert not can_use_float8("cpu", (96, 48))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", [1, 16, 17, 700])
+def test_layers_on_a_gpu_approximate_the_layer(rows: int) -> None:
+    weight, bias = (tensor.cuda() for tensor in weights(256, 128))
+    x = inputs(rows, 256).cuda()
+    expected = F.linear(x, weight, bias)
+    layers: list[QuantizedLinear] = [
+        Int8Linear(*quantize_int8(weight), bias),
+        Int4Linear(*quantize_int4(weight, 128, torch.bfloat16), bias),
+    ]
+    if can_use_float8("cuda", weight.shape):
+        layers.append(Float8Linear(*quantize_float8(weight), bias))
+    for layer, tolerance in zip(layers, (0.01, 0.1, 0.05), strict=False):
+        assert relative_error(layer(x.bfloat16()), expected) < tolerance
 
 
 def test_inputs_with_gradients_use_full_precision(int8: Int8Linear) -> None:
