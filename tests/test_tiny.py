@@ -59,6 +59,17 @@ def test_bfloat16_boxes_are_close_to_float32(tiny: LocalModel) -> None:
         assert abs(drifted[name] - exact[name]) <= 0.05, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "tolerance"), [("int8", 0.02), ("int4", 0.05)])
+def test_quantized_boxes_are_close_to_float32(tiny: LocalModel, mode: str, tolerance: float) -> None:
+    scenes = list(held_out_scenes("own", 40))
+    with load("tiny", device="cpu", quantize=mode) as quantized:
+        drifted, exact = (evaluate_scenes(m, scenes).metrics() for m in (quantized, tiny))
+    assert drifted != exact
+    for name in ("F1 at IoU 0.5", "F1 of points"):
+        assert abs(drifted[name] - exact[name]) <= tolerance, name
+
+
 def test_tiny_finds_present_objects_and_no_absent_ones(tiny: LocalModel, scene: Scene) -> None:
     found = Detector(tiny)(Image.fromarray(scene.image), [*NAMES, "banana", "green heart"])
     assert sorted(found.data["class_name"]) == sorted(NAMES)
