@@ -19,7 +19,7 @@ from moondream_cv.model.quantization import INT8_MAX, pack_int4, row_chunks
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS_PER_CHUNK = 256
+MAX_ROWS_PER_CHUNK = 384
 """Input rows of one int8 product on a CPU. Its input and its output fit into the cache of most CPUs."""
 
 MAX_KERNEL_ROWS = 32
@@ -348,8 +348,7 @@ def _in_chunks(x: Tensor, out_features: int, product: Callable[[Tensor], Tensor]
     if len(x) <= MAX_ROWS_PER_CHUNK:
         return product(x).to(x.dtype)
     out = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
-    num_chunks = -(-len(x) // MAX_ROWS_PER_CHUNK)
-    for source, target in zip(x.tensor_split(num_chunks), out.tensor_split(num_chunks), strict=True):
+    for source, target in zip(x.split(MAX_ROWS_PER_CHUNK), out.split(MAX_ROWS_PER_CHUNK), strict=True):
         target.copy_(product(source))
     return out
 
