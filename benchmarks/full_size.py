@@ -302,8 +302,12 @@ class Report:
         self.results["measures"][name] = round(value, 4)
 
     def save(self, path: Path) -> None:
-        """Write all results as JSON."""
+        """Write all results as JSON. Results of other sections on the same kind of machine are kept."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        if all(earlier.get(key) == self.results[key] for key in ("processor", "flags", "threads", "torch")):
+            for key in ("measures", "profile"):
+                self.results[key] = earlier.get(key, {}) | self.results.get(key, {})
         path.write_text(json.dumps(self.results, indent=1) + "\n")
         print(f"wrote {path}")
 
@@ -583,7 +587,7 @@ def main() -> None:
         "--scenes", type=int, default=200, help="scenes for the accuracy of the tiny model (default: 200)"
     )
     parser.add_argument("--hub", action="store_true", help="time a download from a local hub and the first detection")
-    parser.add_argument("--json", type=Path, help="file for the results, such as benchmarks/results/full_size.json")
+    parser.add_argument("--json", type=Path, help="file for the results, such as benchmarks/results/full_size-avx2.json")
     parser.add_argument("--measure-load", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     modes = arguments.modes.split(",")
