@@ -124,7 +124,7 @@ def load(
         load,
         _permanent_name(name) if source.origin is None else source.origin,
         device=device,
-        dtype=dtype,
+        dtype=chosen,  # a spawned process has less free memory, and must not choose another data type or int8
         quantize=precision.quantize,
         adapter=None if adapter is None else _permanent_path(adapter),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from moondream_cv.engine.calibration import Calibration, Curve
 from moondream_cv.engine.image_cache import ImageCache
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import MoondreamError
+from moondream_cv.model import hardware
+from moondream_cv.model.quantized_linear import quantization_of
 from tests.helpers.remote_server import Reply, remote_server
+from tests.helpers.small_checkpoint import small_config, write_small
 from tests.test_parity import GOLDEN
 
 ADAPTER = GOLDEN / "mha" / "adapter.pt"
@@ -96,6 +100,20 @@ def test_folders_are_pickled_by_absolute_path(path: str, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert pickle.loads(pickled).fingerprint() == model.fingerprint()
+
+
+def test_pickled_models_keep_their_precision_when_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small(tmp_path, small_config(dim=576, layers=1))
+    cpu = replace(hardware.probe_cpu(), free_memory=2**40)
+    monkeypatch.setattr(hardware, "probe_cpu", lambda: cpu)
+    model = load(tmp_path, device="cpu")
+    monkeypatch.setattr(hardware, "probe_cpu", lambda: replace(cpu, free_memory=0))
+    assert quantization_of(load(tmp_path, device="cpu").network) == "int8"
+    copied = pickle.loads(pickle.dumps(model))
+    assert quantization_of(copied.network) is None
+    assert copied.dtype == model.dtype
 
 
 def test_pickling_unnamed_models_raises_with_advice(model: LocalModel) -> None:
