@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -66,11 +67,13 @@ def export_quantized(source: Source, to: Path, mode: str, operation: Operation |
         )
     modes = quantization_plan(source.weights, stored, shapes, mode)
 
-    # Write the files to a temporary folder
-    part = to.with_name(f"{to.name}.part")
+    # Write the files to a temporary folder with a new name, so that no folder of the user is replaced
+    temporary = None
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".quantized-", dir=to.parent))
+        part = temporary / "part"  # unlike the temporary folder, it has the usual permissions
+        part.mkdir()
         shutil.copyfile(tokenizer, part / "tokenizer.json")
         if (source.folder / "calibration.json").is_file():
             shutil.copyfile(source.folder / "calibration.json", part / "calibration.json")
@@ -82,7 +85,8 @@ def export_quantized(source: Source, to: Path, mode: str, operation: Operation |
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return to
 
 

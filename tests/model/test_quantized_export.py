@@ -77,6 +77,15 @@ def test_quantization_that_fails_leaves_no_folder(full: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_quantization_keeps_other_folders_of_the_user(full: Path, tmp_path: Path) -> None:
+    other = tmp_path / "new.part" / "notes.txt"
+    other.parent.mkdir()
+    other.write_text("keep")
+    assert quantize(full, tmp_path / "new").stat().st_mode == other.parent.stat().st_mode
+    assert other.read_text() == "keep"
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "new", "new.part"}
+
+
 def test_another_mode_than_that_of_the_folder_raises(full: Path, tmp_path: Path) -> None:
     folder = quantize(full, tmp_path / "int8")
     with pytest.raises(ValueError, match="contains int8 weights; quantize must be None or 'int8', got 'int4'"):
