@@ -46,7 +46,6 @@ from moondream_cv.model.text import prefix_mask
 from moondream_cv.training.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 MODES = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
@@ -587,7 +586,7 @@ def main() -> None:
         "--scenes", type=int, default=200, help="scenes for the accuracy of the tiny model (default: 200)"
     )
     parser.add_argument("--hub", action="store_true", help="time a download from a local hub and the first detection")
-    parser.add_argument("--json", type=Path, help="file for the results, such as benchmarks/results/full_size-avx2.json")
+    parser.add_argument("--json", type=Path, help="file for the results, in benchmarks/results/")
     parser.add_argument("--measure-load", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     modes = arguments.modes.split(",")
