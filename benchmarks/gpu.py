@@ -302,7 +302,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="layers of the encoder and the decoder (default: all)")
     parser.add_argument("--repeat", type=int, default=10, help="calls per measurement (default: 10)")
     parser.add_argument("--images", type=int, default=8, help="images per batch (default: 8)")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run (default: all)"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

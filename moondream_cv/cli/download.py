@@ -33,8 +33,9 @@ def download(
 ) -> None:
     """Download a model, and print the path of its folder.
 
-    An interrupted download resumes when the command is run again. After the download, the model loads without a
-    network (HF_HUB_OFFLINE=1). A folder written by --to can be copied to another machine and used as --model FOLDER.
+    An interrupted download resumes when the command is run again.
+    After the download, the model loads without a network (HF_HUB_OFFLINE=1).
+    A folder written by --to can be copied to another machine: use it as --model.
 
     \b
     [bold]Examples[/]

@@ -26,8 +26,8 @@ def quantize(
 ) -> None:
     """Quantize a model, and print the path of the new folder.
 
-    The folder takes half of the space of the model with int8, and a third with int4. It loads without the weights in
-    full precision: use it as --model FOLDER.
+    An int8 folder takes half of the space of the model, an int4 folder a third.
+    It loads without the weights in full precision: use it as --model FOLDER.
 
     \b
     [bold]Examples[/]

@@ -21,7 +21,7 @@ from moondream_cv.model.quantization import pack_int4
 from moondream_cv.model.sources import Source
 from moondream_cv.model.stored_weights import SCALE_DTYPE, StoredWeight, WeightLoader, stored_weights, verify
 from moondream_cv.model.tensor_files import find_tensor_files, open_tensor_file
-from moondream_cv.progress import Operation
+from moondream_cv.progress import Operation, byte_unit
 
 # Names of data types in safetensors files
 _DTYPE_NAMES = {
@@ -112,6 +112,7 @@ def _write_weights(
 
     # Write the tensors
     loader = WeightLoader("cpu")
+    divisor, unit = byte_unit(offset)
     written = 0
     for name, shape in shapes.items():
         expected = _parts(stored[name], shape, modes.get(name))
@@ -122,7 +123,7 @@ def _write_weights(
             file.write(data.view(torch.uint8).numpy().data)
             written += data.nbytes
         if operation is not None:
-            operation.update("Quantizing", written / 1e6, offset / 1e6, "MB")
+            operation.update("Quantizing", written / divisor, offset / divisor, unit)
 
 
 def _parts(weight: StoredWeight, shape: tuple[int, ...], mode: tuple[str, int] | None) -> list[_Part]:
