@@ -121,7 +121,7 @@ class WeightLoader:
         if stored.mode != "int8":
             return self.load_rows(stored, shape, torch.int8, quantize_int8)
         weight = torch.empty(shape, dtype=torch.int8, device=self._device)
-        scale = stored.read(INT8_SCALE).to(self._device, torch.float32, copy=True)
+        scale = _checked(stored, stored.read(INT8_SCALE), None).to(self._device, torch.float32, copy=True)
         for rows in row_chunks(shape):
             weight[rows] = _checked(stored, stored.read(rows=rows), torch.int8)
             self._report(weight[rows])
@@ -175,7 +175,8 @@ class WeightLoader:
         if stored.mode == "int4":
             packed = _checked(stored, stored.read("packed"), torch.uint8).to(self._device)
             scale, zero_point = (
-                stored.read(part).to(self._device, copy=True).view(groups) for part in ("scale", "zero_point")
+                _checked(stored, stored.read(part), None).to(self._device, copy=True).view(groups)
+                for part in ("scale", "zero_point")
             )
             for rows in row_chunks(shape):
                 levels[rows] = unpack_int4(packed, shape, rows)

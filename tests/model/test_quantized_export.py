@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from moondream_cv.cli import app
@@ -84,6 +84,19 @@ def test_quantization_keeps_other_folders_of_the_user(full: Path, tmp_path: Path
     assert quantize(full, tmp_path / "new").stat().st_mode == other.parent.stat().st_mode
     assert other.read_text() == "keep"
     assert {path.name for path in tmp_path.iterdir()} == {"full", "new", "new.part"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "part"), [("int8", "weight_scale"), ("int4", "weight.scale"), ("int4", "weight.zero_point")]
+)
+def test_scales_that_are_integers_raise(full: Path, tmp_path: Path, mode: str, part: str) -> None:
+    file = quantize(full, tmp_path / "new", mode) / "model.safetensors"
+    weights = load_file(file)
+    key = f"model.text.lm_head.{part}"
+    weights[key] = torch.ones_like(weights[key], dtype=torch.int32)
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=r"lm_head.* must contain floating-point numbers, got torch\.int32"):
+        load(tmp_path / "new", device="cpu")
 
 
 def test_another_mode_than_that_of_the_folder_raises(full: Path, tmp_path: Path) -> None:
