@@ -39,6 +39,7 @@ class Service:
         name: Model name that clients use.
         draining: Whether the server is shutting down.
         failure: Error that made the model or the engine unusable.
+        on_engine_start: Called with the engine before the service accepts requests; None: no function.
     """
 
     def __init__(self, source: ModelSource, name: str, settings: ServerSettings) -> None:
@@ -55,6 +56,7 @@ class Service:
         self.engine: Engine | None = None
         self.failure: Exception | None = None
         self.draining = False
+        self.on_engine_start: Callable[[Engine], None] | None = None
         fetcher = Fetcher(max_bytes=settings.max_download, allow_private=settings.private_urls)
         self.images = ImageLoader(
             fetcher, settings.max_pixels, self._preprocess, settings.keep, settings.decode_timeout
@@ -120,6 +122,8 @@ class Service:
 
     def _start_engine(self, engine: Engine) -> None:
         engine.start(self.metrics)
+        if self.on_engine_start is not None:
+            self.on_engine_start(engine)
         self.engine = engine
         logger.info("ready: %r", engine)
 

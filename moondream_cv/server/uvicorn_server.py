@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from moondream_cv.errors import MoondreamError
 from moondream_cv.memory_trimming import release_large_blocks
 from moondream_cv.server.connections import ConnectionTable, LimitedProtocol
+from moondream_cv.server.runtime.engines import Engine, ThreadEngine
 from moondream_cv.server.service import Service
 from moondream_cv.server.settings import ServerSettings
 
@@ -87,7 +88,7 @@ def run_server(
         app, service.settings, host=host, port=port, ssl_certfile=certificate, ssl_keyfile=certificate_key
     )
     raise_file_limit(FILES)
-    release_large_blocks()
+    service.on_engine_start = _limit_memory
 
     # Serve until a signal arrives
     announce()
@@ -98,6 +99,12 @@ def run_server(
     server.run(sockets=listening)
     if service.failure is not None:
         raise service.failure
+
+
+def _limit_memory(engine: Engine) -> None:
+    """Return large blocks to the system, unless a model in this process would map its activations again each time."""
+    if not isinstance(engine, ThreadEngine):
+        release_large_blocks()
 
 
 def server_config(app: Any, settings: ServerSettings, **options: Any) -> uvicorn.Config:
