@@ -237,11 +237,13 @@ RUN_LINES = [line for line in LINES if reason_not_to_run(line.text) is None]
 
 
 def with_tiny_model(text: str) -> str:
-    """Add `--model tiny` to commands that use the real model, and a free port to servers."""
+    """Use the tiny model in commands that use the real model, and a free port for servers."""
     for printed, here in LINE_SUBSTITUTES:
         text = text.replace(printed, here)
     if text.endswith("moondream-cv download"):
         return f"{text} tiny"
+    if "moondream-cv quantize " in text:
+        return text.replace(" moondream2 ", " tiny ")
     command = re.search(r"moondream-cv (\w+)", text)
     assert command is not None
     if command[1] == "serve":
