@@ -79,10 +79,26 @@ class PackedLinear(nn.Module):
         destination[f"{prefix}weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if (weight := state.pop(f"{prefix}weight", None)) is not None:
-            self._store(weight.to(self._weight.dtype))
-        super()._load_from_state_dict(state, prefix, *arguments)
+    def _load_from_state_dict(
+        self,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        key, expected = f"{prefix}weight", (self.out_features, self.in_features)
+        weight = state.pop(key, None)
+        if weight is None:
+            if strict:
+                missing.append(key)
+        elif weight.shape != expected:
+            errors.append(f"{key} must have the shape {list(expected)}, got {list(weight.shape)}")
+        else:
+            self._store(weight.to(self._weight.device, self._weight.dtype))
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the weight: packed weights have neither."""

@@ -115,3 +115,19 @@ def test_loaded_model_packs_its_weights_and_answers() -> None:
     image = torch.zeros(64, 64, 3, dtype=torch.uint8).numpy()
     assert isinstance(model.caption(image, "short")["caption"], str)
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        pytest.param({}, r"Missing key\(s\) in state_dict: \"weight\"", id="missing"),
+        pytest.param(
+            {"weight": torch.zeros(8, 8)}, r"weight must have the shape \[64, 32\], got \[8, 8\]", id="wrong shape"
+        ),
+    ],
+)
+def test_state_without_the_weight_raises(state: dict[str, torch.Tensor], message: str) -> None:
+    layer = PackedLinear(torch.ones(64, 32, dtype=torch.bfloat16), None)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight, torch.ones(64, 32, dtype=torch.bfloat16))
