@@ -134,32 +134,39 @@ class Times:
 def measure_limits(times: Times, dtype: torch.dtype, repeat: int = 5) -> None:
     """Time a large product and a matrix-vector product, the limits of encoding and of decoding.
 
+    Both are measured with `F.linear` and with the fastest of the kernels that this package uses.
+
     Args:
         times: Receives the best time of each, as a round.
         dtype: Data type of the matrices.
         repeat: Number of calls.
     """
     name = str(dtype).removeprefix("torch.")
-    a, b = (torch.randn(*shape).to(dtype) for shape in ((2048, 4096), (4096, 4096)))
-    matrix, vector = torch.randn(24576, 8192).to(dtype), torch.randn(1, 8192).to(dtype)
-    for label, call in (
-        (f"product {name}", lambda: F.linear(a, b)),
-        (f"vector {name}", lambda: F.linear(vector, matrix)),
-    ):
-        best = Times()
-        for _ in range(repeat):
-            best.measure(label, call)
-        times.values.setdefault(label, []).append(min(best.values[label]))
+    for label, rows, (out, width) in (("product", 2048, (4096, 4096)), ("vector", 1, (24576, 8192))):
+        x, weight = torch.randn(rows, width).to(dtype), torch.randn(out, width).to(dtype)
+        calls: dict[str, Callable[[], Any]] = {"F.linear": lambda x=x, weight=weight: F.linear(x, weight)}
+        with torch.inference_mode():
+            if layers.can_use_onednn(x):
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+                for kernel, matrix in (("plain", weight), ("packed", packed)):
+                    calls[kernel] = lambda x=x, matrix=matrix: layers.onednn_linear(x, matrix, None)
+            best = Times()
+            for _ in range(repeat):
+                for kernel, call in calls.items():
+                    best.measure(kernel, call)
+        fastest = min(min(values) for values in best.values.values())
+        times.values.setdefault(f"{label} {name}", []).append(min(best.values["F.linear"]))
+        times.values.setdefault(f"fastest {label} {name}", []).append(fastest)
 
 
-def product_rate(times: Times, dtype: str) -> float:
-    """Return the measured FLOP/s of a large product."""
-    return 2 * 2048 * 4096 * 4096 / times[f"product {dtype}"]
+def product_rate(times: Times, dtype: str, fastest: bool = False) -> float:
+    """Return the measured FLOP/s of a large product, with `F.linear` or with the fastest kernel."""
+    return 2 * 2048 * 4096 * 4096 / times[f"{'fastest ' * fastest}product {dtype}"]
 
 
-def bandwidth(times: Times, dtype: str) -> float:
-    """Return the measured bytes/s of a matrix-vector product."""
-    return 24576 * 8192 * getattr(torch, dtype).itemsize / times[f"vector {dtype}"]
+def bandwidth(times: Times, dtype: str, fastest: bool = False) -> float:
+    """Return the measured bytes/s of a matrix-vector product, with `F.linear` or with the fastest kernel."""
+    return 24576 * 8192 * getattr(torch, dtype).itemsize / times[f"{'fastest ' * fastest}vector {dtype}"]
 
 
 def encoding_flops(config: MoondreamConfig, num_crops: int) -> float:
@@ -315,7 +322,7 @@ def measure_speed(folder: Path, modes: list[str], reference: Path | None, repeat
     """Time all modes and the published implementation, alternating."""
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     full = [mode for mode in modes if "dtype" in MODES[mode]]
-    best = "bfloat16" if "bfloat16" in full and probe_cpu().has_bfloat16 else full[0]
+    best = "bfloat16" if "bfloat16" in full and probe_cpu().has_bfloat16 else (full or modes)[0]
 
     # Load
     runners: list[Ours | Published] = []
@@ -328,7 +335,7 @@ def measure_speed(folder: Path, modes: list[str], reference: Path | None, repeat
 
     # Measure all stages of all models, alternating
     for round_number in range(repeat + 1):
-        for dtype in full:
+        for dtype in full or ["float32"]:
             measure_limits(times, getattr(torch, dtype))
         for runner in runners:
             runner.measure(times)
@@ -340,8 +347,9 @@ def measure_speed(folder: Path, modes: list[str], reference: Path | None, repeat
     num_crops = len(ours[best].model.encode_image(frame).crops)
     flops = encoding_flops(ours[best].model.config, num_crops)
     for dtype in full:
-        report.add(f"product rate, {dtype} (GFLOP/s)", product_rate(times, dtype) / 1e9)
-        report.add(f"bandwidth, {dtype} (GB/s)", bandwidth(times, dtype) / GB)
+        for fastest, kernel in ((False, "F.linear"), (True, "fastest kernel")):
+            report.add(f"product rate, {dtype}, {kernel} (GFLOP/s)", product_rate(times, dtype, fastest) / 1e9)
+            report.add(f"bandwidth, {dtype}, {kernel} (GB/s)", bandwidth(times, dtype, fastest) / GB)
     for mode, runner in ours.items():
         dtype = str(runner.model.dtype).removeprefix("torch.")
         encode = times[f"{mode} encode"]
@@ -353,14 +361,14 @@ def measure_speed(folder: Path, modes: list[str], reference: Path | None, repeat
         report.add(f"{mode}: tokens/s, batch of 8", 8 / times[f"{mode} step 8"])
         report.add(f"{mode}: decode step, 8 sequences / 1", times.ratio([f"{mode} step 8"], [f"{mode} step 1"]))
         if mode in full:
-            share = flops / encode / product_rate(times, dtype)
-            report.add(f"encode, share of the product rate, {mode}", share)
-            share = decode_bytes(runner.model) / times[f"{mode} step 1"] / bandwidth(times, dtype)
-            report.add(
-                f"decode step, share of the bandwidth, {mode}", share, target="decode step, share of the bandwidth"
-            )
+            for fastest, limit in ((False, ""), (True, ", fastest kernel")):
+                rate = product_rate(times, dtype, fastest)
+                report.add(f"encode, share of the product rate{limit}, {mode}", flops / encode / rate)
+                name = f"decode step, share of the bandwidth{limit}"
+                achieved = decode_bytes(runner.model) / times[f"{mode} step 1"]
+                report.add(f"{name}, {mode}", achieved / bandwidth(times, dtype, fastest), target=name)
     for mode in ours:
-        if mode in full:
+        if mode in full or not full:
             continue
         note = f"({best})"
         report.add(f"encode, best full precision / {mode}", times.ratio([f"{best} encode"], [f"{mode} encode"]), note)
@@ -573,7 +581,7 @@ def main() -> None:
     parser.add_argument(
         "--weights", type=Path, help="folder of the checkpoint, written if it is empty (default: temporary)"
     )
-    parser.add_argument("--layers", type=int, help="layers of the encoder and the decoder (default: all)")
+    parser.add_argument("--layers", type=int, help="layers of the encoder and decoder of new weights (default: all)")
     parser.add_argument("--modes", default=f"{best},int8", help=f"of {','.join(MODES)} (default: {best},int8)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds after a warm-up round (default: 3)")
     parser.add_argument("--reference", type=Path, help="checkout of the published implementation")
@@ -586,12 +594,19 @@ def main() -> None:
         "--scenes", type=int, default=200, help="scenes for the accuracy of the tiny model (default: 200)"
     )
     parser.add_argument("--hub", action="store_true", help="time a download from a local hub and the first detection")
-    parser.add_argument("--json", type=Path, help="file for the results, in benchmarks/results/")
+    parser.add_argument("--output", type=Path, metavar="JSON", help="file for the results, in benchmarks/results/")
     parser.add_argument("--measure-load", choices=MODES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     modes = arguments.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         parser.error(f"unknown modes: {', '.join(unknown)}")
+    for name in ("layers", "repeat", "scenes"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.reference and not (arguments.reference / "moondream" / "torch").is_dir():
+        parser.error(f"--reference must be a checkout with the folder moondream/torch, got {arguments.reference}")
+    if arguments.reference and (arguments.layers or not any("dtype" in MODES[mode] for mode in modes)):
+        parser.error("--reference needs all layers and a mode in full precision")
     if arguments.measure_load:
         print_memory(arguments.weights, arguments.measure_load)
         return
@@ -610,8 +625,8 @@ def main() -> None:
             measure_accuracy(folder, modes, arguments.scenes, report)
         if arguments.hub:
             measure_hub(folder, report)
-    if arguments.json:
-        report.save(arguments.json)
+    if arguments.output:
+        report.save(arguments.output)
 
 
 if __name__ == "__main__":

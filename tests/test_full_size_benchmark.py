@@ -60,14 +60,14 @@ def test_every_section_runs_with_one_layer(
 ) -> None:
     output = tmp_path / "results" / "full_size.json"
     sections = ("--memory", "--accuracy", "--scenes", "2", "--hub", "--controls", "--profile")
-    options = ("--weights", tmp_path / "weights", "--modes", "float32,int8", "--json", output)
+    options = ("--weights", tmp_path / "weights", "--modes", "float32,int8", "--output", output)
     run_main(full_size, monkeypatch, *options, *sections)
 
     report: dict[str, Any] = json.loads(output.read_text())
     assert report["torch"] == torch.__version__
     measures: dict[str, float] = report["measures"]
     for name in (
-        "product rate, float32 (GFLOP/s)",
+        "product rate, float32, F.linear (GFLOP/s)",
         "bandwidth, float32 (GB/s)",
         "float32: load (s)",
         "float32: encode 640x480 (s)",
