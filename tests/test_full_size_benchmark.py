@@ -68,7 +68,7 @@ def test_every_section_runs_with_one_layer(
     measures: dict[str, float] = report["measures"]
     for name in (
         "product rate, float32, F.linear (GFLOP/s)",
-        "bandwidth, float32 (GB/s)",
+        "bandwidth, float32, F.linear (GB/s)",
         "float32: load (s)",
         "float32: encode 640x480 (s)",
         "int8: images/s, 8 classes of 3 objects",
