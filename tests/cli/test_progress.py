@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(Path(moondream_cv.__file__).parents[1]),
 }
-IMMEDIATE = "from moondream_cv import progress\nprogress.DELAY = 0.0\n"
+IMMEDIATE = "from moondream_cv import progress\nprogress.DELAY = progress.REFRESH_INTERVAL = 0.0\n"
 COMMAND = "import sys\nfrom moondream_cv.__main__ import main\nsys.argv = {}\nmain()\n"
 SCRIPT = """
 from moondream_cv import Detector, load
