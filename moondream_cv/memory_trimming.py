@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3  # from malloc.h of glibc
+LOADING_INTERVAL = 0.1  # seconds between trims while weights are loaded or converted
 _LARGE_BLOCK = 2**20  # bytes
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moondream_cv.memory_trimming import MemoryTrimmer, trim_memory
+from moondream_cv.memory_trimming import LOADING_INTERVAL, MemoryTrimmer, trim_memory
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.float8_linear import FLOAT8, Float8Linear, can_use_float8, quantize_float8
 from moondream_cv.model.key_names import parse_key
@@ -30,7 +30,6 @@ from moondream_cv.progress import Operation, byte_unit
 
 MODEL_TYPE = "moondream1"  # in published config files of every Moondream 2
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
-TRIM_SECONDS = 0.1  # interval at which freed memory is returned to the system while weights are quantized
 
 
 def load_network(
@@ -71,7 +70,7 @@ def load_network(
     modes = quantization_plan(source, stored, expected, quantize)
 
     # Load the weights
-    trimmer = MemoryTrimmer(TRIM_SECONDS)
+    trimmer = MemoryTrimmer(LOADING_INTERVAL)
     loader = WeightLoader(device, None if operation is None else _reporter(operation, expected.values(), dtype))
     state = {}
     for name, shape in expected.items():

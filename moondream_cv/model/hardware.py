@@ -147,9 +147,20 @@ def cpu_quota() -> int | None:
     return min(quotas, default=None)
 
 
+def has_onednn_kernels() -> bool:
+    """Return whether oneDNN has fast kernels for this CPU. On processors other than x86, it may use reference code."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+@functools.cache
+def supports_bfloat16() -> bool:
+    """Return whether oneDNN multiplies bfloat16 matrices on this CPU, in hardware or emulated."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @functools.cache
 def _has_bfloat16() -> bool:
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not supports_bfloat16():
         return False
     # oneDNN supports bfloat16 on every CPU with AVX-512, but emulates it without these instructions.
     capabilities: Callable[[], dict[str, object]] | None = getattr(torch.cpu, "get_capabilities", None)

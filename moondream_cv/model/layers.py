@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moondream_cv.model.hardware import has_onednn_kernels, supports_bfloat16
 from moondream_cv.model.quantized_linear import Int8Linear
 
 LoraPair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 ROTARY_BASE = 10000.0
 MIN_BLOCKED_LENGTH = 256  # sequences from which `_blocked_attention` is faster than PyTorch's kernel
 HEADS_PER_BLOCK = 4  # their scores for 729 patches take 4 MB in bfloat16, which fits into the cache of most CPUs
-# oneDNN's fused kernels are implemented for x86 only; elsewhere it computes them with slow reference code.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+_HAS_ONEDNN = has_onednn_kernels()
 
 
 class Linear(nn.Linear):
@@ -67,13 +66,7 @@ def can_use_onednn(x: Tensor, is_training: bool | None = None) -> bool:
         return False
     if torch.is_grad_enabled() if is_training is None else is_training:
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_bfloat16_products())
-
-
-@functools.cache
-def _has_bfloat16_products() -> bool:
-    """Return whether oneDNN multiplies bfloat16 matrices on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and supports_bfloat16())
 
 
 def add_lora(y: Tensor, x: Tensor, pair: LoraPair | None) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moondream_cv.memory_trimming import MemoryTrimmer, trim_memory
+from moondream_cv.memory_trimming import LOADING_INTERVAL, MemoryTrimmer, trim_memory
 from moondream_cv.model.layers import can_use_onednn, onednn_linear
 from moondream_cv.progress import Operation
 
-TRIM_SECONDS = 0.1  # interval at which memory of unpacked weights is returned to the system
 MIN_VALUES = 2**20  # weights of a MB or less gain nothing
 _ROWS_HINT = 729  # the layout is the same for all numbers of rows
 
@@ -121,7 +120,7 @@ def pack_weights(network: nn.Module, operation: Operation | None = None) -> None
         and layer.weight.dtype == torch.bfloat16
         and can_use_onednn(layer.weight, is_training=False)
     ]
-    trimmer = MemoryTrimmer(TRIM_SECONDS)
+    trimmer = MemoryTrimmer(LOADING_INTERVAL)
     for i, name in enumerate(names):
         if operation is not None:
             operation.update("Packing weights", i, len(names), "layers")

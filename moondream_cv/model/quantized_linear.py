@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moondream_cv.model.hardware import has_onednn_kernels
 from moondream_cv.model.quantization import INT8_MAX, pack_int4, row_chunks
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Int8Linear(QuantizedLinear):
 
     def _product(self, x: Tensor, gelu: bool) -> Tensor:
         if self._weight.is_mkldnn:
-            return self._onednn_product(x, gelu)
+            return _in_chunks(x, self.out_features, lambda chunk: self._chunk(chunk, gelu))
         is_aligned = self.in_features % 8 == 0 and self.out_features % 8 == 0
         if x.device.type == "cuda" and is_aligned:
             return self._cuda_product(x, gelu)
@@ -166,9 +167,6 @@ class Int8Linear(QuantizedLinear):
         rows = x.reshape(-1, self.in_features)
         y = _in_chunks(rows, following.out_features, lambda chunk: following._chunk(self._chunk(chunk, True), False))
         return y.view(*x.shape[:-1], following.out_features)
-
-    def _onednn_product(self, x: Tensor, gelu: bool) -> Tensor:
-        return _in_chunks(x, self.out_features, lambda chunk: self._chunk(chunk, gelu))
 
     def _chunk(self, x: Tensor, gelu: bool) -> Tensor:
         """Return the float32 output for a few rows."""
@@ -372,8 +370,7 @@ def onednn_int8_max() -> int | None:
     Returns:
         127 or 63; None: oneDNN has no fast int8 products here.
     """
-    # On other processors, oneDNN computes them with slow reference code.
-    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    if not has_onednn_kernels():
         return None
     try:
         weight = torch.full((16, 64), INT8_MAX, dtype=torch.int8, device="cpu")
