@@ -25,7 +25,7 @@ from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.quantization import check_mode, group_size, is_quantizable
 from moondream_cv.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from moondream_cv.model.stored_weights import StoredWeight, WeightLoader, stored_weights, verify
-from moondream_cv.model.tensor_files import TensorFile, find_tensor_files, open_tensor_file
+from moondream_cv.model.tensor_files import TensorFile, open_tensor_files
 from moondream_cv.progress import Operation, byte_unit
 
 MODEL_TYPE = "moondream1"  # in published config files of every Moondream 2
@@ -62,7 +62,7 @@ def load_network(
         ValueError: `quantize` is unknown, or the file contains weights of the other mode.
     """
     # Check the files
-    stored = stored_weights(_open_files(Path(source)))
+    stored = stored_weights(open_tensor_files(Path(source)))
     with torch.device("meta"):
         network = MoondreamNetwork(config)
     expected = weight_shapes(config)
@@ -158,7 +158,7 @@ def stored_shapes(source: Path | Iterable[TensorFile]) -> dict[str, tuple[int, .
     Raises:
         CheckpointError: Files are missing or damaged.
     """
-    files = _open_files(source) if isinstance(source, Path) else source
+    files = open_tensor_files(source) if isinstance(source, Path) else source
     return {name: weight.shape() for name, weight in stored_weights(files).items() if "" in weight.parts}
 
 
@@ -174,7 +174,7 @@ def stored_quantization(source: Path) -> str | None:
     Raises:
         CheckpointError: Files are missing or damaged.
     """
-    modes = {weight.mode for weight in stored_weights(_open_files(source)).values()}
+    modes = {weight.mode for weight in stored_weights(open_tensor_files(source)).values()}
     return next((mode for mode in modes if mode is not None), None)
 
 
@@ -268,10 +268,6 @@ def weight_shapes(config: MoondreamConfig) -> dict[str, tuple[int, ...]]:
     """
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in MoondreamNetwork(config).state_dict().items()}
-
-
-def _open_files(source: Path) -> list[TensorFile]:
-    return [open_tensor_file(path) for path in find_tensor_files(source)]
 
 
 def _reporter(operation: Operation, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Callable[[int], None]:

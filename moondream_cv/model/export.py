@@ -15,7 +15,7 @@ from moondream_cv.model.checkpoints import check_shapes, config_json
 from moondream_cv.model.hub import cached_snapshot, fetch, fetch_file, is_offline, look_up, other_weights
 from moondream_cv.model.releases import read_config_file
 from moondream_cv.model.sources import Source, hub_source, is_tokenizer_only, release_of
-from moondream_cv.model.tensor_files import find_tensor_files, open_tensor_file, weight_files
+from moondream_cv.model.tensor_files import find_tensor_files, open_tensor_files, weight_files
 
 _INDEX = ".index.json"
 
@@ -88,7 +88,7 @@ def export(source: Source, to: Path, refresh: bool = False) -> Path:
         os.replace(part, to / "config.json")
 
     _writing(to, write)
-    check_shapes(to, [open_tensor_file(path) for path in find_tensor_files(to)], source.config)
+    check_shapes(to, open_tensor_files(to), source.config)
     return to
 
 

@@ -20,7 +20,7 @@ from moondream_cv.model.key_names import INT8_SCALE, PACKED_PARTS
 from moondream_cv.model.quantization import pack_int4
 from moondream_cv.model.sources import Source
 from moondream_cv.model.stored_weights import SCALE_DTYPE, StoredWeight, WeightLoader, stored_weights, verify
-from moondream_cv.model.tensor_files import find_tensor_files, open_tensor_file
+from moondream_cv.model.tensor_files import open_tensor_files
 from moondream_cv.progress import Operation, byte_unit
 
 # Names of data types in safetensors files
@@ -57,7 +57,7 @@ def export_quantized(source: Source, to: Path, mode: str, operation: Operation |
     if to.exists():
         raise CheckpointError(f"{to} already exists; give a new folder")
     tokenizer, _ = source.find_tokenizer()
-    stored = stored_weights(open_tensor_file(path) for path in find_tensor_files(source.weights))
+    stored = stored_weights(open_tensor_files(source.weights))
     shapes = weight_shapes(source.config)
     verify(source.weights, stored, shapes)
     found = sorted({weight.mode for weight in stored.values() if weight.mode is not None})

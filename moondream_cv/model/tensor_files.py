@@ -131,6 +131,18 @@ def open_tensor_file(path: Path) -> TensorFile:
     raise CheckpointError(f"{path} is not a checkpoint: its name must end in .safetensors, .pt, .pth or .bin")
 
 
+def open_tensor_files(source: Path) -> list[TensorFile]:
+    """Open all files with the weights of a checkpoint.
+
+    Args:
+        source: A file, or a folder.
+
+    Raises:
+        CheckpointError: Files are missing or damaged.
+    """
+    return [open_tensor_file(path) for path in find_tensor_files(source)]
+
+
 def read_torch_file(path: Path) -> Any:
     """Read a file in PyTorch's format without executing code from it.
 
