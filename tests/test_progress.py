@@ -11,6 +11,7 @@ import pytest
 
 from moondream_cv import progress
 from moondream_cv.progress import Operation, StatusLine, showing_on
+from tests.helpers.recording_display import Recorder
 
 
 class Clock:
@@ -21,19 +22,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class Recorder:
-    """A display that records its texts; "" is a cleared display."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def show(self, text: str) -> None:
-        self.texts.append(text)
-
-    def clear(self) -> None:
-        self.texts.append("")
 
 
 class Terminal(io.StringIO):

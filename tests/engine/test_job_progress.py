@@ -15,25 +15,9 @@ from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.loading import load
 from moondream_cv.progress import showing_on
 from moondream_cv.requests import Caption, Detect, Point, Query, Settings
+from tests.helpers.recording_display import Recorder
 
 FEW = Settings(max_objects=3, max_tokens=12)
-
-
-class Recorder:
-    """A display that records its texts."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def show(self, text: str) -> None:
-        self.texts.append(text)
-
-    def clear(self) -> None:
-        self.texts.append("")
-
-    def matches(self, pattern: str) -> list[str]:
-        """Return the texts that match a pattern completely."""
-        return [text for text in self.texts if re.fullmatch(pattern, text)]
 
 
 @pytest.fixture
