@@ -34,6 +34,8 @@ from moondream_cv.engine.gpu_preprocessing import cut_crops_on_device
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Scheduler
 from moondream_cv.engine.transfers import upload
+from moondream_cv.model.quantization import is_quantizable, quantize_int8
+from moondream_cv.model.quantized_linear import Int8Linear
 from moondream_cv.requests import Detect, ErrorResult, Settings
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
@@ -126,11 +128,7 @@ def measure_encoding(run: Run) -> None:
     model = run.model()
     _encode(run, model, "bfloat16", ">= 0.6")
     _detect_images(run, model, "bfloat16", ">= 60")
-    try:
-        quantize(model.network)
-    except ImportError as error:
-        print(f"  int8 was skipped: {error}")
-        return
+    quantize(model.network)
     _encode(run, model, "int8", "")
     _detect_images(run, model, "int8", ">= 100")
 
@@ -176,14 +174,7 @@ def detect(model: LocalModel, requests: Sequence[Detect]) -> None:
 
 
 def quantize(network: nn.Module) -> None:
-    """Replace the linear layers of a network by layers with 8-bit weights.
-
-    Raises:
-        ImportError: This version has no quantized layers.
-    """
-    from moondream_cv.model.quantization import is_quantizable, quantize_int8
-    from moondream_cv.model.quantized_linear import Int8Linear
-
+    """Replace the linear layers of a network by layers with 8-bit weights."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and is_quantizable(f"{name}.weight", layer.weight.shape):
             network.set_submodule(name, Int8Linear(*quantize_int8(layer.weight), layer.bias))
