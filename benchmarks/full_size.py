@@ -23,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _common import empty_network, encoding_flops, forbid_end
 from PIL import Image
 from torch.nn import functional as F
 
@@ -38,9 +39,7 @@ from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.evaluation.scenes import evaluate_scenes, held_out_scenes
 from moondream_cv.model import layers
 from moondream_cv.model.checkpoints import save_checkpoint
-from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.hardware import probe_cpu
-from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.quantized_linear import weight_bytes
 from moondream_cv.model.text import prefix_mask
 from moondream_cv.training.tokenizer import build_tokenizer
@@ -88,20 +87,10 @@ def write_checkpoint(folder: Path, layers: int | None) -> None:
         folder: Folder to write.
         layers: Number of layers of the encoder and the decoder; None: all.
     """
-    config = MoondreamConfig()
-    if layers is not None:
-        config = replace(
-            config,
-            text=replace(config.text, n_layers=layers),
-            vision=replace(config.vision, enc_n_layers=layers),
-        )
-    with torch.device("meta"):
-        network = MoondreamNetwork(config)
-    network = network.to(torch.bfloat16).to_empty(device="cpu")
+    network = empty_network(layers, layers, torch.device("cpu"))
     network.initialize(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        network.text.lm_head.bias[config.tokenizer.eos_id] = -1e4
-    save_checkpoint(network, config, build_tokenizer(), folder)
+    forbid_end(network)
+    save_checkpoint(network, network.config, build_tokenizer(), folder)
 
 
 # --- Times ------------------------------------------------------------------------------------------------------------
@@ -167,19 +156,6 @@ def product_rate(times: Times, dtype: str, fastest: bool = False) -> float:
 def bandwidth(times: Times, dtype: str, fastest: bool = False) -> float:
     """Return the measured bytes/s of a matrix-vector product, with `F.linear` or with the fastest kernel."""
     return 24576 * 8192 * getattr(torch, dtype).itemsize / times[f"{'fastest ' * fastest}vector {dtype}"]
-
-
-def encoding_flops(config: MoondreamConfig, num_crops: int) -> float:
-    """Return the floating-point operations of encoding an image: vision encoder, projection and prefill."""
-    vision, text = config.vision, config.text
-    patches, width = vision.num_patches, vision.enc_dim
-    per_token = 2 * width * (4 * width + 2 * vision.enc_ff_dim) + 4 * patches * width
-    crops = num_crops * patches * vision.enc_n_layers * per_token
-    joined = 2 * patches * vision.proj_inner_dim * (2 * width + vision.proj_out_dim)
-    tokens = config.prefix_length
-    qkv = (text.n_heads + 2 * text.n_kv_heads) * text.head_dim
-    per_token = 2 * text.dim * (qkv + text.dim + 2 * text.ff_dim) + 4 * tokens * text.dim
-    return crops + joined + tokens * text.n_layers * per_token
 
 
 def decode_bytes(model: LocalModel) -> float:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import random_model, seconds
+from _common import forbid_end, random_model, seconds
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,8 +100,7 @@ class Run:
     def model(self) -> LocalModel:
         """Return a model whose lists of objects do not end by themselves."""
         model = random_model(self.layers, self.layers, self.device)
-        with torch.no_grad():
-            model.network.text.lm_head.bias[model.config.tokenizer.eos_id] = -1e4
+        forbid_end(model.network)
         return model
 
 

@@ -41,7 +41,7 @@ def full_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Return the module with narrow layers, and limits of the machine from one call."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("full_size")
-    monkeypatch.setattr(module, "MoondreamConfig", narrow_config)
+    monkeypatch.setattr(importlib.import_module("_common"), "MoondreamConfig", narrow_config)
     monkeypatch.setattr(module, "measure_limits", functools.partial(module.measure_limits, repeat=1))
     yield module
     sys.modules.pop("full_size")
