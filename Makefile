@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 VENV_ROBOFLOW ?= .venv-roboflow
+VENV_INTEGRATIONS ?= .venv-integrations
 TORCH_INDEX ?=
 
 PYTEST_WORKERS ?= auto
@@ -16,14 +17,17 @@ PYTEST_ARGS ?=
 TRAIN_ARGS ?= runs/tiny
 
 # `make bench` runs the benchmarks that need no GPU, download or argument. parity.py needs a checkout of the published
-# implementation (see its --help), and workflows.py needs Roboflow's engine (`make bench-roboflow`).
-BENCHMARKS ?= $(filter-out benchmarks/parity.py benchmarks/workflows.py benchmarks/_%,$(wildcard benchmarks/*.py))
+# implementation (see its --help), ray_labeling.py the environment of `make venv-integrations`, and workflows.py that of
+# `make bench-roboflow`.
+BENCHMARKS ?= $(filter-out benchmarks/parity.py benchmarks/ray_labeling.py benchmarks/workflows.py benchmarks/_%, \
+  $(wildcard benchmarks/*.py))
 
 PY := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 NEWEST := $(VENV_NEWEST)/.installed
 ROBOFLOW := $(VENV_ROBOFLOW)/.installed
+INTEGRATIONS := $(VENV_INTEGRATIONS)/.installed
 NPM := tests/npm/node_modules/.package-lock.json
 
 # One torch thread per pytest worker, because more would compete for the cores. All tests of a file run in one worker.
@@ -31,12 +35,12 @@ PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(PYTEST_WORKERS) --maxprocesses 8 
 
 comma := ,
 
-.PHONY: help venv venv-roboflow demo test-quick test test-package test-newest test-roboflow lint format bench \
-  bench-roboflow soak resolve constraints train-tiny clean
+.PHONY: help venv venv-roboflow venv-integrations demo test-quick test test-package test-newest test-roboflow \
+  test-integrations lint docs format bench bench-roboflow release-check soak resolve constraints train-tiny clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX)"
 	@echo "On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids the CUDA libraries."
@@ -72,7 +76,7 @@ $(BASE): pyproject.toml constraints/default.txt | $(VENV)/bin/python
 # Without the extra "workflows": its engine requires openai below 2, and the tests use the current client.
 # Moondream's client is installed without its requirements, which include an inference engine that HTTP does not need.
 $(DEV): $(BASE)
-	$(call install,$(PY),constraints/default.txt,-e ".[roboflow$(comma)server$(comma)clients$(comma)dev$(comma)notebooks]")
+	$(call install,$(PY),constraints/default.txt,-e ".[roboflow$(comma)server$(comma)finetune$(comma)clients$(comma)dev$(comma)docs$(comma)notebooks]")
 	$(PY) -m pip install --no-deps moondream==2.6.1
 	@touch $@
 
@@ -85,7 +89,8 @@ $(VENV_NEWEST)/bin/python:
 	$(call create,$(VENV_NEWEST))
 
 $(NEWEST): pyproject.toml constraints/newest.txt | $(VENV_NEWEST)/bin/python
-	$(call install,$(VENV_NEWEST)/bin/python,constraints/newest.txt,-e ".[server$(comma)dev]")
+	$(call install,$(VENV_NEWEST)/bin/python,constraints/newest.txt,-e ".[server$(comma)finetune$(comma)dev$(comma)examples]")
+	$(VENV_NEWEST)/bin/python -m pip install --no-deps moondream==2.6.1
 	@touch $@
 
 $(VENV_ROBOFLOW)/bin/python:
@@ -100,9 +105,22 @@ $(ROBOFLOW): pyproject.toml constraints/roboflow.in constraints/roboflow.txt con
 	$(VENV_ROBOFLOW)/bin/python -m pip install --no-deps --upgrade --target $(VENV_ROBOFLOW)/older-engine inference-core==1.5.2
 	@touch $@
 
+$(VENV_INTEGRATIONS)/bin/python:
+	$(call create,$(VENV_INTEGRATIONS))
+
+$(INTEGRATIONS): pyproject.toml constraints/integrations.in constraints/integrations.txt | $(VENV_INTEGRATIONS)/bin/python
+	$(call install,$(VENV_INTEGRATIONS)/bin/python,constraints/integrations.txt,-e ".[labeling$(comma)server]" \
+	  -r constraints/integrations.in)
+	@$(VENV_INTEGRATIONS)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "X-AnyLabeling requires Python 3.11: the test of its client will be skipped."; exit 0; } && \
+	  $(VENV_INTEGRATIONS)/bin/python -m pip install --no-deps x-anylabeling-cvhub==4.2.1
+	@touch $@
+
 venv: $(DEV) ## Create the virtual environment for development
 
 venv-roboflow: $(ROBOFLOW) ## Create an environment with Roboflow's workflows engine and inference server (3 GB)
+
+venv-integrations: $(INTEGRATIONS) ## Create an environment with labeling tools and Ray (3 GB)
 
 # --- Use ------------------------------------------------------------------------------------------------------------
 
@@ -110,12 +128,12 @@ demo: $(BASE) ## Run the tiny model on rendered scenes; writes images and videos
 	$(VENV)/bin/moondream-cv demo
 
 test-quick: $(DEV) ## Run the tests that start no server, browser or other process (2 minutes)
-	$(call PYTEST,$(PY)) -m "not system and not slow and not download and not gpu and not roboflow and not soak" \
-	  --cpu-limit 10 --durations 5 $(PYTEST_ARGS)
+	$(call PYTEST,$(PY)) -m "not system and not slow and not download and not gpu and not roboflow and not integrations \
+	  and not soak" --cpu-limit 10 --durations 5 $(PYTEST_ARGS)
 
-test: test-package test-roboflow ## Run all tests
+test: test-package test-roboflow test-integrations ## Run all tests
 
-test-package: $(DEV) $(NPM) ## Run the tests that do not need Roboflow's engine and server
+test-package: $(DEV) $(NPM) ## Run the tests that need neither Roboflow's engine and server nor labeling tools and Ray
 	$(call PYTEST,$(PY)) $(PYTEST_ARGS)
 
 # Without the HTTP tests: they use neither supervision nor transformers, and need clients that are not installed here.
@@ -131,11 +149,23 @@ test-roboflow: $(ROBOFLOW) ## Run the tests marked "roboflow" with Roboflow's wo
 	$(call PYTEST,$(VENV_ROBOFLOW)/bin/python) -m "roboflow and not download and not soak" --disable-warnings \
 	  $(PYTEST_ARGS) tests/roboflow
 
-lint: $(DEV) ## Check style, formatting, types and prose
+# Only the tests that import nothing that is missing in this environment.
+test-integrations: $(INTEGRATIONS) ## Run the tests marked "integrations" with labeling tools and Ray
+	$(call PYTEST,$(VENV_INTEGRATIONS)/bin/python) -m "integrations and not download and not soak" --disable-warnings \
+	  $(PYTEST_ARGS) tests/integrations tests/labeling tests/server/test_ray_serve.py
+
+lint: $(DEV) ## Check style, formatting, types, prose and the documentation site
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/check_prose.py
+	if [ -x $(VENV)/bin/hadolint ]; then $(VENV)/bin/hadolint docker/Dockerfile; fi
+	$(MAKE) --no-print-directory docs
+
+# The variable turns off an announcement of the theme's successor.
+docs: $(DEV) ## Build the documentation site in build/site, and check its links
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	$(PY) scripts/check_links.py
 
 format: $(DEV) ## Format the code and apply ruff's fixes
 	$(PY) -m ruff check --fix-only .
@@ -147,6 +177,9 @@ bench: $(DEV) ## Run the benchmarks that only need a CPU
 bench-roboflow: $(ROBOFLOW) ## Run the benchmark of the workflow blocks
 	$(VENV_ROBOFLOW)/bin/python -W ignore benchmarks/workflows.py
 
+release-check: ## Build the distributions, install the wheel in new environments, and run the demo there
+	$(PYTHON) scripts/release_check.py
+
 soak: $(DEV) ## Run the tests marked "soak" (minutes to hours)
 	$(PY) -m pytest -m soak $(PYTEST_ARGS)
 
@@ -156,14 +189,14 @@ train-tiny: $(BASE) ## Train the tiny model, or resume its training (hours on 2 
 # --- Versions -------------------------------------------------------------------------------------------------------
 
 UV = $(PY) -m uv --quiet pip compile --no-header --no-annotate
-EXTRAS = --extra roboflow --extra server --extra dev --extra notebooks
+EXTRAS = --extra roboflow --extra server --extra finetune --extra dev --extra docs --extra notebooks
 WITH_CLIENTS = $(EXTRAS) --extra clients
 
 # A dry run for each Python version and platform. uv resolves for interpreters that are not installed, and reads only
 # metadata, so torch's CUDA libraries are never downloaded. --only-binary proves that nothing has to be compiled. The
-# wheels of PyAV require macOS 14.
+# wheels of PyAV require macOS 14, and those of llguidance glibc 2.31.
 RESOLVE_PYTHONS ?= 3.10 3.11 3.12 3.13
-RESOLVE_PLATFORMS ?= x86_64-unknown-linux-gnu aarch64-apple-darwin x86_64-pc-windows-msvc
+RESOLVE_PLATFORMS ?= x86_64-manylinux_2_31 aarch64-apple-darwin x86_64-pc-windows-msvc
 CUDA_ONLY := ^(cuda-|nvidia-|triton)
 
 resolve: $(DEV) ## Check that the constraints resolve on Python 3.10 to 3.13 (dry run)
@@ -182,8 +215,10 @@ WITHOUT_CUDA = grep -vE '$(CUDA_ONLY)'
 
 # default.txt takes two passes: the first resolves the package with constraints/default.in, the second removes Roboflow's
 # engine, which requires openai below 2, and adds the clients of the tests. Roboflow's server pins its engine itself.
-# CUDA libraries are removed, so that a CPU build of torch has no conflict with their pins.
-constraints: $(DEV) ## Update default.txt, newest.txt and roboflow.txt in constraints/
+# CUDA libraries are removed, so that a CPU build of torch has no conflict with their pins. integrations.txt has the
+# versions of default.txt, except that FiftyOne requires an older graphql-core and roboflow an older typer, and that Ray
+# requires pydantic 2.13 from Python 3.14 on.
+constraints: $(DEV) ## Update the pinned versions in constraints/
 	@mkdir -p build
 	$(UV) $(EXTRAS) --universal --python-version 3.10 pyproject.toml constraints/default.in -o build/with-engine.txt >/dev/null
 	sed -i.old /^openai==/d build/with-engine.txt
@@ -193,8 +228,8 @@ constraints: $(DEV) ## Update default.txt, newest.txt and roboflow.txt in constr
 	  $(WITHOUT_CUDA) build/pinned.txt; } > constraints/default.txt
 	echo "supervision>=0.31" > build/newest.in
 	grep '^torch==' constraints/default.in >> build/newest.in
-	$(UV) --extra server --extra dev --universal --python-version 3.10 pyproject.toml -c build/newest.in \
-	  -o build/newest.txt >/dev/null
+	$(UV) --extra server --extra finetune --extra dev --extra examples --universal --python-version 3.10 pyproject.toml \
+	  -c build/newest.in -o build/newest.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER): the newest of everything but torch."; \
 	  $(WITHOUT_CUDA) build/newest.txt; } > constraints/newest.txt
 	sed -E '/^(roboflow-workflows|streamvision)==/d' constraints/default.in > build/with-server.in
@@ -202,7 +237,14 @@ constraints: $(DEV) ## Update default.txt, newest.txt and roboflow.txt in constr
 	  pyproject.toml build/with-server.in constraints/roboflow.in -o build/roboflow.txt >/dev/null
 	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, constraints/default.in and constraints/roboflow.in."; \
 	  $(WITHOUT_CUDA) build/roboflow.txt; } > constraints/roboflow.txt
+	sed -E "/^(graphql-core|typer)==/d; s/^pydantic(-core)?==[^ ]+$$/& ; python_version < '3.14'/" constraints/default.txt \
+	  > build/for-integrations.txt
+	$(UV) --extra labeling --extra server --universal --python-version 3.10 pyproject.toml constraints/integrations.in \
+	  -c build/for-integrations.txt -o build/integrations.txt >/dev/null
+	{ echo "$(CONSTRAINTS_HEADER) from pyproject.toml, default.txt and constraints/integrations.in."; \
+	  $(WITHOUT_CUDA) build/integrations.txt; } > constraints/integrations.txt
 
 clean: ## Remove environments, caches and build output
-	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_ROBOFLOW) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_ROBOFLOW) $(VENV_INTEGRATIONS)
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

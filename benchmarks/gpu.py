@@ -24,9 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import forbid_end, random_model, seconds
+from _common import encoding_flops, forbid_end, random_model, seconds
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from moondream_cv.engine.crops import cut_crops
 from moondream_cv.engine.cuda_graphs import GraphPool
@@ -145,11 +144,9 @@ def _encode(run: Run, model: LocalModel, mode: str, target: str) -> None:
                 run.add(f"{label}: share of the product rate", share, "", target)
 
 
-def count_flop(model: LocalModel, rgb: np.ndarray) -> int:
-    """Return the floating-point operations of encoding an image. The fused products of a CPU are not counted."""
-    with FlopCounterMode(display=False) as counter:
-        model.encode_image(rgb)
-    return int(counter.get_total_flops())
+def count_flop(model: LocalModel, rgb: np.ndarray) -> float:
+    """Return the floating-point operations of encoding an image."""
+    return encoding_flops(model.config, len(cut_crops(rgb, model.config.vision).pixels))
 
 
 def _detect_images(run: Run, model: LocalModel, mode: str, target: str) -> None:

@@ -1,16 +1,22 @@
 """Compare this package with a checkout of the published implementation on fresh random weights.
 
     python benchmarks/parity.py --reference PATH/TO/moondream --seeds 3
+    python benchmarks/parity.py --reference PATH/TO/moondream --golden tests/data/golden/mha
 
 PATH is a checkout of github.com/vikhyat/moondream (2025-06), which is imported from there. Both implementations run in
 float32 with greedy decoding on the same weights, tokenizer and crops. All objects, points, answers, captions and
-reasoning are compared. Crop size (378 pixels), grid (27) and head size (64) are fixed, because the published code
-hard-codes them.
+reasoning are compared. The published code has no conversations, so its prefill and generation run on their tokens one
+after another, in the layout of its authors' inference engine (kestrel 0.9.1). Crop size (378 pixels), grid (27) and
+head size (64) are fixed, because the published code hard-codes them.
+
+With `--golden`, the weights are those of a golden set, and its `conversations.json` is written: answers, and for each
+step the token with the highest logit and its lead over the second highest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,12 +28,17 @@ from tokenizers import Tokenizer
 
 from moondream_cv.engine.crops import cut_crops, normalize
 from moondream_cv.engine.local_model import LocalModel
+from moondream_cv.images import to_rgb
+from moondream_cv.loading import load
 from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.model.moondream import MoondreamNetwork
+from moondream_cv.requests import Chat, Turn
 from moondream_cv.training.tokenizer import build_tokenizer
 
 RESOLUTIONS = ((378, 378), (640, 480), (1280, 720), (200, 900), (50, 40))  # width, height
 TEXT = {"temperature": 0, "max_tokens": 24}
+GOLDEN_IMAGES = ("1_640x480.png", "0_378x378.png")
+LOGIT_DECIMALS = 4
 
 
 def random_config(arguments: argparse.Namespace, vocab_size: int) -> MoondreamConfig:
@@ -116,19 +127,116 @@ def replies(model: Any, image: Image.Image) -> dict[str, Any]:
     return {key: _plain(value) for key, value in found.items()}
 
 
+def conversations(first: Any, second: Any) -> dict[str, tuple[Turn, ...]]:
+    """Return conversations about two images, by name."""
+    color, count = Turn("What color is the car?"), "How many dogs are there?"
+    return {
+        "one turn": (Turn(color.question, images=(first,)),),
+        "two turns": (Turn(count, "two", (first,)), color),
+        "without an image": (Turn(count, "two"), Turn("Are you sure?", "yes"), color),
+        "two images in a turn": (Turn(count, "two", (first, second)), color),
+        "an image in each turn": (Turn(count, "two", (first,)), Turn(color.question, images=(second,))),
+        "an image in the second turn": (Turn(count, "none"), Turn(color.question, images=(first,))),
+        "a greeting and a question without an answer": (Turn(None, "Hello"), Turn(count, None, (first,)), color),
+    }
+
+
+def published_conversation(model: Any, turns: tuple[Turn, ...], reasoning: bool = False) -> dict[str, Any]:
+    """Return the published model's answer to the last question of a conversation.
+
+    Args:
+        model: The published model.
+        turns: Turns with PIL images.
+        reasoning: Generate reasoning before the answer.
+    """
+    # Lay out the tokens: the images of a turn, the prefix of the template, the question, the suffix twice, the answer
+    config = model.config.tokenizer
+    prefix, suffix = config.templates["query"]["prefix"], config.templates["query"]["suffix"]
+    segments: list[Any] = [[config.bos_id]]
+    for turn in turns:
+        for image in turn.images:
+            segments += [image, []]
+        question = [] if turn.question is None else prefix + model.tokenizer.encode(turn.question).ids
+        answer = [] if turn.answer is None else suffix + suffix + model.tokenizer.encode(turn.answer).ids
+        segments[-1] += question + answer
+    segments[-1] += [*suffix, config.thinking_id] if reasoning else suffix + suffix
+
+    # Prefill all segments but the last
+    size = model.config.text.max_context
+    causal = torch.ones(1, 1, size, size, dtype=torch.bool).tril()
+    position = 0
+    with torch.inference_mode():
+        for segment in segments[:-1]:
+            is_text = isinstance(segment, list)
+            embeddings = model.text.wte[segment] if is_text else model._run_vision_encoder(segment)
+            after_start = not is_text and position == 1
+            if is_text and position == 0 and len(segment) == 1 and len(segments) > 1:
+                start, position = embeddings, 1  # the beginning of the sequence attends to an image behind it
+                continue
+            if after_start:
+                embeddings, position = torch.cat((start, embeddings)), 0
+            positions = torch.arange(position, position + len(embeddings))
+            mask = causal[:, :, positions].clone()
+            if not is_text:
+                mask[..., positions] = True
+            if len(embeddings):
+                model._prefill(embeddings[None], mask, positions, None)
+            position += len(embeddings)
+
+    # Generate the answer
+    last, found = torch.tensor([segments[-1]]), {}
+    if reasoning:
+        position, text, grounding = model._generate_reasoning(last, position, TEXT, None, attn_mask=causal)
+        found["reasoning"] = {"text": text, "grounding": grounding}
+        last = torch.tensor([suffix])
+    found["answer"] = "".join(model._generate_answer(last, position, TEXT, None, attn_mask=causal))
+    return found
+
+
+def record_golden(folder: Path, reference: Path) -> None:
+    """Write the published model's answers to conversations about the images of a golden set."""
+    ours = load(str(folder), device="cpu", dtype="float32")
+    theirs = published(reference, ours.config, ours.network, ours.tokenizer)
+    steps: list[torch.Tensor] = []
+    theirs.text.lm_head.register_forward_hook(lambda _module, _inputs, logits: steps.append(logits.clone()))
+    named = zip(
+        conversations(*GOLDEN_IMAGES).items(),
+        conversations(*(Image.fromarray(to_rgb(folder / "images" / name)) for name in GOLDEN_IMAGES)).values(),
+        strict=True,
+    )
+    recorded: dict[str, Any] = {}
+    for (name, turns), with_images in named:
+        steps.clear()
+        answer = published_conversation(theirs, with_images)["answer"]
+        best = [logits[0].topk(2) for logits in steps]
+        recorded[name] = {
+            "turns": [[turn.question, turn.answer, list(turn.images)] for turn in turns],
+            "answer": answer,
+            "tokens": [int(top.indices[0]) for top in best],
+            "leads": [round(float(top.values[0] - top.values[1]), LOGIT_DECIMALS) for top in best],
+            "reasoning": published_conversation(theirs, with_images, reasoning=True),
+        }
+    (folder / "conversations.json").write_text(json.dumps(recorded, indent=1) + "\n")
+    print(f"{len(recorded)} conversations written to {folder / 'conversations.json'}")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if k not in ("confidence", "truncated")}
+        return {k: _plain(v) for k, v in value.items() if k not in ("confidence", "truncated", "logprob")}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="checkout of the published implementation")
+    parser.add_argument("--golden", type=Path, help="golden set to record conversations of")
     parser.add_argument("--seeds", type=int, default=1, help="number of random weight sets (default: 1)")
     for name, default in (("layers", 3), ("heads", 2), ("kv-heads", 0), ("vision-dim", 32), ("vision-heads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
+    if arguments.golden is not None:
+        record_golden(arguments.golden, arguments.reference)
+        return
     tokenizer = build_tokenizer()
     differences = compared = 0
     for seed in range(arguments.seeds):
@@ -141,6 +249,13 @@ def main() -> None:
             coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
             image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
             expected, got = replies(theirs, image), replies(ours, image)
+            flipped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            for name, turns in conversations(image, flipped).items():
+                for reasoning in (False, True):
+                    key = f"{name}, reasoning" if reasoning else name
+                    (result,) = ours.run([Chat(turns, reasoning, TEXT)])  # type: ignore[arg-type]
+                    got[key] = _plain(result.to_dict())  # type: ignore[union-attr]
+                    expected[key] = _plain(published_conversation(theirs, turns, reasoning))
             for key, value in expected.items():
                 compared += 1
                 if got[key] != value:

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from .detector import Detector, Pointer
     from .errors import BackendError, CheckpointError, ImageError, MoondreamError, UnsupportedSkill, VideoError
     from .loading import download, load
-    from .requests import Caption, Detect, ErrorResult, Gaze, Point, Query, Settings
+    from .requests import Caption, Chat, Detect, ErrorResult, Gaze, Point, Query, Settings, Turn
     from .vision_model import VisionModel
 
 __version__ = "0.1.0"
+"""Version of the package."""
 
 __all__ = [
     "BackendError",
     "Caption",
+    "Chat",
     "CheckpointError",
     "Detect",
     "Detector",
@@ -37,6 +39,7 @@ __all__ = [
     "Pointer",
     "Query",
     "Settings",
+    "Turn",
     "UnsupportedSkill",
     "VideoError",
     "VisionModel",
@@ -49,6 +52,7 @@ __all__ = [
 _SUBMODULES = {
     "BackendError": "errors",
     "Caption": "requests",
+    "Chat": "requests",
     "CheckpointError": "errors",
     "Detect": "requests",
     "Detector": "detector",
@@ -60,6 +64,7 @@ _SUBMODULES = {
     "Pointer": "detector",
     "Query": "requests",
     "Settings": "requests",
+    "Turn": "requests",
     "UnsupportedSkill": "errors",
     "VideoError": "errors",
     "VisionModel": "vision_model",

@@ -33,6 +33,7 @@ from moondream_cv.arguments import (
 from moondream_cv.errors import ImageError, UnsupportedSkill
 from moondream_cv.geometry import clip_xyxy, denormalize_xyxy
 from moondream_cv.images import ImageInput, is_encoded, to_rgb
+from moondream_cv.masks import MaskFunction, MaskRunner
 from moondream_cv.requests import Detect, DetectResult, ErrorResult, Point, PointResult, Result, Settings
 from moondream_cv.vision_model import VisionModel
 
@@ -67,7 +68,7 @@ class DetectorOptions(TypedDict, total=False):
     on_error: OnError
     device: str | None
     max_crops: int | None
-    adapter: str | None
+    adapter: str | os.PathLike[str] | None
 
 
 class _FrameDetector:
@@ -92,7 +93,7 @@ class _FrameDetector:
         on_error: OnError = "raise",
         device: str | None = None,
         max_crops: int | None = None,
-        adapter: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
     ) -> None:
         """Load a model, or use a loaded one.
 
@@ -111,7 +112,8 @@ class _FrameDetector:
             device: Device for a model given by name, such as "cuda:1". None selects the best available.
             max_crops: Maximum number of local crops per image; fewer are faster and less accurate. None uses the
                 value that the model was trained with.
-            adapter: LoRA adapter to use, as a file or an ID. None uses the adapter that the model was loaded with.
+            adapter: LoRA adapter to use, as a file, a folder, "ID@STEP" of a finetune or a published ID. None uses the
+                adapter that the model was loaded with.
 
         Raises:
             ValueError: An argument is out of range, or `model` is neither a name nor a model.
@@ -122,7 +124,8 @@ class _FrameDetector:
         self.on_error: OnError = check_choice("on_error", on_error, get_args(OnError))
         self.drop_duplicates = drop_duplicates
         self.mark_truncated = mark_truncated
-        self.settings = Settings(max_objects=max_objects, max_crops=max_crops, variant=adapter)
+        variant = os.fspath(adapter) if isinstance(adapter, os.PathLike) else adapter
+        self.settings = Settings(max_objects=max_objects, max_crops=max_crops, variant=variant)
         self._owns_model = isinstance(model, (str, os.PathLike))
         self.model = _open_model(model, device)
         if self._request.skill not in self.model.skills:
@@ -228,7 +231,7 @@ class _FrameDetector:
         opened: dict[int, tuple[Any, tuple[int, int]]] = {}
         for index, frame in enumerate(frames):
             try:
-                opened[index] = _open_frame(frame, "" if one else f"frames[{index}]: ")
+                opened[index] = self._open(frame, "" if one else f"frames[{index}]: ")
             except ImageError as error:
                 found[index] = handle_error(error, index)
 
@@ -243,12 +246,19 @@ class _FrameDetector:
 
         # Convert the results of each frame
         remaining = iter(results)
-        for index, (_, resolution_wh) in opened.items():
+        for index, (image, resolution_wh) in opened.items():
             frame_results = [next(remaining) for _ in names]
             errors = [result.error for result in frame_results if isinstance(result, ErrorResult)]
-            found[index] = (
-                handle_error(errors[0], index) if errors else self._convert(frame_results, names, resolution_wh)
-            )
+            if errors:
+                found[index] = handle_error(errors[0], index)
+                continue
+            detections = self._convert(frame_results, names, resolution_wh)
+            try:
+                self._add_masks(detections, image, resolution_wh)
+            except Exception as error:  # a mask function can raise any error
+                found[index] = handle_error(error, index)
+            else:
+                found[index] = detections
         return [found[index] for index in range(len(frames))]
 
     def _handle_error(self, names: list[str], error: Exception, index: int) -> sv.Detections:
@@ -256,7 +266,16 @@ class _FrameDetector:
         if self.on_error == "raise":
             raise error
         logger.warning("frame %d: detection failed, returning empty detections: %s", index, error)
-        return self._convert([], names, (1, 1))
+        empty = self._convert([], names, (1, 1))
+        self._add_masks(empty, None, (1, 1))
+        return empty
+
+    def _open(self, frame: Any, prefix: str) -> tuple[Any, tuple[int, int]]:
+        """Return a frame as `_open_frame` does. Subclasses can reject frames."""
+        return _open_frame(frame, prefix)
+
+    def _add_masks(self, detections: sv.Detections, image: Any, resolution_wh: tuple[int, int]) -> None:
+        """Set the masks of the objects in an opened frame, if the subclass computes masks."""
 
     def _convert(self, results: Sequence[Result], names: list[str], resolution_wh: tuple[int, int]) -> sv.Detections:
         """Convert the results of one frame, one per class, to filtered detections in pixels."""
@@ -319,7 +338,9 @@ class Detector(_FrameDetector):
     Thread-safe. Works in an OpenCV loop, and with `functools.partial(detector, classes=["dog"])` as the callback of an
     `sv.InferenceSlicer` of any `batch_size`, for small objects in large images.
 
-    Example:
+    With a mask function, detections also have `mask` [N, H, W], bool.
+
+    Examples:
         >>> detector = Detector("moondream2")  # doctest: +SKIP
         >>> detections = detector(cv2.imread("street.jpg"), ["person", "red car"])  # doctest: +SKIP
 
@@ -336,6 +357,7 @@ class Detector(_FrameDetector):
         nms: float | None = None,
         max_area: float | None = None,
         min_size: float = 0.0,
+        masks: MaskFunction | None = None,
         **options: Unpack[DetectorOptions],
     ) -> None:
         """Load a model, or use a loaded one.
@@ -351,6 +373,11 @@ class Detector(_FrameDetector):
                 frame-filling boxes that the model returns for some absent classes, and also objects that fill the
                 frame. None keeps boxes of any area.
             min_size: Minimum length of the shorter box side in pixels, after clipping to the frame.
+            masks: Function `(image, xyxy) -> masks` that segments the objects in the boxes of a frame, such as
+                `moondream_cv.sam.SamMasks`. `image` is RGB [H, W, 3], uint8, also if the frame is a BGR array; `xyxy`
+                are boxes [n, 4] in pixels, float32; the masks [n, H, W] are bool or 0 and 1. It is called once for
+                each frame with objects, after all filters, and never by two threads at the same time. An error of
+                the function is handled like an error of the model. None computes no masks.
 
         Raises:
             ValueError: An argument is out of range, or `model` is neither a name nor a model.
@@ -360,6 +387,7 @@ class Detector(_FrameDetector):
         self.nms = None if nms is None else check_probability("nms", nms)
         self.max_area = None if max_area is None else check_share("max_area", max_area)
         self.min_size = check_not_negative("min_size", min_size, "pixels")
+        self._mask_runner = None if masks is None else MaskRunner(masks)
         super().__init__(model, **options)
 
     def _filter(
@@ -373,6 +401,15 @@ class Detector(_FrameDetector):
     def _suppress(self, detections: sv.Detections) -> sv.Detections:
         unique = super()._suppress(detections)
         return unique if self.nms is None else unique.with_nms(self.nms)
+
+    def _open(self, frame: Any, prefix: str) -> tuple[Any, tuple[int, int]]:
+        if self._mask_runner is not None and is_encoded(frame):
+            raise ImageError(f"{prefix}masks need the pixels of the frame, got {type(frame).__name__}; pass the image")
+        return super()._open(frame, prefix)
+
+    def _add_masks(self, detections: sv.Detections, image: Any, resolution_wh: tuple[int, int]) -> None:
+        if self._mask_runner is not None:
+            self._mask_runner.add_masks(detections, image, resolution_wh)
 
 
 @renamed_arguments(variant="adapter")

@@ -120,6 +120,8 @@ def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int) -> npt.NDArray[np.ui
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ImageError(f"{name} is not an image; expected [H, W], [H, W, 1], [H, W, 3] (BGR) or [H, W, 4] (BGRA)")
     _check_size(array.shape[1], array.shape[0], name, max_pixels)
+    if array.ndim == 3 and array.shape[2] == 3 and array[..., ::-1].flags.c_contiguous:  # a reversed view of RGB pixels
+        return _to_uint8(array[..., ::-1].copy(), name)
     if array.ndim == 3 and array.shape[2] != 1:
         return _to_uint8(np.take(array, (2, 1, 0), axis=2), name)  # BGR(A) → RGB; copying a reversed view is slower
     return np.repeat(_to_uint8(array.reshape(*array.shape[:2], 1), name), 3, axis=2)

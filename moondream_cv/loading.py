@@ -21,6 +21,7 @@ from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import CheckpointError
 from moondream_cv.model.hub import hub_cache
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION, find_release, known_releases
+from moondream_cv.model.variants import FINETUNE_MODELS
 from moondream_cv.progress import Operation
 from moondream_cv.urls import is_url, shown_url
 
@@ -54,6 +55,7 @@ ALIASES = {"moondream2": f"{DEFAULT_REPO}@{DEFAULT_REVISION}"}
 TINY = "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
 _REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_TUNED = re.compile(rf"(?:{'|'.join(FINETUNE_MODELS)})/([A-Za-z0-9]{{26}}@\d{{1,9}})")
 _has_logged_tiny = False
 _has_warned_of_threads = False
 
@@ -73,14 +75,16 @@ def load(
     Args:
         name: "moondream2" (`vikhyatk/moondream2@2025-06-21`); "tiny", the embedded demonstration model; a repository on
             the hub, "repo/name@revision"; a local folder, or a file with weights. For a folder whose `config.json` has
-            no sizes, the release can be specified: "folder@2025-04-14".
+            no sizes, the release can be specified: "folder@2025-04-14". "moondream2/ID@STEP" is "moondream2" with the
+            adapter "ID@STEP".
         device: "cuda", "cuda:1", "mps", "cpu" or a `torch.device`; None: the best available device.
         dtype: "float32", "bfloat16", "float16" or a `torch.dtype`; None: bfloat16 if the hardware supports it, or else
             float16 on GPUs and float32 on CPUs. On CPUs, small models run in float32.
         quantize: Quantization of the linear layers of the encoder and the decoder, "int8" or "int4"; embeddings, norms
             and region heads keep full precision. None: as in the checkpoint. If `dtype` is None as well and the weights
             do not fit into the free memory of the CPU, they are quantized to int8, with a warning.
-        adapter: A `.pt` or `.safetensors` file, or the ID of a published adapter.
+        adapter: A `.pt` or `.safetensors` file, a folder in PEFT's layout, "ID@STEP" of a finetune on this machine, or
+            the ID of a published adapter.
         cache_images: Number of encoded images to cache (least recently used), by the content of their pixels.
         cache_bytes: Maximum total size of the cached images in bytes; an image of Moondream 2 takes about 160 MB in
             bfloat16.
@@ -97,14 +101,20 @@ def load(
     from moondream_cv.engine.calibration import Calibration
     from moondream_cv.engine.image_cache import ImageCache
     from moondream_cv.engine.local_model import LocalModel
-    from moondream_cv.model.adapters import load_adapter
+    from moondream_cv.model.adapters import find_adapter, load_adapter
     from moondream_cv.model.checkpoints import load_network
     from moondream_cv.model.packed_linear import pack_weights
     from moondream_cv.model.quantization import check_mode
 
-    # Find the checkpoint
+    # Find the adapter and the checkpoint
     check_mode(quantize)
     target = choose_device(device)
+    if isinstance(name, str) and (tuned := _TUNED.fullmatch(name)) is not None:
+        if adapter is not None:
+            raise ValueError(f"adapter must be None for the checkpoint of a finetune, got {name!r} and {adapter!r}")
+        name, adapter = "moondream2", tuned[1]
+    if adapter is not None:
+        find_adapter(os.fspath(adapter))  # raises before the weights are downloaded
     source = find_source(name)
     precision = _choose_precision(source, target, dtype, quantize)
     chosen = precision.dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Union
 
 from moondream_cv.arguments import (
@@ -36,16 +36,19 @@ class Settings:
 
     Attributes:
         temperature: Sampling temperature of answers and captions, 0 or more; 0 is greedy decoding. Objects and points
-            are never sampled.
+            are sampled only with `sample_regions`.
         top_p: Cumulative probability of nucleus sampling, between 0 and 1.
         max_tokens: Maximum number of tokens of an answer, of its reasoning, or of a caption.
         max_objects: Maximum number of objects or points.
         max_crops: Maximum number of local crops; fewer are faster and less accurate. None uses the value that the
             model was trained with.
-        variant: LoRA adapter to use, as a file or an id. None uses the adapter that the model was loaded with.
+        variant: LoRA adapter to use, as a file, a folder, "ID@STEP" of a finetune or a published ID. None uses the
+            adapter that the model was loaded with.
         seed: Random seed for repeatable sampling.
         repeat_suffix: Append the end of the question template twice, as the published code does. False appends it
-            once, as another inference engine of the model's authors does.
+            once, as an earlier inference engine of the model's authors did.
+        sample_regions: Sample the number of objects or points, their coordinates and sizes with `temperature` and
+            `top_p`, as the rollouts of fine-tuning do. False: the most likely ones.
     """
 
     temperature: float = 0.5
@@ -56,6 +59,7 @@ class Settings:
     variant: str | None = None
     seed: int | None = None
     repeat_suffix: bool = True
+    sample_regions: bool = False
 
     def __post_init__(self) -> None:
         checked = {
@@ -66,6 +70,7 @@ class Settings:
             "max_crops": None if self.max_crops is None else check_integer("max_crops", self.max_crops),
             "seed": None if self.seed is None else check_integer("seed", self.seed, 0),
             "repeat_suffix": check_flag("repeat_suffix", self.repeat_suffix),
+            "sample_regions": check_flag("sample_regions", self.sample_regions),
         }
         if self.variant is not None and not isinstance(self.variant, str):
             raise ValueError(f"variant must be the name of an adapter, got {self.variant!r:.100}")
@@ -156,6 +161,101 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A question of a conversation and its answer.
+
+    Attributes:
+        question: Question text, which may be empty if there are images; None for an answer without a question, such as
+            a greeting.
+        answer: Answer text; None for a question without an answer.
+        images: Images of the question. They precede its text.
+    """
+
+    question: str | None
+    answer: str | None = None
+    images: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, list | tuple) or any(image is None for image in self.images):
+            raise ValueError(
+                f"images must be a tuple of images that are not None, got {self.images!r:.100}; pass (image,) for one "
+                "image and () for none"
+            )
+        object.__setattr__(self, "images", tuple(self.images))
+        if self.question is None and (self.answer is None or self.images):
+            raise ValueError(
+                f"a turn without a question must have an answer and no images, got the answer {self.answer!r:.100} and "
+                f"{len(self.images)} images"
+            )
+        for name, text in (("question", self.question), ("answer", self.answer)):
+            if text is not None:
+                _check_prompt_text(name, text)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A request for the answer to the last question of a conversation. The result is a `QueryResult`.
+
+    It needs the skill "query". A conversation of one turn with at most one image equals a `Query`.
+
+    Attributes:
+        turns: Questions and answers in order. The last turn has a question and no answer.
+        reasoning: Generate reasoning before the answer, and return it.
+        settings: Settings of the request.
+        stop: Stop strings, as of a `Query`.
+        json_schema: JSON schema of the answer, as of a `Query`.
+    """
+
+    skill: ClassVar[str] = "query"
+    turns: tuple[Turn, ...]
+    reasoning: bool = False
+    settings: Settings = field(default_factory=Settings)
+    stop: tuple[str, ...] = ()
+    json_schema: Mapping[str, Any] | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.turns, list | tuple) or not all(isinstance(turn, Turn) for turn in self.turns):
+            raise ValueError(
+                f"turns must be a tuple of Turn, got {self.turns!r:.100}; pass messages to the method chat"
+            )
+        object.__setattr__(self, "turns", tuple(self.turns))
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        object.__setattr__(self, "settings", Settings.of(self.settings))
+        if not self.turns or self.turns[-1].answer is not None:
+            raise ValueError("the last turn must have a question and no answer; append the question to answer")
+        check_text("the question of the last turn", self.turns[-1].question)
+        length = sum(len(text) for turn in self.turns for text in (turn.question, turn.answer) if text)
+        if length > MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"a conversation must have at most {MAX_PROMPT_CHARACTERS} characters, got {length}")
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """Images of all turns, in order."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+    @property
+    def image(self) -> Any:
+        """First image; None without an image."""
+        return next(iter(self.images), None)
+
+    def with_images(self, images: Sequence[Any]) -> Chat:
+        """Return the same conversation with other images.
+
+        Args:
+            images: As many images as `images` has, in the same order.
+
+        Raises:
+            ValueError: The number of images differs.
+        """
+        if len(images) != len(self.images):
+            raise ValueError(f"the conversation has {len(self.images)} images, got {len(images)}; pass one for each")
+        left = iter(images)
+        turns = tuple(replace(turn, images=tuple(next(left) for _ in turn.images)) for turn in self.turns)
+        return replace(self, turns=turns)
+
+
+@dataclass(frozen=True)
 class Caption:
     """A request for a caption; `length` is "short", "normal" or "long"."""
 
@@ -194,7 +294,7 @@ class Gaze:
         _check_request(self, None, "eye")
 
 
-Request = Union[Detect, Point, Query, Caption, Gaze]  # noqa: UP007 - evaluated at run time on Python 3.10
+Request = Union[Detect, Point, Query, Chat, Caption, Gaze]  # noqa: UP007 - evaluated at run time on Python 3.10
 
 
 @dataclass(frozen=True)
@@ -295,7 +395,7 @@ class PointResult:
 
 @dataclass(frozen=True)
 class QueryResult:
-    """Result of `Query`.
+    """Result of `Query` and `Chat`.
 
     Attributes:
         answer: Answer text.
@@ -372,11 +472,16 @@ def _check_request(request: Any, text: str | None, name: str, image_required: bo
     object.__setattr__(request, "settings", Settings.of(request.settings))
     if name not in ("object", "question"):
         return
-    checked = check_text(name, text)
-    if len(checked) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"{name} must have at most {MAX_PROMPT_CHARACTERS} characters, got {len(checked)}")
+    _check_prompt_text(name, check_text(name, text))
+
+
+def _check_prompt_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, got {text!r:.100}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"{name} must have at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}")
     try:
-        checked.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} must be valid Unicode text, got {text!r:.100}") from error
 

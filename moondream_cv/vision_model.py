@@ -1,7 +1,8 @@
 """Interface of all models, local and remote: `VisionModel`, and the methods of the published model on top of it.
 
 A class that implements `run` and inherits `PublishedMethods` has `caption`, `query`, `detect`, `point`, `detect_gaze`,
-`answer_question` and `batch_answer` with the arguments and return values of the published model.
+`answer_question` and `batch_answer` with the arguments and return values of the published model, and the `chat` of the
+authors' client.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from moondream_cv.conversations import parse_messages
 from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.images import to_rgb
 from moondream_cv.requests import (
     Caption,
+    Chat,
     Detect,
     DetectedObject,
     DetectedPoint,
@@ -131,6 +134,49 @@ class PublishedMethods:
         if not reasoning:
             return {"answer": parts}
         return {"reasoning": next(parts).to_dict(), "answer": parts}
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        stream: bool = False,
+        settings: SettingsLike = None,
+        reasoning: bool | None = None,
+    ) -> dict[str, Any]:
+        """Return the answer to the last question of a conversation, as the `chat` of the authors' client does.
+
+        Moondream 2 was not trained on conversations. The conversation is written as one question after another, with
+        their answers, and its last question is answered.
+
+        Args:
+            messages: Messages in OpenAI's layout: dicts with `role` ("system", "user" or "assistant") and `content`,
+                which is text or a list of the parts `{"type": "text", "text": ...}` and `{"type": "image_url",
+                "image_url": {"url": ...}}`. The URL is a data URI or any image that `caption` accepts. Only user
+                messages have images. An image takes 729 of the 2048 positions of the context.
+            stream: Return the answer as an iterator of text chunks; the reasoning is complete before it starts.
+            settings: Sampling settings.
+            reasoning: Generate reasoning before the answer, and return it; None: no reasoning.
+
+        Returns:
+            `{"message": {"role": "assistant", "content": str}, "finish_reason"}`, where `finish_reason` is "length" if
+            `max_tokens` ended the answer, and otherwise "stop". With `reasoning`, the message has `reasoning` as
+            `query` returns it. With `stream`, `{"message": iterator}`, which yields no reasoning.
+
+        Raises:
+            ImageError: An image cannot be read.
+            UnsupportedSkill: The model is remote.
+            ValueError: A message is invalid, or the conversation is longer than the context of the model.
+        """
+        _check_flag("stream", stream)
+        if reasoning is not None:
+            _check_flag("reasoning", reasoning)
+        request = Chat(parse_messages(messages), bool(reasoning), Settings.of(settings))
+        if stream:
+            return {"message": (piece for piece in self.stream(request) if isinstance(piece, str))}
+        result = _raised(self.run([request])[0])
+        message = {"role": "assistant", "content": result.answer}
+        if result.reasoning is not None:
+            message["reasoning"] = result.reasoning.to_dict()
+        return {"message": message, "finish_reason": "length" if result.truncated else "stop"}
 
     def detect(self, image: Any, object: str, settings: SettingsLike = None, stream: bool = False) -> dict[str, Any]:
         """Return the boxes of all objects of a class.

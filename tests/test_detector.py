@@ -118,6 +118,11 @@ def test_all_classes_of_a_frame_share_one_run_and_one_image(color_model: ColorMo
     assert {(request.settings.max_objects, request.settings.max_crops) for request in requests} == {(7, 3)}
 
 
+def test_adapter_may_be_a_path(color_model: ColorModel, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    assert Detector(color_model, adapter=adapter).settings.variant == str(adapter)
+
+
 def test_encoded_image_reaches_the_model_unchanged(color_model: ColorModel) -> None:
     encoded = color_model.encode(FRAME)
     detections = Detector(color_model)(encoded, "red")

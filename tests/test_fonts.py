@@ -12,7 +12,7 @@ import supervision as sv
 from PIL import Image, ImageDraw, ImageFont
 
 from moondream_cv import fonts
-from moondream_cv.cli.drawing import annotate
+from moondream_cv.drawing import annotate
 from moondream_cv.fonts import FontFile, font_for, legible, load_font
 from moondream_cv.video import Annotator
 

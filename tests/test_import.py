@@ -22,19 +22,26 @@ HEAVY = {"av", "cv2", "huggingface_hub", "numpy", "PIL", "rich", "supervision", 
 OPTIONAL = {
     "aiohttp",
     "boto3",
+    "datasets",
     "fal_client",
     "fastapi",
+    "fsspec",
     "hypothesis",
+    "imagehash",
     "inference",
     "inference_sdk",
+    "label_studio_sdk",
     "moondream",
     "nbclient",
     "nbformat",
     "openai",
     "playwright",
     "prometheus_client",
+    "pyarrow",
+    "pycocotools",
     "pytest",
     "pythonjsonlogger",
+    "rapidfuzz",
     "ray",
     "schemathesis",
     "starlette",
@@ -42,6 +49,8 @@ OPTIONAL = {
     "uvicorn",
 }
 SERVER_MODULES = "moondream_cv.server."  # need moondream-cv[server]
+TOOLS = ("autodistill", "cvat", "fiftyone")
+TOOL_MODULES = [f"moondream_cv.integrations.{tool}" for tool in TOOLS]  # need the tool
 
 
 def run_python(code: str) -> None:
@@ -109,12 +118,29 @@ def test_version_matches_the_distribution() -> None:
     assert installed == moondream_cv.__version__
 
 
+@pytest.mark.parametrize("tool", TOOLS)
+def test_integration_without_its_tool_names_the_command(tool: str) -> None:
+    packages = ["autodistill", "cvat_sdk", "fiftyone"]
+    run_python(
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({packages!r}))\n"
+        "try:\n"
+        f"    import moondream_cv.integrations.{tool}\n"
+        "except ImportError as error:\n"
+        f"    assert 'run: pip install {tool}' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('no error')"
+    )
+
+
 def test_every_module_imports_without_optional_packages() -> None:
     run_python(
         "import importlib, pkgutil, sys\n"
         f"sys.modules.update(dict.fromkeys({OPTIONAL!r}))  # None: cannot be imported\n"
         "import moondream_cv\n"
         "for module in pkgutil.walk_packages(moondream_cv.__path__, 'moondream_cv.'):\n"
-        f"    if not module.name.endswith('__main__') and not module.name.startswith({SERVER_MODULES!r}):\n"
+        f"    if module.name.endswith('__main__') or module.name.startswith({SERVER_MODULES!r}):\n"
+        "        continue\n"
+        f"    if module.name not in {TOOL_MODULES!r}:\n"
         "        importlib.import_module(module.name)\n"
     )

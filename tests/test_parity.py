@@ -15,7 +15,8 @@ from moondream_cv import load
 from moondream_cv.engine.crops import cut_crops
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.images import to_rgb
-from moondream_cv.requests import Caption, Detect, Point, Query
+from moondream_cv.requests import Caption, Chat, Detect, Point, Query, Turn
+from tests.helpers.batch_invariance import recording
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 IMAGES = ("0_378x378.png", "1_640x480.png", "2_1280x720.png", "3_200x900.png", "4_50x40.png")
@@ -98,6 +99,28 @@ def test_replies_equal_published_values(golden: GoldenSet, image: str) -> None:
 def test_query_without_image_equals_published_values(golden: GoldenSet) -> None:
     answer = golden.model.query(question="what colour is the car?", settings=TEXT)["answer"]
     assert answer == golden.expected["query_without_image"]
+
+
+CONVERSATIONS = tuple(json.loads((GOLDEN / "mha" / "conversations.json").read_text()))
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversation_equals_published_tokens_and_leads(golden: GoldenSet, name: str) -> None:
+    expected = json.loads((golden.folder / "conversations.json").read_text())[name]
+    images = {Path(path).name: golden.model.encode_image(path) for path in map(golden.image, IMAGES[:2])}
+    turns = [Turn(question, answer, [images[i] for i in names]) for question, answer, names in expected["turns"]]
+    with recording(golden.model) as choices:
+        (result,) = golden.model.run([Chat(tuple(turns), settings=TEXT)])  # type: ignore[arg-type]
+    assert result.to_dict()["answer"] == expected["answer"]  # type: ignore[union-attr]
+    assert choices.chosen == expected["tokens"]
+    assert choices.gaps == pytest.approx(expected["leads"], abs=1e-3)
+    (result,) = golden.model.run([Chat(tuple(turns), True, TEXT)])  # type: ignore[arg-type]
+    assert json.loads(json.dumps({k: result.to_dict()[k] for k in ("reasoning", "answer")})) == expected["reasoning"]  # type: ignore[union-attr]
+
+
+def test_recorded_conversations_differ(golden: GoldenSet) -> None:
+    recorded = json.loads((golden.folder / "conversations.json").read_text()).values()
+    assert len({tuple(conversation["leads"]) for conversation in recorded}) == len(recorded) == 7
 
 
 @pytest.mark.slow

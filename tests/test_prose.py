@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.helpers.scripts import import_file
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "check_prose.py"
 MARKED = "It lies in the cache and is made anew."  # two markers
@@ -19,14 +19,7 @@ if not SCRIPT.exists():
 @pytest.fixture(scope="module")
 def prose() -> ModuleType:
     """Return scripts/check_prose.py as a module."""
-    spec = importlib.util.spec_from_file_location("check_prose", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "check_prose", module)  # dataclasses look the module up
-        spec.loader.exec_module(module)
-    return module
+    return import_file("scripts/check_prose.py")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from PIL import Image
 from moondream_cv import Detector, load
 from moondream_cv.engine.local_model import LocalModel
 from tests.helpers.color_model import ColorModel, color_frame
+from tests.helpers.scripts import import_file
 
 pytestmark = pytest.mark.compat
 
@@ -30,12 +30,7 @@ def example() -> ModuleType:
     path = Path(__file__).parents[1] / "examples" / "small_objects.py"
     if not path.exists():
         pytest.skip("the examples are not part of a source distribution")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_file("examples/small_objects.py")
 
 
 @pytest.fixture(scope="module")

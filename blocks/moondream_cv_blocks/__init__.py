@@ -35,6 +35,7 @@ def process_pool() -> ModelPool:
 
 
 REGISTERED_INITIALIZERS = {"models": process_pool}
+"""Initializers of the plugin, by name, as the workflows engine reads them."""
 
 
 def load_blocks() -> list[type[Any]]:
@@ -47,10 +48,11 @@ def load_blocks() -> list[type[Any]]:
     from .detect import DetectBlock
     from .point import PointBlock
     from .query import QueryBlock
+    from .segment import SegmentBlock
     from .track import TrackBlock
 
     for problem in environment_problems():
         if problem not in _logged:
             _logged.add(problem)
             logger.error("%s", problem)
-    return [DetectBlock, PointBlock, QueryBlock, CaptionBlock, TrackBlock]
+    return [DetectBlock, PointBlock, QueryBlock, CaptionBlock, TrackBlock, SegmentBlock]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
-import supervision as sv
+from typing import Literal
 
 from moondream_cv.detector import Detector
 
 from .fields import BoxManifest, block_metadata, error_output_definitions
-from .results import as_prediction, block_outputs, empty_prediction
+from .results import prediction_outputs
 from .roboflow import Batch, BlockResult, OutputDefinition, WorkflowImageData, types
 from .running import MoondreamBlock, run_detector
 
@@ -80,12 +78,4 @@ class DetectBlock(MoondreamBlock):
         """Return the outputs of each image; the arguments are the fields of the manifest."""
         options = {"confidence": confidence, "max_objects": max_objects, "nms": nms}
         detections = run_detector(Detector, self._models, model, list(images), class_names, **options)
-        return block_outputs(detections, images, _detection_outputs, _empty_outputs, "detect")
-
-
-def _detection_outputs(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
-    return {"predictions": as_prediction(detections, image, KIND)}
-
-
-def _empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
-    return {"predictions": empty_prediction(image, KIND)}
+        return prediction_outputs(detections, images, KIND, "detect")

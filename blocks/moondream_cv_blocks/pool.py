@@ -14,7 +14,9 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from moondream_cv.arguments import check_positive
@@ -24,10 +26,14 @@ from moondream_cv.errors import MoondreamError
 from moondream_cv.loading import ALIASES, TINY, check_name, choose_device, connect, is_url, load
 from moondream_cv.model.releases import DEFAULT_REPO, DEFAULT_REVISION
 from moondream_cv.progress import hidden
+from moondream_cv.sam import SamMasks, is_sam_folder
 from moondream_cv.urls import shown_url
 from moondream_cv.vision_model import VisionModel
 
 from .messages import ALLOWED, DEVICE, TIMEOUT
+
+if TYPE_CHECKING:
+    from moondream_cv.masks import MaskFunction
 
 RETRY_SECONDS = 5.0
 CACHED_IMAGES = 64
@@ -59,6 +65,7 @@ class ModelPool:
         check_positive("timeout", timeout, "seconds")
         self.device, self.timeout, self.cache_bytes = device, timeout, cache_bytes
         self._entries: dict[str, _Entry] = {}  # by requested name, and by `_key` of that name
+        self._masks: dict[str, _Entry] = {}  # segmentation models, by `_key` of their name
         self._lock = threading.Lock()
 
     def get(self, name: str) -> VisionModel:
@@ -74,18 +81,31 @@ class ModelPool:
             ValueError: The name is invalid, or workflows are not allowed to use the model.
         """
         name = check_allowed(name)
-        entry = self._entry(name)
-        with entry.lock:  # per model, because loading can take minutes
-            if entry.model is None:
-                if time.monotonic() < entry.retry_at:
-                    raise entry.error_type(entry.error_message)
-                try:
-                    check_name(name)
-                    entry.model = self._open(name)
-                except Exception as error:
-                    entry.fail(error)
-                    raise
-            return entry.model
+
+        def open_model() -> VisionModel:
+            check_name(name)
+            return self._open(name)
+
+        model: VisionModel = self._entry(name).open(open_model)
+        return model
+
+    def get_masks(self, name: str) -> MaskFunction:
+        """Return the mask function of a segmentation model, and load it on first use. Failures are as for `get`.
+
+        Args:
+            name: Repository on the hub, or folder.
+
+        Raises:
+            MoondreamError: The model cannot be loaded.
+            ValueError: The name is invalid, or workflows are not allowed to use the model.
+        """
+        name = check_allowed(name)
+        with self._lock:
+            now = time.monotonic()
+            self._masks = {key: one for key, one in self._masks.items() if not one.is_expired(now)}
+            entry = self._masks.setdefault(_key(name), _Entry())
+        masks: MaskFunction = entry.open(lambda: SamMasks(name, device=self.device))
+        return masks
 
     def is_open(self, name: str) -> bool:
         """Return whether the model with a name or URL is open."""
@@ -116,6 +136,7 @@ class ModelPool:
         """Close all models. Later calls of `get` open them again."""
         with self._lock:
             closed, self._entries = {id(entry): entry for entry in self._entries.values()}, {}
+            self._masks = {}
         for entry in closed.values():
             with entry.lock:
                 model, entry.model = entry.model, None
@@ -152,10 +173,30 @@ class _Entry:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.model: VisionModel | None = None
+        self.model: Any = None
         self.error_type: type[Exception] = MoondreamError
         self.error_message = ""
         self.retry_at = -math.inf  # time from which the model may be opened again
+
+    def open(self, load: Callable[[], Any]) -> Any:
+        """Return the model, and load it if it is not open.
+
+        Args:
+            load: Function that loads the model. It is called by one thread at a time, and not soon after a failure.
+
+        Raises:
+            Exception: The error of the function.
+        """
+        with self.lock:  # per model, because loading can take minutes
+            if self.model is None:
+                if time.monotonic() < self.retry_at:
+                    raise self.error_type(self.error_message)
+                try:
+                    self.model = load()
+                except Exception as error:
+                    self.fail(error)
+                    raise
+            return self.model
 
     def fail(self, error: Exception) -> None:
         """Store an error, and schedule the next attempt."""
@@ -215,6 +256,8 @@ def environment_problems() -> list[str]:
     except ValueError as error:
         problems.append(str(error))
     for name in _allowed():
+        if is_sam_folder(name):
+            continue
         try:
             check_name(canonical_name(name))
         except (MoondreamError, ValueError) as error:

@@ -73,6 +73,27 @@ def block_outputs(
     return outputs
 
 
+def prediction_outputs(
+    results: Sequence[sv.Detections | Exception], images: Iterable[WorkflowImageData], kind: str, block: str
+) -> list[dict[str, Any]]:
+    """Return the outputs of each image for a block whose only output besides errors is `predictions`.
+
+    Args:
+        results: Detections of each image in pixels, changed in place, or the exception it failed with.
+        images: Images of the batch.
+        kind: Prediction type, such as "object-detection".
+        block: Name of the block, for the log.
+    """
+
+    def result_outputs(detections: sv.Detections, image: WorkflowImageData) -> dict[str, Any]:
+        return {"predictions": as_prediction(detections, image, kind)}
+
+    def empty_outputs(image: WorkflowImageData) -> dict[str, Any]:
+        return {"predictions": empty_prediction(image, kind)}
+
+    return block_outputs(results, images, result_outputs, empty_outputs, block)
+
+
 def error_outputs(error: Exception) -> dict[str, Any]:
     """Return the error outputs of a failed image."""
     return {"error_status": True, "error_message": workflow_message(error)}

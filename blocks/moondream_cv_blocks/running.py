@@ -56,6 +56,7 @@ def run_detector(
     confidence: Any,
     max_objects: Any,
     nms: Any = None,
+    masks: Any = None,
 ) -> list[sv.Detections | Exception]:
     """Detect or point at classes on images.
 
@@ -70,6 +71,7 @@ def run_detector(
         confidence: Minimum confidence, 0..1.
         max_objects: Maximum number of objects per image and class.
         nms: IoU threshold of non-maximum suppression, 0..1; only for `Detector`.
+        masks: Name of a segmentation model; None computes no masks. Only for `Detector`.
 
     Returns:
         The detections of each image, or its error.
@@ -88,6 +90,8 @@ def run_detector(
             threshold = parse_optional_fraction(nms, "nms")
             if threshold is not None:
                 options["nms"] = threshold
+            if masks is not None:
+                options["masks"] = pool.get_masks(masks)
             opened = _check_skill(pool.get(model), model, SKILLS[kind])
             results = kind(opened, **options).detect_each(list(frames.values()), names)
         except Exception as error:  # concerns all images

@@ -23,6 +23,7 @@ from moondream_cv.backends.server_url import ServerURL
 from moondream_cv.errors import BackendError, BackendTimeout, MoondreamError, UnsupportedSkill
 from moondream_cv.requests import (
     Caption,
+    Chat,
     Detect,
     ErrorResult,
     Gaze,
@@ -39,7 +40,7 @@ Self = TypeVar("Self", bound="RemoteModel")
 T = TypeVar("T")
 
 _GRACE_SECONDS = 0.1
-_REQUEST_TYPES = (Detect, Point, Query, Caption, Gaze)
+_REQUEST_TYPES = (Detect, Point, Query, Chat, Caption, Gaze)
 _ALTERNATIVES = {  # by skill
     "detect": "use MoondreamAPI or a model from moondream_cv.load()",
     "point": "use MoondreamAPI or a model from moondream_cv.load()",
@@ -299,11 +300,13 @@ class RemoteModel(PublishedMethods):
 
     def _check_request(self, request: Request) -> None:
         if not isinstance(request, _REQUEST_TYPES):
-            raise ValueError(f"a request must be a Detect, Point, Query, Caption or Gaze, got {request!r:.100}")
+            raise ValueError(f"a request must be a Detect, Point, Query, Chat, Caption or Gaze, got {request!r:.100}")
         if not self._has_skill(request.skill):
             skills = ", ".join(sorted(self.skills))
             raise self._unsupported(f"{request.skill}, only {skills}", _ALTERNATIVES[request.skill])
         local = "use a model from moondream_cv.load()"
+        if isinstance(request, Chat):
+            raise self._unsupported("continue a conversation", local)
         if isinstance(request, Query) and request.stop:
             raise self._unsupported("end an answer at stop strings", local)
         if isinstance(request, Query) and request.json_schema is not None:

@@ -107,6 +107,8 @@ def _probe_dialect(server: ServerURL, api_key: str | None, timeout: float) -> st
         if isinstance(body.get("data"), list):
             return "openai"
         info = http.probe("/info").body or {}
+        if info.get("name") == "moondream-cv":  # its list of models requires a key
+            return "moondream"
         if {"name", "version", "uuid"} & info.keys():
             return "roboflow"
     finally:

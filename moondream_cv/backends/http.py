@@ -260,6 +260,8 @@ class HttpClient:
     def _describe(self, error: httpx.HTTPError) -> str:
         """Return the message for an error of httpx."""
         text = shorten(str(error)) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            return f"has an untrusted certificate ({text}); set SSL_CERT_FILE to the file of a certificate to trust"
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return f"is unreachable ({text}); check that the server is running"
         if isinstance(error, httpx.TimeoutException):

@@ -18,7 +18,7 @@ from moondream_cv import __version__
 from moondream_cv.errors import MoondreamError
 from moondream_cv.escaping import EscapingFormatter
 
-from . import caption, demo, detect, download, point, quantize, query, serve, video
+from . import caption, demo, detect, download, evaluate, finetune, label, point, quantize, query, serve, video
 from .report import OutputError, discard_stdout, error_text, shown
 from .signals import Terminated, exit_status, interrupted_line, stop_on_signals
 
@@ -92,11 +92,14 @@ for _command in (
     query.query,
     caption.caption,
     video.video,
+    label.label,
     serve.serve,
     download.download,
     quantize.quantize,
+    evaluate.evaluate,
 ):
     app.command()(_command)
+app.add_typer(finetune.app, name="finetune")
 
 
 def main() -> None:

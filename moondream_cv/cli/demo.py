@@ -94,7 +94,8 @@ def _print_checks(report: Report, title: str, checks: Sequence[Check]) -> None:
 
 
 def _save_images(output: Path, scenes: Sequence[SceneResult], score: Score, model: str) -> list[Path]:
-    from .drawing import annotate
+    from moondream_cv.drawing import annotate
+
     from .montage import Panel, make_montage
 
     saved, panels = [], []
@@ -133,7 +134,8 @@ def _save_contact_sheet(clip: ClipResult, model: str) -> None:
 
 
 def _colored_texts(check: Check) -> list[tuple[str, tuple[int, int, int]]]:
-    from .drawing import BLACK
+    from moondream_cv.drawing import BLACK
+
     from .montage import GRAY, RED
 
     texts = [(check.asked, GRAY), (check.said, BLACK)]

@@ -106,7 +106,7 @@ def run_detect_command(
 
 def annotated(image: Image.Image, found: sv.Detections, has_scores: bool) -> Image.Image:
     """Return a copy of an RGB image with its detections drawn."""
-    from .drawing import annotate
+    from moondream_cv.drawing import annotate
 
     return annotate(image, found, has_scores=has_scores)
 
@@ -210,7 +210,7 @@ def _objects(found: sv.Detections, points: bool) -> list[tuple[str, int, float, 
 
 
 def _entries(found: sv.Detections, points: bool) -> list[dict[str, Any]]:
-    return [
+    entries: list[dict[str, Any]] = [
         {
             "class_name": name,
             "class_id": class_id,
@@ -219,6 +219,12 @@ def _entries(found: sv.Detections, points: bool) -> list[dict[str, Any]]:
         }
         for name, class_id, confidence, numbers in _objects(found, points)
     ]
+    if found.mask is not None:
+        from supervision import mask_to_rle
+
+        for entry, mask in zip(entries, found.mask, strict=True):  # as in COCO results
+            entry["segmentation"] = {"size": list(mask.shape), "counts": mask_to_rle(mask, compressed=True)}
+    return entries
 
 
 def _table(found: sv.Detections, points: bool, has_scores: bool) -> Table:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import glob
+import mimetypes
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -91,6 +92,8 @@ class InputImage:
             return ImageError(str(error).replace("the encoded image", "standard input", 1))
         if is_url(self.name):
             return ImageError(str(error).replace("the encoded image", f"the image at {self.title!r}", 1))
+        if (mimetypes.guess_type(self.name)[0] or "").startswith("video/") and os.path.isfile(self.name):
+            return ImageError(f"{self.name!r} is a video; use moondream-cv video, which reads its frames")
         return error
 
 

@@ -13,6 +13,7 @@ from moondream_cv.urls import is_url
 from .report import Report, shown_model
 
 if TYPE_CHECKING:
+    from moondream_cv.sam import SamMasks
     from moondream_cv.vision_model import VisionModel
 
 
@@ -24,7 +25,7 @@ class ModelOptions:
         name: Model name for `moondream_cv.load`, or server URL.
         device: Device for the model; None selects the best available.
         dtype: "float32", "bfloat16" or "float16"; None selects the best for the device.
-        adapter: LoRA adapter, as a file or an id; None uses none.
+        adapter: LoRA adapter, as a file, a folder, "ID@STEP" of a finetune or a published ID; None uses none.
         quantize: "int8" or "int4"; None loads the weights as they are stored.
     """
 
@@ -88,10 +89,6 @@ def load_model(options: ModelOptions, report: Report) -> VisionModel:
     from moondream_cv.loading import choose_device, load
 
     choose_device(options.device)
-    if options.adapter is not None:  # raises before the weights are downloaded
-        from moondream_cv.model.adapters import find_adapter
-
-        find_adapter(options.adapter)
     if report.quiet:
         from huggingface_hub.utils import disable_progress_bars
 
@@ -111,3 +108,24 @@ def check_remote(options: ModelOptions) -> None:
         raise ValueError(
             f"{names} applies to a local model only, and {shown_model(options.name)} is a server; remove it"
         )
+
+
+def load_masks(name: str, device: str | None, show_progress: bool) -> SamMasks:
+    """Load a segmentation model.
+
+    Args:
+        name: Repository on the hub, or folder.
+        device: Device for the model; None selects the best available.
+        show_progress: Show progress bars of downloading and loading.
+
+    Raises:
+        MoondreamError: The model cannot be loaded.
+        ValueError: The device is unknown.
+    """
+    from moondream_cv.sam import SamMasks
+
+    if not show_progress:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    return SamMasks(name, device=device)

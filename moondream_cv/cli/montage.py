@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from moondream_cv.drawing import RGB, WHITE
 from moondream_cv.fonts import Font, load_font
-
-from .drawing import RGB, WHITE
 
 GRAY: RGB = (110, 114, 122)
 RED: RGB = (200, 40, 40)

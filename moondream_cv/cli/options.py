@@ -63,9 +63,28 @@ MaxArea = Annotated[
         show_default=False,
     ),
 ]
+SliceSize = Annotated[
+    int | None,
+    typer.Option(
+        "--slice",
+        min=32,
+        metavar="PIXELS",
+        help="Size of overlapping slices in pixels, for small objects in large images. [dim]\\[default: off][/]",
+        show_default=False,
+    ),
+]
 MinSize = Annotated[
     float,
     typer.Option("--min-size", min=0, metavar="PIXELS", help="Minimum length of the shorter box side in pixels."),
+]
+Masks = Annotated[
+    str | None,
+    typer.Option(
+        "--masks",
+        metavar="NAME",
+        help="Model for masks: a hub repository or a folder of SAM or SAM 2. [dim]\\[default: no masks][/]",
+        show_default=False,
+    ),
 ]
 Model = Annotated[
     str,
@@ -108,10 +127,20 @@ Quantize = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(
-        "--adapter", metavar="FILE|ID", help="LoRA adapter, as a file or an id. [dim]\\[default: none][/]",
+        "--adapter", metavar="ID@STEP|FILE",
+        help="LoRA adapter: a checkpoint of a finetune, a file or folder, or a published ID. [dim]\\[default: none][/]",
         show_default=False,
     ),
 ]  # fmt: skip
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Run on a Ray cluster: its address, auto, or local. [dim]\\[default: off][/]",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[
     bool,
     typer.Option("--json", help="Print JSON: a document for one image, JSON Lines for several."),
@@ -166,7 +195,7 @@ class ImageOptions:
         device: Device for the model.
         dtype: Data type of the weights.
         quantize: "int8" or "int4"; None loads the weights as they are stored.
-        adapter: LoRA adapter, as a file or an id.
+        adapter: LoRA adapter, as a file, a folder, "ID@STEP" of a finetune or a published ID.
         show: Show each annotated image in a window.
         as_json: Print JSON instead of text.
         as_lines: Print JSON Lines, even for a single image.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import options
-from .models import ModelOptions, check_remote
+from .models import ModelOptions, check_remote, load_masks
 from .report import shown_model
 
 if TYPE_CHECKING:
@@ -42,12 +43,22 @@ def serve(
     dtype: options.Dtype = None,
     quantize: options.Quantize = None,
     adapter: options.Adapter = None,
+    masks: options.Masks = None,
     cache_images: Annotated[
         int,
         typer.Option(
             "--cache-images", min=0, metavar="N", help="Maximum number of cached encoded images, about 160 MB each."
         ),
     ] = 8,
+    finetunes: Annotated[
+        Path | None,
+        typer.Option(
+            "--finetunes",
+            metavar="FOLDER",
+            help="Folder of the finetunes. [dim]\\[default: MOONDREAM_CV_FINETUNES or a user data folder][/]",
+            show_default=False,
+        ),
+    ] = None,
     api_keys: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,6 +135,17 @@ def serve(
         Literal["debug", "info", "warning", "error"],
         typer.Option("--log-level", metavar="debug|info|warning|error", help="Minimum level of log messages."),
     ] = "info",
+    ray: options.Ray = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            min=1,
+            metavar="N",
+            help="Number of Ray Serve replicas. [dim]\\[default: one per GPU, or per machine without GPUs][/]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP, with the APIs of Moondream, Roboflow Inference, OpenAI and fal.
 
@@ -135,6 +157,8 @@ def serve(
     [bold]Examples[/]
     $ moondream-cv serve --model tiny
     $ MOONDREAM_CV_API_KEYS="first second" moondream-cv serve --host 0.0.0.0
+    $ moondream-cv serve --masks facebook/sam2.1-hiera-small
+    $ moondream-cv serve --ray local --replicas 2
     $ moondream-cv detect street.jpg -c person --model http://localhost:2020
     """
     check_installed()
@@ -151,8 +175,16 @@ def serve(
     loading = ModelOptions(model, device, dtype, adapter, quantize)
     if is_url(model):
         check_remote(loading)
+        if finetunes is not None:
+            raise ValueError(f"--finetunes needs a local model, and {shown_model(model)} is a server; remove it")
+        if ray is not None:
+            raise ValueError(f"--ray needs a local model, and {shown_model(model)} is a server; remove it")
+    if replicas is not None and ray is None:
+        raise ValueError("--replicas needs --ray, such as --ray local")
     if (certificate is None) != (certificate_key is None):
         raise ValueError("--tls-cert and --tls-key must be used together")
+    if finetunes is not None and finetunes.exists() and not finetunes.is_dir():
+        raise ValueError(f"--finetunes must be a folder, got {str(finetunes)!r}, which is a file")
     for file in (certificate, certificate_key):
         if file is not None and not file.is_file():
             raise ValueError(f"--tls-cert and --tls-key must be files, got {str(file)!r}, which does not exist")
@@ -168,19 +200,13 @@ def serve(
         allowed_hosts=(*allowed_hosts_for(host), *(allowed_hosts or ())),
         decode_timeout=decode_timeout,
         page=page,
+        finetunes=finetunes,
     )
 
-    # Create the app
+    # Announce the address
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     set_up = partial(set_up_logging, log_level, as_json)
     set_up()
-    app = create_app(
-        partial(open_model, loading, cache_images, set_up),
-        name=name or public_name(model),
-        settings=chosen,
-    )
-
-    # Announce the address and run the server
     scheme = "http" if certificate is None else "https"
     shown_host = "localhost" if host == "127.0.0.1" else f"[{host}]" if ":" in host else host
     announcement = f"Serving {shown_model(model)} at {scheme}://{shown_host}:{port}"
@@ -189,9 +215,29 @@ def serve(
             f"Warning: no API key is set, so everyone who can reach {host} can use the server; set {KEYS_VARIABLE}"
         )
         typer.echo(warning, err=True)
-    files = (None if file is None else str(file) for file in (certificate, certificate_key))
     announce = partial(typer.echo, announcement, err=True)
-    run_server(app, host, port, announce, **dict(zip(("certificate", "certificate_key"), files, strict=True)))
+
+    # Run the server
+    load_mask_function = None
+    if masks is not None:
+        load_mask_function = partial(load_masks, _with_absolute_path(masks), device, False)
+    files = (None if file is None else str(file.absolute()) for file in (certificate, certificate_key))
+    tls = dict(zip(("certificate", "certificate_key"), files, strict=True))
+    name = name or public_name(model)
+    if ray is not None:
+        from moondream_cv.loading import check_name
+        from moondream_cv.server.ray_serve import run_on_ray
+
+        check_name(model)
+        load = partial(open_replica_model, with_absolute_paths(loading), cache_images, set_up)
+        run_on_ray(
+            load, name, chosen, host, port, announce, address=ray, replicas=replicas, device=device,
+            json_logs=as_json, load_masks=load_mask_function, **tls,
+        )  # fmt: skip
+        return
+    load = partial(open_model, loading, cache_images, set_up)
+    app = create_app(load, name=name, settings=chosen, load_masks=load_mask_function)
+    run_server(app, host, port, announce, **tls)
 
 
 def check_installed() -> None:
@@ -232,6 +278,26 @@ def open_model(options: ModelOptions, cache_images: int, set_up: Callable[[], No
     from moondream_cv.server.runtime.engine_process import ProcessEngine
 
     return ProcessEngine(partial(load_model, options, cache_images), set_up)
+
+
+def open_replica_model(
+    options: ModelOptions, cache_images: int, set_up: Callable[[], None]
+) -> VisionModel | ProcessEngine:
+    """Set up the process of a replica, and load the model in another process, as `open_model` does."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_up()
+    return open_model(options, cache_images, set_up)
+
+
+def with_absolute_paths(options: ModelOptions) -> ModelOptions:
+    """Return the options with absolute paths, for processes with another working directory."""
+    adapter = options.adapter and _with_absolute_path(options.adapter)
+    return replace(options, name=_with_absolute_path(options.name), adapter=adapter)
+
+
+def _with_absolute_path(name: str) -> str:
+    """Return the absolute path of an existing file or folder, and any other name unchanged."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def load_model(options: ModelOptions, cache_images: int) -> LocalModel:

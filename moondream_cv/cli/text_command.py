@@ -117,7 +117,7 @@ def _illustrate(image: Image.Image, request: Request, result: QueryResult | Capt
     import numpy as np
     import supervision as sv
 
-    from .drawing import annotate, with_text
+    from moondream_cv.drawing import annotate, with_text
 
     if isinstance(result, CaptionResult):
         return with_text(image, [result.caption])

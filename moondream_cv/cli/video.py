@@ -148,7 +148,7 @@ def video(
     $ moondream-cv video frames/%04d.png ball --fps 25 --mot tracks.txt
 
     \b
-    [bold]Zone file[/] (docs/zones.md has all keys, docs/zones.schema.json the JSON schema)
+    [bold]Zone file[/] ("Lines and zones" in the documentation describes all keys)
     {"normalized": true,
      "lines": \\[{"name": "door", "start": \\[0.1, 0.6], "end": \\[0.9, 0.6]}],
      "zones": \\[{"name": "queue", "polygon": \\[\\[0, 0.6], \\[0.5, 0.6], \\[0.5, 1]]}]}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .progress_bar import ProgressBar
 from .report import shown
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from moondream_cv.video import Summary
 
 # Loggers with messages about single frames.
@@ -21,7 +19,7 @@ _FRAME_LOGGERS = ("moondream_cv.detector", "moondream_cv.video.tracking.keyframe
 _MAX_MESSAGES = 3
 
 
-class VideoProgress:
+class VideoProgress(ProgressBar):
     """Progress bar of a video on a terminal.
 
     Attributes:
@@ -35,50 +33,15 @@ class VideoProgress:
             name: Name of the source.
             is_shown: Show the bar if standard error is a terminal.
         """
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+        super().__init__(shown(name if len(name) <= 24 else f"...{name[-21:]}"), None, is_shown=is_shown)
         self.summary: Summary | None = None
-        console = Console(stderr=True)
-        self._visible = is_shown and console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}", markup=False),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not self._visible,
-            transient=True,
-            redirect_stdout=False,  # JSON Lines must not be mixed with the bar
-            expand=True,
-        )
-        short = shown(name if len(name) <= 24 else f"...{name[-21:]}")
-        self._task = self._progress.add_task(short, total=None, rates="")
-        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
-
-    def __enter__(self) -> VideoProgress:
-        self._progress.start()
-        if self._visible:  # log messages are printed above the bar
-            for handler in logging.getLogger("moondream_cv").handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    self._streams.append((handler, handler.setStream(sys.stderr)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handler, stream in self._streams:
-            if stream is not None:
-                handler.setStream(stream)
-        self._progress.stop()
 
     def update(self, summary: Summary) -> None:
         """Update the bar from the summary of a frame."""
         self.summary = summary
         total = None if summary.frame_count is None else max(summary.frame_count, summary.frames)
         rates = f"{summary.fps:.1f} fps, detector {summary.detector_fps:.1f} fps"
-        self._progress.update(self._task, completed=summary.frames, total=total, rates=rates)
+        self._set(completed=summary.frames, total=total, detail=rates)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,14 +101,17 @@ class Calibration:
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Calibration:
+    def read(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read a file written by `write`.
+
+        Args:
+            path: JSON file.
 
         Raises:
             CheckpointError: The file cannot be read or is invalid; the message names the file and the problem.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
         try:

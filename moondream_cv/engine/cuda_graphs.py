@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -34,8 +33,9 @@ from moondream_cv.engine.kv_cache import (
 )
 from moondream_cv.engine.memory import is_out_of_memory
 from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, plan_static_step
+from moondream_cv.model.adapters import Adapter
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.text import LayerLora, attention
+from moondream_cv.model.text import attention
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class GraphedDecodeStep:
         network: MoondreamNetwork,
         buffers: KVBuffers,
         tokens_per_group: int,
-        adapter: Sequence[LayerLora] | None,
+        adapter: Adapter | None,
         use_graph: bool,
     ) -> None:
         """Allocate the static inputs.
@@ -71,7 +71,7 @@ class GraphedDecodeStep:
             network: Network that runs the decoder. Its weights must keep their addresses.
             buffers: Tensors of the KV cache.
             tokens_per_group: Tokens per group, including padding.
-            adapter: Adapter layers; None: no adapter.
+            adapter: Adapter; None: no adapter.
             use_graph: Capture and replay a CUDA graph.
         """
         self._network, self._adapter, self._use_graph = network, adapter, use_graph
@@ -122,7 +122,8 @@ class GraphedDecodeStep:
 
         # Run the decoder
         attends = [partial(self._attend, layer, mask) for layer in self._layers]
-        return self._network.text(self._inputs[None], self._positions, attends=attends, adapter=self._adapter)[0]
+        layers = None if self._adapter is None else self._adapter.layers
+        return self._network.text(self._inputs[None], self._positions, attends=attends, adapter=layers)[0]
 
     def _attend(self, layer: Tensor, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write keys and values and compute the attention of one layer: [1, N, heads, head_dim] → the same shape."""
@@ -228,7 +229,7 @@ class GraphPool:
         padded = next((size for size in TOKENS_PER_GROUP if size >= num_tokens), None)
         return None if padded is None or padded * max_groups > MAX_TOKENS else padded
 
-    def step(self, buffers: KVBuffers, tokens_per_group: int, adapter: Sequence[LayerLora] | None) -> GraphedDecodeStep:
+    def step(self, buffers: KVBuffers, tokens_per_group: int, adapter: Adapter | None) -> GraphedDecodeStep:
         """Return the decode step of a shape on tensors of this pool, which is created on first use."""
         key = (tokens_per_group, id(adapter))  # the step refers to the adapter, so the ID stays unique
         if key not in buffers.steps:
@@ -237,11 +238,11 @@ class GraphPool:
         return step
 
     @torch.inference_mode()
-    def warm_up(self, adapter: Sequence[LayerLora] | None) -> None:
+    def warm_up(self, adapter: Adapter | None) -> None:
         """Build the decode steps of 1 to 64 sequences on one image before the first request needs them.
 
         Args:
-            adapter: Adapter layers; None: no adapter.
+            adapter: Adapter; None: no adapter.
         """
         network = self._network
         prefix_length, dim = network.config.prefix_length, network.config.text.dim

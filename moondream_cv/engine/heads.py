@@ -18,7 +18,7 @@ from moondream_cv.engine.confidence import AxisFeatures, axis_features, continue
 from moondream_cv.engine.sampling import SamplingParams, sample
 from moondream_cv.engine.transfers import HostCopy, integers
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.region import bin_to_coordinate, bin_to_size
+from moondream_cv.model.region import RegionLora, bin_to_coordinate, bin_to_size
 
 
 class Head(enum.Enum):
@@ -153,6 +153,7 @@ def run_heads(
     hidden: Tensor,
     partial: Tensor,
     sampling: Sequence[SamplingParams | None],
+    region_lora: RegionLora | None = None,
 ) -> BatchOutputs:
     """Apply the head of each sequence. No argument is modified.
 
@@ -161,7 +162,8 @@ def run_heads(
         heads: Head of each of S sequences.
         hidden: [S, dim] hidden states before `post_ln`.
         partial: [S, NUM_PARTIAL_COLUMNS] packed outputs so far for the object that each sequence decodes.
-        sampling: Sampling parameters of each sequence; None for sequences that write no text.
+        sampling: Sampling parameters of each sequence; None for the most likely objects and points.
+        region_lora: Adapter of the region heads; None: no adapter.
     """
     by_head: dict[Head, list[int]] = {head: [] for head in Head}
     for i, head in enumerate(heads):
@@ -179,28 +181,33 @@ def run_heads(
             decisions = logits[: len(deciding)]
             eos = network.config.tokenizer.eos_id
             continue_probs = continue_probability(decisions, eos)[:, None]
-            stop = (decisions.argmax(-1) == eos)[:, None]
+            stop = _choose_stops(decisions, continue_probs, [sampling[i] for i in deciding], eos)
             packed = torch.cat((_gather(partial, deciding), continue_probs, stop), 1)  # [D, all columns]
             _scatter(partial, deciding, continue_probs, COLUMNS["continue_probability"])
         if writing:
-            params = [one for i in writing if (one := sampling[i]) is not None]
+            writers = [one for i in writing if (one := sampling[i]) is not None]
             token_embeddings, sampled = _sample_tokens(
-                network, params, logits[len(deciding) :], _gather(hidden, writing), len(reasoning)
+                network, writers, logits[len(deciding) :], _gather(hidden, writing), len(reasoning), region_lora
             )
             _scatter(embeddings, writing, token_embeddings)
 
     # Coordinate head: x and y
     for head, field in ((Head.X_OR_STOP, "x"), (Head.Y, "y")):
         if rows := by_head[head]:
-            logits = network.region.decode_coordinate(_gather(hidden, rows))
-            coordinate = bin_to_coordinate(logits.argmax(-1), logits.shape[-1])[:, None]  # [n, 1]
+            logits = network.region.decode_coordinate(_gather(hidden, rows), region_lora)
+            params = [sampling[i] for i in rows]
+            bins = _choose_bins(logits, _seconds(params) if head is Head.X_OR_STOP else params)
+            coordinate = bin_to_coordinate(bins, logits.shape[-1])[:, None]  # [n, 1]
             _scatter(embeddings, rows, network.region.encode_coordinate(coordinate.to(hidden.dtype)))
             _scatter(partial, rows, torch.cat((coordinate, axis_features(logits)), -1), COLUMNS[field])
 
     # Size head: width and height
     if rows := by_head[Head.SIZE]:
-        logits = network.region.decode_size(_gather(hidden, rows))
-        size = bin_to_size(logits.argmax(-1), logits.shape[-1])  # [n, 2]
+        logits = network.region.decode_size(_gather(hidden, rows), region_lora)  # [n, 2, bins]
+        params = [sampling[i] for i in rows]
+        both = [one for pair in zip(params, _seconds(params), strict=True) for one in pair]
+        bins = _choose_bins(logits.flatten(0, 1), both).view(-1, 2)
+        size = bin_to_size(bins, logits.shape[-1])  # [n, 2]
         _scatter(embeddings, rows, network.region.encode_size(size.to(hidden.dtype)))
         outputs = torch.cat((size[..., None], axis_features(logits)), -1)  # [n, 2, columns of an axis]
         columns = slice(COLUMNS["width"].start, COLUMNS["height"].stop)
@@ -211,8 +218,48 @@ def run_heads(
     return BatchOutputs(embeddings, partial, deciding, writing, *on_host)
 
 
+def _choose_stops(
+    logits: Tensor, continue_probs: Tensor, params: Sequence[SamplingParams | None], eos_id: int
+) -> Tensor:
+    """Decide which lists end: next-token logits [D, vocab_size] → [D, 1] booleans.
+
+    A list ends if the end is the most likely token. A sampled decision is one between the end and any other token.
+    """
+    stop = logits.argmax(-1) == eos_id
+    if any(one is not None for one in params):
+        probabilities = torch.cat((continue_probs, 1 - continue_probs), -1)
+        stop = torch.where(_is_sampled(params, logits.device), _choose_bins(probabilities.log(), params) == 1, stop)
+    return stop[:, None]
+
+
+def _choose_bins(logits: Tensor, params: Sequence[SamplingParams | None]) -> Tensor:
+    """Return the chosen bin of each row, [n, bins] → [n]: the most likely one, or a sample if there are parameters."""
+    if all(one is None for one in params):
+        return logits.argmax(-1)
+    return sample(logits, [SamplingParams(0.0, 1.0, None) if one is None else one for one in params])[0]
+
+
+def _seconds(params: Sequence[SamplingParams | None]) -> list[SamplingParams | None]:
+    """Return the parameters of the second choices of a step; None for the most likely ones."""
+    return [
+        None
+        if one is None or one.second_random is None
+        else SamplingParams(one.temperature, one.top_p, one.second_random)
+        for one in params
+    ]
+
+
+def _is_sampled(params: Sequence[SamplingParams | None], device: torch.device) -> Tensor:
+    return integers([one is not None for one in params], device).bool()
+
+
 def _sample_tokens(
-    network: MoondreamNetwork, params: Sequence[SamplingParams], logits: Tensor, hidden: Tensor, num_reasoning: int
+    network: MoondreamNetwork,
+    params: Sequence[SamplingParams],
+    logits: Tensor,
+    hidden: Tensor,
+    num_reasoning: int,
+    region_lora: RegionLora | None,
 ) -> tuple[Tensor, Tensor]:
     """Sample the next token of W sequences, of which the last `num_reasoning` ones are reasoning.
 
@@ -222,6 +269,7 @@ def _sample_tokens(
         logits: [W, vocab_size] next-token logits.
         hidden: [W, dim] hidden states.
         num_reasoning: Number of sequences at the end that may emit a coordinate.
+        region_lora: Adapter of the region heads; None: no adapter.
 
     Returns:
         [W, dim] embeddings of the tokens; [W, 3] token ID, log-probability and coordinate.
@@ -230,8 +278,8 @@ def _sample_tokens(
     embeddings, coordinates = network.text.embed(tokens), torch.zeros_like(logprobs)
     if num_reasoning:
         region = network.region
-        bins = region.decode_coordinate(hidden[-num_reasoning:])
-        coordinate = bin_to_coordinate(bins.argmax(-1), bins.shape[-1])
+        bins = region.decode_coordinate(hidden[-num_reasoning:], region_lora)
+        coordinate = bin_to_coordinate(_choose_bins(bins, _seconds(params[-num_reasoning:])), bins.shape[-1])
         coordinates[-num_reasoning:] = coordinate
         is_coordinate = (tokens[-num_reasoning:] == network.config.tokenizer.coord_id)[:, None]
         encoded = region.encode_coordinate(coordinate.to(hidden.dtype)[:, None])

@@ -20,9 +20,11 @@ from moondream_cv.engine.crops import cut_all, largest_differences, normalize
 from moondream_cv.engine.gpu_preprocessing import cut_crops_on_device
 from moondream_cv.engine.kv_cache import ImagePrefix, prefill_images
 from moondream_cv.engine.preprocessing import PreprocessedImage
-from moondream_cv.engine.transfers import upload
+from moondream_cv.engine.prompts import Prompt, embed_prompts
+from moondream_cv.engine.transfers import integers, upload
+from moondream_cv.model.adapters import Adapter
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.text import LayerLora
+from moondream_cv.model.text import prefix_mask
 from moondream_cv.progress import Operation
 
 TOKENS_PER_PASS = 12_000
@@ -114,7 +116,7 @@ def encode_images(
     *,
     max_crops: int | None,
     adapter_name: str | None,
-    adapter: Sequence[LayerLora] | None,
+    adapter: Adapter | None,
     fingerprint: str,
     operation: Operation | None = None,
 ) -> list[EncodedImage]:
@@ -125,7 +127,7 @@ def encode_images(
         frames: Each [H, W, 3] uint8 RGB, or preprocessed.
         max_crops: Maximum number of local crops of an image; None: the number the model was trained with.
         adapter_name: Name of the adapter, for `EncodedImage.check`.
-        adapter: Adapter layers; None: no adapter.
+        adapter: Adapter; None: no adapter.
         fingerprint: Fingerprint of the model with the adapter, for `EncodedImage.check`.
         operation: Receives the progress.
 
@@ -167,7 +169,7 @@ def reencode(
     *,
     max_crops: int | None,
     adapter_name: str | None,
-    adapter: Sequence[LayerLora] | None,
+    adapter: Adapter | None,
     fingerprint: str,
     operation: Operation | None = None,
 ) -> EncodedImage:
@@ -185,7 +187,7 @@ def reencode(
             slightly more than the standard deviation of the camera's noise. 0: only identical crops are unchanged.
         max_crops: Maximum number of local crops; None: that of `previous`.
         adapter_name: Name of the adapter.
-        adapter: Adapter layers; None: no adapter.
+        adapter: Adapter; None: no adapter.
         fingerprint: Fingerprint of the model with the adapter.
         operation: Receives the progress.
 
@@ -231,6 +233,102 @@ def reencode(
     return EncodedImage(
         previous.size, tiling, previous.max_crops, adapter_name, fingerprint, crops, features, embedding, prefix
     )
+
+
+@torch.inference_mode()
+def encode_tokens(
+    network: MoondreamNetwork,
+    embedding: Tensor,
+    size: tuple[int, int],
+    *,
+    adapter_name: str | None,
+    adapter: Adapter | None,
+    fingerprint: str,
+) -> EncodedImage:
+    """Prefill the decoder with image tokens that were encoded before, for example for another adapter.
+
+    Args:
+        network: Network of the model.
+        embedding: [num_patches, dim] image tokens, which do not depend on the adapter.
+        size: (width, height) of the image in pixels.
+        adapter_name: Name of the adapter.
+        adapter: Adapter; None: no adapter.
+        fingerprint: Fingerprint of the model with the adapter.
+
+    Returns:
+        An encoded image without crops, so it cannot be `previous` of `reencode`.
+    """
+    bos_id = torch.tensor([network.config.tokenizer.bos_id], device=network.device, dtype=torch.long)
+    (prefix,) = prefill_images(network, torch.cat((network.text.embed(bos_id), embedding))[None], adapter)
+    max_crops, nothing = network.config.vision.max_crops, embedding[:0]
+    pixels = np.empty((0, 0, 0, 3), np.uint8)
+    return EncodedImage(size, (0, 0), max_crops, adapter_name, fingerprint, pixels, nothing, embedding, prefix)
+
+
+@dataclass(frozen=True, eq=False)
+class InterleavedContext:
+    """Context of a conversation from its start to its last image, unless that is a single image at the start.
+
+    Attributes:
+        segments: Text as `Prompt`s, and images, in order. The first one is text.
+    """
+
+    segments: tuple[Prompt | Any, ...]
+
+    @property
+    def images(self) -> list[Any]:
+        """Images in order."""
+        return [segment for segment in self.segments if not isinstance(segment, Prompt)]
+
+    def num_tokens(self, num_patches: int) -> int:
+        """Return the number of positions of the context, for `num_patches` tokens per image."""
+        return sum(len(segment.ids) if isinstance(segment, Prompt) else num_patches for segment in self.segments)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedContext:
+    """An `InterleavedContext` with its KV cache prefix.
+
+    Attributes:
+        prefix: Keys and values of all tokens.
+    """
+
+    prefix: ImagePrefix
+
+
+@torch.inference_mode()
+def encode_context(
+    network: MoondreamNetwork, context: InterleavedContext, images: Sequence[EncodedImage], adapter: Adapter | None
+) -> EncodedContext:
+    """Prefill the decoder with the text and the image tokens of a conversation.
+
+    As in the inference engine of the model's authors, the tokens of each image attend to one another, and all tokens
+    attend to earlier ones. The beginning-of-sequence token attends to an image that directly follows it.
+
+    Args:
+        network: Network of the model.
+        context: Text and images.
+        images: The images of the context, encoded.
+        adapter: Adapter; None: no adapter.
+    """
+    # Embed the segments, and number the tokens of each image
+    texts = iter(embed_prompts(network, [segment for segment in context.segments if isinstance(segment, Prompt)]))
+    left = iter(images)
+    parts: list[Tensor] = []
+    blocks: list[int] = []
+    for i, segment in enumerate(context.segments):
+        is_text = isinstance(segment, Prompt)
+        parts.append(next(texts) if is_text else next(left).embedding.to(network.device))
+        blocks += [-1 if is_text else i] * len(parts[-1])
+    if blocks[1] >= 0:
+        blocks[0] = blocks[1]
+
+    # Prefill the decoder
+    block = integers(blocks, network.device)
+    mask = prefix_mask(len(blocks), 0, network.device)
+    mask |= (block[:, None] == block) & (block >= 0)
+    (prefix,) = prefill_images(network, torch.cat(parts)[None], adapter, mask=mask)
+    return EncodedContext(prefix)
 
 
 def _cut(
@@ -291,7 +389,7 @@ def _prefill(
     network: MoondreamNetwork,
     features: Sequence[Tensor],
     tilings: Sequence[tuple[int, int]],
-    adapter: Sequence[LayerLora] | None,
+    adapter: Adapter | None,
     operation: Operation | None,
     images: str,
 ) -> tuple[list[Tensor], list[ImagePrefix]]:
@@ -301,7 +399,7 @@ def _prefill(
         network: Network of the model.
         features: One [1 + rows · columns, num_patches, enc_dim] tensor per image.
         tilings: (rows, columns) of each image.
-        adapter: Adapter layers; None: no adapter.
+        adapter: Adapter; None: no adapter.
         operation: Receives the progress.
         images: "image" or the number of images, for the name of the stage.
 

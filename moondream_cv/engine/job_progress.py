@@ -7,7 +7,7 @@ from collections.abc import Sequence as Jobs
 from moondream_cv.engine.heads import Head
 from moondream_cv.engine.sequence_state import Job
 from moondream_cv.engine.sequences import RegionSequence, TextSequence
-from moondream_cv.requests import Caption, Detect, Point, Query, Request
+from moondream_cv.requests import Caption, Chat, Detect, Point, Query, Request
 
 MAX_CHARACTERS = 48  # length of the last words
 
@@ -51,7 +51,7 @@ def _title(request: Request) -> str:
         return f"Detecting {request.object!r}"
     if isinstance(request, Point):
         return f"Pointing at {request.object!r}"
-    if isinstance(request, Query):
+    if isinstance(request, Query | Chat):
         return "Answering"
     return "Captioning" if isinstance(request, Caption) else "Detecting the gaze"
 

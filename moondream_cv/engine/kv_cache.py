@@ -11,15 +11,16 @@ another one is padded; no sequence attends to padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moondream_cv.model.adapters import Adapter
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.text import LayerLora, attention
+from moondream_cv.model.text import attention
 
 PADDING_ID, PREFIX_ID = -2, -1  # seq_id of padding and of prefix entries; sequences have IDs from 0 on
 GROWTH_STEPS = 16  # steps of the current size that fit into a cache after it has grown
@@ -27,7 +28,7 @@ GROWTH_STEPS = 16  # steps of the current size that fit into a cache after it ha
 
 @dataclass(frozen=True)
 class ImagePrefix:
-    """Keys and values of the tokens of one image.
+    """Keys and values of the tokens of one image, or of a conversation up to its last image.
 
     Attributes:
         layers: For each layer the keys and the values, both [1, kv_heads, P, head_dim].
@@ -49,24 +50,26 @@ class ImagePrefix:
 def prefill_images(
     network: MoondreamNetwork,
     embeddings: Tensor,
-    adapter: Sequence[LayerLora] | None,
+    adapter: Adapter | None,
     on_layer: Callable[[int], None] | None = None,
+    mask: Tensor | None = None,
 ) -> list[ImagePrefix]:
     """Compute the keys and values of image tokens. The tokens of an image attend to one another in both directions.
 
     Args:
         network: Network that runs the decoder.
         embeddings: [I, P, dim] token embeddings of I images.
-        adapter: Adapter layers; None: no adapter.
+        adapter: Adapter; None: no adapter.
         on_layer: Function that receives the number of complete layers in each layer.
+        mask: [P, P] booleans, True if attention is allowed; None: everywhere.
 
     Returns:
         One prefix per image. Prefixes share no memory, so each can be freed separately.
     """
-    recorders = [_KVRecorder(layer, on_layer) for layer in range(len(network.text.blocks))]
+    recorders = [_KVRecorder(layer, on_layer, mask) for layer in range(len(network.text.blocks))]
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)[None]
     with torch.inference_mode():
-        network.text(embeddings, positions, attends=recorders, adapter=adapter)
+        network.text(embeddings, positions, attends=recorders, adapter=adapter and adapter.layers)
     return [
         ImagePrefix(tuple((_copy_image(r.keys, image), _copy_image(r.values, image)) for r in recorders))
         for image in range(len(embeddings))
@@ -74,19 +77,19 @@ def prefill_images(
 
 
 class _KVRecorder:
-    """Bidirectional attention that keeps the keys and values it receives."""
+    """Attention that keeps the keys and values it receives."""
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, layer: int, on_layer: Callable[[int], None] | None) -> None:
-        self._layer, self._on_layer = layer, on_layer
+    def __init__(self, layer: int, on_layer: Callable[[int], None] | None, mask: Tensor | None) -> None:
+        self._layer, self._on_layer, self._mask = layer, on_layer, mask
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._on_layer is not None:
             self._on_layer(self._layer)
         self.keys, self.values = k, v
-        return attention(q, k, v)
+        return attention(q, k, v, self._mask)
 
 
 def _copy_image(tensor: Tensor, image: int) -> Tensor:

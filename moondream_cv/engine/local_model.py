@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from moondream_cv._deprecation import renamed_function
 from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
 from moondream_cv.engine.cuda_graphs import GraphPool
 from moondream_cv.engine.image_cache import ImageCache, ImageKey, InFlight
-from moondream_cv.engine.image_encoding import EncodedImage, encode_images, reencode
+from moondream_cv.engine.image_encoding import EncodedImage, encode_images, encode_tokens, reencode
 from moondream_cv.engine.job_progress import count_jobs, describe_jobs
 from moondream_cv.engine.model_fingerprint import fingerprint
 from moondream_cv.engine.model_runner import ModelRunner
@@ -33,13 +33,13 @@ from moondream_cv.images import to_rgb
 from moondream_cv.model.adapters import Adapter, load_adapter
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.padded_linear import PaddedLinear
-from moondream_cv.model.text import LayerLora
 from moondream_cv.progress import Operation
 from moondream_cv.requests import ErrorResult, Request, Result, Settings
 from moondream_cv.vision_model import PublishedMethods, SettingsLike
 
 WARM_UP_CROPS = (1, 2, 13)
 """Batch sizes that `compile` warms up: torch compiles a batch of one separately."""
+MAX_LOADED_ADAPTERS = 16  # 13 MB each at rank 8, for full-size weights in bfloat16
 
 
 class LocalModel(PublishedMethods):
@@ -99,7 +99,8 @@ class LocalModel(PublishedMethods):
         self.graph_pool = GraphPool.for_device(network)
         self.grammar_compiler = GrammarCompiler(tokenizer, self.config)
         self.reload: Callable[[], LocalModel] | None = None
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}  # least recently used first
+        self._added: set[str] = set()  # adapters that have no file
         self._fingerprints: dict[str | None, str] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -169,10 +170,18 @@ class LocalModel(PublishedMethods):
     @property
     def calibrated(self) -> bool:
         """Whether confidences are calibrated, so that they estimate the share of correct boxes and points."""
-        return self.calibration is not None and self.adapter is None
+        return self._calibration_of(None) is not None
+
+    def _calibration_of(self, adapter_name: str | None) -> Calibration | None:
+        """Return the calibration of scores under an adapter; None for an adapter that changes the model."""
+        adapter = self.get_adapter(adapter_name)
+        return self.calibration if adapter is None or adapter.is_empty else None
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
         """Run requests of any skills in one batch. Each distinct image is encoded once.
+
+        Without an image cache, each conversation that has several images, or an image behind its first turn, encodes
+        its images separately.
 
         Args:
             requests: Requests; they may have different skills, images and settings.
@@ -227,13 +236,13 @@ class LocalModel(PublishedMethods):
             config=self.config,
             tokenizer=self.tokenizer,
             grammar_compiler=self.grammar_compiler,
-            calibration=self.calibration if self.calibrated else None,
+            calibration=self._calibration_of,
             fingerprint=self.fingerprint,
             clear_image_cache=self._clear_image_cache,
             check_open=self.check_open,
         )
         encode = partial(self.encode_arrays, operation=operation)
-        runner = ModelRunner(self.network, self.adapter_layers, encode, self.graph_pool)
+        runner = ModelRunner(self.network, self.get_adapter, encode, self.graph_pool)
         return Scheduler(runner, context, self.limits)
 
     def encode_image(
@@ -326,7 +335,7 @@ class LocalModel(PublishedMethods):
         duration = self._compile_encoder()
         start = time.perf_counter()
         if self.graph_pool is not None:
-            self.graph_pool.warm_up(self.adapter_layers(None))
+            self.graph_pool.warm_up(self.get_adapter(None))
         return duration + time.perf_counter() - start
 
     def _compile_encoder(self, **options: Any) -> float:
@@ -355,7 +364,7 @@ class LocalModel(PublishedMethods):
         device = self.device
         self.grammar_compiler.close()
         self.network.to("meta")
-        self.adapter, self._adapters = None, {}
+        self.adapter, self._adapters, self._added = None, {}, set()
         if self.image_cache is not None:
             self.image_cache.clear()
         if self.graph_pool is not None:
@@ -368,8 +377,8 @@ class LocalModel(PublishedMethods):
         if self._closed:
             raise MoondreamError(f"the model {self.name!r} is closed; load it again")
 
-    def adapter_layers(self, name: str | None) -> Sequence[LayerLora] | None:
-        """Return the layers of an adapter, which is loaded on first use.
+    def get_adapter(self, name: str | None) -> Adapter | None:
+        """Return an adapter, which is loaded on first use. The 16 adapters that were used last stay in memory.
 
         Args:
             name: File or ID of the adapter; None: the one that the model was loaded with, if any.
@@ -378,11 +387,40 @@ class LocalModel(PublishedMethods):
             CheckpointError: The adapter is missing or does not fit.
         """
         if name is None:
-            return None if self.adapter is None else self.adapter.layers
+            return self.adapter
         with self._lock:
-            if name not in self._adapters:
-                self._adapters[name] = load_adapter(name, self.config, device=self.device, dtype=self.dtype)
-            return self._adapters[name].layers
+            adapter = self._adapters.pop(name, None)
+            if adapter is None:
+                adapter = load_adapter(name, self.config, device=self.device, dtype=self.dtype)
+                loaded = [other for other in self._adapters if other not in self._added]
+                for other in loaded[: max(0, len(loaded) + 1 - MAX_LOADED_ADAPTERS)]:
+                    del self._adapters[other]
+                    self._fingerprints.pop(other, None)
+            self._adapters[name] = adapter
+            return adapter
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """Make an adapter available under its name, as `Settings.variant`.
+
+        Args:
+            adapter: Adapter on the device and in the data type of the model. Another adapter with the same name is
+                replaced for later requests.
+        """
+        with self._lock:
+            self._adapters[adapter.name] = adapter
+            self._added.add(adapter.name)
+            self._fingerprints.pop(adapter.name, None)
+
+    def remove_adapter(self, name: str) -> None:
+        """Free an adapter. A later request loads it again by its name.
+
+        Args:
+            name: Name of the adapter; nothing happens if it is not loaded.
+        """
+        with self._lock:
+            self._adapters.pop(name, None)
+            self._added.discard(name)
+            self._fingerprints.pop(name, None)
 
     def fingerprint(self, adapter_name: str | None = None) -> str:
         """Return 32 hexadecimal digits that identify the weights, their dtype and an adapter.
@@ -396,7 +434,7 @@ class LocalModel(PublishedMethods):
         Raises:
             CheckpointError: The adapter is missing or does not fit.
         """
-        adapter = self.adapter_layers(adapter_name)
+        adapter = self.get_adapter(adapter_name)
         with self._lock:
             if adapter_name not in self._fingerprints:
                 self._fingerprints[adapter_name] = fingerprint(self.network, adapter)
@@ -424,6 +462,24 @@ class LocalModel(PublishedMethods):
         with without_autocast(self.device):
             options = self._encode_options(max_crops or self.config.vision.max_crops, adapter_name, operation)
             return self._encode_arrays(frames, options)
+
+    def encode_tokens(self, embedding: Tensor, size: tuple[int, int], adapter_name: str | None) -> EncodedImage:
+        """Encode image tokens that were encoded before, without running the vision encoder.
+
+        Args:
+            embedding: [num_patches, dim] image tokens, `EncodedImage.embedding`.
+            size: (width, height) of the image in pixels.
+            adapter_name: Adapter of the requests on the image.
+        """
+        with without_autocast(self.device):
+            return encode_tokens(
+                self.network,
+                embedding,
+                size,
+                adapter_name=adapter_name,
+                adapter=self.get_adapter(adapter_name),
+                fingerprint=self.fingerprint(adapter_name),
+            )
 
     def _encode_arrays(
         self, frames: Sequence[np.ndarray | PreprocessedImage], options: dict[str, Any]
@@ -463,7 +519,7 @@ class LocalModel(PublishedMethods):
         return {
             "max_crops": max_crops,
             "adapter_name": adapter_name,
-            "adapter": self.adapter_layers(adapter_name),
+            "adapter": self.get_adapter(adapter_name),
             "fingerprint": self.fingerprint(adapter_name),
             "operation": operation,
         }

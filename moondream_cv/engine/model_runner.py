@@ -1,7 +1,7 @@
 """Model runner: runs the network on the admitted sequences and owns their KV caches and adapters.
 
-Sequences may have any skill, any image and any progress. Those with the same adapter form one batch: a step runs the
-decoder once over the batch and then applies the head of each sequence.
+Sequences may have any skill, any image, any adapter and any progress. A step runs the decoder once over all of them
+and then applies the head of each sequence. With CUDA graphs, each adapter has a step of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moondream_cv.engine.heads import (
     TokenOutput,
     run_heads,
 )
-from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedContext, EncodedImage, InterleavedContext, encode_context
 from moondream_cv.engine.kv_cache import GROWTH_STEPS, CacheGroup, PrefixSharedKVCache
 from moondream_cv.engine.memory import is_out_of_memory
 from moondream_cv.engine.preprocessing import PreprocessedImage
@@ -33,50 +33,90 @@ from moondream_cv.engine.prompts import Prompt, embed_prompts
 from moondream_cv.engine.sequence_state import SequenceState
 from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, StepLayout, plan_static_step, plan_step
 from moondream_cv.engine.transfers import integers
+from moondream_cv.model.adapters import Adapter
+from moondream_cv.model.layers import SegmentedPair
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.model.text import LayerLora
+from moondream_cv.model.text import AppliedLora
 
 StepOutputs = list[tuple[SequenceState, HeadOutputs | TokenOutput | None]]
 
 
-def decode_step(
-    network: MoondreamNetwork,
-    layout: StepLayout,
-    inputs: Tensor,
-    caches: Sequence[PrefixSharedKVCache],
-    adapter: Sequence[LayerLora] | None,
-) -> Tensor:
-    """Run the decoder over the new tokens of a step.
+@dataclass(frozen=True)
+class StepPart:
+    """The sequences of one adapter in a step.
+
+    Attributes:
+        layout: Layout of N tokens of S sequences.
+        inputs: [N, dim] input embeddings.
+        caches: One KV cache per slice of the layout, with memory reserved for the step.
+        adapter: Adapter; None: no adapter.
+    """
+
+    layout: StepLayout
+    inputs: Tensor
+    caches: Sequence[PrefixSharedKVCache]
+    adapter: Adapter | None
+
+
+def decode_step(network: MoondreamNetwork, parts: Sequence[StepPart]) -> list[Tensor]:
+    """Run the decoder over the new tokens of a step, once for all parts.
 
     The function depends on its arguments only. It writes behind the committed entries of the caches, so calling it
     again before `commit` returns the same hidden states.
 
     Args:
         network: Network that runs the decoder.
-        layout: Layout of N tokens of S sequences.
-        inputs: [N, dim] input embeddings.
-        caches: One KV cache per slice of the layout, with memory reserved for the step.
-        adapter: Adapter layers; None: no adapter.
+        parts: Sequences of each adapter.
 
     Returns:
-        [S, dim] hidden state of the last token of each sequence.
+        For each part the [S, dim] hidden state of the last token of each sequence.
     """
-    for part, cache in zip(layout.slices, caches, strict=True):
-        cache.begin_step(part.seq_ids, part.scatter(inputs), part.causal)
-    attends = [partial(_attend, layout, caches, layer) for layer in range(network.config.text.n_layers)]
-    hidden = network.text(inputs[None], layout.positions, attends=attends, adapter=adapter)[0]  # [N, dim]
-    return hidden if layout.last is None else hidden[layout.last]
-
-
-def _attend(
-    layout: StepLayout, caches: Sequence[PrefixSharedKVCache], layer: int, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """Compute one layer's attention, each slice in its cache: [1, N, heads, head_dim] → [1, N, heads, head_dim]."""
-    outputs = [
-        cache.attend(layer, part.scatter(q[0]), part.scatter(k[0]), part.scatter(v[0]))
-        for part, cache in zip(layout.slices, caches, strict=True)
+    for part in parts:
+        for cut, cache in zip(part.layout.slices, part.caches, strict=True):
+            cache.begin_step(cut.seq_ids, cut.scatter(part.inputs), cut.causal)
+    lengths = tuple(len(part.inputs) for part in parts)
+    inputs, positions = parts[0].inputs, parts[0].layout.positions
+    if len(parts) > 1:
+        inputs = torch.cat([part.inputs for part in parts])
+        positions = torch.cat([part.layout.positions for part in parts], dim=1)
+    attends = [partial(_attend, parts, lengths, layer) for layer in range(network.config.text.n_layers)]
+    layers = _joined_layers([part.adapter for part in parts], lengths)
+    hidden = network.text(inputs[None], positions, attends=attends, adapter=layers)[0]  # [N of all parts, dim]
+    return [
+        states if part.layout.last is None else states[part.layout.last]
+        for states, part in zip(hidden.split(lengths), parts, strict=True)
     ]
-    return layout.gather(outputs)[None]
+
+
+def _attend(parts: Sequence[StepPart], lengths: Sequence[int], layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute one layer's attention, each slice in its cache: [1, N, heads, head_dim] → [1, N, heads, head_dim]."""
+    attended = []
+    for part, *tokens in zip(parts, *(tensor[0].split(lengths) for tensor in (q, k, v)), strict=True):
+        outputs = [
+            cache.attend(layer, *(cut.scatter(tensor) for tensor in tokens))
+            for cut, cache in zip(part.layout.slices, part.caches, strict=True)
+        ]
+        attended.append(part.layout.gather(outputs))
+    return attended[0][None] if len(attended) == 1 else torch.cat(attended)[None]
+
+
+def _joined_layers(adapters: Sequence[Adapter | None], lengths: tuple[int, ...]) -> Sequence[AppliedLora] | None:
+    """Return the layers of one adapter, or those of several adapters for consecutive parts of the tokens."""
+    present = [adapter for adapter in adapters if adapter is not None]
+    if not present:
+        return None
+    if len(adapters) == 1:
+        return present[0].layers
+    joined = []
+    for i in range(len(present[0].layers)):
+        layers = [None if adapter is None else adapter.layers[i] for adapter in adapters]
+        names = {(block, name) for layer in layers if layer for block in layer for name in layer[block]}
+        pairs: dict[str, dict[str, SegmentedPair]] = {}
+        for block, name in sorted(names):
+            found = tuple(layer and layer.get(block, {}).get(name) for layer in layers)
+            pairs.setdefault(block, {})[name] = SegmentedPair(lengths, found)  # type: ignore[arg-type]
+        joined.append(pairs)
+    return joined
 
 
 class EncodeImages(Protocol):
@@ -94,7 +134,7 @@ class ModelRunner:
     def __init__(
         self,
         network: MoondreamNetwork,
-        load_adapter: Callable[[str | None], Sequence[LayerLora] | None],
+        load_adapter: Callable[[str | None], Adapter | None],
         encode_images: EncodeImages,
         graph_pool: GraphPool | None = None,
     ) -> None:
@@ -102,7 +142,7 @@ class ModelRunner:
 
         Args:
             network: Network to run.
-            load_adapter: Returns the layers of an adapter by its name; None is the default adapter, if any.
+            load_adapter: Returns an adapter by its name; None is the default adapter, if any.
             encode_images: Encodes images with the same network and adapters.
             graph_pool: Tensors and CUDA graphs for decode steps with static shapes; None: shapes are dynamic.
         """
@@ -137,6 +177,18 @@ class ModelRunner:
         """
         return self._encode_images(frames, max_crops, adapter_name)
 
+    def prefill_context(
+        self, context: InterleavedContext, images: Sequence[EncodedImage], adapter_name: str | None
+    ) -> EncodedContext:
+        """Compute the keys and values of a conversation up to its last image.
+
+        Args:
+            context: Text and images.
+            images: The images of the context, encoded.
+            adapter_name: Adapter of the sequence that will decode on the context.
+        """
+        return encode_context(self._network, context, images, self._load_adapter(adapter_name))
+
     def admit(self, states: Sequence[SequenceState], adapter_name: str | None) -> None:
         """Add sequences to the batch of an adapter. If this raises, none of them is added.
 
@@ -159,6 +211,25 @@ class ModelRunner:
         this runs out of memory, no sequence has advanced; call `preempt` to recover them.
         """
         return self._batches[adapter_name].decode_step()
+
+    def can_join(self, adapter_names: Collection[str | None]) -> bool:
+        """Return whether `decode_steps` can advance the sequences of these adapters. CUDA graphs have one adapter."""
+        return self._graph_pool is None and len(adapter_names) > 1
+
+    @torch.inference_mode()
+    def decode_steps(self, adapter_names: Sequence[str | None]) -> list[StepOutputs]:
+        """Advance all sequences of several adapters by one step, with one pass through the weights of the decoder.
+
+        If this raises, no sequence has advanced. `decode_step` can advance each adapter alone then.
+
+        Args:
+            adapter_names: Adapters for which `can_join` is true.
+        """
+        batches = [self._batches[name] for name in adapter_names]
+        parts = [batch.prepare_step() for batch in batches]
+        hidden = decode_step(self._network, parts)
+        steps = [batch.run_heads(part, one) for batch, part, one in zip(batches, parts, hidden, strict=True)]
+        return [batch.finish_step(step) for batch, step in zip(batches, steps, strict=True)]
 
     def remove(self, seq_ids: Collection[int], adapter_name: str | None) -> None:
         """Remove finished or aborted sequences of an adapter."""
@@ -201,14 +272,12 @@ class LaunchedStep:
 class AdapterBatch:
     """Sequences that share an adapter, their KV caches and the tensors that go from step to step."""
 
-    def __init__(
-        self, network: MoondreamNetwork, adapter: Sequence[LayerLora] | None, graph_pool: GraphPool | None
-    ) -> None:
+    def __init__(self, network: MoondreamNetwork, adapter: Adapter | None, graph_pool: GraphPool | None) -> None:
         """Create an empty batch.
 
         Args:
             network: Network to run.
-            adapter: Adapter layers; None: no adapter.
+            adapter: Adapter; None: no adapter.
             graph_pool: Tensors and CUDA graphs for decode steps with static shapes; None: shapes are dynamic.
         """
         self._network, self._adapter, self._graph_pool = network, adapter, graph_pool
@@ -271,6 +340,30 @@ class AdapterBatch:
             step = self._launch(self._next_layout(), [state.sequence.head for state in self._states])
         self._commit(step)
         self._launch_next()
+        return self._read(step)
+
+    def prepare_step(self) -> StepPart:
+        """Collect the inputs of the next step of all sequences, and reserve memory in the KV caches."""
+        layout = self._next_layout()
+        assert isinstance(layout, StepLayout)
+        return StepPart(layout, self._collect_inputs(layout), list(self._caches.values()), self._adapter)
+
+    def run_heads(self, part: StepPart, hidden: Tensor) -> LaunchedStep:
+        """Apply the heads to the hidden states of a step, without advancing any sequence.
+
+        Args:
+            part: Result of `prepare_step`.
+            hidden: [S, dim] hidden state of each sequence.
+        """
+        return self._run_heads(part.layout, [state.sequence.head for state in self._states], hidden)
+
+    def finish_step(self, step: LaunchedStep) -> StepOutputs:
+        """Advance all sequences by a step, and return their outputs."""
+        self._commit(step)
+        return self._read(step)
+
+    def _read(self, step: LaunchedStep) -> StepOutputs:
+        """Return the outputs of a committed step for the sequences that are left."""
         present = set(map(id, self._states))
         outputs = zip(step.states, step.outputs.read(), strict=True)
         return [(state, output) for state, output in outputs if id(state) in present]
@@ -288,29 +381,32 @@ class AdapterBatch:
             layout: Layout of the step.
             heads: Head of each sequence.
         """
-        # Collect the inputs
-        states, caches = self._states, list(self._caches.values())
-        self._embed_prompts()
-        inputs = self._embeddings
-        if any(state.inputs is not None for state in states):
-            inputs = torch.cat([self._next_inputs(i) for i in range(len(states))])
-
-        # Reserve memory in the KV caches
-        for num_entries, cache in zip(layout.num_entries, caches, strict=True):
-            if not cache.has_space(num_entries):
-                cache.reserve(cache.num_groups, num_entries, [state.sequence.seq_id for state in states])
-
-        # Run the decoder and the heads
+        inputs, caches = self._collect_inputs(layout), list(self._caches.values())
         if isinstance(layout, StaticLayout):
             assert self._graph_pool is not None
             (cache,), (tokens_per_group,) = caches, layout.num_entries
             step = self._graph_pool.step(cache.buffers, tokens_per_group, self._adapter)
             hidden = step(layout, inputs, cache)
         else:
-            hidden = decode_step(self._network, layout, inputs, caches, self._adapter)
-        sampling = [state.sequence.sampling_params() for state in states]  # while the device runs the decoder
-        outputs = run_heads(self._network, heads, hidden, self._partial, sampling)
-        return LaunchedStep(list(states), layout, outputs)
+            (hidden,) = decode_step(self._network, [StepPart(layout, inputs, caches, self._adapter)])
+        return self._run_heads(layout, heads, hidden)
+
+    def _collect_inputs(self, layout: StepLayout | StaticLayout) -> Tensor:
+        """Return the [N, dim] input embeddings of a step, and reserve memory in the KV caches."""
+        self._embed_prompts()
+        inputs = self._embeddings
+        if any(state.inputs is not None for state in self._states):
+            inputs = torch.cat([self._next_inputs(i) for i in range(len(self._states))])
+        for num_entries, cache in zip(layout.num_entries, self._caches.values(), strict=True):
+            if not cache.has_space(num_entries):
+                cache.reserve(cache.num_groups, num_entries, [state.sequence.seq_id for state in self._states])
+        return inputs
+
+    def _run_heads(self, layout: StepLayout | StaticLayout, heads: Sequence[Head], hidden: Tensor) -> LaunchedStep:
+        sampling = [state.sequence.sampling_params() for state in self._states]  # while the device runs the decoder
+        region_lora = None if self._adapter is None else self._adapter.region
+        outputs = run_heads(self._network, heads, hidden, self._partial, sampling, region_lora)
+        return LaunchedStep(list(self._states), layout, outputs)
 
     def _commit(self, step: LaunchedStep) -> None:
         """Advance all sequences by a step. Sequences that were removed after its launch are left out."""

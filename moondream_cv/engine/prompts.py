@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +14,7 @@ from moondream_cv.engine.transfers import floats, integers
 from moondream_cv.errors import UnsupportedSkill
 from moondream_cv.model.config import TokenizerConfig
 from moondream_cv.model.moondream import MoondreamNetwork
-from moondream_cv.requests import Caption, Detect, Gaze, Point, Query, Request, SpatialRef
+from moondream_cv.requests import Caption, Chat, Detect, Gaze, Point, Query, Request, SpatialRef, Turn
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def write_prompt(request: Request, tokenizer: Tokenizer, config: TokenizerConfig
     """Fill in the template of a request's skill.
 
     Args:
-        request: Request to write the prompt of.
+        request: Request to write the prompt of; `write_conversation` is for a `Chat`.
         tokenizer: Tokenizer of the checkpoint.
         config: Templates and token IDs of the checkpoint.
 
@@ -91,7 +92,42 @@ def write_prompt(request: Request, tokenizer: Tokenizer, config: TokenizerConfig
     if isinstance(request, Gaze):
         before, after = _encode(tokenizer, "\n\nPoint:"), _encode(tokenizer, " gaze\n\n")
         return Prompt((*before, config.coord_id, config.coord_id, *after), coords=request.eye)
-    raise TypeError(f"a request must be a Detect, Point, Query, Caption or Gaze, got {request!r}")
+    raise TypeError(f"a request must be a Detect, Point, Query, Chat, Caption or Gaze, got {request!r}")
+
+
+def write_conversation(
+    request: Chat, tokenizer: Tokenizer, config: TokenizerConfig
+) -> tuple[tuple[Prompt | Any, ...], Prompt]:
+    """Fill in the template of a question once for each turn of a conversation.
+
+    The layout is that of the inference engine of the model's authors: the images of a turn, the prefix of the template,
+    the question, the suffix, the answer. No token separates the turns.
+
+    Args:
+        request: Conversation to write.
+        tokenizer: Tokenizer of the checkpoint.
+        config: Templates and token IDs of the checkpoint.
+
+    Returns:
+        The context up to the last image, as `Prompt`s and images in order, and the prompt behind it. Without an image,
+        the first is empty, and the prompt starts with the beginning-of-sequence token.
+
+    Raises:
+        UnsupportedSkill: The checkpoint has no template for questions, or cannot reason.
+    """
+    # Write the turns
+    _check_controls(request.reasoning, False, config)
+    context: list[Any] = []
+    ids = [config.bos_id]
+    for turn in request.turns:
+        for image in turn.images:
+            context += [Prompt(tuple(ids)), image] if ids else [image]
+            ids = []
+        ids += _turn(turn, request.settings.repeat_suffix, tokenizer, config)
+
+    # Open the answer
+    ids += _answer_opener(request.reasoning, request.settings.repeat_suffix, config)
+    return tuple(context), Prompt(tuple(ids))
 
 
 def answer_prompt(config: TokenizerConfig) -> Prompt:
@@ -101,18 +137,36 @@ def answer_prompt(config: TokenizerConfig) -> Prompt:
 
 def _question(request: Query, tokenizer: Tokenizer, config: TokenizerConfig) -> Prompt:
     template = _template(config, "query")
-    if (request.reasoning or request.spatial_refs) and not config.has_control_tokens:
-        what = "reason" if request.reasoning else "take spatial references"
-        raise UnsupportedSkill(f"this checkpoint cannot {what}; Moondream 2 of 2025-06-21 can")
+    _check_controls(request.reasoning, bool(request.spatial_refs), config)
     spatial, coords, sizes = _spatial(request.spatial_refs, config)
-    suffix, repeat = tuple(template["suffix"]), request.settings.repeat_suffix
-    if request.reasoning:
-        end = (*(suffix if repeat else ()), config.thinking_id)
-    else:
-        end = suffix * (2 if repeat else 1)
+    end = _answer_opener(request.reasoning, request.settings.repeat_suffix, config)
     start = () if request.image is not None else (config.bos_id,)
     ids = (*start, *template["prefix"], *spatial, *_encode(tokenizer, request.question), *end)
     return Prompt(ids, coords, sizes)
+
+
+def _turn(turn: Turn, repeat_suffix: bool, tokenizer: Tokenizer, config: TokenizerConfig) -> list[int]:
+    """Return the tokens of a turn, without its images."""
+    ids: list[int] = []
+    if turn.question is not None:
+        ids += [*_template(config, "query")["prefix"], *_encode(tokenizer, turn.question)]
+    if turn.answer is not None:
+        ids += [*_answer_opener(False, repeat_suffix, config), *_encode(tokenizer, turn.answer)]
+    return ids
+
+
+def _answer_opener(reasoning: bool, repeat_suffix: bool, config: TokenizerConfig) -> tuple[int, ...]:
+    """Return the tokens between a question and its answer or its reasoning."""
+    suffix = tuple(_template(config, "query")["suffix"])
+    if reasoning:
+        return (*(suffix if repeat_suffix else ()), config.thinking_id)
+    return suffix * (2 if repeat_suffix else 1)
+
+
+def _check_controls(reasoning: bool, has_spatial_refs: bool, config: TokenizerConfig) -> None:
+    if (reasoning or has_spatial_refs) and not config.has_control_tokens:
+        what = "reason" if reasoning else "take spatial references"
+        raise UnsupportedSkill(f"this checkpoint cannot {what}; Moondream 2 of 2025-06-21 can")
 
 
 def _spatial(

@@ -23,6 +23,7 @@ class SamplingParams(NamedTuple):
         random: Random number in 0..1; None selects the most likely token.
         banned: Token IDs that must not be sampled.
         bitmask: [ceil(vocab_size / 32)] int32 bitmask of the allowed tokens, lowest bit first; None allows all tokens.
+        second_random: Random number in 0..1 for the second choice of a step: the x behind a decision, or a height.
     """
 
     temperature: float
@@ -30,6 +31,7 @@ class SamplingParams(NamedTuple):
     random: float | None
     banned: tuple[int, ...] = ()
     bitmask: np.ndarray | None = None
+    second_random: float | None = None
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:

@@ -19,29 +19,30 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from moondream_cv._deprecation import renamed_arguments, renamed_attribute
 from moondream_cv.engine.admission import ADMISSION_INTERVAL, AdmissionPolicy
 from moondream_cv.engine.autocast import without_autocast
 from moondream_cv.engine.calibration import Calibration
-from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedContext, EncodedImage, InterleavedContext
 from moondream_cv.engine.memory import free_after, is_out_of_memory
-from moondream_cv.engine.model_runner import ModelRunner
+from moondream_cv.engine.model_runner import ModelRunner, StepOutputs
 from moondream_cv.engine.preprocessing import PreprocessedImage
-from moondream_cv.engine.prompts import write_prompt
+from moondream_cv.engine.prompts import Prompt, write_conversation, write_prompt
 from moondream_cv.engine.sequence_state import Job, SequenceState, WaitingImage, source_key
 from moondream_cv.engine.sequences import make_sequence
 from moondream_cv.engine.structured_output import GrammarCompiler, GrammarMatcher
 from moondream_cv.errors import MoondreamError, RequestCancelled
 from moondream_cv.images import to_rgb
 from moondream_cv.model.config import MoondreamConfig
-from moondream_cv.requests import ErrorResult, Query, Request, Result, Settings
+from moondream_cv.requests import Chat, ErrorResult, Query, Request, Result, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class SchedulerContext:
         config: Configuration of the checkpoint.
         tokenizer: Tokenizer of the checkpoint.
         grammar_compiler: Compiles JSON schemas.
-        calibration: Calibrates the scores of requests that name no adapter; None: scores are not calibrated.
+        calibration: Returns the calibration of scores under an adapter; None: scores are not calibrated.
         fingerprint: Returns the fingerprint of the model with an adapter.
         clear_image_cache: Drops all cached images and returns whether there were any.
         check_open: Raises a `MoondreamError` if the model is closed.
@@ -91,7 +92,7 @@ class SchedulerContext:
     config: MoondreamConfig
     tokenizer: Tokenizer
     grammar_compiler: GrammarCompiler
-    calibration: Calibration | None
+    calibration: Callable[[str | None], Calibration | None]
     fingerprint: Callable[[str | None], str]
     clear_image_cache: Callable[[], bool]
     check_open: Callable[[], None]
@@ -185,12 +186,10 @@ class Scheduler:
 
         # Admit and decode
         self._admit()
-        for adapter_name in list(self._running):
-            if self._running[adapter_name]:
-                self._decode(adapter_name)
-            if not self._running[adapter_name]:
-                del self._running[adapter_name]
-                self._runner.reset(adapter_name)
+        self._decode([adapter_name for adapter_name, states in self._running.items() if states])
+        for adapter_name in [name for name, states in self._running.items() if not states]:
+            del self._running[adapter_name]
+            self._runner.reset(adapter_name)
         with self._lock:
             return bool(self._submitted or self._cancelled or self._compiling or self._queue or self._running)
 
@@ -198,7 +197,7 @@ class Scheduler:
 
     def _receive(self, job: Job) -> None:
         """Queue a request, or compile its grammar first while others decode."""
-        if isinstance(job.request, Query) and isinstance(job.request.json_schema, str):
+        if isinstance(job.request, Query | Chat) and isinstance(job.request.json_schema, str):
             self._compiling[job] = self._context.grammar_compiler.submit(job.request.json_schema)
         else:
             self._enqueue(job, None)
@@ -223,18 +222,10 @@ class Scheduler:
         request, context = job.request, self._context
         try:
             # Write the prompt
-            prompt = write_prompt(request, context.tokenizer, context.config.tokenizer)
-            prefix_length = 0 if request.image is None else context.config.prefix_length
-            max_context = context.config.text.max_context
-            max_tokens = max_context - prefix_length
-            if len(prompt.ids) > max_tokens:
-                raise ValueError(
-                    f"the prompt must have at most {max_tokens} tokens, got {len(prompt.ids)}; shorten it (the model's "
-                    f"context has {max_context} tokens)"
-                )
+            source, prefix_length, prompt = self._write_prompt(request)
             # Create the sequence
-            image = self._waiting_image(request)
-            calibration = context.calibration if request.settings.variant is None else None
+            image = self._waiting_image(source, request.settings)
+            calibration = context.calibration(request.settings.variant)
             sequence = make_sequence(
                 next(self._seq_ids), request, context.config, context.tokenizer, calibration, prefix_length, grammar
             )
@@ -246,11 +237,49 @@ class Scheduler:
         self._joinable[image.key] = image
         self._queue[image] = None
 
-    def _waiting_image(self, request: Request) -> WaitingImage:
+    def _write_prompt(self, request: Request) -> tuple[Any, int, Prompt]:
+        """Return the image or the context that a request decodes on, its number of positions, and the prompt behind it.
+
+        Raises:
+            ValueError: They are longer than the context of the model.
+        """
+        # Write the prompt
+        config, tokenizer = self._context.config, self._context.tokenizer
+        if isinstance(request, Chat):
+            segments, prompt = write_conversation(request, tokenizer, config.tokenizer)
+        else:
+            segments, prompt = (), write_prompt(request, tokenizer, config.tokenizer)
+        has_one_image_at_start = len(segments) == 2 and len(segments[0].ids) == 1
+        is_context = bool(segments) and not has_one_image_at_start
+        source = InterleavedContext(segments) if is_context else request.image
+
+        # Check the length
+        max_context, num_patches = config.text.max_context, config.vision.num_patches
+        if isinstance(source, InterleavedContext):
+            prefix_length = source.num_tokens(num_patches)
+        else:
+            prefix_length = 0 if source is None else config.prefix_length
+        length = prefix_length + len(prompt.ids)
+        if length > max_context and isinstance(request, Chat):
+            num_image_tokens = len(request.images) * num_patches
+            of_images = f", of which images take {num_image_tokens} ({num_patches} each)" if num_image_tokens else ""
+            raise ValueError(
+                f"the conversation must have at most {max_context} tokens, got {length}{of_images}; leave out earlier "
+                "turns or images, or shorten the texts"
+            )
+        if length > max_context:
+            raise ValueError(
+                f"the prompt must have at most {max_context - prefix_length} tokens, got {len(prompt.ids)}; shorten it "
+                f"(the model's context has {max_context} tokens)"
+            )
+        return source, prefix_length, prompt
+
+    def _waiting_image(self, source: Any, settings: Settings) -> WaitingImage:
         """Return the image of a request. Requests with the same object or path and the same settings share it."""
-        settings, source = request.settings, request.image
+        for image in source.images if isinstance(source, InterleavedContext) else (source,):
+            if isinstance(image, EncodedImage):
+                image.check(self._context.fingerprint(settings.variant), settings.max_crops, settings.variant)
         if isinstance(source, EncodedImage):
-            source.check(self._context.fingerprint(settings.variant), settings.max_crops, settings.variant)
             key: Any = (id(source), settings.variant)
         else:
             key = (source_key(source), self._max_crops(settings), settings.variant)
@@ -360,25 +389,30 @@ class Scheduler:
             Whether memory ran out.
         """
         # Read the images and group those with the same settings
-        batches: dict[tuple[int, str | None], list[WaitingImage]] = {}
+        batches: dict[tuple[int, str | None, WaitingImage | None], list[WaitingImage]] = {}
         for image in images:
             if image.is_ready:
                 continue
+            is_context = isinstance(image.source, InterleavedContext)
             try:
                 if image.pixels is None:
-                    source = image.source
-                    image.pixels = source if isinstance(source, PreprocessedImage) else to_rgb(source)
+                    image.pixels = _read_context(image.source) if is_context else _read(image.source)
             except Exception as error:  # files, servers and image libraries can raise anything
                 self._fail(image.waiting, error)
                 continue
-            batches.setdefault((self._max_crops(image.settings), image.adapter_name), []).append(image)
+            key = (self._max_crops(image.settings), image.adapter_name, image if is_context else None)
+            batches.setdefault(key, []).append(image)
 
         # Encode each group
         out_of_memory = False
-        for (max_crops, adapter_name), batch in batches.items():
+        for (max_crops, adapter_name, context), batch in batches.items():
             try:
-                frames = [image.pixels for image in batch if image.pixels is not None]
-                encoded = self._runner.prefill_images(frames, max_crops, adapter_name)
+                if context is None:
+                    frames: list[Any] = [image.pixels for image in batch]
+                    encoded: Sequence[EncodedImage | EncodedContext]
+                    encoded = self._runner.prefill_images(frames, max_crops, adapter_name)
+                else:
+                    encoded = [self._encode_context(context, max_crops)]
             except Exception as error:
                 free_after(error, self._runner.device)
                 if not is_out_of_memory(error):
@@ -396,15 +430,40 @@ class Scheduler:
                 image.encoded = one
         return out_of_memory
 
+    def _encode_context(self, image: WaitingImage, max_crops: int) -> EncodedContext:
+        """Encode the distinct images of a conversation together, and prefill the decoder with the conversation."""
+        assert isinstance(image.pixels, tuple)
+        frames = {id(frame): frame for frame in image.pixels if not isinstance(frame, EncodedImage)}
+        encoded = self._runner.prefill_images(list(frames.values()), max_crops, image.adapter_name)
+        by_id = dict(zip(frames, encoded, strict=True))
+        images = [frame if isinstance(frame, EncodedImage) else by_id[id(frame)] for frame in image.pixels]
+        return self._runner.prefill_context(image.source, images, image.adapter_name)
+
     # Decode and preempt -----------------------------------------------------------------------------------------------
 
-    def _decode(self, adapter_name: str | None) -> None:
-        """Advance all sequences of an adapter and finish those that are complete."""
-        try:
-            outputs = self._runner.decode_step(adapter_name)
-        except Exception as error:
-            self._recover(adapter_name, error)
-            return
+    def _decode(self, adapter_names: Sequence[str | None]) -> None:
+        """Advance all sequences of some adapters, together if possible, and finish those that are complete."""
+        if self._runner.can_join(adapter_names):
+            try:
+                outputs = self._runner.decode_steps(adapter_names)
+            except Exception as error:
+                free_after(error, self._runner.device)
+            else:
+                for adapter_name, one in zip(adapter_names, outputs, strict=True):
+                    self._apply(adapter_name, one)
+                return
+        for adapter_name in adapter_names:
+            if not self._running[adapter_name]:
+                continue
+            try:
+                output = self._runner.decode_step(adapter_name)
+            except Exception as error:
+                self._recover(adapter_name, error)
+                continue
+            self._apply(adapter_name, output)
+
+    def _apply(self, adapter_name: str | None, outputs: StepOutputs) -> None:
+        """Apply the outputs of a step to the sequences of an adapter, and finish those that are complete."""
         finished = []
         for state, output in outputs:
             try:
@@ -481,3 +540,18 @@ class Scheduler:
         )
         described.__cause__ = error
         return described
+
+
+def _read(image: Any) -> np.ndarray | PreprocessedImage:
+    """Return the pixels of an image; a preprocessed image is returned unchanged."""
+    return image if isinstance(image, PreprocessedImage) else to_rgb(image)
+
+
+def _read_context(context: InterleavedContext) -> tuple[np.ndarray | PreprocessedImage | EncodedImage, ...]:
+    """Return the pixels of the images of a context, one object per distinct image.
+
+    Encoded images are returned unchanged.
+    """
+    distinct = {source_key(image): image for image in context.images}
+    pixels = {key: image if isinstance(image, EncodedImage) else _read(image) for key, image in distinct.items()}
+    return tuple(pixels[source_key(image)] for image in context.images)

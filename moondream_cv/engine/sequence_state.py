@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from moondream_cv.engine.image_encoding import EncodedImage
+from moondream_cv.engine.image_encoding import EncodedContext, EncodedImage
 from moondream_cv.engine.kv_cache import CacheGroup
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.engine.prompts import Prompt
@@ -108,16 +108,17 @@ class SequenceState:
 
 @dataclass(eq=False)
 class WaitingImage:
-    """An image and the sequences that wait to be admitted on it.
+    """An image, or the context of a conversation, and the sequences that wait to be admitted on it.
 
     Attributes:
         key: Key under which further requests join. It is given up when the first sequence is admitted: an array may
             have other contents by then, and a popular image must not starve the others.
-        source: Image as requested; None without an image.
+        source: Image as requested, or an `InterleavedContext`; None without an image.
         settings: Settings of the requests; `max_crops` and `variant` are the same for all of them.
         since: Step in which the first request arrived.
-        pixels: RGB pixels once they are read. Preempted sequences continue with the pixels that they started with.
-        encoded: Encoded image while sequences wait for admission.
+        pixels: RGB pixels once they are read. Preempted sequences continue with the pixels that they started with. A
+            tuple of those of all images, or of encoded images, for a context.
+        encoded: Encoded image or context while sequences wait for admission.
         waiting: Sequences in the order of their requests.
     """
 
@@ -125,8 +126,8 @@ class WaitingImage:
     source: Any
     settings: Settings
     since: int
-    pixels: np.ndarray | PreprocessedImage | None = None
-    encoded: EncodedImage | None = None
+    pixels: np.ndarray | PreprocessedImage | tuple[np.ndarray | PreprocessedImage | EncodedImage, ...] | None = None
+    encoded: EncodedImage | EncodedContext | None = None
     waiting: deque[SequenceState] = field(default_factory=deque)
 
     @property

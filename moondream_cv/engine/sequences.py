@@ -27,6 +27,7 @@ from moondream_cv.model.config import MoondreamConfig
 from moondream_cv.requests import (
     Caption,
     CaptionResult,
+    Chat,
     Detect,
     DetectedObject,
     DetectedPoint,
@@ -67,6 +68,7 @@ class Sequence:
     head: Head
     pieces: list[Any] = field(default_factory=list)
     result: Result | None = None
+    _seed: int | None = field(default=None, init=False)
 
     @property
     def num_free_positions(self) -> int:
@@ -98,8 +100,23 @@ class Sequence:
         raise NotImplementedError
 
     def sampling_params(self) -> SamplingParams | None:
-        """Return the parameters for the next token; None if the sequence writes no text."""
+        """Return the parameters of the next choices; None for the most likely objects or points."""
         return None
+
+    def _random_pair(self) -> tuple[float, float]:
+        """Return two random numbers in 0..1 that depend on the seed and the position in the context."""
+        generator = random.Random(f"{self._seed}:{self.num_computed_tokens}")
+        return generator.random(), generator.random()
+
+    def _sampling_seed(self) -> int | None:
+        """Return the seed of the request, or else one of PyTorch's generator; None for greedy decoding."""
+        settings = self.request.settings
+        if settings.temperature == 0:
+            return None
+        if settings.seed is not None:
+            return settings.seed
+        # PyTorch's generator, so that `torch.manual_seed` makes sampling repeatable
+        return int(torch.randint(2**62, (), device="cpu", dtype=torch.long))
 
 
 @dataclass(kw_only=True)
@@ -119,6 +136,19 @@ class RegionSequence(Sequence):
     force_first: bool = False
     calibration: Calibration | None = None
     in_object: bool = False
+
+    def __post_init__(self) -> None:
+        self._seed = self._sampling_seed() if self.request.settings.sample_regions else None
+
+    def sampling_params(self) -> SamplingParams | None:
+        """Return the parameters of the next choices, with two random numbers that depend on the seed and the position.
+
+        A step may be launched more than once. Its random numbers are the same each time.
+        """
+        if self._seed is None:
+            return None
+        settings, (first, second) = self.request.settings, self._random_pair()
+        return SamplingParams(settings.temperature, settings.top_p, first, second_random=second)
 
     @property
     def predicted_head(self) -> Head:
@@ -184,6 +214,7 @@ class TextSequence(Sequence):
         num_tokens: Tokens of the current part, which is the reasoning or the answer.
         reasoning_segments: Token IDs and coordinates of each segment of the reasoning.
         reasoning_truncated: Whether a limit ended the reasoning.
+        answer_tokens: Token IDs of the answer.
         logprobs: Log-probability of each token of the answer.
     """
 
@@ -194,16 +225,14 @@ class TextSequence(Sequence):
     num_tokens: int = 0
     reasoning_segments: list[tuple[list[int], list[float]]] = field(default_factory=lambda: [([], [])])
     reasoning_truncated: bool = False
+    answer_tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._detokenizer = IncrementalDetokenizer(self.tokenizer)
-        stop = self.request.stop if isinstance(self.request, Query) else ()
+        stop = self.request.stop if isinstance(self.request, Query | Chat) else ()
         self._stop = StopStringMatcher(stop) if stop else None
-        self._seed = self.request.settings.seed
-        if self._seed is None and self.request.settings.temperature > 0:
-            # torch's generator, so that `torch.manual_seed` makes sampling repeatable
-            self._seed = int(torch.randint(2**62, (), device="cpu", dtype=torch.long))
+        self._seed = self._sampling_seed()
         self._generator: random.Random | None = None
         self._start_part()
 
@@ -211,7 +240,8 @@ class TextSequence(Sequence):
         """Return the parameters for the next token, including the bitmask of the grammar."""
         settings = self.request.settings
         bitmask = self.grammar.bitmask() if self.grammar and self.head is Head.TOKEN else None
-        return SamplingParams(settings.temperature, settings.top_p, self.random, self.banned, bitmask)
+        second = self._random_pair()[1] if settings.sample_regions and self._seed is not None else None
+        return SamplingParams(settings.temperature, settings.top_p, self.random, self.banned, bitmask, second)
 
     def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
         """Append the next token. At the end of the reasoning, return the prompt of the answer."""
@@ -234,6 +264,7 @@ class TextSequence(Sequence):
             self._finish(token != config.eos_id, logprob)
             return
         self.num_tokens += 1
+        self.answer_tokens.append(token)
         self.logprobs.append(logprob)
         if self._emit(self._detokenizer.add(token)):
             self._set_result(False)
@@ -295,7 +326,7 @@ class TextSequence(Sequence):
         if isinstance(self.request, Caption):
             self.result = CaptionResult("".join(self.pieces), truncated, mean)
             return
-        has_reasoning = isinstance(self.request, Query) and self.request.reasoning
+        has_reasoning = isinstance(self.request, Query | Chat) and self.request.reasoning
         reasoning, *answer = self.pieces if has_reasoning else (None, *self.pieces)
         self.result = QueryResult("".join(answer), reasoning, truncated or self.reasoning_truncated, mean)
 
@@ -346,7 +377,7 @@ def make_sequence(
             force_first=isinstance(request, Gaze) and request.force,
             calibration=calibration,
         )
-    head = Head.REASONING if isinstance(request, Query) and request.reasoning else Head.TOKEN
+    head = Head.REASONING if isinstance(request, Query | Chat) and request.reasoning else Head.TOKEN
     return TextSequence(**common, head=head, tokenizer=tokenizer, grammar=grammar)
 
 

@@ -49,7 +49,7 @@ def match_boxes(
     Returns:
         The counts, and the IoU of each matched pair.
     """
-    matched, overlaps = _match(_iou(predicted, true), iou_threshold)
+    matched, overlaps = _match(box_iou(predicted, true), iou_threshold)
     return _counts(matched, predicted, true), overlaps
 
 
@@ -57,7 +57,7 @@ def true_positive_boxes(
     predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32], iou_threshold: float = 0.5
 ) -> npt.NDArray[np.bool_]:
     """Return a mask of the predicted boxes that `match_boxes` matches, [N] bool."""
-    return np.isin(np.arange(len(predicted)), _match(_iou(predicted, true), iou_threshold)[0])
+    return np.isin(np.arange(len(predicted)), _match(box_iou(predicted, true), iou_threshold)[0])
 
 
 def match_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
@@ -73,6 +73,20 @@ def match_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float3
 def true_positive_points(predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Return a mask of the predicted points that `match_points` matches, [N] bool."""
     return np.isin(np.arange(len(predicted)), _match(_depth(predicted, true), 1.0)[0])
+
+
+def box_iou(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the IoU of each pair of boxes, [N, M].
+
+    Args:
+        a: [N, 4] xyxy boxes.
+        b: [M, 4] xyxy boxes, in the same units.
+    """
+    corner = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+    intersection = corner.clip(0).prod(-1)
+    areas = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
+    union: npt.NDArray[np.float32] = areas[0][:, None] + areas[1] - intersection
+    return intersection / np.maximum(union, 1e-12)
 
 
 def _counts(matched: list[int], predicted: npt.NDArray[np.float32], true: npt.NDArray[np.float32]) -> Counts:
@@ -104,12 +118,3 @@ def _match(score: npt.NDArray[np.floating], threshold: float) -> tuple[list[int]
         scores.append(float(score[prediction, box]))
         score[prediction], score[:, box] = -np.inf, -np.inf
     return matched, scores
-
-
-def _iou(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the IoU of each pair of xyxy boxes, [N, M]."""
-    corner = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
-    intersection = corner.clip(0).prod(-1)
-    areas = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
-    union: npt.NDArray[np.float32] = areas[0][:, None] + areas[1] - intersection
-    return intersection / np.maximum(union, 1e-12)

@@ -24,7 +24,7 @@ from moondream_cv.model.key_names import parse_key
 from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.quantization import check_mode, group_size, is_quantizable
 from moondream_cv.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
-from moondream_cv.model.stored_weights import StoredWeight, WeightLoader, stored_weights, verify
+from moondream_cv.model.stored_weights import StoredWeight, WeightLoader, mode_of, stored_weights, verify
 from moondream_cv.model.tensor_files import TensorFile, open_tensor_files
 from moondream_cv.progress import Operation, byte_unit
 
@@ -174,8 +174,7 @@ def stored_quantization(source: Path) -> str | None:
     Raises:
         CheckpointError: Files are missing or damaged.
     """
-    modes = {weight.mode for weight in stored_weights(open_tensor_files(source)).values()}
-    return next((mode for mode in modes if mode is not None), None)
+    return mode_of(stored_weights(open_tensor_files(source)).values())
 
 
 def check_shapes(where: Path | str, files: Iterable[TensorFile], config: MoondreamConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ ROTARY_BASE = 10000.0
 MIN_BLOCKED_LENGTH = 256  # sequences from which `_blocked_attention` is faster than PyTorch's kernel
 HEADS_PER_BLOCK = 4  # their scores for 729 patches take 4 MB in bfloat16, which fits into the cache of most CPUs
 _HAS_ONEDNN = has_onednn_kernels()
+
+
+class SegmentedPair(NamedTuple):
+    """Low-rank pairs of several adapters, each for a part of the tokens of a batch.
+
+    Attributes:
+        lengths: Number of consecutive tokens of each part.
+        pairs: A [rank, in] and B [out, rank] of each part; None: no update.
+    """
+
+    lengths: tuple[int, ...]
+    pairs: tuple[LoraPair | None, ...]
 
 
 class Linear(nn.Linear):
@@ -69,9 +82,20 @@ def can_use_onednn(x: Tensor, is_training: bool | None = None) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and supports_bfloat16())
 
 
-def add_lora(y: Tensor, x: Tensor, pair: LoraPair | None) -> Tensor:
-    """Add the low-rank update of the input `x` to the output `y` of a linear layer; without a pair, return `y`."""
-    return y if pair is None else y + F.linear(F.linear(x, pair[0]), pair[1])
+def add_lora(y: Tensor, x: Tensor, pair: LoraPair | SegmentedPair | None) -> Tensor:
+    """Add the low-rank update of the input `x` to the output `y` of a linear layer; without a pair, return `y`.
+
+    Args:
+        y: [B, T, out] output.
+        x: [B, T, in] input.
+        pair: Update; a `SegmentedPair` divides the T tokens.
+    """
+    if pair is None:
+        return y
+    if not isinstance(pair, SegmentedPair):
+        return y + F.linear(F.linear(x, pair[0]), pair[1])
+    parts = zip(y.split(pair.lengths, dim=1), x.split(pair.lengths, dim=1), pair.pairs, strict=True)
+    return torch.cat([add_lora(*part) for part in parts], dim=1)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,11 +140,12 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, inner_dim)
         self.fc2 = Linear(inner_dim, out_dim)
 
-    def forward(self, x: Tensor, lora: Mapping[str, LoraPair] | None = None) -> Tensor:
+    def forward(self, x: Tensor, lora: Mapping[str, LoraPair | SegmentedPair] | None = None) -> Tensor:
         lora = lora or {}
         if not lora and isinstance(self.fc1, Int8Linear) and isinstance(self.fc2, Int8Linear):
             return self.fc1.gelu_then(x, self.fc2)
-        if (pair := lora.get("fc1")) is None:
+        pair = lora.get("fc1")
+        if pair is None and hasattr(self.fc1, "gelu"):  # a layer that PEFT has wrapped has no `gelu`
             x = self.fc1.gelu(x)
         else:
             x = F.gelu(add_lora(self.fc1(x), x, pair), approximate="tanh")

@@ -14,6 +14,7 @@ from moondream_cv.model.layers import can_use_onednn, onednn_linear
 from moondream_cv.progress import Operation
 
 MIN_VALUES = 2**20  # weights of a MB or less gain nothing
+NUM_SAMPLES = 256  # evenly spaced values per weight, for the fingerprint of a model
 _ROWS_HINT = 729  # the layout is the same for all numbers of rows
 
 
@@ -27,6 +28,7 @@ class PackedLinear(nn.Module):
         in_features: Width of inputs.
         out_features: Width of outputs.
         bias: [out] bias; None: no bias.
+        samples: Result of `sample_values` for the weight.
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
@@ -65,6 +67,7 @@ class PackedLinear(nn.Module):
         return F.gelu(y, approximate="tanh") if activation == "gelu" else y
 
     def _store(self, weight: Tensor) -> None:
+        self.samples = sample_values(weight).clone()
         is_packable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT) if is_packable else weight
 
@@ -102,6 +105,16 @@ class PackedLinear(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the weight: packed weights have neither."""
         return type(self), (self.weight, self.bias)
+
+
+def sample_values(tensor: Tensor) -> Tensor:
+    """Return up to 256 evenly spaced values of a tensor.
+
+    Args:
+        tensor: Tensor of any shape.
+    """
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, flat.numel() // NUM_SAMPLES)][:NUM_SAMPLES]
 
 
 def pack_weights(network: nn.Module, operation: Operation | None = None) -> None:

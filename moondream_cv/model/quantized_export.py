@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from moondream_cv.errors import CheckpointError
-from moondream_cv.model.checkpoints import config_json, quantization_plan, weight_shapes
+from moondream_cv.model.checkpoint_writer import TensorSpec, write_checkpoint
+from moondream_cv.model.checkpoints import quantization_plan, weight_shapes
 from moondream_cv.model.key_names import INT8_SCALE, PACKED_PARTS
 from moondream_cv.model.quantization import pack_int4
 from moondream_cv.model.sources import Source
-from moondream_cv.model.stored_weights import SCALE_DTYPE, StoredWeight, WeightLoader, stored_weights, verify
+from moondream_cv.model.stored_weights import SCALE_DTYPE, StoredWeight, WeightLoader, mode_of, stored_weights, verify
 from moondream_cv.model.tensor_files import open_tensor_files
-from moondream_cv.progress import Operation, byte_unit
-
-# Names of data types in safetensors files
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-_Part = tuple[str, torch.dtype, tuple[int, ...]]  # key, data type, shape
+from moondream_cv.progress import Operation
 
 
 def export_quantized(source: Source, to: Path, mode: str, operation: Operation | None = None) -> Path:
@@ -56,89 +42,36 @@ def export_quantized(source: Source, to: Path, mode: str, operation: Operation |
     # Check the source and the folder
     if to.exists():
         raise CheckpointError(f"{to} already exists; give a new folder")
-    tokenizer, _ = source.find_tokenizer()
     stored = stored_weights(open_tensor_files(source.weights))
     shapes = weight_shapes(source.config)
     verify(source.weights, stored, shapes)
-    found = sorted({weight.mode for weight in stored.values() if weight.mode is not None})
-    if found:
-        raise CheckpointError(
-            f"{source.weights} is already quantized to {found[0]}; give a checkpoint in full precision"
-        )
+    found = mode_of(stored.values())
+    if found is not None:
+        raise CheckpointError(f"{source.weights} is already quantized to {found}; give a checkpoint in full precision")
     modes = quantization_plan(source.weights, stored, shapes, mode)
 
-    # Write the files to a temporary folder with a new name, so that no folder of the user is replaced
-    temporary = None
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".quantized-", dir=to.parent))
-        part = temporary / "part"  # unlike the temporary folder, it has the usual permissions
-        part.mkdir()
-        shutil.copyfile(tokenizer, part / "tokenizer.json")
-        if (source.folder / "calibration.json").is_file():
-            shutil.copyfile(source.folder / "calibration.json", part / "calibration.json")
-        config = config_json(source.config, stored["text.wte"].dtype)
-        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        with (part / "model.safetensors").open("wb") as file:
-            _write_weights(file, stored, shapes, modes, operation)
-        os.replace(part, to)
-    except OSError as error:
-        raise CheckpointError(f"{to} cannot be written: {error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return to
-
-
-def _write_weights(
-    file: BinaryIO,
-    stored: dict[str, StoredWeight],
-    shapes: dict[str, tuple[int, ...]],
-    modes: dict[str, tuple[str, int]],
-    operation: Operation | None,
-) -> None:
-    """Write a safetensors file: the length of the header, the header, and the tensors in its order."""
-    # Write the header
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        for key, dtype, part_shape in _parts(stored[name], shape, modes.get(name)):
-            stop = offset + math.prod(part_shape) * dtype.itemsize
-            header[key] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(part_shape), "data_offsets": [offset, stop]}
-            offset = stop
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
-    file.write(len(text).to_bytes(8, "little") + text)
-
-    # Write the tensors
+    # Quantize the weights while they are written
     loader = WeightLoader("cpu")
-    divisor, unit = byte_unit(offset)
-    written = 0
-    for name, shape in shapes.items():
-        expected = _parts(stored[name], shape, modes.get(name))
-        for tensor, (_, dtype, part_shape) in zip(
-            _tensors(loader, stored[name], shape, modes.get(name)), expected, strict=True
-        ):
-            data = tensor.to(dtype).reshape(part_shape).contiguous()
-            file.write(data.view(torch.uint8).numpy().data)
-            written += data.nbytes
-        if operation is not None:
-            operation.update("Quantizing", written / divisor, offset / divisor, unit)
+    specs = [spec for name, shape in shapes.items() for spec in _parts(stored[name], shape, modes.get(name))]
+    tensors = (
+        tensor for name, shape in shapes.items() for tensor in _tensors(loader, stored[name], shape, modes.get(name))
+    )
+    return write_checkpoint(source, to, stored["text.wte"].dtype, specs, tensors, operation, "Quantizing")
 
 
-def _parts(weight: StoredWeight, shape: tuple[int, ...], mode: tuple[str, int] | None) -> list[_Part]:
+def _parts(weight: StoredWeight, shape: tuple[int, ...], mode: tuple[str, int] | None) -> list[TensorSpec]:
     """Return the tensors of a weight in the file."""
     key = f"model.{weight.name}"
     if mode is None:
-        return [(key, weight.dtype, shape)]
+        return [TensorSpec(key, weight.dtype, shape)]
     name, group = mode
     if name == "int8":
         scale_key = f"{key.removesuffix('weight')}{INT8_SCALE}"
-        return [(key, torch.int8, shape), (scale_key, torch.float32, shape[:1])]
+        return [TensorSpec(key, torch.int8, shape), TensorSpec(scale_key, torch.float32, shape[:1])]
     groups = math.prod(shape) // group
     dtypes = torch.uint8, SCALE_DTYPE, SCALE_DTYPE
     part_shapes = (groups // 2, group), (groups, 1), (groups, 1)
-    return [(f"{key}.{PACKED_PARTS[i]}", dtypes[i], part_shapes[i]) for i in range(3)]
+    return [TensorSpec(f"{key}.{PACKED_PARTS[i]}", dtypes[i], part_shapes[i]) for i in range(3)]
 
 
 def _tensors(

@@ -7,14 +7,16 @@ logarithmic scale from 1/1024 to 1: bin b of n represents 2^(b / (n − 1) · 10
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from moondream_cv.model.config import RegionConfig
-from moondream_cv.model.layers import Linear, Mlp
+from moondream_cv.model.layers import Linear, LoraPair, Mlp
 
 SIZE_OCTAVES = 10.0
+RegionLora = Mapping[str, Mapping[str, LoraPair]]  # {"coord_decoder": {"fc1", "fc2"}, "size_decoder": {"fc1", "fc2"}}
 
 
 class RegionHeads(nn.Module):
@@ -34,17 +36,17 @@ class RegionHeads(nn.Module):
         """Return input embeddings: coordinates [..., 1] in 0..1 → [..., dim]."""
         return self.coord_encoder(_fourier(coordinate, self.coord_features))
 
-    def decode_coordinate(self, hidden: Tensor) -> Tensor:
+    def decode_coordinate(self, hidden: Tensor, lora: RegionLora | None = None) -> Tensor:
         """Return logits over bins: hidden states [..., dim] → [..., coord_out_dim]; bin b is b / coord_out_dim."""
-        return self.coord_decoder(hidden)
+        return self.coord_decoder(hidden, lora and lora.get("coord_decoder"))
 
     def encode_size(self, size: Tensor) -> Tensor:
         """Return input embeddings: (width, height) [..., 2] in 0..1 → [..., dim]."""
         return self.size_encoder(_fourier(size, self.size_features))
 
-    def decode_size(self, hidden: Tensor) -> Tensor:
+    def decode_size(self, hidden: Tensor, lora: RegionLora | None = None) -> Tensor:
         """Return logits over bins: hidden states [..., dim] → [..., 2, size_out_dim / 2], for width and height."""
-        return self.size_decoder(hidden).unflatten(-1, (2, -1))
+        return self.size_decoder(hidden, lora and lora.get("size_decoder")).unflatten(-1, (2, -1))
 
 
 def _fourier(x: Tensor, frequencies: Tensor) -> Tensor:

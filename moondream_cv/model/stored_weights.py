@@ -229,6 +229,15 @@ def stored_weights(files: Iterable[TensorFile]) -> dict[str, StoredWeight]:
     return weights
 
 
+def mode_of(stored: Iterable[StoredWeight]) -> str | None:
+    """Return the quantization of weights: "int8" or "int4"; None: all are in full precision.
+
+    Args:
+        stored: Weights of a checkpoint.
+    """
+    return min((weight.mode for weight in stored if weight.mode is not None), default=None)
+
+
 def _add(weights: dict[str, StoredWeight], parsed: StoredKey, file: TensorFile, key: str) -> None:
     weight = weights.setdefault(parsed.name, StoredWeight(parsed.name, parsed.transposed))
     part = parsed.part or ""

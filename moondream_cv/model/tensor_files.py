@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,9 +76,17 @@ class SafetensorsFile:
         """Return a tensor, or rows of it, on the CPU."""
         if self._read > _REOPEN_AFTER:
             self._file, self._read = self._open(), 0
+        # Python runs signal handlers in the main thread. safetensors would turn a KeyboardInterrupt into a ValueError.
+        if threading.current_thread() is threading.main_thread():
+            tensor = _run_in_thread(lambda: self._read_tensor(key, rows))
+        else:
+            tensor = self._read_tensor(key, rows)
+        self._read += tensor.nbytes
+        return tensor
+
+    def _read_tensor(self, key: str, rows: slice | None) -> Tensor:
         with torch.device("cpu"):  # slices are created on PyTorch's default device
             tensor: Tensor = self._file.get_tensor(key) if rows is None else self._file.get_slice(key)[rows]
-        self._read += tensor.nbytes
         return tensor
 
     def _open(self) -> Any:
@@ -87,6 +97,27 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{self.path} is truncated or not a safetensors file ({error}); fetch it again"
             ) from error
+
+
+def _run_in_thread(read: Callable[[], Tensor]) -> Tensor:
+    """Return the result of a function that runs in another thread. A KeyboardInterrupt is raised after it returned."""
+    future: Future[Tensor] = Future()
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(read())
+        except BaseException as error:
+            future.set_exception(error)
+
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        return future.result()
+    finally:
+        # `start` can be interrupted as well, before or after the thread runs.
+        if not future.cancel():
+            wait([future])
 
 
 class TorchFile:
@@ -252,7 +283,7 @@ def _check_beginning(path: Path) -> None:
 
 def _flat(loaded: Any, path: Path) -> dict[str, Tensor]:
     """Return the tensors of a loaded file. Training code may have wrapped them in a mapping."""
-    for wrapper in ("state_dict", "model_state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "lora_state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not loaded:

@@ -12,12 +12,26 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moondream_cv.model.config import TextConfig
-from moondream_cv.model.layers import Linear, LoraPair, Mlp, add_lora, full_attention, rotary_table, rotate
+from moondream_cv.model.layers import (
+    Linear,
+    LoraPair,
+    Mlp,
+    SegmentedPair,
+    add_lora,
+    full_attention,
+    rotary_table,
+    rotate,
+)
 
 MIN_REDUCED_QUERIES = 8  # queries from which CPU attention is faster in bfloat16 than in float32
-LayerLora = Mapping[str, Mapping[str, LoraPair]]  # {"attn": {"qkv", "proj"}, "mlp": {"fc1", "fc2"}}
+LayerLora = Mapping[str, Mapping[str, LoraPair]]
+"""Pairs of one layer: {"attn": {"qkv", "proj", "out"}, "mlp": {"fc1", "fc2"}}. Both "proj" and "out" are added to the
+output of the attention's projection: "proj" acts on the input of the block, "out" on the output of the attention."""
+AppliedLora = Mapping[str, Mapping[str, LoraPair | SegmentedPair]]
+"""The same for a batch whose tokens may have several adapters."""
 
 
 class Attend(Protocol):
@@ -46,16 +60,22 @@ class TextAttention(nn.Module):
         self.proj = Linear(config.dim, config.dim)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, attend: Attend | None, lora: Mapping[str, LoraPair]
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        mask: Tensor | None,
+        attend: Attend | None,
+        lora: Mapping[str, LoraPair | SegmentedPair],
     ) -> Tensor:
         batch, length, dim = x.shape
         qkv = add_lora(self.qkv(x), x, lora.get("qkv")).view(batch, length, -1, self.head_dim)
         turned, v = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
         q, k = rotate(turned, rotary).split((self.n_heads, self.n_kv_heads), dim=2)
         out = attention(q, k, v, mask) if attend is None else attend(q, k, v)
-        out = self.proj(out.reshape(batch, length, dim))
+        out = out.reshape(batch, length, dim)
+        projected = add_lora(self.proj(out), out, lora.get("out"))
         # Published adapters were trained with this pair on the input of the block, not on the output of the attention.
-        return add_lora(out, x, lora.get("proj"))
+        return add_lora(projected, x, lora.get("proj"))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -94,7 +114,7 @@ class TextBlock(nn.Module):
         self.mlp = Mlp(config.dim, config.ff_dim, config.dim)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, mask: Tensor | None, attend: Attend | None, lora: LayerLora | None
+        self, x: Tensor, rotary: Tensor, mask: Tensor | None, attend: Attend | None, lora: AppliedLora | None
     ) -> Tensor:
         lora = lora or {}
         normed = self.ln(x)
@@ -122,7 +142,8 @@ class TextDecoder(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         attends: Sequence[Attend] | None = None,
-        adapter: Sequence[LayerLora] | None = None,
+        adapter: Sequence[AppliedLora] | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Run the blocks.
 
@@ -132,13 +153,15 @@ class TextDecoder(nn.Module):
             mask: Boolean, broadcastable to [B, heads, T, T]; attention is allowed at True. None: everywhere.
             attends: Attention of each layer, for example with a KV cache; None: attention within `x` under `mask`.
             adapter: Low-rank updates of each layer; None: no adapter.
+            checkpointing: Recompute the activations of each block in the backward pass instead of keeping them.
 
         Returns:
             [B, T, dim] hidden states before `post_ln`, the inputs of the region heads.
         """
         rotary = rotary_table(positions, self.config.rotary_dim)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, mask, None if attends is None else attends[i], None if adapter is None else adapter[i])
+            arguments = x, rotary, mask, attends and attends[i], adapter and adapter[i]
+            x = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

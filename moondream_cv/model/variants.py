@@ -1,4 +1,4 @@
-"""Adapters by ID: the local cache of published variants, and the service to download them from."""
+"""Adapters by ID: local finetunes, the cache of published variants, and the service to download them from."""
 
 from __future__ import annotations
 
@@ -23,6 +23,53 @@ DEFAULT_ENDPOINT = "https://api.moondream.ai"
 TIMEOUT = 60.0  # seconds without a byte
 _KEY_HEADER = "X-Moondream-Auth"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+FINETUNE_MODELS = ("moondream2", "moondream3-preview")  # names of the base model in names of checkpoints
+_FINETUNE = re.compile(rf"(?:(?:{'|'.join(FINETUNE_MODELS)})/)?([A-Za-z0-9]{{26}})(?:@(\d{{1,9}}))?")
+
+
+def finetunes_root() -> Path:
+    """Return the default folder of finetunes.
+
+    Returns:
+        The folder in the environment variable `MOONDREAM_CV_FINETUNES`, or `~/.local/share/moondream_cv/finetunes`, or
+        `%LOCALAPPDATA%\\moondream_cv\\finetunes` on Windows. It may not exist yet.
+    """
+    if os.environ.get("MOONDREAM_CV_FINETUNES"):
+        return Path(os.environ["MOONDREAM_CV_FINETUNES"]).expanduser()
+    base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local" if os.name == "nt" else "~/.local/share"
+    return Path(base).expanduser() / "moondream_cv" / "finetunes"
+
+
+def finetune_checkpoint(name: str, root: Path | None = None) -> Path | None:
+    """Return the file of a checkpoint of a finetune on this machine; None for a name of another form.
+
+    Args:
+        name: "ID@STEP", optionally behind the name of a model, such as "moondream2/ID@STEP".
+        root: Folder of the finetunes; None: the default folder.
+
+    Raises:
+        CheckpointError: The checkpoint is not saved, or the name is the ID of a finetune without a step.
+    """
+    match = _FINETUNE.fullmatch(name)
+    if match is None:
+        return None
+    folder, finetune_id, step = root or finetunes_root(), match[1], match[2]
+    if step is None and not (folder / finetune_id).is_dir():
+        return None  # the ID of a published variant
+    checkpoints = folder / finetune_id / "checkpoints"  # as in finetune/layout.py
+    if step is not None and (path := checkpoints / f"{int(step)}.safetensors").is_file():
+        return path
+    saved = sorted(int(file.stem) for file in checkpoints.glob("*.safetensors") if file.stem.isdigit())
+    if step is None and saved:
+        raise CheckpointError(
+            f"{finetune_id!r} is a finetune; give {finetune_id}@STEP with one of the saved steps: {saved}"
+        )
+    problem = (
+        f"the finetune {finetune_id!r} has no saved checkpoint of step {step}; saved steps: {saved}"
+        if saved
+        else f"there is no finetune {finetune_id!r} with saved checkpoints in {folder}"
+    )
+    raise CheckpointError(f"{problem}; set MOONDREAM_CV_FINETUNES to the folder of the finetunes, or give a file")
 
 
 def variant_cache() -> Path:
@@ -45,7 +92,8 @@ def fetch_variant(variant: str) -> Path:
     """
     if not _ID.fullmatch(variant):
         raise CheckpointError(
-            f"{variant[:200]!r} is neither a file nor the ID of an adapter (letters, digits, '.', '_' and '-')"
+            f"{variant[:200]!r} is neither a file nor the ID of an adapter (letters, digits, '.', '_' and '-') or of a "
+            "checkpoint (ID@STEP; `moondream-cv finetune list` prints the IDs)"
         )
     path = variant_cache() / variant / "final.pt"
     if path.is_file():

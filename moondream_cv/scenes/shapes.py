@@ -1,4 +1,4 @@
-"""Random outlines of the eight shapes.
+"""Random outlines of the shapes.
 
 A shape is a list of closed contours in unit coordinates (x to the right, y down), filled by the even-odd rule. The
 variation never changes the class: a square is not rotated so far that it resembles a diamond, and an ellipse stays
@@ -82,6 +82,13 @@ def _ring(rng: np.random.Generator, varied: bool) -> Contours:
     return [_CIRCLE, _CIRCLE * np.float32(inner)]
 
 
+def _arrow(rng: np.random.Generator, varied: bool) -> Contours:
+    shaft, neck = (rng.uniform(0.18, 0.32), rng.uniform(-0.1, 0.25)) if varied else (0.25, 0.1)
+    return _polygon(
+        (1, 0), (neck, 0.75), (neck, shaft), (-1, shaft), (-1, -shaft), (neck, -shaft), (neck, -0.75)
+    )  # fmt: skip
+
+
 def _rotation(shape: str, rng: np.random.Generator) -> float:
     """Draw a rotation in degrees that keeps the shape recognizable."""
     if shape in ("circle", "ring"):
@@ -108,7 +115,7 @@ def contours(shape: str, rng: np.random.Generator, *, varied: bool = True) -> Co
     """Return the outline of a shape.
 
     Args:
-        shape: One of `moondream_cv.scenes.world.SHAPES`.
+        shape: One of `moondream_cv.scenes.world.SHAPES` or `UNSEEN_SHAPES`.
         rng: Source of randomness.
         varied: Randomize proportions, aspect ratio and rotation; otherwise return the upright standard outline.
 
@@ -136,6 +143,8 @@ def contours(shape: str, rng: np.random.Generator, *, varied: bool = True) -> Co
         parts = _heart(rng, varied)
     elif shape == "diamond":
         parts = _diamond(rng, varied)
+    elif shape == "arrow":
+        parts = _arrow(rng, varied)
     else:
         raise ValueError(f"unknown shape {shape!r}")
 

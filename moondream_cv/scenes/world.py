@@ -1,4 +1,4 @@
-"""The vocabulary of the synthetic scenes: 8 shapes in 8 colors, and 32 icons.
+"""The vocabulary of the synthetic scenes: 8 shapes in 8 colors, 32 icons, and a shape for fine-tuning.
 
 Names are plain English, such as ``"red circle"`` for a colored shape and ``"dog"`` for an icon. A query can name a
 shape in any color (``"circle"``), but not a color alone. The renderers define the appearance.
@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 SHAPES: Final[tuple[str, ...]] = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+
+UNSEEN_SHAPES: Final[tuple[str, ...]] = ("arrow",)
+"""Shapes that the tiny model was not trained on, to teach it something new. Scenes contain them only by name."""
 
 COLORS: Final[dict[str, tuple[int, int, int]]] = {  # RGB
     "red": (215, 35, 35),
@@ -80,7 +83,8 @@ def split_name(name: str) -> tuple[str | None, str]:
         ValueError: The name is not in the vocabulary, such as ``"red"`` or ``"red dog"``.
     """
     color, _, shape = name.rpartition(" ")
-    if (not color and (shape in SHAPES or shape in GLYPHS)) or (color in COLORS and shape in SHAPES):
+    is_shape = shape in SHAPES or shape in UNSEEN_SHAPES
+    if (not color and (is_shape or shape in GLYPHS)) or (color in COLORS and is_shape):
         return color or None, shape
     raise ValueError(f"unknown name {name!r}; valid names are, for example, 'red circle', 'circle' and 'dog'")
 

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from moondream_cv.errors import (
     BackendError,
+    CheckpointError,
     ImageError,
     MoondreamError,
     RequestCancelled,
@@ -96,6 +97,9 @@ def _convert(error: BaseException) -> ServerError:
     if isinstance(error, BackendError):
         logger.warning("the remote model failed: %s", error)
         return ServerError(503, "the remote model behind this server failed; try again", retry_after=5)
+    if isinstance(error, CheckpointError):  # the file was deleted, or belongs to another model
+        logger.warning("a checkpoint cannot be loaded: %s", error)
+        return ServerError(404, "the checkpoint was deleted or does not fit the model of this server", param="model")
     if isinstance(error, MoondreamError):
         logger.warning("the model failed: %s", error)
         return ServerError(503, str(error), retry_after=5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
@@ -15,9 +14,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moondream_cv.memory_trimming import MemoryTrimmer
 from moondream_cv.server.apis.base import ApiSpec, find_api
-from moondream_cv.server.bodies import LARGE, LINES_PATHS, ReceiveBudget, check_content_type, check_json, key_in_body
+from moondream_cv.server.apis.signed_urls import is_signed
+from moondream_cv.server.bodies import (
+    LARGE,
+    LINES_PATHS,
+    MAX_TRAIN_STEP_VALUES,
+    MAX_VALUES,
+    TRAIN_STEP_PATH,
+    ReceiveBudget,
+    check_content_type,
+    check_json,
+    is_upload,
+    key_in_body,
+    read_pieces,
+)
 from moondream_cv.server.connections import address_group
-from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error
+from moondream_cv.server.errors import ServerError, to_server_error
 from moondream_cv.server.logs import client_address, request_id
 from moondream_cv.server.origin_protection import check_origin
 from moondream_cv.server.service import Service
@@ -26,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 PROBE_PATHS = frozenset({"/health", "/ready"})
 OPEN_PATHS = PROBE_PATHS | {"/", "/openapi.json", "/favicon.ico", "/info"}  # no API key required
-BODY_SECONDS = 30  # maximum time between two parts of a body
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SLASHES = re.compile(r"/{2,}")
 
@@ -94,7 +105,8 @@ class AuthMiddleware:
     """Rejects unauthenticated, cross-origin and oversized requests, and converts errors to responses.
 
     The checks are, in this order: host and origin, API key, content type, size, complexity of the JSON. Bodies are
-    received completely before a route is called. Errors have the format of the API that the path belongs to.
+    received completely before a route is called, except the parts of uploaded batches. Errors have the format of the
+    API that the path belongs to.
     """
 
     def __init__(self, app: ASGIApp, service: Service, apis: Sequence[ApiSpec]) -> None:
@@ -138,10 +150,10 @@ class AuthMiddleware:
         if not settings.api_keys and scope["path"] not in PROBE_PATHS:
             check_origin(scope, headers, settings)
         has_key = self._service.is_valid_key(list(keys_of(scope)))
-        needs_key = not has_key and scope["path"] not in OPEN_PATHS
+        needs_key = not has_key and not is_signed(scope["path"]) and scope["path"] not in OPEN_PATHS
         if needs_key and not (api.key_in_body and scope["method"] == "POST"):
             raise invalid_key_error()
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] not in ("POST", "PUT", "PATCH") or is_upload(scope):
             return receive
         check_content_type(scope, headers)
         size = declared_size(headers, settings.max_body)
@@ -154,7 +166,7 @@ class AuthMiddleware:
         if needs_key and not self._service.is_valid_key(await key_in_body(body)):
             raise invalid_key_error()
         if scope["path"] not in LINES_PATHS:
-            await check_json(body)
+            await check_json(body, MAX_TRAIN_STEP_VALUES if scope["path"] == TRAIN_STEP_PATH else MAX_VALUES)
         return _Replay(body, receive)
 
 
@@ -180,19 +192,12 @@ async def _read_body(receive: Receive, limit: int) -> bytes:
         ClientDisconnected: The client disconnected.
     """
     parts, size = [], 0
-    while True:
-        try:
-            message = await asyncio.wait_for(receive(), BODY_SECONDS)
-        except (asyncio.TimeoutError, TimeoutError) as error:
-            raise ServerError(408, f"no part of the request body arrived for {BODY_SECONDS} seconds") from error
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnected
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
+    async for part in read_pieces(receive):
+        parts.append(part)
+        size += len(part)
         if size > limit:
             raise _too_large(limit)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    return b"".join(parts)
 
 
 def declared_size(headers: Headers, unknown: int) -> int:
@@ -204,7 +209,7 @@ def declared_size(headers: Headers, unknown: int) -> int:
 def keys_of(scope: Scope) -> Iterator[str]:
     """Yield the API keys in the headers and the query of a request."""
     headers = Headers(scope=scope)
-    for name in ("x-moondream-auth", "x-api-key"):
+    for name in ("x-moondream-auth", "x-api-key", "token"):
         if headers.get(name):
             yield headers[name].strip()
     scheme, _, key = headers.get("authorization", "").partition(" ")

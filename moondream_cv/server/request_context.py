@@ -10,7 +10,6 @@ Routes get a context from FastAPI:
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +19,8 @@ from moondream_cv.requests import ErrorResult, Request, Result
 from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error
 from moondream_cv.server.runtime.engine_loop import Usage
 from moondream_cv.server.runtime.engines import Call
+from moondream_cv.server.runtime.operations import Operation
+from moondream_cv.server.segmentation import Box, Segment
 from moondream_cv.server.service import Service, get_service
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ class RequestContext:
         """
         service.acquire_slot()
         self.service, self._http = service, http
-        self._deadline = time.monotonic() + service.settings.timeout
+        self._deadline = service.now() + service.settings.timeout
         self._calls: list[Call] = []
         self._images: dict[str, asyncio.Future[Any]] = {}
         self._disconnected: asyncio.Task[None] | None = None
@@ -96,6 +97,44 @@ class RequestContext:
 
     async def results_with_usage(self, requests: Sequence[Request]) -> list[tuple[Result, Usage]]:
         """Run requests like `results`, and return their token counts as well."""
+        return await self._run(requests)
+
+    async def operation(self, operation: Operation) -> Any:
+        """Return the result of an operation.
+
+        Raises:
+            ServerError: 504; the time limit has expired.
+            Exception: The error of the operation.
+        """
+        ((result, _),) = await self._run([operation])
+        if isinstance(result, ErrorResult):
+            raise result.error
+        return result.value
+
+    async def shared(self, task: asyncio.Future[T]) -> T:
+        """Return the result of a task that continues if this request ends.
+
+        Raises:
+            ServerError: 504; the time limit has expired.
+            Exception: The error of the task.
+        """
+        return await self._wait(asyncio.shield(task))
+
+    async def segment(self, image: Any, boxes: Sequence[Box]) -> Segment | None:
+        """Return the outline of the objects in boxes; the service must have a segmenter.
+
+        Args:
+            image: Image of `open_image`.
+            boxes: At least one box, as fractions of the image.
+
+        Raises:
+            ServerError: 504; the time limit has expired.
+            MoondreamError: The segmentation model failed.
+        """
+        assert self.service.segmenter is not None
+        return await self._wait(self.service.segmenter.submit(image, boxes))
+
+    async def _run(self, requests: Sequence[Request | Operation]) -> list[tuple[Any, Usage]]:
         calls = [self._submit(request) for request in requests]
         try:
             await self._wait(asyncio.shield(asyncio.gather(*(call.done for call in calls))))
@@ -146,10 +185,15 @@ class RequestContext:
         Raises:
             ServerError: 504; the time limit has expired.
         """
+        piece = asyncio.ensure_future(call.pieces.get())
         try:
-            return await asyncio.wait_for(call.pieces.get(), max(0.0, self._deadline - time.monotonic()))
-        except (asyncio.TimeoutError, TimeoutError) as error:
-            raise self._timeout_error() from error
+            await self.service.wait([piece], self._deadline)
+        finally:
+            if not piece.done():
+                piece.cancel()
+        if piece.cancelled() or not piece.done():
+            raise self._timeout_error()
+        return piece.result()
 
     def release_call(self, call: Call) -> None:
         """Cancel a call if it has not finished, and record its outcome. Later calls do nothing."""
@@ -157,7 +201,7 @@ class RequestContext:
             self._calls.remove(call)
             self.service.release_call(call)
 
-    def _submit(self, request: Request, streamed: bool = False) -> Call:
+    def _submit(self, request: Request | Operation, streamed: bool = False) -> Call:
         call = self.service.submit(request, streamed)
         self._calls.append(call)
         return call
@@ -172,8 +216,7 @@ class RequestContext:
         if self._disconnected is not None:
             events.add(self._disconnected)
         try:
-            remaining = max(0.0, self._deadline - time.monotonic())
-            await asyncio.wait(events, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            await self.service.wait(events, self._deadline)
         finally:
             if not task.done():
                 task.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from moondream_cv.arguments import check_integer, check_positive
 
@@ -33,6 +34,10 @@ class ServerSettings:
             names are not checked if there are API keys.
         decode_timeout: Time limit for decoding one image in seconds.
         page: Whether to serve the playground at `/`.
+        finetunes: Folder of the finetunes for the tuning API; None: `MOONDREAM_CV_FINETUNES`, or a folder in the data
+            folder of the user.
+        replicas: Number of processes that share the requests. If there are several, requests that depend on earlier
+            requests to the same process are rejected.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -49,9 +54,11 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     decode_timeout: float = 10.0
     page: bool = True
+    finetunes: Path | None = None
+    replicas: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("queue", "max_body", "max_pixels", "max_download", "keep", "connections_per_client"):
+        for name in ("queue", "max_body", "max_pixels", "max_download", "keep", "connections_per_client", "replicas"):
             check_integer(name, getattr(self, name))
         for name in ("timeout", "drain", "decode_timeout"):
             check_positive(name, getattr(self, name), "seconds")

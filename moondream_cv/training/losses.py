@@ -11,6 +11,7 @@ from moondream_cv.model.moondream import MoondreamNetwork
 from moondream_cv.model.region import size_to_bin
 from moondream_cv.scenes.world import COLORS, ICONS, SHAPES
 from moondream_cv.training.batches import Batch
+from moondream_cv.training.packed_decoder import run_packed
 from moondream_cv.training.packing import IGNORE
 
 TEXT_WEIGHT, SIZE_WEIGHT, COORDINATE_JITTER = 1.5, 0.5, 0.006
@@ -100,9 +101,7 @@ def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitte
     Returns:
         Hidden states of the questions, [B, T, dim].
     """
-    # Embed tokens, coordinates and sizes
-    region, prefix = network.region, network.config.prefix_length
-    bos = torch.full((len(batch.ids), 1), network.config.tokenizer.bos_id, device=tokens.device, dtype=torch.long)
+    region = network.region
     inputs = network.text.embed(batch.ids)
     with_coord, with_size = ~batch.coords.isnan(), ~batch.sizes[..., 0].isnan()
     coords = batch.coords[with_coord]
@@ -112,29 +111,7 @@ def packed_hidden(network: MoondreamNetwork, tokens: Tensor, batch: Batch, jitte
         encoded_sizes = region.encode_size(batch.sizes[with_size]).to(inputs.dtype)
     inputs = inputs.masked_scatter(with_coord[..., None], encoded_coords)
     inputs = inputs.masked_scatter(with_size[..., None], encoded_sizes)
-
-    # Run the decoder
-    x = torch.cat((network.text.embed(bos), tokens, inputs), dim=1)
-    before = torch.arange(prefix, device=x.device).expand(len(x), -1)
-    positions = torch.cat((before, prefix + batch.offsets), dim=1)
-    return network.text(x, positions, packed_mask(batch.question, prefix))[:, prefix:]
-
-
-def packed_mask(question: Tensor, prefix: int) -> Tensor:
-    """Return the attention mask of packed questions, [B, 1, prefix + T, prefix + T] bool.
-
-    The prefix attends to itself. Each question attends to the prefix and, causally, to itself.
-
-    Args:
-        question: [B, T] question number of each position.
-        prefix: Length of the image prefix.
-    """
-    batch, length = question.shape
-    mask = torch.zeros(batch, prefix + length, prefix + length, dtype=torch.bool, device=question.device)
-    mask[:, :, :prefix] = True
-    same = question[:, :, None] == question[:, None]
-    mask[:, prefix:, prefix:] = same & torch.ones(length, length, dtype=torch.bool, device=question.device).tril()
-    return mask[:, None]
+    return run_packed(network, tokens, inputs, batch.offsets, batch.question)
 
 
 def soft_bins(logits: Tensor, center: Tensor, sigma: float) -> Tensor:

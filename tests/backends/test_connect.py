@@ -19,7 +19,9 @@ from moondream_cv import Detector, Pointer, connect, load
 from moondream_cv.backends import Fal, MoondreamAPI, OpenAICompatible, RoboflowInference
 from moondream_cv.backends.base import RemoteModel
 from moondream_cv.errors import BackendError, UnsupportedSkill
+from tests.helpers.certificates import make_certificates
 from tests.helpers.remote_server import RemoteServer, Reply
+from tests.helpers.served import served
 
 OURS = Reply({"object": "list", "data": [{"id": "tiny"}], "models": [{"id": "tiny", "has_scores": True}]})
 STATION = Reply({"models": [{"id": "moondream-2", "name": "Moondream 2", "description": "", "version": "1"}]})
@@ -58,6 +60,13 @@ def test_known_hosts_are_not_probed(url: str, kind: type[RemoteModel], target: s
         ({"/vlm/v1/models": OPENAI}, "/vlm", OpenAICompatible, "/vlm/v1", 1),
         ({"/vlm/v1/models": STATION}, "/vlm/", MoondreamAPI, "/vlm/v1", 1),
         ({"/info": INFO}, "", RoboflowInference, "", 2),
+        (
+            {"/v1/models": Reply({}, 401), "/info": Reply({"name": "moondream-cv", "uuid": "1"})},
+            "",
+            MoondreamAPI,
+            "/v1",
+            2,
+        ),
         ({"/v1/models": Reply(b"<html>", kind="text/html"), "/info": INFO}, "", RoboflowInference, "", 2),
         ({"/v1/models": Reply({}, 500), "/info": INFO}, "", RoboflowInference, "", 2),
     ],
@@ -138,6 +147,16 @@ def test_unreachable_server_raises() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(BackendError, match=r"/v1/models is unreachable .* check that the server is running"):
             connect(url)
+
+
+def test_untrusted_certificate_raises_until_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = make_certificates(tmp_path)
+    with load("tiny", device="cpu") as model, served(model, tls=(files.certificate, files.key)) as running:
+        with pytest.raises(BackendError, match=r"untrusted certificate .* set SSL_CERT_FILE"):
+            connect(running.url)
+        monkeypatch.setenv("SSL_CERT_FILE", files.authority)
+        with connect(running.url) as remote:
+            assert isinstance(remote, MoondreamAPI)
 
 
 @pytest.mark.parametrize(

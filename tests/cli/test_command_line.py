@@ -17,7 +17,7 @@ import moondream_cv
 from moondream_cv.cli import app, detect, download
 
 HEAVY = {"torch", "transformers", "cv2", "supervision", "PIL", "huggingface_hub", "numpy"}
-COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "serve", "download", "quantize"]
+COMMANDS = ["demo", "detect", "point", "query", "caption", "video", "serve", "download", "quantize", "finetune"]
 
 
 def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -54,6 +54,7 @@ def test_help_lists_the_commands() -> None:
 
 ROOT_COMMAND = typer.main.get_command(app)
 SUBCOMMANDS: dict[str, Any] = ROOT_COMMAND.commands  # type: ignore[attr-defined]
+SUBCOMMANDS |= {f"finetune {name}": command for name, command in SUBCOMMANDS["finetune"].commands.items()}
 PARAMETERS = [(name, item) for name, one in {"": ROOT_COMMAND, **SUBCOMMANDS}.items() for item in one.params]
 
 

@@ -116,6 +116,7 @@ def test_every_json_key_is_documented(run: Run, folder: Path) -> None:
         ("typo.jpg", "'typo.jpg': no such image file"),
         ("broken.png", "'broken.png' is not an image in a supported format"),
         ("empty.png", r"'empty.png' is empty (0 bytes)"),
+        ("clip.mp4", "'clip.mp4' is a video; use moondream-cv video"),
         ("*.bmp", "no file matches the pattern '*.bmp'"),
         ("s3://bucket/a.png", "'s3://bucket/a.png' is not an http or https URL"),
         ("http://127.0.0.1:9/a.png?key=secret", "'http://127.0.0.1:9/a.png' cannot be downloaded"),
@@ -129,6 +130,7 @@ def test_unreadable_images_are_named_before_the_model_is_loaded(
     run: Run, folder: Path, name: str, message: str, command: tuple[str, ...]
 ) -> None:
     Path("empty.png").touch()
+    Path("clip.mp4").write_bytes(b"junk")
     result = run(*command, name, "-m", "a model that does not exist")
     assert result.exit_code == 1
     assert message in result.stderr

@@ -21,11 +21,13 @@ import psutil
 import pytest
 from PIL import Image
 
+from moondream_cv.finetune.store import FinetuneStore
 from moondream_cv.model.checkpoints import save_checkpoint
 from moondream_cv.scenes import render_scene
 from tests.helpers.models import endless_model
 from tests.helpers.serve_process import ServeProcess, serving
 from tests.helpers.served import data_uri
+from tests.helpers.tuning import fine_tune, no_objects
 
 KEY = "a-key-of-the-test"
 
@@ -51,6 +53,19 @@ def test_server_logs_json_and_exits_with_0_on_sigterm(uri: str) -> None:
     assert (answered["message"], answered["status"]) == ("POST /v1/detect 200", 200)
     assert KEY not in log
     assert lines[-1]["message"].startswith("Finished server process")
+
+
+def test_finetunes_option_selects_the_folder(tmp_path: Path, uri: str) -> None:
+    folder = tmp_path / "finetunes"
+    with serving("--model", "tiny", "--finetunes", str(folder)) as server:
+        assert not folder.exists()
+        ft = fine_tune(server.url)
+        assert ft.train_step([no_objects(uri)])["step"] == 1
+        ft.save_checkpoint()
+        status, _ = server.end()
+    assert status == 0
+    with FinetuneStore(folder) as store:  # not locked any more
+        assert [record.step for record in store.list_checkpoints(ft.finetune_id)[0]] == [1]
 
 
 def test_signal_completes_running_requests_and_rejects_new_ones(tmp_path: Path, uri: str) -> None:
@@ -107,6 +122,8 @@ def test_ctrl_c_exits_with_130() -> None:
         (["--model", "tiny", "--device", "cuda:9"], 2, "there is no device 'cuda:9'"),
         (["--model", "tiny", "--tls-cert", "cert.pem"], 2, "--tls-cert and --tls-key must be used together"),
         (["--model", "tiny", "--tls-cert", "no.pem", "--tls-key", "no.pem"], 2, "must be files, got 'no.pem'"),
+        (["--model", "tiny", "--finetunes", __file__], 2, "--finetunes must be a folder"),
+        (["--model", "http://localhost:9", "--finetunes", "parts"], 2, "--finetunes needs a local model"),
         (["--model", "tiny", "--api-key", " "], 2, "API keys must"),
         (["--model", "tiny", "--queue", "0"], 2, "--queue"),
         (["--model", "tiny", "--log-level", "loud"], 2, "--log-level"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moondream_cv import load
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.engine.scheduler import Limits
-from moondream_cv.requests import Caption, Detect, Gaze, Point, Query, Request, Settings
+from moondream_cv.requests import Caption, Chat, Detect, Gaze, Point, Query, Request, Settings, Turn
 from moondream_cv.scenes.render import render_scene
 from tests.helpers.batch_invariance import assert_same
 from tests.helpers.models import random_model
@@ -55,9 +55,14 @@ def some_requests(images: st.SearchStrategy[Any], chosen: st.SearchStrategy[Sett
         st.builds(Point, images, st.sampled_from(NAMES), chosen),
         st.builds(Query, images, st.sampled_from(QUESTIONS), st.booleans(), refs, chosen),
         st.builds(Query, st.none(), st.sampled_from(QUESTIONS), st.booleans(), settings=chosen),
+        st.builds(some_chat, images, st.lists(images, max_size=1), st.sampled_from(QUESTIONS), st.booleans(), chosen),
         st.builds(Caption, images, st.sampled_from(("short", "normal")), chosen),
         st.builds(Gaze, images, st.just((0.4, 0.6)), st.booleans(), chosen),
     )
+
+
+def some_chat(first: Any, later: list[Any], question: str, reasoning: bool, chosen: Settings) -> Chat:
+    return Chat((Turn("What?", "A car.", (first,)), Turn(question, images=tuple(later))), reasoning, chosen)
 
 
 class Memory:
@@ -69,7 +74,10 @@ class Memory:
 
     def alone(self, request: Request) -> Any:
         image = request.image
-        key = repr((id(image) if isinstance(image, np.ndarray) else image, dataclasses.replace(request, image=0)))
+        if isinstance(request, Chat):
+            key = repr((list(map(id, request.images)), request.with_images([0] * len(request.images))))
+        else:
+            key = repr((id(image) if isinstance(image, np.ndarray) else image, dataclasses.replace(request, image=0)))
         if key not in self.replies:
             self.replies[key] = self.model.run([request])[0]
         return self.replies[key]

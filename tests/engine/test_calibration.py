@@ -63,7 +63,7 @@ def test_calibration_round_trips_through_a_file(
 ) -> None:
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
     Calibration(found).write(path)
-    assert Calibration.read(path) == Calibration(found)
+    assert Calibration.read(path) == Calibration.read(str(path)) == Calibration(found)
 
 
 def content(**changes: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from moondream_cv.engine.cuda_graphs import MAX_TOKENS, GraphedDecodeStep, Graph
 from moondream_cv.engine.heads import Head
 from moondream_cv.engine.kv_cache import PADDING_ID, KVBuffers, PrefixSharedKVCache
 from moondream_cv.engine.local_model import LocalModel
-from moondream_cv.engine.model_runner import AdapterBatch, LaunchedStep, ModelRunner, decode_step
+from moondream_cv.engine.model_runner import AdapterBatch, LaunchedStep, ModelRunner, StepPart, decode_step
 from moondream_cv.engine.step_layout import SequenceSlot, StaticLayout, StepLayout, plan_static_step, plan_step
 from moondream_cv.requests import Caption, Detect, DetectResult, ErrorResult, Point, Query, Request, Settings
 from tests.helpers.batch_invariance import assert_same
@@ -93,7 +93,7 @@ def test_static_steps_equal_dynamic_steps(model: LocalModel, seed: int) -> None:
         inputs = torch.randn(len(slots), network.config.text.dim)
         layout = plan_step(slots, [len(groups)], network.device)
         dynamic.reserve(len(groups), *layout.num_entries, live)
-        expected = decode_step(network, layout, inputs, [dynamic], None)
+        expected = decode_step(network, [StepPart(layout, inputs, [dynamic], None)])[0]
         tokens_per_group = pool.tokens_per_group(max(map(len, groups)), static.max_groups)
         assert tokens_per_group is not None
         static.reserve(len(groups), tokens_per_group, live)

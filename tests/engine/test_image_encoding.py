@@ -99,7 +99,7 @@ def test_batch_encoding_equals_published_values(name: str, tokens: int, monkeypa
 
 def test_batch_encoding_with_adapter_equals_single_images() -> None:
     model = load(str(GOLDEN / "gqa"), device="cpu", dtype="float32")
-    lora = load_adapter(str(GOLDEN / "gqa" / "adapter.pt"), model.config, device=model.device, dtype=model.dtype).layers
+    lora = load_adapter(str(GOLDEN / "gqa" / "adapter.pt"), model.config, device=model.device, dtype=model.dtype)
     frames = [to_rgb(GOLDEN / "gqa" / "images" / IMAGES[i]) for i in (0, 3)]
     with_adapter = {**SETTINGS, "adapter": lora, "adapter_name": "a"}
     for frame, encoded in zip(frames, encode_images(model.network, frames, **with_adapter), strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from moondream_cv.engine.heads import COLUMNS, NUM_PARTIAL_COLUMNS, AxisOutputs, HeadOutputs
 from moondream_cv.engine.kv_cache import PrefixSharedKVCache
 from moondream_cv.engine.local_model import LocalModel
-from moondream_cv.engine.model_runner import ModelRunner, decode_step
+from moondream_cv.engine.model_runner import ModelRunner, StepPart, decode_step
 from moondream_cv.engine.prompts import write_prompt
 from moondream_cv.engine.sequence_state import Job, SequenceState, WaitingImage
 from moondream_cv.engine.sequences import make_sequence
@@ -57,8 +57,8 @@ def test_decode_step_equals_the_network_without_a_cache(model: LocalModel) -> No
         new = [0.1 * torch.randn(count, network.config.text.dim) for count in counts]
         computed = [torch.cat(pair) for pair in zip(computed, new, strict=True)]
         layout = plan_step(slots, [cache.num_groups for cache in caches], network.device)
-        hidden = decode_step(network, layout, torch.cat(new), caches, None)
-        again = decode_step(network, layout, torch.cat(new), caches, None)
+        hidden = decode_step(network, [StepPart(layout, torch.cat(new), caches, None)])[0]
+        again = decode_step(network, [StepPart(layout, torch.cat(new), caches, None)])[0]
         assert torch.equal(again, hidden)
         for (cache, group, _), inputs, one in zip(places, computed, hidden, strict=True):
             expected = reference(model, prefixes[group] if cache == 0 else None, inputs)
@@ -114,7 +114,7 @@ def test_preempted_sequences_continue_with_the_same_results(model: LocalModel, p
         Caption(image(1), "short", GREEDY),
         Query(None, "Why?", settings=GREEDY),
     ]
-    runner = ModelRunner(model.network, model.adapter_layers, model.encode_arrays)
+    runner = ModelRunner(model.network, model.get_adapter, model.encode_arrays)
     states = [state_of(model, request, seq_id) for seq_id, request in enumerate(requests)]
     runner.admit(states, None)
     assert runner.num_images == 3

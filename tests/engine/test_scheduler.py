@@ -33,6 +33,7 @@ from moondream_cv.errors import CheckpointError, ImageError, MoondreamError, Req
 from moondream_cv.requests import (
     Caption,
     CaptionResult,
+    Chat,
     Detect,
     DetectResult,
     ErrorResult,
@@ -44,6 +45,7 @@ from moondream_cv.requests import (
     Request,
     Result,
     Settings,
+    Turn,
 )
 from tests.helpers.batch_invariance import assert_same
 from tests.helpers.models import random_model
@@ -80,6 +82,7 @@ def mixed(first: Any = FIRST, second: Any = SECOND) -> list[Request]:
         Query(None, "Why?", settings=SAMPLED),
         Query(first, "Which?", spatial_refs=((0.1, 0.2, 0.5, 0.6),), settings=SHORT),
         Caption(first, "long", dataclasses.replace(SHORT, max_tokens=2)),
+        Chat((Turn("What?", "No.", (first,)), Turn("Why?")), settings=SHORT),
     ]
 
 

@@ -25,9 +25,9 @@ def random_model(seed: int = 0, device: str = "cpu", max_context: int | None = N
     return LocalModel(network.to(device), tokenizer, name="random")
 
 
-def endless_model() -> LocalModel:
+def endless_model(max_context: int = 4096) -> LocalModel:
     """A random model whose texts go on until the context is full, which takes many seconds."""
-    endless = random_model(max_context=4096)
+    endless = random_model(max_context=max_context)
     with torch.no_grad():
         endless.network.text.lm_head.bias[endless.config.tokenizer.eos_id] = -1e6
     return endless

@@ -28,7 +28,8 @@ class ServeProcess:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open while the process runs
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._finetunes = tempfile.TemporaryDirectory()
+        environment = {"MOONDREAM_CV_FINETUNES": self._finetunes.name, **os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("MOONDREAM_CV_API_KEYS", None)
         if key is not None:
             environment["MOONDREAM_CV_API_KEYS"] = key

@@ -30,11 +30,13 @@ class Served:
         url: Base URL without a trailing slash.
         service: Service of the application.
         client: HTTP client for the server; error statuses raise no exception.
+        app: The application.
     """
 
     url: str
     service: Service
     client: httpx.Client
+    app: FastAPI
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         return self.client.post(path, json=body, **options)
@@ -47,6 +49,7 @@ def served(
     name: str = "tiny",
     wrap: Callable[[FastAPI], Any] = lambda app: app,
     tls: tuple[str, str] | None = None,
+    load_masks: Callable[[], Any] | None = None,
     **options: Any,
 ) -> Iterator[Served]:
     """Serve a model on a free port of localhost.
@@ -56,9 +59,11 @@ def served(
         name: Model name that clients use.
         wrap: Wraps the ASGI application.
         tls: Paths of the certificate and the key in PEM format.
+        load_masks: Loads a mask function for `create_app`.
         **options: Fields of `ServerSettings`.
     """
-    app = create_app(model, name=name, settings=ServerSettings(**{"drain": 240.0, **options}))
+    settings = ServerSettings(**{"drain": 240.0, **options})
+    app = create_app(model, name=name, settings=settings, load_masks=load_masks)
     secure = {} if tls is None else {"ssl_certfile": tls[0], "ssl_keyfile": tls[1]}
     config = server_config(wrap(app), app.state.service.settings, host="127.0.0.1", port=0, **secure)
     server = uvicorn.Server(config)
@@ -74,7 +79,7 @@ def served(
     headers = {"Content-Type": "application/json"}  # httpx sets none for `content=`
     with httpx.Client(base_url=url, timeout=300, verify=tls is None, headers=headers) as client:
         try:
-            yield Served(url, app.state.service, client)
+            yield Served(url, app.state.service, client, app)
         finally:
             client.close()  # uvicorn waits for idle TLS connections
             server.should_exit = True

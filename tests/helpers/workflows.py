@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 NAMESPACE = "moondream_cv"
 BLOCKS = ("detect", "point", "query", "caption", "track")
+ALL_BLOCKS = (*BLOCKS, "segment")  # the last one needs a segmentation model
 CLASS_BLOCKS = ("detect", "point", "track")
 REQUIRED: dict[str, dict[str, Any]] = {
     "detect": {"class_names": ["dog"]},
@@ -32,6 +33,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "query": {"question": "How many objects are there?"},
     "caption": {},
     "track": {"class_names": ["dog"]},
+    "segment": {"class_names": ["dog"]},
 }
 EMPTY: dict[str, dict[str, Any]] = {
     "detect": {"predictions": 0},
@@ -39,6 +41,7 @@ EMPTY: dict[str, dict[str, Any]] = {
     "query": {"answer": "", "reasoning": "", "grounding": []},
     "caption": {"caption": ""},
     "track": {"tracked_detections": 0, "new_instances": 0, "already_seen_instances": 0},
+    "segment": {"predictions": 0},
 }
 """Outputs of each block for a failed image; for detections, their number."""
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)

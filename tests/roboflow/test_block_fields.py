@@ -14,6 +14,7 @@ import moondream_cv
 from moondream_cv_blocks import ModelPool, load_blocks, pool
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import (
+    ALL_BLOCKS,
     BLOCKS,
     CLASS_BLOCKS,
     REQUIRED,
@@ -43,6 +44,7 @@ OUTPUTS = {
     "query": {"answer": TEXT, "reasoning": ["string"], "grounding": ["list_of_values"], **ERRORS},
     "caption": {"caption": TEXT, **ERRORS},
     "track": {"tracked_detections": BOXES, "new_instances": BOXES, "already_seen_instances": BOXES, **ERRORS},
+    "segment": {"predictions": ["instance_segmentation_prediction"], **ERRORS},
 }
 VALUES: dict[str, Any] = {  # one for each field that accepts a selector
     "model": "tiny",
@@ -72,7 +74,7 @@ def with_fields(block: str, **fields: Any) -> dict[str, Any]:
 
 
 def manifest(block: str) -> Any:
-    return dict(zip(BLOCKS, load_blocks(), strict=True))[block].get_manifest()
+    return dict(zip(ALL_BLOCKS, load_blocks(), strict=True))[block].get_manifest()
 
 
 def fields_of(block: str) -> list[str]:
@@ -393,10 +395,10 @@ def test_guard_detects_an_opened_model(no_models_opened: None, bgr: np.ndarray) 
 
 def test_load_blocks_returns_all_blocks() -> None:
     types = [block.get_manifest().model_fields["type"].annotation.__args__ for block in load_blocks()]
-    assert types == [(f"moondream_cv/{name}@v1",) for name in BLOCKS]
+    assert types == [(f"moondream_cv/{name}@v1",) for name in ALL_BLOCKS]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_blocks_have_metadata(block: str) -> None:
     schema = manifest(block).model_json_schema()
     assert all(schema[name] for name in METADATA)
@@ -408,7 +410,7 @@ def test_blocks_have_metadata(block: str) -> None:
     assert {"section", "icon", "blockPriority"} <= schema["ui_manifest"].keys()
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_every_field_has_title_description_and_examples(block: str) -> None:
     fields = manifest(block).model_fields
     for name in fields_of(block):
@@ -417,7 +419,7 @@ def test_every_field_has_title_description_and_examples(block: str) -> None:
         assert fields[name].examples, name
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_examples_are_valid(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(Path(moondream_cv.__file__).parent / "tiny", tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
@@ -429,7 +431,7 @@ def test_examples_are_valid(block: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert getattr(accepted, name) == example
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_defaults_are_valid(block: str) -> None:
     least = manifest(block)(type=f"moondream_cv/{block}@v1", name="x", images="$inputs.image", **REQUIRED[block])
     fields = {name: getattr(least, name) for name in fields_of(block)}
@@ -437,7 +439,7 @@ def test_defaults_are_valid(block: str) -> None:
     assert least.model == "moondream2"
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_schema_is_json_serializable(block: str) -> None:
     schema = manifest(block).model_json_schema()
     assert json.loads(json.dumps(schema)) == schema
@@ -450,6 +452,7 @@ VISIBLE = {
     "query": ["question", "model", "parameters"],
     "caption": ["model", "length"],
     "track": ["class_names", "model", "every"],
+    "segment": ["class_names", "model", "masks"],
 }
 LIMITS = {
     "confidence": ("number", 0, 1),
@@ -461,7 +464,7 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_schema_lists_required_and_visible_fields_first(block: str) -> None:
     schema = manifest(block).model_json_schema()
     shown = list(schema["properties"])
@@ -471,7 +474,7 @@ def test_schema_lists_required_and_visible_fields_first(block: str) -> None:
     assert shown[3 : 3 + len(visible)] == visible
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_schema_has_limits_of_all_numbers(block: str) -> None:
     numbers = {}
     for name, schema in manifest(block).model_json_schema()["properties"].items():
@@ -481,7 +484,7 @@ def test_schema_has_limits_of_all_numbers(block: str) -> None:
     assert numbers == {name: LIMITS[name] for name in fields_of(block) if name in LIMITS}
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_limits_of_the_schema_match_the_validation(block: str) -> None:
     for name in [name for name in fields_of(block) if name in LIMITS]:
         kind, low, high = LIMITS[name]
@@ -496,8 +499,8 @@ def test_engine_lists_the_blocks() -> None:
 
     listed = {block.manifest_type_identifier: block for block in describe_available_blocks(dynamic_blocks=[]).blocks}
     ours = [name for name in listed if name.startswith("moondream_cv/")]
-    assert ours == [f"moondream_cv/{name}@v1" for name in BLOCKS]
-    for name in BLOCKS:
+    assert ours == [f"moondream_cv/{name}@v1" for name in ALL_BLOCKS]
+    for name in ALL_BLOCKS:
         described = listed[f"moondream_cv/{name}@v1"]
         assert described.human_friendly_block_name == f"Moondream {name.capitalize()}"
         assert described.block_source == "moondream_cv_blocks"

@@ -16,7 +16,15 @@ from moondream_cv_blocks import ModelPool, load_blocks, pool
 from moondream_cv_blocks.messages import workflow_message
 from tests.helpers.remote_server import RemoteServer, Reply, remote_server
 from tests.helpers.roboflow_app import skip_without_server
-from tests.helpers.workflows import BLOCKS, compile_error, compile_workflow, minimal_step, run_engine, workflow
+from tests.helpers.workflows import (
+    ALL_BLOCKS,
+    BLOCKS,
+    compile_error,
+    compile_workflow,
+    minimal_step,
+    run_engine,
+    workflow,
+)
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -160,7 +168,7 @@ def test_load_blocks_logs_invalid_environment_variables_once(
 ) -> None:
     monkeypatch.setenv(variable, value)
     for _ in range(2):
-        assert len(load_blocks()) == len(BLOCKS)
+        assert len(load_blocks()) == len(ALL_BLOCKS)
     (record,) = [record for record in caplog.records if record.name == "moondream_cv_blocks"]
     assert record.levelno == logging.ERROR
     assert f"the environment variable {variable} {message}" in record.getMessage()

@@ -13,7 +13,7 @@ from moondream_cv import Detector, Pointer
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import Scene
 from tests.helpers.roboflow_app import boxes_of, encoded, expected_boxes, skip_without_server
-from tests.helpers.workflows import BLOCKS, NAMESPACE, step, workflow
+from tests.helpers.workflows import ALL_BLOCKS, NAMESPACE, step, workflow
 
 skip_without_server()
 pytestmark = pytest.mark.roboflow
@@ -25,6 +25,7 @@ FIELDS = {
     "query": {"images", "model", "question", "parameters", "reasoning", "max_tokens", "temperature"},
     "caption": {"images", "model", "length", "max_tokens", "temperature"},
     "track": {"images", "model", "class_names", "confidence", "max_objects", "every", "nms", "tracker"},
+    "segment": {"images", "model", "class_names", "confidence", "max_objects", "nms", "masks"},
 }
 OUTPUTS = {
     "detect": ["predictions"],
@@ -32,6 +33,7 @@ OUTPUTS = {
     "query": ["answer", "reasoning", "grounding"],
     "caption": ["caption"],
     "track": ["tracked_detections", "new_instances", "already_seen_instances"],
+    "segment": ["predictions"],
 }
 ERRORS = ["error_status", "error_message"]
 ALLOWED = "MOONDREAM_CV_BLOCKS_MODELS"
@@ -195,10 +197,10 @@ def described(url: str) -> dict[str, dict[str, Any]]:
 
 
 def test_server_lists_all_blocks(described: dict[str, dict[str, Any]]) -> None:
-    assert sorted(described) == sorted(f"{NAMESPACE}/{block}@v1" for block in BLOCKS)
+    assert sorted(described) == sorted(f"{NAMESPACE}/{block}@v1" for block in ALL_BLOCKS)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", ALL_BLOCKS)
 def test_server_describes_fields_and_outputs(described: dict[str, dict[str, Any]], block: str) -> None:
     found = described[f"{NAMESPACE}/{block}@v1"]
     properties = found["block_schema"]["properties"]

@@ -19,6 +19,7 @@ import pytest
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.scenes import render_clip
 from tests.helpers.clips import write_clip
+from tests.helpers.line_crossings import true_crossings
 from tests.helpers.roboflow_app import skip_without_server
 from tests.helpers.workflows import run_workflow, workflow
 
@@ -110,9 +111,11 @@ def test_example_counts_crossings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["workflow_video.py", "--output", "counted.mp4"])
     out = io.StringIO()
     with redirect_stdout(out):
-        runpy.run_path(str(ROOT / "examples" / "workflow_video.py"), run_name="__main__")
-    count, true = map(int, re.findall(r"^(\d+) objects crossed the line \(ground truth: (\d+)\)", out.getvalue())[0])
-    assert count == true > 0
+        example = runpy.run_path(str(ROOT / "examples" / "workflow_video.py"), run_name="__main__")
+    clip = render_clip(3, num_frames=150, names=example["NAMES"], resolution_wh=(640, 360))
+    (counts,) = re.findall(r"^(\d+) in, (\d+) out", out.getvalue())
+    assert tuple(map(int, counts)) == true_crossings(clip, 320)
+    assert sum(map(int, counts)) > 0
     frames = cv2.VideoCapture("counted.mp4")
     assert int(frames.get(cv2.CAP_PROP_FRAME_COUNT)) == 150
-    assert cv2.imread("counted.png").shape == (360, 640, 3)
+    assert frames.read()[1].shape == (360, 640, 3)

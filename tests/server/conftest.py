@@ -13,6 +13,14 @@ from moondream_cv.loading import load
 from tests.helpers.served import Served, data_uri, served
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _finetunes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep finetunes out of the data folder of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOONDREAM_CV_FINETUNES", str(tmp_path_factory.mktemp("finetunes")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> LocalModel:
     return load("tiny", cache_images=8)

@@ -379,4 +379,4 @@ def test_openapi_schema_documents_batches(server: Served) -> None:
     post = server.client.get("/openapi.json").json()["paths"]["/v1/batch"]["post"]
     assert {"application/x-ndjson", "application/jsonl"} == post["requestBody"]["content"].keys()
     assert {"200", "400", "401", "413", "429", "503"} <= post["responses"].keys()
-    assert post["responses"]["200"]["content"].keys() == {"application/x-ndjson"}
+    assert post["responses"]["200"]["content"].keys() == {"application/x-ndjson", "application/json"}

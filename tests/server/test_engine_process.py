@@ -21,7 +21,8 @@ from moondream_cv.cli.models import ModelOptions
 from moondream_cv.cli.serve import load_model
 from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.errors import CheckpointError, MoondreamError
-from moondream_cv.server.runtime.engine_process import ProcessEngine
+from moondream_cv.requests import Chat, Turn
+from moondream_cv.server.runtime.engine_process import ProcessEngine, _without_pixels
 from tests.helpers.models import endless_model
 from tests.helpers.served import Served, served
 from tests.helpers.waiting import until
@@ -41,7 +42,7 @@ def process_server() -> Iterator[Served]:
 @pytest.fixture
 def endless_process() -> Iterator[tuple[ProcessEngine, Served]]:
     """A server of a model with endless replies in a separate process."""
-    engine = ProcessEngine(endless_model)
+    engine = ProcessEngine(partial(endless_model, 16_384))
     with served(engine) as running:
         yield engine, running
     engine.close()
@@ -71,6 +72,25 @@ def test_answers_equal_those_of_a_thread_engine(
     assert {k: v for k, v in found.json().items() if k not in drop} == {
         k: v for k, v in right.json().items() if k not in drop
     }
+
+
+def test_conversation_equals_that_of_a_thread_engine(process_server: Served, server: Served, uri: str) -> None:
+    image = {"type": "image_url", "image_url": {"url": uri}}
+    messages = [
+        {"role": "user", "content": [image, {"type": "text", "text": "A cat?"}]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": [image, {"type": "text", "text": "How many cats are there?"}]},
+    ]
+    body = {"messages": messages, "max_tokens": 20, "seed": 3}
+    found, right = (running.post("/v1/chat/completions", body).json() for running in (process_server, server))
+    assert (found["choices"], found["usage"]) == (right["choices"], right["usage"])
+
+
+def test_repeated_image_of_a_conversation_is_pickled_once(tiny: LocalModel) -> None:
+    image = tiny.preprocess_image(np.zeros((60, 80, 3), np.uint8))
+    first, second = _without_pixels(Chat((Turn("What?", "Black.", (image,)), Turn("Why?", images=(image,))))).images
+    assert first is second
+    assert pickle.loads(pickle.dumps(first)).size == image.size
 
 
 def test_streamed_pieces_equal_those_of_a_thread_engine(process_server: Served, server: Served, uri: str) -> None:
@@ -138,7 +158,7 @@ def test_killed_engine_process_fails_requests_and_readiness(
 
 
 def test_shutdown_finishes_running_requests(uri: str) -> None:
-    engine = ProcessEngine(endless_model)
+    engine = ProcessEngine(partial(endless_model, 16_384))
     with ThreadPoolExecutor() as pool, served(engine) as running:
         answer = pool.submit(running.post, "/v1/caption", long_caption(uri, max_tokens=600))
         until(lambda: len(engine._calls) == 1)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from moondream_cv.engine.local_model import LocalModel
-from moondream_cv.server import logs, middleware
+from moondream_cv.server import bodies, logs
 from moondream_cv.server.settings import ServerSettings
 from tests.helpers.served import Served, served
 
@@ -108,7 +108,7 @@ def test_oversized_body_is_rejected_before_it_is_received(locked: Served) -> Non
 
 
 def test_body_that_does_not_arrive_gets_408(locked: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     host, port = locked.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=240) as client:
         head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -18,8 +18,9 @@ from fastapi import FastAPI, Response
 from moondream.types import Base64EncodedImage
 from PIL import Image
 
-from moondream_cv import scenes
+from moondream_cv import connect, scenes
 from moondream_cv.engine.local_model import LocalModel
+from moondream_cv.errors import BackendError
 from moondream_cv.images import to_rgb
 from moondream_cv.server.images import decode_base64
 from tests.helpers.models import endless_model
@@ -370,3 +371,14 @@ def test_openapi_schema_documents_the_answers(server: Served) -> None:
         assert {"200", "400", "401", "404", "413", "422", "429", "503", "504"} <= answers.keys()
         assert {"application/json", "text/event-stream"} == answers["200"]["content"].keys()
         assert "ErrorAnswer" in json.dumps(answers["422"])
+
+
+def test_connect_reads_the_key_from_the_environment(
+    tiny: LocalModel, scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOONDREAM_API_KEY", KEY)
+    with served(tiny, api_keys=(KEY,)) as locked, connect(locked.url) as model:
+        assert model.query(scene_image, HOW_MANY, settings=GREEDY)["answer"]
+        monkeypatch.delenv("MOONDREAM_API_KEY")
+        with connect(locked.url) as other, pytest.raises(BackendError, match=r"401.*MOONDREAM_API_KEY"):
+            other.detect(scene_image, "dog")

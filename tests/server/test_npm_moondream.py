@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from moondream_cv.engine.local_model import LocalModel
 from moondream_cv.images import to_rgb
 from moondream_cv.server.images import decode_base64
 from tests.helpers.served import Served, served
+from tests.helpers.waiting import until
 
 PACKAGES = Path(__file__).parents[1] / "npm"
 KEY = "npm-key-4711"
@@ -133,6 +135,32 @@ def test_client_gets_answers(server: Served, tiny: LocalModel, uri: str) -> None
     assert "".join(streamed["answer"]) == whole["answer"]
     assert reasoned == {"answer": expected["answer"], "reasoning": json.loads(json.dumps(expected["reasoning"]))}
     assert blind.keys() == {"answer"}
+
+
+def test_client_gets_outlines(tiny: LocalModel, uri: str) -> None:
+    def fill_boxes(image: np.ndarray, xyxy: np.ndarray) -> np.ndarray:
+        masks = np.zeros((len(xyxy), *image.shape[:2]), bool)
+        for mask, (left, top, right, bottom) in zip(masks, xyxy.astype(int), strict=True):
+            mask[top:bottom, left:right] = True
+        return masks
+
+    with served(tiny, load_masks=lambda: fill_boxes) as running:
+        until(lambda: running.service.ready)
+        asked = {"object": "cat"}
+        replies, seen = drive(
+            running.url,
+            uri,
+            ("segment", asked),
+            ("segment", {**asked, "stream": True}),
+            ("segment", {**asked, "spatialRefs": [[0.5, 0.5, 0.75, 1.0]]}),
+        )
+    whole, streamed, region = replies
+    (box,) = tiny.detect(seen, "cat")["objects"]
+    assert whole["bbox"] == pytest.approx({name: box[name] for name in whole["bbox"]}, abs=0.01)
+    assert whole["path"].startswith("M ")
+    assert streamed["stream"][0] == {"bbox": whole["bbox"]}
+    assert streamed["stream"][-1] == {**whole, "completed": True}
+    assert region["bbox"].keys() == whole["bbox"].keys()
 
 
 def test_client_raises_errors(server: Served, uri: str) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from moondream_cv.engine.local_model import LocalModel
+from moondream_cv.requests import Chat, Settings, Turn
 from tests.helpers.held_server import held_server
 from tests.helpers.openai_client import (
     GREEDY,
@@ -60,63 +61,98 @@ def test_completion_equals_the_answer_of_the_model(
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
-CONVERSATIONS = {
-    "string without an image": (lambda uri: [user(QUESTION)], QUESTION, False),
-    "image first": (lambda uri: [user(image(uri), text(QUESTION))], QUESTION, True),
-    "several texts": (lambda uri: [user(text("How many"), text("cats?"), image(uri))], "How many\ncats?", True),
+# Messages about an image and another one, by the URLs, and the turns that they are converted to
+CONVERSATIONS: dict[str, tuple[Any, Any]] = {
+    "string without an image": (lambda a, b: [user(QUESTION)], lambda a, b: [Turn(QUESTION)]),
+    "image first": (lambda a, b: [user(image(a), text(QUESTION))], lambda a, b: [Turn(QUESTION, images=[a])]),
+    "several texts": (
+        lambda a, b: [user(text("How many"), text("cats?"), image(a))],
+        lambda a, b: [Turn("How many\ncats?", images=[a])],
+    ),
     "detail": (
-        lambda uri: [user(text(QUESTION), {"type": "image_url", "image_url": {"url": uri, "detail": "low"}})],
-        QUESTION,
-        True,
+        lambda a, b: [user(text(QUESTION), {"type": "image_url", "image_url": {"url": a, "detail": "low"}})],
+        lambda a, b: [Turn(QUESTION, images=[a])],
     ),
     "image as a bare string": (
-        lambda uri: [user(text(QUESTION), {"type": "image_url", "image_url": uri})],
-        QUESTION,
-        True,
+        lambda a, b: [user(text(QUESTION), {"type": "image_url", "image_url": a})],
+        lambda a, b: [Turn(QUESTION, images=[a])],
     ),
-    "image in an earlier message": (
-        lambda uri: [user(text("What is this?"), image(uri)), assistant("A scene."), user(QUESTION)],
-        QUESTION,
-        True,
+    "two turns": (
+        lambda a, b: [user(text("What is this?"), image(a)), assistant("A scene."), user(QUESTION)],
+        lambda a, b: [Turn("What is this?", "A scene.", [a]), Turn(QUESTION)],
     ),
-    "the same image again": (
-        lambda uri: [user(image(uri), text("A cat?")), assistant([text("Yes.")]), user(image(uri), text(QUESTION))],
-        QUESTION,
-        True,
+    "two images in a message": (
+        lambda a, b: [user(image(a), image(b), text(QUESTION))],
+        lambda a, b: [Turn(QUESTION, images=[a, b])],
+    ),
+    "an image in each message": (
+        lambda a, b: [user(image(a), text("A cat?")), assistant([text("Yes.")]), user(image(b), text(QUESTION))],
+        lambda a, b: [Turn("A cat?", "Yes.", [a]), Turn(QUESTION, images=[b])],
     ),
     "system": (
-        lambda uri: [{"role": "system", "content": "Be brief."}, user(text(QUESTION), image(uri))],
-        f"Be brief.\n{QUESTION}",
-        True,
+        lambda a, b: [{"role": "system", "content": "Be brief."}, user(text(QUESTION), image(a))],
+        lambda a, b: [Turn(f"Be brief.\n\n{QUESTION}", images=[a])],
     ),
     "developer and an empty system message": (
-        lambda uri: [
+        lambda a, b: [
             {"role": "system", "content": ""},
             {"role": "developer", "content": [text("Be brief.")]},
-            user(text(QUESTION), image(uri)),
+            user(text("A cat?"), image(a)),
+            assistant("Yes."),
+            user(QUESTION),
         ],
-        f"Be brief.\n{QUESTION}",
-        True,
+        lambda a, b: [Turn("Be brief.\n\nA cat?", "Yes.", [a]), Turn(QUESTION)],
     ),
-    "assistant without content": (lambda uri: [user(image(uri)), assistant(None), user(QUESTION)], QUESTION, True),
+    "greeting, and an assistant without content": (
+        lambda a, b: [assistant("Hello."), user(image(a)), assistant(None), user(QUESTION)],
+        lambda a, b: [Turn(None, "Hello."), Turn("", images=[a]), Turn(QUESTION)],
+    ),
 }
 
 
+@pytest.fixture(scope="module")
+def conversations(
+    random_client: Any, model: LocalModel, scene_image: Image.Image, uri: str
+) -> dict[str, tuple[str, str]]:
+    """Return the answer of the server and that of the model, by conversation."""
+    other = scene_image.rotate(180)
+    answers = {}
+    for name, (messages, turns) in CONVERSATIONS.items():
+        reply = ask(random_client, messages(uri, data_uri(other)), **SOME)
+        (expected,) = model.run([Chat(tuple(turns(scene_image, other)), settings=Settings.of(SOME))])
+        answers[name] = (reply.choices[0].message.content, expected.answer)  # type: ignore[union-attr]
+    return answers
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_conversation_is_converted_to_one_question(
-    random_client: Any, model: LocalModel, scene_image: Image.Image, uri: str, name: str
+def test_conversation_is_converted_to_turns(conversations: dict[str, tuple[str, str]], name: str) -> None:
+    answer, expected = conversations[name]
+    assert answer == expected
+
+
+def test_different_conversations_get_different_answers(conversations: dict[str, tuple[str, str]]) -> None:
+    assert len({answer for answer, _ in conversations.values()}) == len(CONVERSATIONS) - 2  # the same image, 3 times
+
+
+@pytest.mark.parametrize("options", [{"stream": True}, {"reasoning": True}, {"json": True}])
+def test_options_apply_to_the_last_question(
+    random_client: Any, model: LocalModel, scene_image: Image.Image, uri: str, options: dict[str, bool]
 ) -> None:
-    messages, question, with_image = CONVERSATIONS[name]
-    expected = model.query(scene_image if with_image else None, question, settings=SOME)
-    assert ask(random_client, messages(uri), **SOME).choices[0].message.content == expected["answer"]
-
-
-def test_different_conversations_get_different_answers(model: LocalModel, scene_image: Image.Image) -> None:
-    asked = {(question, with_image) for _, question, with_image in CONVERSATIONS.values()}
-    answers = [
-        model.query(scene_image if seen else None, question, settings=SOME)["answer"] for question, seen in asked
-    ]
-    assert len(set(answers)) == len(asked) == 4
+    messages = [user(text("A cat?"), image(uri)), assistant("Yes."), user(text(QUESTION), image(uri))]
+    turns = (Turn("A cat?", "Yes.", (scene_image,)), Turn(QUESTION, images=(scene_image,)))
+    schema = {**Animal.model_json_schema(), "additionalProperties": False} if "json" in options else None
+    chat = Chat(turns, "reasoning" in options, Settings.of(SOME), stop=("q",), json_schema=schema)
+    (expected,) = model.run([chat])
+    more: dict[str, Any] = {"extra_body": {"reasoning": "reasoning" in options}, "stop": "q"}
+    if schema is not None:
+        more["response_format"] = {"type": "json_schema", "json_schema": {"name": "animal", "schema": schema}}
+    reply = ask(random_client, messages, stream="stream" in options, **SOME, **more)
+    if "stream" in options:
+        content = "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+    else:
+        content, usage = reply.choices[0].message.content, reply.usage
+        assert usage.prompt_tokens > 2 * model.config.vision.num_patches
+    assert content == expected.answer  # type: ignore[union-attr]
 
 
 def test_sampling_parameters_reach_the_model(
@@ -566,3 +602,30 @@ def test_moondream_client_uses_chat_completions(
         assert "".join(pieces) == expected["answer"]
     assert (reply["message"]["content"], reply["finish_reason"]) == (expected["answer"], "stop")
     assert reply["message"].get("reasoning") == expected.get("reasoning")
+
+
+@pytest.mark.parametrize("reasoning", [None, True])
+def test_moondream_client_continues_a_conversation(
+    model: LocalModel, scene_image: Image.Image, uri: str, reasoning: bool | None
+) -> None:
+    md = pytest.importorskip("moondream")
+    other = data_uri(scene_image.rotate(180))
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        user(text("A cat?"), image(uri)),
+        assistant("Yes."),
+        user(text(QUESTION), image(other)),
+    ]
+    options: dict[str, Any] = {"settings": {"temperature": 0, "max_tokens": 30}, "reasoning": reasoning}
+    expected = model.chat(messages, **options)
+    assert expected["message"]["content"] != model.chat(messages[-1:], **options)["message"]["content"]
+    with served(model) as running:
+        client = md.vl(endpoint=f"{running.url}/v1", api_key="any")
+        reply = client.chat(messages=messages, **options)
+        pieces = list(client.chat(messages=messages, stream=True, **options)["message"])
+    assert "".join(pieces) == expected["message"]["content"]
+    assert "".join(model.chat(messages, stream=True, **options)["message"]) == expected["message"]["content"]
+    assert reply["finish_reason"] == expected["finish_reason"]
+    assert {"role", "content"} <= reply["message"].keys()
+    for key, value in expected["message"].items():
+        assert reply["message"][key] == json.loads(json.dumps(value)), key

@@ -255,16 +255,35 @@ def test_neutral_parameters_do_not_change_the_answer(client: Any) -> None:
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["in one message", "in two messages"])
-def test_several_images_are_rejected(client: Any, scene_image: Image.Image, uri: str, apart: bool) -> None:
+def test_several_images_are_rejected_for_boxes(client: Any, scene_image: Image.Image, uri: str, apart: bool) -> None:
     other = image(data_uri(scene_image.rotate(180)))
     messages = (
-        [user(image(uri), text("?")), user(other, text(QUESTION))]
-        if apart
-        else [user(image(uri), other, text(QUESTION))]
+        [user(image(uri), text("?")), user(other, text("cat"))] if apart else [user(image(uri), other, text("cat"))]
     )
-    with pytest.raises(openai.BadRequestError, match="one image per request, got 2") as caught:
-        ask(client, messages)
+    with pytest.raises(openai.BadRequestError, match="detect supports one image per request, got 2") as caught:
+        ask(client, messages, response_format=named("moondream_detect"))
     assert caught.value.code == "multiple_images_not_supported"
+
+
+INVALID_CONVERSATIONS = {
+    "too many images": (lambda uri: [user(*[image(uri)] * 17, text("?"))], "at most 16 images, got 17"),
+    "too long": (
+        lambda uri: [user(*[image(uri)] * 9, text(QUESTION))],
+        r"at most 512 tokens, got \d+, of which images take 576 \(64 each\); leave out earlier turns or images",
+    ),
+    "image of the assistant": (
+        lambda uri: [user("?"), assistant([image(uri)]), user("?")],
+        "images are supported in user messages only, got one in a message of the role 'assistant'",
+    ),
+    "answer at the end": (lambda uri: [user("?"), assistant("Yes.")], "the last message must be a question"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID_CONVERSATIONS)
+def test_invalid_conversations_are_rejected(client: Any, uri: str, name: str) -> None:
+    messages, match = INVALID_CONVERSATIONS[name]
+    with pytest.raises(openai.BadRequestError, match=match):
+        ask(client, messages(uri))
 
 
 @pytest.mark.parametrize(

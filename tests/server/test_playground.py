@@ -459,6 +459,22 @@ def test_layout_fits_narrow_and_wide_screens(visit: Open, server: Served, width:
         assert tag[3] <= frame[3] + 0.5
 
 
+def test_run_waits_for_the_example(page: Any) -> None:
+    page.evaluate(
+        """() => {
+          const toBlob = HTMLCanvasElement.prototype.toBlob;
+          const released = new Promise((resolve) => { window.release = resolve; });
+          HTMLCanvasElement.prototype.toBlob = function (...given) { released.then(() => toBlob.apply(this, given)); };
+        }"""
+    )
+    page.locator("#example").click()
+    page.locator("#run").click()
+    page.evaluate("release()")
+    wait_until_done(page)
+    assert page.locator("#error").is_hidden()
+    assert page.locator(".tag").count() > 0
+
+
 def test_names_are_inserted_as_text(page: Any, png: bytes) -> None:
     hostile = "<img src=x onerror=alert(1)> <script>alert(2)</script>"
     upload(page, png, f"{hostile.replace('/', '_')}.png")

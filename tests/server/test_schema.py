@@ -34,8 +34,12 @@ CHECKS = [
 # other content types are accepted (negative_data_rejection). Other tests cover API keys (ignored_auth) and methods
 # (unsupported_method).
 ALLOWED = ["2xx", "4xx", "503", "504"]  # a server can be busy or slow, but must not fail
-IMAGE_KEYS = ("image_url", "url", "value")
-OPEN = ("/health", "/ready", "/info")  # no API key required
+IMAGE_KEYS = ("image_url", "url", "value", "image")
+FILE = "/v1/tuning/downloads/{finetune_id}/{step}"
+OUTPUT = "/v1/batch/outputs/{file_id}/{index}"
+OPEN = {"/health": 200, "/ready": 200, "/info": 200, FILE: 403, OUTPUT: 403}  # statuses of routes that need no API key
+SIGNATURE = {"expires": 0, "signature": "none"}
+PARAMETERS = {FILE: SIGNATURE, OUTPUT: SIGNATURE}
 EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string", "minLength": 1}}}
 FAL, LMM, CHAT = "/fal-ai/moondream2", "/infer/lmm", "/v1/chat/completions"
 QUEUE = f"/queue{FAL}"
@@ -50,6 +54,8 @@ FOUND = {"response_format": {"type": "json_schema", "json_schema": {"name": "moo
 TOOL = {"type": "function", "function": {"name": "answer"}}
 SEEN = [{"type": "text", "text": "cat"}, {"type": "image_url", "image_url": {"url": IMAGE}}]
 SENT = {"type": "base64", "value": IMAGE}
+PREDICT = "/x-anylabeling/v1/predict"
+LABEL = {"model": "tiny", "image": IMAGE, "params": {"text_prompt": "cat, dog"}}
 
 GOOD: dict[str, tuple[str, Any]] = {  # routes that run the model
     "caption": ("/v1/caption", CAPTION),
@@ -76,6 +82,8 @@ GOOD: dict[str, tuple[str, Any]] = {  # routes that run the model
     "fal's boxes, streamed": (f"{FAL}/object-detection/stream", DETECT),
     "fal's points": (f"{FAL}/point-object-detection", DETECT),
     "fal's points, streamed": (f"{FAL}/point-object-detection/stream", DETECT),
+    "x-anylabeling's boxes": (PREDICT, LABEL),
+    "x-anylabeling's caption": (PREDICT, {**LABEL, "params": {"current_task": "caption"}}),
     "queue": (QUEUE, CAPTION),
     "queue's boxes": (f"{QUEUE}/object-detection", DETECT),
 }
@@ -86,7 +94,7 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "another model": ("/v1/detect", {**DETECT, "model": "yolo"}, 404),
     "no object": ("/v1/detect", {"image_url": IMAGE}, 422),
     "an eye outside of the image": ("/v1/gaze", {**GAZE, "eye": [2, 0]}, 400),
-    "segments": ("/v1/segment", {}, 400),
+    "segments": ("/v1/segment", DETECT, 400),
     "an empty batch": ("/v1/batch", None, 400),
     "chat without messages": (CHAT, {}, 400),
     "chat with tools": (CHAT, {**SAID, "tools": [{}]}, 400),
@@ -103,10 +111,23 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "lmm without a prompt": (LMM, {"model_id": "moondream2", "image": SENT}, 400),
     "lmm without an image": (LMM, {}, 422),
     "lmm with another model": (LMM, {"model_id": "yolo", "prompt": "cat", "image": SENT}, 404),
+    "x-anylabeling without classes": (PREDICT, {**LABEL, "params": {}}, 400),
+    "x-anylabeling without an image": (PREDICT, {"model": "tiny"}, 422),
+    "x-anylabeling with another model": (PREDICT, {**LABEL, "model": "yolo"}, 404),
     "fal's no image": (FAL, {"image_url": "none"}, 400),
     "fal's no image, streamed": (f"{FAL}/stream", {"image_url": "none"}, 400),
     "fal's nothing": (FAL, {}, 422),
     "queue's nothing": (QUEUE, {}, 422),
+    "a finetune of another rank": ("/v1/tuning/finetunes", {"name": "a", "rank": 7}, 400),
+    "a finetune without a name": ("/v1/tuning/finetunes", {}, 422),
+    "rollouts of no finetune": (
+        "/v1/tuning/rollouts",
+        {"finetune_id": "none", "request": {"skill": "detect", **DETECT}},
+        404,
+    ),
+    "rollouts of an unknown skill": ("/v1/tuning/rollouts", {"finetune_id": "none", "request": {"skill": "a"}}, 400),
+    "a train step without groups": ("/v1/tuning/train_step", {"finetune_id": "none", "groups": []}, 400),
+    "a train step without a finetune": ("/v1/tuning/train_step", {"groups": []}, 422),
 }
 
 SITUATIONS: dict[int, dict[str, Any]] = {
@@ -275,7 +296,9 @@ def test_error_responses_match_the_schema(target: Served, published: Any, docume
         ("/metrics", 200),
         ("/v1/models", 200),
         ("/v1/models/tiny", 200),
+        ("/x-anylabeling/v1/models", 200),
         ("/v1/models/other", 404),
+        ("/v1/tuning/finetunes", 200),
         (REQUEST, 200),
         (f"{REQUEST}/status", 200),
         (f"{REQUEST}/status/stream", 200),
@@ -342,9 +365,12 @@ def test_common_errors_of_routes_without_a_body_are_documented(
         for template, operations in document["paths"].items():
             for method in operations.keys() & {"get", "put"}:
                 with subtests.test(f"{method} {template}"):
-                    answer = server.client.request(method, template.format(name="tiny", request_id="none"))
+                    path = template.format(
+                        name="tiny", request_id="none", finetune_id="none", step=1, file_id="none", index=0
+                    )
+                    answer = server.client.request(method, path, params=PARAMETERS.get(template))
                     if status == 401:
-                        assert answer.status_code == (200 if template in OPEN else 401)
+                        assert answer.status_code == OPEN.get(template, 401)
                     check(published, document, answer, template)
 
 

@@ -1,14 +1,15 @@
 """Moondream's API, for its Python and npm clients and clients of its cloud and of Moondream Station.
 
-Moondream 2 has no segmentation and this server has no finetunes, so both are rejected with a clear error. Chat
-completions are in `openai/`. `batch.py` accepts the bodies of this module as JSON lines.
+Moondream 2 has no segmentation: `/v1/segment` passes detected boxes to the segmentation model of the server, and is
+rejected if there is none. Chat completions are in `openai/`, and the tuning API is in `tuning.py`. `batch.py` accepts
+the bodies of this module as JSON lines.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from fastapi import Request as HttpRequest
@@ -29,14 +30,16 @@ from moondream_cv.requests import (
 )
 from moondream_cv.server.apis.base import ApiSpec
 from moondream_cv.server.apis.error_responses import SKILL_ERRORS, error_responses
-from moondream_cv.server.apis.request_settings import parse_settings
+from moondream_cv.server.apis.request_settings import parse_settings, with_checkpoint
 from moondream_cv.server.apis.sse import event, event_stream
+from moondream_cv.server.checkpoints import Checkpoint
 from moondream_cv.server.errors import ServerError
 from moondream_cv.server.request_context import RequestContext, Stream, open_request_context
+from moondream_cv.server.segmentation import Segment, select_boxes
 from moondream_cv.server.service import Service
 
 MAX_SPATIAL_REFS = 64
-_FINETUNE = re.compile(r"/[^/@]+@\d+$")  # model/finetune@step; a release such as moondream2@2025-06-21 does not match
+_FINETUNE = re.compile(r"(?:/|^)[^/@]+@\d+$")  # a release such as moondream2@2025-06-21 does not match
 
 Context = Annotated[RequestContext, Depends(open_request_context)]
 SpatialRef = Annotated[list[float], Field(min_length=2, max_length=4)]
@@ -58,8 +61,9 @@ class Body(BaseModel):
     Attributes:
         image_url: A data URI, base64 text, or an http(s) URL.
         settings: temperature, top_p, max_tokens, max_objects, max_crops, seed; unknown settings are ignored.
-        model: The model name of this server, or any name that contains "moondream".
-        variant: A finetune. This server has none, so the request is rejected.
+        model: The model name of this server, any name that contains "moondream", or FINETUNE_ID@STEP of a saved
+            checkpoint, optionally after the name of a model and a slash.
+        variant: FINETUNE_ID@STEP of a saved checkpoint.
         stream: Whether to respond with server-sent events.
     """
 
@@ -85,7 +89,11 @@ class Body(BaseModel):
 
 
 class CaptionBody(Body):
-    """A request for a caption."""
+    """A request for a caption.
+
+    Attributes:
+        length: Length of the caption; default "normal".
+    """
 
     image_url: str
     length: CaptionLength | None = None
@@ -95,7 +103,14 @@ class CaptionBody(Body):
 
 
 class QueryBody(Body):
-    """A question, with or without an image."""
+    """A question, with or without an image.
+
+    Attributes:
+        question: Question text.
+        reasoning: Whether to generate reasoning before the answer, and to return it.
+        spatial_refs: Points (x, y) and boxes (x_min, y_min, x_max, y_max) that the question refers to, as fractions of
+            the image.
+    """
 
     question: str
     reasoning: bool | None = None
@@ -107,7 +122,11 @@ class QueryBody(Body):
 
 
 class DetectBody(Body):
-    """A request for the boxes of objects."""
+    """A request for the boxes of objects.
+
+    Attributes:
+        object: Class name, in any words.
+    """
 
     image_url: str
     object: str = Field(validation_alias=AliasChoices("object", "obj"))
@@ -117,7 +136,11 @@ class DetectBody(Body):
 
 
 class PointBody(DetectBody):
-    """A request for points on objects."""
+    """A request for points on objects.
+
+    Attributes:
+        spatial_refs: Not supported by Moondream 2; leave it out.
+    """
 
     spatial_refs: SpatialRefs | None = None
 
@@ -129,6 +152,28 @@ class PointBody(DetectBody):
             )
             raise ServerError(400, message, kind="unsupported_skill", param="spatial_refs")
         return Point(image, self.object, parse_settings(self.settings))
+
+
+class SegmentBody(DetectBody):
+    """A request for the outline of an object.
+
+    Attributes:
+        spatial_refs: Points (x, y) on the object and boxes (x_min, y_min, x_max, y_max) around it, as fractions of the
+            image. Several select several objects, which get one outline.
+    """
+
+    spatial_refs: SpatialRefs | None = None
+
+    def checked_refs(self, image: Any) -> tuple[tuple[float, ...], ...]:
+        """Return the references.
+
+        Args:
+            image: The image at `image_url`.
+
+        Raises:
+            ValueError: A reference has not 2 or 4 values, or a value is not between 0 and 1.
+        """
+        return Query(image, self.object, spatial_refs=tuple(map(tuple, self.spatial_refs or ()))).spatial_refs
 
 
 class GazeBody(Body):
@@ -220,6 +265,30 @@ class PointAnswer(Answer):
     count: int
 
 
+class SegmentBox(BaseModel):
+    """The bounding box of a mask, in fractions of the image."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+
+
+class SegmentAnswer(BaseModel):
+    """The outline of an object. If there is no object, the path is empty and the box is null.
+
+    Attributes:
+        request_id: ID of the request, as in the X-Request-Id header.
+        path: SVG path in fractions of the width and the height of `bbox`, as Moondream's own engine returns it. Holes
+            are subpaths of the opposite orientation.
+        bbox: Bounding box of the path in the image.
+    """
+
+    request_id: str
+    path: str
+    bbox: SegmentBox | None
+
+
 class GazePoint(BaseModel):
     """A point in fractions of the image."""
 
@@ -293,17 +362,35 @@ async def gaze(body: GazeBody, http: HttpRequest, context: Context) -> Any:
     return event_stream(_single_event({"gaze": reply["gaze"]})) if body.stream else reply
 
 
-@router.post("/segment", summary="Not supported by Moondream 2", status_code=400, response_model=ErrorAnswer)
-async def segment() -> NoReturn:
-    """Return an error, because Moondream 2 has no segmentation."""
-    message = "Moondream 2 does not support segmentation; use /v1/detect for boxes or /v1/point for points"
-    raise ServerError(400, message, kind="unsupported_skill")
+@router.post("/segment", summary="Segment", response_model=SegmentAnswer, responses=_STREAMED)
+async def segment(body: SegmentBody, http: HttpRequest, context: Context) -> Any:
+    """Return the outline of an object as an SVG path. The server needs a segmentation model.
+
+    Without `spatial_refs`, this is the object that matches the name with the highest confidence. Events: `{"type":
+    "bbox", ...}`, `{"type": "path_delta", ...}` for each part and hole, `{"type": "final", ...}`.
+    """
+    if context.service.segmenter is None:
+        message = (
+            "this server has no segmentation model; start it with --masks facebook/sam2.1-hiera-small, or use"
+            " /v1/detect for boxes or /v1/point for points"
+        )
+        raise ServerError(400, message, kind="unsupported_skill")
+    checkpoint = select_checkpoint(body, context.service)
+    image = await context.open_image(body.image_url)
+    request = with_checkpoint(body.request(image), checkpoint)
+    refs = body.checked_refs(image)
+    found = await context.result(request)
+    boxes = select_boxes(found.objects, refs)
+    outline = await context.segment(image, boxes) if boxes else None
+    if body.stream:
+        return event_stream(_segment_events(outline))
+    return {"request_id": http.state.request_id, **_segment_body(outline)}
 
 
 async def _respond(body: Body, http: HttpRequest, context: RequestContext) -> Any:
-    check_model(body, context.service)
+    checkpoint = select_checkpoint(body, context.service)
     image = None if body.image_url is None else await context.open_image(body.image_url)
-    request = body.request(image)
+    request = with_checkpoint(body.request(image), checkpoint)
     if body.stream:
         return event_stream(_events(await context.stream(request)))
     return {"request_id": http.state.request_id, **result_body(await context.result(request))}
@@ -314,25 +401,30 @@ def is_served(name: str, service: Service) -> bool:
     return name == service.name or "moondream" in name.lower()
 
 
-def check_model(body: Body, service: Service) -> None:
-    """Reject a request for another model.
+def select_checkpoint(body: Body, service: Service) -> Checkpoint | None:
+    """Return the checkpoint that a request names, None if it names the model of this server.
 
     Raises:
-        ServerError: 404; the request names a finetune or a model that this server does not have.
+        ServerError: 404; the request names a checkpoint or a model that this server does not have.
     """
     advice = f"leave model out or use {service.name!r}"
     if body.variant:
-        raise ServerError(
-            404, f"this server has no finetunes; leave variant out, got {body.variant!r:.200}", param="variant"
-        )
+        checkpoint = service.find_checkpoint(body.variant)
+        if checkpoint is None:
+            message = f"this server has no finetunes with the checkpoint {body.variant!r:.200}; leave variant out"
+            raise ServerError(404, message, param="variant")
+        return checkpoint
     if not body.model or body.model == service.name:
-        return
+        return None
     if _FINETUNE.search(body.model[-200:]):
-        raise ServerError(
-            404, f"this server has no finetunes, got the model {body.model!r:.200}; {advice}", param="model"
-        )
+        checkpoint = service.find_checkpoint(body.model)
+        if checkpoint is None:
+            message = f"this server has no finetunes with the checkpoint {body.model!r:.200}; {advice}"
+            raise ServerError(404, message, param="model")
+        return checkpoint
     if not is_served(body.model, service):
         raise ServerError(404, f"this server does not have the model {body.model!r:.200}; {advice}", param="model")
+    return None
 
 
 def result_body(result: Any) -> dict[str, Any]:
@@ -344,6 +436,22 @@ async def _single_event(reply: dict[str, Any]) -> AsyncIterator[bytes]:
     """Yield the events of a reply that is not generated in pieces."""
     yield event(reply)
     yield event({"completed": True})
+
+
+def _segment_body(outline: Segment | None) -> dict[str, Any]:
+    if outline is None:
+        return {"path": "", "bbox": None}
+    return {"path": " ".join(outline.subpaths), "bbox": dict(zip(SegmentBox.model_fields, outline.box, strict=True))}
+
+
+async def _segment_events(outline: Segment | None) -> AsyncIterator[bytes]:
+    """Yield the events of a segmentation, as Moondream's clients read them."""
+    body = _segment_body(outline)
+    if outline is not None:
+        yield event({"type": "bbox", "bbox": body["bbox"]})
+        for number, subpath in enumerate(outline.subpaths):
+            yield event({"type": "path_delta", "chunk": f" {subpath}" if number else subpath, "completed": False})
+    yield event({"type": "final", **body, "completed": True})
 
 
 async def _events(stream: Stream) -> AsyncIterator[bytes]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from moondream_cv import __version__
 from moondream_cv.server.apis.moondream import ERRORS
 from moondream_cv.server.apis.openai.schema import ModelList, openai_error_responses
-from moondream_cv.server.service import get_service
+from moondream_cv.server.checkpoints import list_checkpoints
+from moondream_cv.server.service import Service, check_single_process, get_service
 
 router = APIRouter(tags=["operations"])
 _STARTED = int(time.time())
@@ -53,25 +54,54 @@ async def ready(http: Request) -> JSONResponse:
 
 @router.get("/v1/models", summary="Models", response_model=ModelList, responses={401: openai_error_responses(401)[401]})
 def models(http: Request) -> dict[str, Any]:  # in a thread, because `has_scores` of a remote model can send a request
-    """List the model: `data` is for OpenAI clients, `models` for Moondream clients."""
+    """List the model and the saved checkpoints: `data` is for OpenAI clients, `models` for Moondream clients.
+
+    `data` has the model and the 100 newest checkpoints, `models` the model only.
+    """
     service = get_service(http)
+    saved = list_checkpoints(service.finetunes) if service.has_checkpoints else []
     return {
         "object": "list",
-        "data": [{"id": service.name, "object": "model", "created": _STARTED, "owned_by": "moondream-cv"}],
+        "data": [
+            model_card(service.name),
+            *(model_card(f"moondream2/{checkpoint.variant}", seconds) for checkpoint, seconds in saved),
+        ],
         "models": [
             {
                 "id": service.name,
                 "name": service.name,
                 "description": "Moondream 2, served by moondream-cv",
                 "version": __version__,
-                "skills": [] if service.engine is None else sorted(service.engine.skills),
+                "skills": _skills(service),
                 "has_scores": service.engine is not None and service.engine.has_scores,
             }
         ],
     }
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=_METRICS)
+def _skills(service: Service) -> list[str]:
+    if service.engine is None:
+        return []
+    return sorted({*service.engine.skills, *(() if service.segmenter is None else ("segment",))})
+
+
+def model_card(name: str, created: float = _STARTED) -> dict[str, Any]:
+    """Return the description of a model for OpenAI clients.
+
+    Args:
+        name: Model name.
+        created: Time in seconds since 1970.
+    """
+    return {"id": name, "object": "model", "created": int(created), "owned_by": "moondream-cv"}
+
+
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    response_class=Response,
+    responses=_METRICS,
+    dependencies=[Depends(check_single_process)],
+)
 async def metrics(http: Request) -> Response:
     """Return the metrics of the server in the Prometheus text format."""
     return Response(get_service(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

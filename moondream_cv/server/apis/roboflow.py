@@ -27,9 +27,11 @@ from moondream_cv.requests import Detect, DetectedObject, DetectResult, ErrorRes
 from moondream_cv.server.apis.base import ApiSpec
 from moondream_cv.server.apis.error_responses import SKILL_ERRORS, error_responses
 from moondream_cv.server.apis.moondream import is_served
+from moondream_cv.server.apis.request_settings import with_checkpoint
+from moondream_cv.server.checkpoints import Checkpoint, parse_checkpoint
 from moondream_cv.server.errors import ClientDisconnected, ServerError, to_server_error
 from moondream_cv.server.request_context import RequestContext, open_request_context
-from moondream_cv.server.service import Service, get_service
+from moondream_cv.server.service import Service, get_service, missing_checkpoint
 
 MAX_IMAGES = 16  # per request; all of them are in memory at the same time
 IMAGE_TYPES = ("base64", "url")
@@ -65,7 +67,8 @@ class LmmBody(BaseModel):
     Attributes:
         image: One image, or a list of images.
         prompt: Class name to detect.
-        model_id: The model name of this server, or any name that contains "moondream"; can be in the path instead.
+        model_id: The model name of this server, any name that contains "moondream", or FINETUNE_ID@STEP of a saved
+            checkpoint, optionally after the name of a model and a slash; can be in the path instead.
         api_key: API key, if it is not in the `Authorization` header.
     """
 
@@ -174,14 +177,14 @@ async def _infer(body: LmmBody, model_id: str | None, context: RequestContext) -
     started = time.perf_counter()
 
     # Check the request
-    _check_model(model_id, context.service)
+    checkpoint = _select_checkpoint(model_id, context.service)
     if body.prompt is None or not body.prompt.strip():
         raise ServerError(400, f"prompt must be the class name to detect, got {body.prompt!r:.100}", param="prompt")
     is_list = isinstance(body.image, list)
 
     # Run the model
     images = await _open_images(body.image if isinstance(body.image, list) else [body.image], context)
-    results = await context.results([Detect(image, body.prompt) for image in images])
+    results = await context.results([with_checkpoint(Detect(image, body.prompt), checkpoint) for image in images])
     seconds = time.perf_counter() - started
 
     # Convert the results
@@ -194,12 +197,23 @@ async def _infer(body: LmmBody, model_id: str | None, context: RequestContext) -
     return answers if is_list else answers[0]
 
 
-def _check_model(model_id: str | None, service: Service) -> None:
+def _select_checkpoint(model_id: str | None, service: Service) -> Checkpoint | None:
+    """Return the checkpoint that a model name selects, None for the model of this server.
+
+    Raises:
+        ServerError: 400, there is no name; 404, this server does not have the model or the checkpoint.
+    """
     if not model_id:
         raise ServerError(400, f"model_id must be in the path or in the body; use {service.name!r}", param="model_id")
+    if parse_checkpoint(model_id, service.name) is not None:
+        checkpoint = service.find_checkpoint(model_id)
+        if checkpoint is None:
+            raise missing_checkpoint(model_id, param="model_id")
+        return checkpoint
     if not is_served(model_id, service):
         message = f"this server does not have the model {model_id!r:.200}; use {service.name!r}"
         raise ServerError(404, message, param="model_id")
+    return None
 
 
 async def _open_images(sent: Sequence[ImageBody], context: RequestContext) -> list[Any]:

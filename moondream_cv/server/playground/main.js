@@ -109,6 +109,7 @@ async function copyRecipe() {
 
 // The image
 
+// Opens a file, or the file of a promise. `run` waits for it.
 function useImage(file, name, own = true) {
   state.opened = loadImage(file, name, own);
   return state.opened;
@@ -118,7 +119,7 @@ async function loadImage(file, name, own) {
   const turn = ++state.numOpened;
   stop();
   try {
-    const image = await openImage(file, name, own);
+    const image = await openImage(await file, name, own);
     if (turn !== state.numOpened) return URL.revokeObjectURL(image.url);
     if (state.image) URL.revokeObjectURL(state.image.url);
     state.image = image;
@@ -152,7 +153,7 @@ function showImage(image) {
 async function useExample() {
   for (const kind of Object.keys(PROMPTS)) state.prompts[kind] = state.prompts[kind] || PROMPTS[kind][1];
   showForm();
-  await useImage(await drawExample(), "example.png", false);
+  await useImage(drawExample(), "example.png", false);
   $("prompt").focus();
 }
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from moondream_cv.requests import Request, Result
+from moondream_cv.server.runtime.operations import FinishedOperation, Operation, OperationQueue, OperationResult
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local_model import LocalModel
@@ -37,7 +38,7 @@ class StepOutput(Generic[RequestId]):
 
     Attributes:
         pieces: New pieces of streamed requests, by request ID.
-        results: Results and token counts of finished requests, by request ID.
+        results: Results and token counts of finished requests and operations, by request ID.
         num_running: Number of requests that decode.
         num_waiting: Number of requests that wait for admission.
         cache_hits: Hits of the image cache since the previous step.
@@ -45,7 +46,7 @@ class StepOutput(Generic[RequestId]):
     """
 
     pieces: dict[RequestId, list[Any]]
-    results: dict[RequestId, tuple[Result, Usage]]
+    results: dict[RequestId, tuple[Result | OperationResult, Usage]]
     num_running: int
     num_waiting: int
     cache_hits: int
@@ -57,6 +58,8 @@ class EngineLoop(Generic[RequestId]):
 
     def __init__(self, model: LocalModel) -> None:
         self._model, self._scheduler = model, model.scheduler()
+        self._operations: OperationQueue[RequestId] = OperationQueue(model, self._scheduler)
+        self._is_decoding = False
         self._jobs: dict[RequestId, tuple[Job, bool]] = {}
         self._ids: dict[Job, RequestId] = {}
         self._lock = threading.Lock()
@@ -64,18 +67,21 @@ class EngineLoop(Generic[RequestId]):
 
     @property
     def request_ids(self) -> list[RequestId]:
-        """IDs of the unfinished requests."""
+        """IDs of the unfinished requests and operations."""
         with self._lock:
-            return list(self._jobs)
+            return [*self._jobs, *self._operations.request_ids]
 
-    def submit(self, request_id: RequestId, request: Request, streamed: bool) -> None:
-        """Add a request.
+    def submit(self, request_id: RequestId, request: Request | Operation, streamed: bool) -> None:
+        """Add a request or an operation.
 
         Args:
             request_id: ID that no unfinished request has.
-            request: The request.
+            request: The request or the operation.
             streamed: Whether to return the pieces of the reply as they are generated.
         """
+        if isinstance(request, Operation):
+            self._operations.submit(request_id, request)
+            return
         with self._lock:
             job = self._scheduler.submit(request)
             self._jobs[request_id], self._ids[job] = (job, streamed), request_id
@@ -86,9 +92,15 @@ class EngineLoop(Generic[RequestId]):
             job, _ = self._jobs.get(request_id, (None, False))
         if job is not None:
             self._scheduler.cancel(job)
+        else:
+            self._operations.cancel(request_id)
+
+    def close(self) -> None:
+        """Close what operations have opened. Call this after the last step, in the thread of the steps."""
+        self._operations.close()
 
     def step(self) -> tuple[bool, StepOutput[RequestId]]:
-        """Run one step of the scheduler.
+        """Run queued operations and one step of the scheduler.
 
         Returns:
             Whether any work is left, and the output of the step.
@@ -96,14 +108,19 @@ class EngineLoop(Generic[RequestId]):
         Raises:
             Exception: The engine itself has failed. Errors of single requests are results.
         """
-        has_work = self._scheduler.step()
+        # Run operations and decode
+        finished = self._operations.start(self._is_decoding)
+        self._is_decoding = self._scheduler.step()
+        finished |= self._operations.finish()
 
         # Collect new pieces and finished requests
         with self._lock:
             streams = [(request_id, job) for request_id, (job, streamed) in self._jobs.items() if streamed]
             pieces = {request_id: new for request_id, job in streams if (new := job.take())}
-            results: dict[RequestId, tuple[Result, Usage]] = {}
+            results = {request_id: _result_of(operation) for request_id, operation in finished.items()}
             for job in self._scheduler.results():
+                if job not in self._ids:
+                    continue  # a request of an operation
                 request_id = self._ids.pop(job)
                 del self._jobs[request_id]
                 assert job.result is not None
@@ -113,6 +130,12 @@ class EngineLoop(Generic[RequestId]):
         cache, before = self._model.image_cache, self._cache_counts
         self._cache_counts = (0, 0) if cache is None else (cache.hits, cache.misses)
         hits, misses = (now - earlier for now, earlier in zip(self._cache_counts, before, strict=True))
+        has_work = self._is_decoding or self._operations.has_work
         return has_work, StepOutput(
             pieces, results, self._scheduler.running, self._scheduler.waiting, cache_hits=hits, cache_misses=misses
         )
+
+
+def _result_of(operation: FinishedOperation) -> tuple[Result | OperationResult, Usage]:
+    prompt_tokens = sum(job.prompt_tokens for job in operation.jobs)
+    return operation.result, Usage(prompt_tokens, sum(job.completion_tokens for job in operation.jobs))

@@ -25,10 +25,11 @@ import numpy as np
 from moondream_cv.engine.preprocessing import PreprocessedImage
 from moondream_cv.errors import MoondreamError
 from moondream_cv.model.config import VisionConfig
-from moondream_cv.requests import ErrorResult, Request, Result
+from moondream_cv.requests import Chat, ErrorResult, Request, Result
 from moondream_cv.server.runtime.engine_loop import EngineLoop, StepOutput, Usage
 from moondream_cv.server.runtime.engines import Call, Engine, engine_failure, report
 from moondream_cv.server.runtime.metrics import Metrics
+from moondream_cv.server.runtime.operations import Operation, OperationResult
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local_model import LocalModel
@@ -192,12 +193,20 @@ class ProcessEngine(Engine):
         report(pieces, results)
 
 
-def _without_pixels(request: Request) -> Request:
-    """Return a request whose image has only the crops, unless the request needs other crops."""
-    image = request.image
-    if not isinstance(image, PreprocessedImage):
+def _without_pixels(request: Request | Operation) -> Request | Operation:
+    """Return a request whose images have only the crops, unless the request needs other crops."""
+    if isinstance(request, Operation):
         return request
-    return replace(request, image=image.without_pixels(request.settings.max_crops))
+    max_crops = request.settings.max_crops
+    if isinstance(request, Chat):
+        # One object per image, so that pickle writes the crops of an image in several turns once
+        by_id = {id(image): _crops_of(image, max_crops) for image in request.images}
+        return request.with_images([by_id[id(image)] for image in request.images])
+    return replace(request, image=_crops_of(request.image, max_crops))
+
+
+def _crops_of(image: Any, max_crops: int | None) -> Any:
+    return image.without_pixels(max_crops) if isinstance(image, PreprocessedImage) else image
 
 
 def _run(connection: Connection, load: Callable[[], LocalModel], set_up: Callable[[], None] | None) -> None:
@@ -221,6 +230,13 @@ def _run(connection: Connection, load: Callable[[], LocalModel], set_up: Callabl
 def _process_messages(model: LocalModel, connection: Connection) -> None:
     """Run requests from the pipe and send the output of each step."""
     loop: EngineLoop[int] = EngineLoop(model)
+    try:
+        _run_steps(loop, connection)
+    finally:
+        loop.close()
+
+
+def _run_steps(loop: EngineLoop[int], connection: Connection) -> None:
     has_work, stopping = False, False
     while not stopping or has_work:
         # Receive all messages that have arrived; wait if there is no work
@@ -242,7 +258,7 @@ def _process_messages(model: LocalModel, connection: Connection) -> None:
         connection.send(replace(output, results=results))
 
 
-def _picklable_result(result: Result) -> Result:
+def _picklable_result(result: Result | OperationResult) -> Result | OperationResult:
     return ErrorResult(_picklable(result.error)) if isinstance(result, ErrorResult) else result
 
 

@@ -33,6 +33,7 @@ from moondream_cv.requests import (
 )
 from moondream_cv.server.runtime.engine_loop import EngineLoop, Usage
 from moondream_cv.server.runtime.metrics import Metrics
+from moondream_cv.server.runtime.operations import Operation, OperationResult
 
 if TYPE_CHECKING:
     from moondream_cv.engine.local_model import LocalModel
@@ -44,20 +45,20 @@ REMOTE_THREADS = 32
 
 
 class Call:
-    """A request in an engine, as seen from the event loop that submitted it.
+    """A request or an operation in an engine, as seen from the event loop that submitted it.
 
     Attributes:
-        request: The request.
+        request: The request or the operation.
         streamed: Whether the engine reports the pieces of the reply as they are generated.
         done: Future of the result.
         pieces: Queue of the pieces of a streamed reply: objects, points and text; None marks the end.
         usage: Token counts; complete when `done` is.
     """
 
-    def __init__(self, request: Request, streamed: bool = False) -> None:
+    def __init__(self, request: Request | Operation, streamed: bool = False) -> None:
         self.request, self.streamed = request, streamed
         self.loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[Result] = self.loop.create_future()
+        self.done: asyncio.Future[Result | OperationResult] = self.loop.create_future()
         self.pieces: asyncio.Queue[Any] = asyncio.Queue()
         self.usage = Usage()
 
@@ -66,7 +67,7 @@ class Call:
         for piece in pieces:
             self.pieces.put_nowait(piece)
 
-    def finish(self, result: Result, usage: Usage) -> None:
+    def finish(self, result: Result | OperationResult, usage: Usage) -> None:
         """Set the result. Call this in the event loop; later calls are ignored."""
         if not self.done.done():
             self.usage = usage
@@ -91,6 +92,11 @@ class Engine(ABC):
     @abstractmethod
     def alive(self) -> bool:
         """Whether the engine can answer calls."""
+
+    @property
+    def runs_operations(self) -> bool:
+        """Whether the engine has a local model, so that calls can be operations."""
+        return True
 
     @abstractmethod
     def start(self, metrics: Metrics) -> None:
@@ -121,7 +127,7 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, call: Call) -> None:
-        """Run a call and report its pieces and its result."""
+        """Run a call and report its pieces and its result. Operations need `runs_operations`."""
 
     @abstractmethod
     def cancel(self, call: Call) -> None:
@@ -214,6 +220,12 @@ class ThreadEngine(Engine):
         self._work.set()
 
     def _run(self) -> None:
+        try:
+            self._run_steps()
+        finally:
+            self._loop.close()
+
+    def _run_steps(self) -> None:
         assert self._metrics is not None
         is_last = False
         while not is_last:
@@ -262,6 +274,10 @@ class RemoteEngine(Engine):
     def alive(self) -> bool:
         return True
 
+    @property
+    def runs_operations(self) -> bool:
+        return False
+
     def start(self, metrics: Metrics) -> None:
         """Do nothing: a remote model has no steps to count, and the pool starts its threads on demand."""
 
@@ -283,23 +299,25 @@ class RemoteEngine(Engine):
 
     def _run(self, call: Call) -> None:
         try:
+            if isinstance(call.request, Operation):
+                raise UnsupportedSkill(f"{call.request.method} needs a local model")
             if call in self._cancelled:
                 result: Result = ErrorResult(RequestCancelled("the request was cancelled"))
             else:
-                result = self._stream(call) if call.streamed else self._model.run([call.request])[0]
+                result = self._stream(call, call.request) if call.streamed else self._model.run([call.request])[0]
         except Exception as error:
             result = ErrorResult(error)
         self._cancelled.discard(call)
         report({}, {call: (result, Usage())})
 
-    def _stream(self, call: Call) -> Result:
+    def _stream(self, call: Call, request: Request) -> Result:
         """Report the pieces of a reply. A model that cannot stream reports all of them at the end."""
         try:
             if not isinstance(self._model, HasStream):
                 raise UnsupportedSkill("the model cannot stream")
-            stream = self._model.stream(call.request)
+            stream = self._model.stream(request)
         except UnsupportedSkill:
-            result = self._model.run([call.request])[0]
+            result = self._model.run([request])[0]
             report({call: pieces_of(result)}, {})
             return result
         pieces = []
@@ -308,7 +326,7 @@ class RemoteEngine(Engine):
                 return ErrorResult(RequestCancelled("the request was cancelled"))
             pieces.append(piece)
             report({call: [piece]}, {})
-        return _assemble(call.request, pieces)
+        return _assemble(request, pieces)
 
 
 def _assemble(request: Request, pieces: list[Any]) -> Result:
@@ -327,7 +345,7 @@ def engine_failure() -> MoondreamError:
     return MoondreamError("the engine has failed; restart the server")
 
 
-def report(pieces: Mapping[Call, list[Any]], results: Mapping[Call, tuple[Result, Usage]]) -> None:
+def report(pieces: Mapping[Call, list[Any]], results: Mapping[Call, tuple[Result | OperationResult, Usage]]) -> None:
     """Deliver pieces and results of calls to their event loops. Thread-safe; closed event loops are skipped."""
     updates: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
     for call, new in pieces.items():

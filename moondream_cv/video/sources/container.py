@@ -42,6 +42,25 @@ _MAX_CONSECUTIVE_ERRORS = 8  # demuxing errors after which reading stops
 logger = logging.getLogger(__name__)
 
 
+def open_with_pyav(target: str, **options: Any) -> InputContainer:
+    """Open a file or a stream with PyAV. Bytes of its metadata that are not UTF-8 raise no error.
+
+    Args:
+        target: Absolute path or URL.
+        options: Further arguments of `av.open`.
+
+    Raises:
+        av.error.FFmpegError: The target cannot be opened.
+        ValueError: An option is invalid.
+    """
+    import av
+
+    if int(av.__version__.partition(".")[0]) < 19:
+        options["metadata_errors"] = "replace"  # newer versions escape them
+    container: InputContainer = av.open(target, mode="r", **options)
+    return container
+
+
 def open_container(
     target: str,
     *,
@@ -63,7 +82,7 @@ def open_container(
     import av
 
     try:
-        container = av.open(target, mode="r", timeout=timeout, options=options or {}, metadata_errors="replace")
+        container = open_with_pyav(target, timeout=timeout, options=options or {})
     except (av.error.FFmpegError, ValueError) as error:
         # From None: the original message contains the URL with its password.
         raise VideoError(f"{name} cannot be opened as a video: {reason(error)}{_advice(target)}") from None
@@ -325,13 +344,14 @@ def _measured_rate(reopen: Callable[[], InputContainer], name: str) -> float | N
     container = reopen()
     try:
         stream = video_stream(container, name)
+        unit = _unit(stream)
         packets = itertools.islice(demux(container, stream), _MEASURED_PACKETS)
         stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
     except av.error.FFmpegError:
         return None
     finally:
         container.close()
-    return float(1 / (np.median(np.diff(stamps)) * _unit(stream))) if len(stamps) > 2 else None
+    return float(1 / (np.median(np.diff(stamps)) * unit)) if len(stamps) > 2 else None
 
 
 def _packets(container: InputContainer, stream: VideoStream, source: Source, is_file: bool) -> Iterator[Packet[Any]]:

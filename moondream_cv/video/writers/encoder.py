@@ -86,6 +86,7 @@ class H264Encoder:
         context.sample_aspect_ratio = sample_aspect_ratio or Fraction(1)
         self._colorspace = colorspace
         self._reformatter = VideoReformatter()  # reuses its tables for all images
+        self._is_encoding = False
 
     def write(self, image: npt.NDArray[np.uint8], ticks: int) -> None:
         """Encode one image.
@@ -108,11 +109,13 @@ class H264Encoder:
         )
         frame.pts, frame.time_base = ticks, Fraction(1, TICKS)
         self._encode(frame)
+        self._is_encoding = True
 
     def close(self) -> None:
         """Flush the encoder, and close the file in any case."""
         try:
-            self._encode(None)
+            if self._is_encoding:  # PyAV 19 crashes if it flushes an encoder that failed to start
+                self._encode(None)
         finally:
             self._container.close()
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moondream_cv.errors import VideoError
 from moondream_cv.video.sources.base import Recording
-from moondream_cv.video.sources.container import demux
+from moondream_cv.video.sources.container import demux, open_with_pyav
 from moondream_cv.video.writers.base import reason
 
 if TYPE_CHECKING:
@@ -79,8 +79,6 @@ def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tupl
     Raises:
         VideoError: The source cannot be read.
     """
-    import av
-
     copied: list[int] = []
     left_out: list[str] = []
     has_sound, matroska_holds_all = False, True
@@ -88,7 +86,7 @@ def copyable_streams(source: Path, target: Path, file_format: str) -> tuple[tupl
     # Sort the streams
     try:
         # An absolute path, since FFmpeg takes "12:30.mp4" for a URL
-        with av.open(os.path.abspath(source), metadata_errors="replace") as opened:
+        with open_with_pyav(os.path.abspath(source)) as opened:
             for stream in opened.streams:
                 kind = str(stream.type)
                 if kind not in _COPIED_TYPES:
@@ -167,7 +165,7 @@ def remux(
 
         # Plan audio and subtitles
         if side is not None and side.indices:
-            other = files.enter_context(av.open(os.path.abspath(side.path), metadata_errors="replace"))
+            other = files.enter_context(open_with_pyav(os.path.abspath(side.path)))
             copies = {index: _copied_stream(output, other.streams[index]) for index in side.indices}
             preroll = (
                 0.0 if file_format == MATROSKA else _PREROLL

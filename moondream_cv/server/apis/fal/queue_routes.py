@@ -34,9 +34,9 @@ from moondream_cv.server.apis.fal.wire import (
 )
 from moondream_cv.server.apis.sse import event, event_stream
 from moondream_cv.server.errors import ServerError
-from moondream_cv.server.service import get_service
+from moondream_cv.server.service import check_single_process, get_service
 
-router = APIRouter(prefix=f"/queue{APP}", tags=["fal"])
+router = APIRouter(prefix=f"/queue{APP}", tags=["fal"], dependencies=[Depends(check_single_process)])
 Seconds = Annotated[float | None, Header(alias="X-Fal-Request-Timeout", gt=0, allow_inf_nan=False)]
 
 

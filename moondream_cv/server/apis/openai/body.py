@@ -1,28 +1,25 @@
 """Conversion of a chat completion to one request to Moondream 2.
 
-Moondream 2 answers single questions and was not trained on dialogues. A conversation is converted as follows:
+Moondream 2 answers single questions and was not trained on dialogues. A single question becomes a `Query`, and a longer
+conversation a `Chat`, in the layout of the inference engine of the model's authors; `conversations.py` has the rules.
 
-- The text of the last user message is the question.
-- System and developer messages precede it on separate lines, because applications use them to describe the expected
-  answer. Leave out messages that do not describe the answer.
-- The image can be in any message, because clients send it once and then ask further questions.
-- Earlier questions and answers are dropped. Otherwise, the model would treat them as part of the question.
-
-`response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points. The text
-is then the class name, and system messages are ignored. Any other JSON schema constrains the answer and does not change
-the prompt. The same applies to the parameters of a function that `tool_choice` forces the model to call.
+`response_format` with the schema name `moondream_detect` or `moondream_point` asks for boxes or points. The text of the
+last user message is then the class name, and all other text is ignored. Any other JSON schema constrains the answer and
+does not change the prompt. The same applies to the parameters of a function that `tool_choice` forces the model to
+call.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moondream_cv.requests import Detect, Point, Query, Settings
+from moondream_cv import conversations
+from moondream_cv.requests import Chat, Detect, Point, Query, Settings, Turn
 from moondream_cv.server.apis.request_settings import parse_settings
 from moondream_cv.server.errors import ServerError
 
@@ -84,6 +81,7 @@ EXCLUDING_KEYWORDS = {
 }
 
 
+MAX_IMAGES = 16  # per conversation; fewer fit into the context of the model
 MAX_ITEMS = 1_000  # per list; validation errors for many thousands of items would take seconds
 
 
@@ -186,8 +184,8 @@ class ParsedChat:
 
     Attributes:
         kind: `Query`, `Detect` or `Point`.
-        text: Question or class name.
-        image_url: Image of the request; None for a question without an image.
+        turns: Turns of the conversation, with the URLs of the images. A single one, whose question is the class name,
+            for boxes and points.
         reasoning: Whether to generate reasoning first.
         settings: Sampling settings.
         stop: Strings that end an answer.
@@ -196,26 +194,34 @@ class ParsedChat:
     """
 
     kind: type[Query] | type[Detect] | type[Point]
-    text: str
-    image_url: str | None
+    turns: tuple[Turn, ...]
     reasoning: bool
     settings: Settings
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
     call: ForcedCall | None = None
 
-    def request(self, image: Any) -> Query | Detect | Point:
+    @property
+    def image_urls(self) -> tuple[str, ...]:
+        """URLs of the images of all turns, in order."""
+        return tuple(url for turn in self.turns for url in turn.images)
+
+    def request(self, images: Sequence[Any]) -> Query | Chat | Detect | Point:
         """Return the request to the model.
 
         Args:
-            image: The image at `image_url`; None if there is no URL.
+            images: The images at `image_urls`.
 
         Raises:
-            ValueError: The text is blank, or the image is None and the skill needs one.
+            ValueError: The text is too long, or there is no image and the skill needs one.
         """
-        if self.kind is Query:
-            return Query(image, self.text, self.reasoning, (), self.settings, self.stop, self.json_schema)
-        return self.kind(image, self.text, settings=self.settings)
+        text, image = self.turns[-1].question or "", images[0] if images else None
+        if self.kind is not Query:
+            return self.kind(image, text, settings=self.settings)
+        if len(self.turns) == 1 and len(images) <= 1:
+            return Query(image, text, self.reasoning, (), self.settings, self.stop, self.json_schema)
+        chat = Chat(self.turns, self.reasoning, self.settings, self.stop, self.json_schema)
+        return chat.with_images(images)
 
 
 def parse_chat(body: ChatBody) -> ParsedChat:
@@ -229,20 +235,20 @@ def parse_chat(body: ChatBody) -> ParsedChat:
     _reject_unsupported(body, () if call is None else ("tools", "tool_choice"))
     skill, json_schema = _structured(body.response_format) if call is None else (None, call.json_schema)
 
-    # Build the prompt
-    users = [message for message in body.messages if message.role == "user"]
-    if not users:
-        raise ServerError(400, 'messages: at least one message must have the role "user"', param="messages")
-    question = _text_of(users[-1])
-    if not question.strip():
-        raise ServerError(400, "messages: the last user message must have text", param="messages")
-    system = [_text_of(message) for message in body.messages if message.role in ("system", "developer")]
-    text = question if skill else "\n".join([line for line in system if line.strip()] + [question])
+    # Convert the messages
+    messages = [conversations.Message(m.role, _text_of(m), tuple(_image_urls(m))) for m in body.messages]
+    try:
+        turns = conversations.make_turns(messages)
+    except ValueError as error:
+        raise ServerError(400, f"messages: {error}", param="messages") from error
+    if skill is not None:
+        name = next(message.text for message in reversed(messages) if message.role == "user")
+        turns = (Turn(name, images=_single_image(turns, skill)),)
+    _check_image_count(turns)
 
     # Convert the other parameters
     settings, stop = _settings(body), _stop_of(body, skill)
-    url, reasoning = _image_url(body.messages), body.reasoning is True
-    return ParsedChat(skill or Query, text, url, reasoning, settings, stop, json_schema, call)
+    return ParsedChat(skill or Query, turns, body.reasoning is True, settings, stop, json_schema, call)
 
 
 def _reject_unsupported(body: ChatBody, supported: Collection[str]) -> None:
@@ -435,18 +441,33 @@ def _text_of(message: Message) -> str:
     return "\n".join(part.text for part in message.content or () if part.type == "text" and part.text)
 
 
-def _image_url(messages: list[Message]) -> str | None:
-    """Return the image of a conversation, or None. An image that is repeated in several messages counts once."""
-    urls = list(dict.fromkeys(url for message in messages for url in _image_urls(message)))
+def _single_image(turns: Iterable[Turn], skill: type[Detect] | type[Point]) -> tuple[str, ...]:
+    """Return the image of a conversation, if any. An image that is repeated in several messages counts once.
+
+    Raises:
+        ServerError: There are several images.
+    """
+    urls = tuple(dict.fromkeys(url for turn in turns for url in turn.images))
     if len(urls) > 1:
         raise ServerError(
             400,
-            f"messages: Moondream 2 supports one image per request, got {len(urls)}; leave out the images of earlier"
+            f"messages: {skill.skill} supports one image per request, got {len(urls)}; leave out the images of earlier"
             " messages",
             kind="multiple_images_not_supported",
             param="messages",
         )
-    return urls[0] if urls else None
+    return urls
+
+
+def _check_image_count(turns: Iterable[Turn]) -> None:
+    count = sum(len(turn.images) for turn in turns)
+    if count > MAX_IMAGES:
+        raise ServerError(
+            400,
+            f"messages: a conversation must have at most {MAX_IMAGES} images, got {count}; leave out earlier images",
+            kind="too_many_images",
+            param="messages",
+        )
 
 
 def _image_urls(message: Message) -> Iterator[str]:

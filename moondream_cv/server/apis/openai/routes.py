@@ -25,11 +25,13 @@ from moondream_cv.server.apis import operations
 from moondream_cv.server.apis.base import ApiSpec
 from moondream_cv.server.apis.openai.body import ChatBody, ForcedCall, ParsedChat, parse_chat
 from moondream_cv.server.apis.openai.schema import ChatCompletion, ModelCard, openai_error_responses
+from moondream_cv.server.apis.request_settings import with_checkpoint
 from moondream_cv.server.apis.sse import event, event_stream
+from moondream_cv.server.checkpoints import Checkpoint
 from moondream_cv.server.errors import KINDS, ServerError, to_server_error
 from moondream_cv.server.request_context import RequestContext, Stream, open_request_context
 from moondream_cv.server.runtime.engine_loop import Usage
-from moondream_cv.server.service import get_service
+from moondream_cv.server.service import Service, get_service
 
 router = APIRouter(tags=["openai"])
 Context = Annotated[RequestContext, Depends(open_request_context)]
@@ -59,19 +61,22 @@ _CHAT_ERRORS = openai_error_responses(400, 401, 403, 404, 408, 413, 415, 429, 50
     "/v1/chat/completions", response_model=None, summary="Chat completion", responses={**_STREAMED, **_CHAT_ERRORS}
 )
 async def chat_completions(body: ChatBody, context: Context) -> Any:
-    """Answer the last user message about the one image of the conversation.
+    """Answer the last user message of a conversation.
+
+    Earlier questions and answers, and the images of user messages, are part of the prompt. They must fit into the
+    context of the model, of which each image takes 729 of 2048 positions.
 
     `response_format` of type `json_schema` constrains the answer to JSON that conforms to the schema, and `json_object`
     to any JSON object. A `tool_choice` that forces the call of one of the `tools` constrains the answer to the
     parameters of that function. The schema names `moondream_detect` and `moondream_point` give boxes or points of the
     object that the text names instead.
     """
-    served = context.service.name
-    _check_model(body.model, served)
+    checkpoint = _select_checkpoint(body.model, context.service)
     chat = parse_chat(body)
-    image = None if chat.image_url is None else await context.open_image(chat.image_url)
-    request = chat.request(image)
-    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served}
+    images = [await context.open_image(url) for url in chat.image_urls]
+    request = with_checkpoint(chat.request(images), checkpoint)
+    used = context.service.name if checkpoint is None else body.model
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": used}
     try:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage is True
@@ -89,19 +94,27 @@ async def chat_completions(body: ChatBody, context: Context) -> Any:
 )
 def model(name: str, http: HttpRequest) -> dict[str, Any]:
     """Return the model card, for any model name that chat completions accept."""
-    _check_model(name, get_service(http).name)
-    card: dict[str, Any] = operations.models(http)["data"][0]
-    return card
+    service = get_service(http)
+    checkpoint = _select_checkpoint(name, service)
+    if checkpoint is not None:
+        return operations.model_card(name, checkpoint.file(service.finetunes).stat().st_mtime)
+    return operations.model_card(service.name)
 
 
-def _check_model(name: str | None, served: str) -> None:
-    """Reject models that this server does not have. Any name that contains "moondream" means the model of this server.
+def _select_checkpoint(name: str | None, service: Service) -> Checkpoint | None:
+    """Return the checkpoint that a model name selects, None for the model of this server.
+
+    Any name that contains "moondream" and no "@" means the model of this server.
 
     Raises:
-        ServerError: 404.
+        ServerError: 404; this server does not have the model or the checkpoint.
     """
+    served = service.name
     if name is None or name == served or ("moondream" in name.lower() and "@" not in name):
-        return
+        return None
+    checkpoint = service.find_checkpoint(name)
+    if checkpoint is not None:
+        return checkpoint
     reason = "has no finetunes and " if "@" in name else ""
     raise ServerError(
         404,

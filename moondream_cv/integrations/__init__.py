@@ -1,0 +1,1 @@
+"""Adapters for labeling tools: one module per tool."""
