@@ -243,8 +243,8 @@ def _seconds(params: Sequence[SamplingParams | None]) -> list[SamplingParams | N
     """Return the parameters of the second choices of a step; None for the most likely ones."""
     return [
         None
-        if one is None or one.second_random is None
-        else SamplingParams(one.temperature, one.top_p, one.second_random)
+        if one is None or one.second_seed is None
+        else SamplingParams(one.temperature, one.top_p, one.second_seed)
         for one in params
     ]
 

@@ -1,4 +1,4 @@
-"""Sampling of the next tokens of many sequences, each with its own parameters and random number."""
+"""Sampling of the next tokens of many sequences, each with its own parameters and seed."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from torch import Tensor
 from moondream_cv.engine.transfers import floats, integers
 
 MIN_TEMPERATURE = 1e-30  # float32 rounds lower temperatures to 0
+SEED_BITS = 62
+_MASK = 2**32 - 1
 
 
 class SamplingParams(NamedTuple):
     """Parameters for sampling one token of one sequence.
 
     Attributes:
-        temperature: Sampling temperature; ignored without a random number.
+        temperature: Sampling temperature; ignored without a seed.
         top_p: Sample from the most likely tokens that together reach this probability.
-        random: Random number in 0..1; None selects the most likely token.
+        seed: Seed of this choice, below 2**SEED_BITS; None selects the most likely token.
         banned: Token IDs that must not be sampled.
         bitmask: [ceil(vocab_size / 32)] int32 bitmask of the allowed tokens, lowest bit first; None allows all tokens.
-        second_random: Random number in 0..1 for the second choice of a step: the x behind a decision, or a height.
+        second_seed: Seed of the second choice of a step: the x behind a decision, or a height.
     """
 
     temperature: float
     top_p: float
-    random: float | None
+    seed: int | None
     banned: tuple[int, ...] = ()
     bitmask: np.ndarray | None = None
-    second_random: float | None = None
+    second_seed: int | None = None
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
     """Sample one token for each sequence, independently of the other sequences.
 
-    The random number of a sequence selects a position in the cumulative distribution of the tokens that top-p keeps,
-    most likely token first.
+    The token with the largest sum of log-probability and Gumbel noise is a sample of the distribution. Rounding, which
+    differs between batches, changes it only if the two largest sums are equal up to rounding.
 
     Args:
         logits: [S, vocab_size] next-token logits.
@@ -62,20 +64,48 @@ def sample(logits: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Te
         logits = logits.index_put((index,), logits[index].masked_fill(~allowed, -torch.inf))
     # Select the most likely token, or sample
     chosen = logits.argmax(-1)
-    sampled = [row for row, one in enumerate(params) if one.random is not None]
+    sampled = [row for row, one in enumerate(params) if one.seed is not None]
     if sampled:
-        settings = [
-            (max(one.temperature, MIN_TEMPERATURE), one.top_p, one.random) for one in params if one.random is not None
-        ]
-        temperature, top_p, random = floats(settings, torch.float32, device)[..., None].unbind(1)
+        seeded = [params[row] for row in sampled]
         index = integers(sampled, device)
         behind = logits[index] - logits[index].amax(-1, keepdim=True)  # the maximum is 0, so it stays finite
-        ordered, order = (behind / temperature).softmax(-1).sort(descending=True, stable=True)
-        reached = ordered.cumsum(-1)
-        ordered = ordered.masked_fill(reached - ordered > top_p, 0.0)
-        reached = ordered.cumsum(-1)
-        rank = (reached <= random * reached[:, -1:]).sum(-1, keepdim=True)
-        last = (ordered > 0).sum(-1, keepdim=True) - 1  # rounding may exceed it
-        rank = rank.minimum(last).clamp_min(0)  # NaN has no rank; its log-probability is NaN
-        chosen[index] = order.gather(-1, rank)[:, 0]
+        temperature = floats([max(one.temperature, MIN_TEMPERATURE) for one in seeded], torch.float32, device)
+        scores = behind / temperature[:, None]
+        limited = [row for row, one in enumerate(seeded) if one.top_p < 1]
+        if limited:
+            index_limited = integers(limited, device)
+            top_p = floats([seeded[row].top_p for row in limited], torch.float32, device)
+            scores[index_limited] = _keep_most_likely(scores[index_limited], top_p[:, None])
+        seeds = integers([one.seed for one in seeded if one.seed is not None], device)
+        chosen[index] = (scores + _gumbel_noise(seeds, logits.shape[-1])).argmax(-1)
     return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+
+
+def _keep_most_likely(scores: Tensor, top_p: Tensor) -> Tensor:
+    """Set the scores of all tokens to -inf except the most likely ones that together reach top_p, [n, 1]."""
+    ordered, order = scores.softmax(-1).sort(descending=True, stable=True)
+    dropped = ordered.cumsum(-1) - ordered > top_p
+    return scores.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+
+
+def _gumbel_noise(seeds: Tensor, count: int) -> Tensor:
+    """Return standard Gumbel noise that depends on the seed and the position only.
+
+    Args:
+        seeds: [n] int64 seeds, below 2**SEED_BITS.
+        count: Number of values for each seed, at most 2**32.
+
+    Returns:
+        [n, count] finite float32 values.
+    """
+    position = torch.arange(count, dtype=torch.long, device=seeds.device)
+    low, high = seeds[:, None] & _MASK, seeds[:, None] >> 32
+    uniform = (_hash(_hash(_hash(position) ^ low) ^ high) + 0.5) / 2**32  # float32 keeps small values apart
+    return -(-torch.log1p(-uniform.clamp_max(1 - 2**-24))).log()
+
+
+def _hash(values: Tensor) -> Tensor:
+    """Mix 32-bit integers in an int64 tensor: xor-shifts and odd factors below 2**31, so no product overflows."""
+    values = (values ^ values >> 16) * 0x21F0AAAD & _MASK
+    values = (values ^ values >> 15) * 0x735A2D97 & _MASK
+    return values ^ values >> 15

@@ -19,7 +19,7 @@ from moondream_cv.engine.confidence import confidence
 from moondream_cv.engine.detokenizer import IncrementalDetokenizer
 from moondream_cv.engine.heads import Head, HeadOutputs, TokenOutput
 from moondream_cv.engine.prompts import Prompt, answer_prompt
-from moondream_cv.engine.sampling import SamplingParams
+from moondream_cv.engine.sampling import SEED_BITS, SamplingParams
 from moondream_cv.engine.stop_strings import StopStringMatcher
 from moondream_cv.engine.structured_output import GrammarMatcher
 from moondream_cv.errors import MoondreamError
@@ -103,10 +103,10 @@ class Sequence:
         """Return the parameters of the next choices; None for the most likely objects or points."""
         return None
 
-    def _random_pair(self) -> tuple[float, float]:
-        """Return two random numbers in 0..1 that depend on the seed and the position in the context."""
+    def _step_seeds(self) -> tuple[int, int]:
+        """Return two seeds of choices that depend on the seed of the request and the position in the context."""
         generator = random.Random(f"{self._seed}:{self.num_computed_tokens}")
-        return generator.random(), generator.random()
+        return generator.getrandbits(SEED_BITS), generator.getrandbits(SEED_BITS)
 
     def _sampling_seed(self) -> int | None:
         """Return the seed of the request, or else one of PyTorch's generator; None for greedy decoding."""
@@ -141,14 +141,14 @@ class RegionSequence(Sequence):
         self._seed = self._sampling_seed() if self.request.settings.sample_regions else None
 
     def sampling_params(self) -> SamplingParams | None:
-        """Return the parameters of the next choices, with two random numbers that depend on the seed and the position.
+        """Return the parameters of the next choices, with two seeds that depend on the position in the context.
 
-        A step may be launched more than once. Its random numbers are the same each time.
+        A step may be launched more than once. Its seeds are the same each time.
         """
         if self._seed is None:
             return None
-        settings, (first, second) = self.request.settings, self._random_pair()
-        return SamplingParams(settings.temperature, settings.top_p, first, second_random=second)
+        settings, (first, second) = self.request.settings, self._step_seeds()
+        return SamplingParams(settings.temperature, settings.top_p, first, second_seed=second)
 
     @property
     def predicted_head(self) -> Head:
@@ -209,7 +209,7 @@ class TextSequence(Sequence):
     Attributes:
         tokenizer: Tokenizer that decodes the text.
         grammar: Constrains the answer; None leaves it free.
-        random: Random number in 0..1 for sampling the next token; None selects the most likely token.
+        token_seed: Seed of the choice of the next token; None selects the most likely token.
         banned: Token IDs that must not come next.
         num_tokens: Tokens of the current part, which is the reasoning or the answer.
         reasoning_segments: Token IDs and coordinates of each segment of the reasoning.
@@ -220,7 +220,7 @@ class TextSequence(Sequence):
 
     tokenizer: Tokenizer
     grammar: GrammarMatcher | None = None
-    random: float | None = None
+    token_seed: int | None = None
     banned: tuple[int, ...] = ()
     num_tokens: int = 0
     reasoning_segments: list[tuple[list[int], list[float]]] = field(default_factory=lambda: [([], [])])
@@ -240,8 +240,8 @@ class TextSequence(Sequence):
         """Return the parameters for the next token, including the bitmask of the grammar."""
         settings = self.request.settings
         bitmask = self.grammar.bitmask() if self.grammar and self.head is Head.TOKEN else None
-        second = self._random_pair()[1] if settings.sample_regions and self._seed is not None else None
-        return SamplingParams(settings.temperature, settings.top_p, self.random, self.banned, bitmask, second)
+        second = self._step_seeds()[1] if settings.sample_regions and self._seed is not None else None
+        return SamplingParams(settings.temperature, settings.top_p, self.token_seed, self.banned, bitmask, second)
 
     def apply(self, output: HeadOutputs | TokenOutput | None) -> Prompt | None:
         """Append the next token. At the end of the reasoning, return the prompt of the answer."""
@@ -253,7 +253,7 @@ class TextSequence(Sequence):
             prompt = self._append_reasoning(output.token, output.coordinate)
         else:
             self._append_answer(output.token, output.logprob)
-        self.random = None if self._generator is None else self._generator.random()
+        self.token_seed = None if self._generator is None else self._generator.getrandbits(SEED_BITS)
         return prompt
 
     def _append_answer(self, token: int, logprob: float) -> None:
@@ -304,10 +304,10 @@ class TextSequence(Sequence):
 
     def _start_part(self) -> None:
         """Reset what the reasoning and the answer each start with."""
-        self.num_tokens, self.banned, self.random, self._generator = 0, (), None, None
+        self.num_tokens, self.banned, self.token_seed, self._generator = 0, (), None, None
         if self.request.settings.temperature > 0:
             self._generator = random.Random(self._seed)
-            self.random = self._generator.random()
+            self.token_seed = self._generator.getrandbits(SEED_BITS)
 
     def _finish(self, truncated: bool, logprob: float | None) -> None:
         """Emit the remaining text and set the result.

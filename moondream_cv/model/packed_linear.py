@@ -68,11 +68,11 @@ class PackedLinear(nn.Module):
 
     def _store(self, weight: Tensor) -> None:
         self.samples = sample_values(weight).clone()
-        is_packable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        is_packable = weight.dtype == torch.bfloat16 and can_use_onednn(weight, is_training=False)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT) if is_packable else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move or convert the layer. On other devices and in other data types, its weight is not packed."""
+        """Move or convert the layer. Where oneDNN has no bfloat16 products, its weight is not packed."""
         self._store(fn(self.weight))
         super()._apply(fn, recurse)
         return self

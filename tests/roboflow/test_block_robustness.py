@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import shutil
 import weakref
@@ -67,9 +68,17 @@ def broken_outputs(block: str, model: CountingModel, also_empty: bool) -> Iterat
     """
     with pytest.MonkeyPatch.context() as patch:
         if block in CLASS_BLOCKS:
-            patch.setattr(f"moondream_cv_blocks.{block}.as_prediction", fail)
-            if also_empty:
-                patch.setattr("moondream_cv_blocks.results.as_prediction", fail)
+            results = importlib.import_module("moondream_cv_blocks.results")
+            original = results.as_prediction
+
+            def fail_on_objects(detections: sv.Detections, image: Any, kind: str) -> sv.Detections:
+                if also_empty or len(detections):
+                    raise RuntimeError(FAILURE)
+                return original(detections, image, kind)  # type: ignore[no-any-return]
+
+            for module in (results, importlib.import_module(f"moondream_cv_blocks.{block}")):
+                if hasattr(module, "as_prediction"):
+                    patch.setattr(module, "as_prediction", fail_on_objects)
         else:
             model.make_result = lambda request: object()
         try:
