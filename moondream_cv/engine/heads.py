@@ -242,9 +242,7 @@ def _choose_bins(logits: Tensor, params: Sequence[SamplingParams | None]) -> Ten
 def _seconds(params: Sequence[SamplingParams | None]) -> list[SamplingParams | None]:
     """Return the parameters of the second choices of a step; None for the most likely ones."""
     return [
-        None
-        if one is None or one.second_seed is None
-        else SamplingParams(one.temperature, one.top_p, one.second_seed)
+        None if one is None or one.second_seed is None else SamplingParams(one.temperature, one.top_p, one.second_seed)
         for one in params
     ]
 

@@ -47,7 +47,7 @@ from moondream_cv.labeling.prompts import ClassPrompts, class_prompts, load_prom
 from moondream_cv.labeling.records import ImageRecord, read_records
 from moondream_cv.labeling.report import write_report
 from moondream_cv.labeling.splits import scale_shares
-from moondream_cv.memory_trimming import MemoryTrimmer
+from moondream_cv.memory_trimming import MemoryTrimmer, release_large_blocks
 
 if TYPE_CHECKING:
     from moondream_cv.vision_model import VisionModel
@@ -446,6 +446,7 @@ def _label_images(
         on_progress(progress)
 
         # Label the others
+        release_large_blocks()
         trimmer = MemoryTrimmer(_TRIMMING_INTERVAL)
         inputs = ((number, [images[index] for index in batches[number] if index not in dropped]) for number in missing)
         try:

@@ -43,7 +43,9 @@ def test_sampled_tokens_follow_their_probabilities(temperature: float) -> None:
     sampled = tokens(temperature)
     powers = [p ** (1 / temperature) for p in PROBABILITIES]
     for token, power in enumerate(powers):
-        assert sampled.count(token) / len(SEEDS) == pytest.approx(power / sum(powers), abs=0.015)  # 4 standard deviations
+        assert sampled.count(token) / len(SEEDS) == pytest.approx(
+            power / sum(powers), abs=0.015
+        )  # 4 standard deviations
 
 
 def test_banned_tokens_are_never_sampled() -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import httpx
 
+LIMIT_SECONDS = 900  # Ray starts several processes, which takes minutes on a busy machine
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -41,7 +43,7 @@ class ServeProcess:
         )
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + LIMIT_SECONDS
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.finish()[1]
             with contextlib.suppress(httpx.TransportError):
@@ -57,7 +59,7 @@ class ServeProcess:
 
     def finish(self) -> tuple[int, str]:
         """Wait until the process exits; return the exit status and the standard error output."""
-        status = self.process.wait(timeout=240)
+        status = self.process.wait(timeout=LIMIT_SECONDS)
         self._log.seek(0)
         return status, self._log.read().decode()
 
