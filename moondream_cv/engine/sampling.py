@@ -100,7 +100,8 @@ def _gumbel_noise(seeds: Tensor, count: int) -> Tensor:
     """
     position = torch.arange(count, dtype=torch.long, device=seeds.device)
     low, high = seeds[:, None] & _MASK, seeds[:, None] >> 32
-    uniform = (_hash(_hash(_hash(position) ^ low) ^ high) + 0.5) / 2**32  # float32 keeps small values apart
+    bits = _hash(_hash(_hash(position) ^ low) ^ high).float()  # not the default dtype; it keeps small values apart
+    uniform = (bits + 0.5) / 2**32
     return -(-torch.log1p(-uniform.clamp_max(1 - 2**-24))).log()
 
 

@@ -158,7 +158,8 @@ def test_options_apply_to_the_last_question(
 def test_sampling_parameters_reach_the_model(
     random_client: Any, model: LocalModel, scene_image: Image.Image, uri: str
 ) -> None:
-    sampled = [{**SOME, "seed": 1}, {**SOME, "seed": 2}, {**SOME, "temperature": 3.0}, {**SOME, "top_p": 0.1}]
+    hot = {**SOME, "temperature": 2.0}
+    sampled = [{**hot, "seed": 1}, {**hot, "seed": 2}, {**hot, "temperature": 3.0}, {**hot, "top_p": 0.1}]
     replies = [ask(random_client, [user(text(QUESTION), image(uri))], **settings).choices[0] for settings in sampled]
     expected = [model.query(scene_image, QUESTION, settings=settings) for settings in sampled]
     assert [reply.message.content for reply in replies] == [found["answer"] for found in expected]
