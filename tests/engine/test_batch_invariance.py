@@ -93,7 +93,7 @@ def memory(request: pytest.FixtureRequest) -> Memory:
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_replies_do_not_depend_on_the_batch(memory: Memory, data: st.DataObject) -> None:
     adapter = GOLDEN / Path(memory.model.name).name / "adapter.pt"
     variants = st.sampled_from((None, None, str(adapter))) if adapter.is_file() else st.none()
@@ -107,7 +107,7 @@ def test_replies_do_not_depend_on_the_batch(memory: Memory, data: st.DataObject)
 
 @pytest.mark.slow
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arrivals_and_cancellations_do_not_change_replies(memory: Memory, seed: int) -> None:
     """Requests arrive between steps, and half of them are cancelled while they run."""
     draw = random.Random(seed)
